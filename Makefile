@@ -1,0 +1,57 @@
+# Two commands: `make demo` and `make test`. Each makes .venv when it is missing, installs, builds and runs.
+# In an environment of your own, without network if the packages are there: `make test VENV=none`.
+
+VENV ?= .venv
+PYTHON ?= python3
+# torch comes first and pinned: whatever depends on a bare torch would bring another build of it.
+TORCH ?= torch==2.13.0
+BUILD_TOOLS = setuptools wheel ninja pybind11
+PYTEST_FLAGS ?=
+
+ifeq ($(VENV),none)
+RUN := $(PYTHON)
+else
+RUN := $(VENV)/bin/python
+endif
+
+.PHONY: help demo test lint venv build clean
+
+help:
+	@echo "make demo    train a small language model, then improve it with DPO; no download, under 5 minutes"
+	@echo "make test    build, lint, and run the whole test suite"
+	@echo "make venv    make .venv with all that is needed, and build"
+	@echo "make clean   remove what was built"
+	@echo "VENV=none    use the active environment instead of .venv; PYTHON=... names its interpreter"
+
+demo: venv
+	$(RUN) -m fastdpo demo
+
+test: venv lint
+	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+lint: venv
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m clang_format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
+
+ifeq ($(VENV),none)
+venv: build
+else
+venv: $(VENV)/installed build
+
+$(VENV)/installed: pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q '$(TORCH)'
+	$(VENV)/bin/python -m pip install -q $(BUILD_TOOLS)
+	$(VENV)/bin/python -m pip install --no-build-isolation -e '.[test]'
+	touch $@
+
+build: $(VENV)/installed
+endif
+
+# Quick when nothing changed: ninja compiles what is newer than its object alone.
+build:
+	$(RUN) -m pip install -q --no-build-isolation --no-deps -e .
+
+clean:
+	rm -rf build fastdpo/*.so fastdpo/_build.json *.egg-info

@@ -1,0 +1,29 @@
+// Declares the ops, registers them for CPU tensors, and tells how this library was built.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "../fastdpo.h"
+#include "row_kernels.h"
+#include "token_logps.h"
+
+TORCH_LIBRARY(fastdpo, m) {
+  m.def(fastdpo::kForwardSchema, {at::Tag::pt2_compliant_tag});
+  m.def(fastdpo::kBackwardSchema, {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(fastdpo, CPU, m) {
+  m.impl("token_logps_forward", &fastdpo::cpu::token_logps_forward);
+  m.impl("token_logps_backward", &fastdpo::cpu::token_logps_backward);
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_facts", [] {
+    pybind11::dict facts;
+    facts["version"] = FASTDPO_VERSION;
+    facts["compiler"] = FASTDPO_COMPILER;
+    facts["torch"] = TORCH_VERSION;
+    facts["cpu_path"] = fastdpo::cpu::row_kernels().name;
+    return facts;
+  });
+}

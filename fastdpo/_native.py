@@ -1,0 +1,158 @@
+"""Loads the compiled ops, checks that they fit the running torch, and gives them shape functions (fake tensors)."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import platform
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FOLDER = Path(__file__).parent
+_CUDA_LIBRARY = _FOLDER / "fastdpo_cuda.so"
+_REBUILD = "pip install --no-build-isolation -e ."
+
+
+def _cpu_misfit() -> str | None:
+    """Why the CPU library cannot be used here; None if it can."""
+    facts_file = _FOLDER / "_build.json"
+    if not facts_file.is_file():
+        return f"fastdpo's compiled extension is missing: build it with `{_REBUILD}` in fastdpo's source folder."
+    built = json.loads(facts_file.read_text())
+    if built["torch"] != torch.__version__ or not (_FOLDER / built["library"]).is_file():
+        return (
+            f"fastdpo was built for torch {built['torch']} and Python {built['python']}, but this is torch "
+            f"{torch.__version__} and Python {platform.python_version()}: rebuild it with `{_REBUILD}` in fastdpo's "
+            "source folder."
+        )
+    return None
+
+
+def _load() -> dict[str, Any]:
+    """Loads what fits; returns the facts of what was loaded."""
+    misfit = _cpu_misfit()
+    cuda_fits = torch.version.cuda is not None and _CUDA_LIBRARY.is_file()
+    if misfit is not None and not cuda_fits:
+        raise ImportError(misfit)
+
+    facts: dict[str, Any] = {"torch_running": torch.__version__, "cpu_path": None, "cuda_archs": [], "nvcc": None}
+    if misfit is None:
+        built = importlib.import_module("fastdpo._C").build_facts()
+        facts |= {
+            "version": built["version"],
+            "compiler": built["compiler"],
+            "torch_built_against": built["torch"],
+            "cpu_path": built["cpu_path"],
+        }
+    if torch.version.cuda is not None and not _CUDA_LIBRARY.is_file():
+        warnings.warn(
+            f"fastdpo was built without nvcc, so CUDA tensors are refused; rebuild it where nvcc is: `{_REBUILD}`",
+            stacklevel=3,
+        )
+    if cuda_fits:
+        torch.ops.load_library(str(_CUDA_LIBRARY))
+    if _CUDA_LIBRARY.is_file():
+        facts |= _cuda_facts(loaded=cuda_fits, declare=misfit is not None)
+    if misfit is not None:
+        warnings.warn(f"CPU tensors are refused: {misfit}", stacklevel=3)
+    return facts
+
+
+def _cuda_facts(*, loaded: bool, declare: bool) -> dict[str, Any]:
+    """What the CUDA library says of itself; with ``declare``, has it declare the ops that the CPU library would."""
+    if not loaded:
+        return {"cuda_library": "built; this torch has no CUDA"}
+    library = ctypes.CDLL(str(_CUDA_LIBRARY))
+    if declare:
+        library.fastdpo_declare_ops()
+    library.fastdpo_cuda_build_facts.restype = ctypes.c_char_p
+    built = json.loads(library.fastdpo_cuda_build_facts())
+    return {"cuda_archs": built["archs"].split(), "nvcc": built["nvcc"], "cuda_library": "loaded"}
+
+
+_FACTS = _load()
+
+
+def build_info() -> dict[str, Any]:
+    """How fastdpo was built and what of it is in use here.
+
+    Returns:
+        A dict with ``version``, ``compiler``, ``torch_built_against``, ``torch_running``, ``cpu_path`` (``avx512``,
+        ``avx2`` or ``plain``, chosen for this processor, or by the environment variable FASTDPO_CPU_PATH; None where
+        only the CUDA library fits), ``cuda_archs`` and ``nvcc`` of the CUDA library, and ``cuda_library``'s state.
+    """
+    return dict(_FACTS)
+
+
+def _compute_type(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("fastdpo::token_logps_forward")
+def _forward_shapes(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    *,
+    ignore_index: int,
+    num_scored: int,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    need_direction: bool,
+    retain_bytes: int,
+    entropy: bool,
+    log_sum_sq_probs: bool,
+    mean_logits: bool,
+    is_top1: bool,
+) -> tuple[Tensor, ...]:
+    n, h = hidden.shape
+    v = weight.shape[0]
+    compute = _compute_type(hidden)
+    operand = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    retained = torch.sym_min(n, max(retain_bytes, 0) // (v * operand.itemsize))
+    return (
+        hidden.new_empty((n,), dtype=compute),
+        hidden.new_empty((3, n), dtype=compute),
+        hidden.new_empty((n if need_direction else 0, h), dtype=compute),
+        hidden.new_empty((retained, v), dtype=operand),
+        hidden.new_empty((n if entropy else 0,), dtype=compute),
+        hidden.new_empty((n if log_sum_sq_probs else 0,), dtype=compute),
+        hidden.new_empty((n if mean_logits else 0,), dtype=compute),
+        hidden.new_empty((n if is_top1 else 0,), dtype=torch.bool),
+    )
+
+
+@torch.library.register_fake("fastdpo::token_logps_backward")
+def _backward_shapes(
+    grad_logps: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_state: Tensor,
+    direction: Tensor,
+    retained: Tensor,
+    *,
+    ignore_index: int,
+    num_scored: int,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
+    n, h = hidden.shape
+    v = weight.shape[0]
+    return (
+        hidden.new_empty((n if need_hidden else 0, h)),
+        hidden.new_empty((v if need_weight else 0, h)),
+        (hidden if bias is None else bias).new_empty((v if need_bias else 0,)),
+    )

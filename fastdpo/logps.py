@@ -1,0 +1,206 @@
+"""token_logps: log-probabilities of targets from hidden states and the output embedding, without their logits.
+
+The one differentiable primitive: every loss of the family is a function of what it returns. The arithmetic stands in
+csrc/fastdpo.h; this file checks arguments, brings them to the ops' layout, and connects the ops to autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastdpo import _native  # noqa: F401  (loads the ops)
+from fastdpo.outputs import TokenLogps
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+DEFAULT_RETAIN_BYTES = 256 << 20
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    outputs: Sequence[str] = (),
+    retain_bytes: int = DEFAULT_RETAIN_BYTES,
+    num_scored: int | None = None,
+) -> TokenLogps:
+    """log p(targets), p = softmax(z), z = softcap * tanh(logit_scale * (hidden.weight + bias) / softcap) / temperature.
+
+    Differentiable once, in hidden, weight and bias; what needs no gradient costs no work. The logits are float32
+    whatever the inputs (float64 for float64) and never all in memory.
+
+    Args:
+        hidden: [..., H], float32, bfloat16, float16 or float64.
+        weight: [V, H], the output embedding, of hidden's dtype (under autocast both are cast to its dtype).
+        targets: [...] int64; targets[...] in [0, V), or ``ignore_index``.
+        bias: [V], of a floating dtype.
+        ignore_index: the target of positions that are not scored: log-probability 0, no gradient, no work.
+        logit_scale: factor on the products (Cohere's logit_scale, 1 / Granite's logits_scaling, …).
+        softcap: bound of the logits' tanh (Gemma 2's final_logit_softcapping), above 0; None for none.
+        temperature: divisor of the logits, above 0.
+        outputs: any of ``entropy``, ``log_sum_sq_probs``, ``mean_logits``, ``is_top1``; detached, from the same pass.
+        retain_bytes: how much memory exponentials may take up from forward to backward when weight or bias needs a
+            gradient; tokens beyond it cost one more matrix product in the backward.
+        num_scored: the number of targets that are not ``ignore_index``, where the caller knows it: on CUDA it saves
+            the host's waiting for the device. A wrong number raises on the CPU and gives NaN on CUDA.
+
+    Returns:
+        :class:`fastdpo.TokenLogps`, fields of targets' shape.
+
+    Raises:
+        TypeError, ValueError: an argument's dtype, shape, device or range, by name.
+        IndexError: a target outside [0, V). (On CUDA with num_scored given, and in a captured graph, that row is NaN.)
+    """
+    hidden, weight = _autocast(hidden, weight)
+    _check(hidden, weight, targets, bias, softcap, temperature, logit_scale, outputs, retain_bytes, num_scored)
+    grad = torch.is_grad_enabled()
+    need_hidden = grad and hidden.requires_grad
+    need_weight = grad and weight.requires_grad
+    need_bias = grad and bias is not None and bias.requires_grad
+    need_grads = (need_hidden, need_weight, need_bias)
+    scalars = {
+        "ignore_index": ignore_index,
+        "num_scored": -1 if num_scored is None else num_scored,
+        "logit_scale": float(logit_scale),
+        "softcap": 0.0 if softcap is None else float(softcap),
+        "temperature": float(temperature),
+    }
+    budget = {"need_direction": need_hidden, "retain_bytes": retain_bytes if need_weight or need_bias else 0}
+    wanted = {name: name in outputs for name in OUTPUTS}
+    logps, *extras = _TokenLogps.apply(
+        hidden.reshape(-1, hidden.shape[-1]).contiguous(),
+        weight.contiguous(),
+        targets.reshape(-1).contiguous(),
+        None if bias is None else bias.contiguous(),
+        need_grads,
+        scalars,
+        budget | wanted,
+    )
+    fields = {name: value.view(targets.shape) for name, value in zip(OUTPUTS, extras, strict=True) if name in outputs}
+    return TokenLogps(logps=logps.view(targets.shape), **fields)
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        need_grads: tuple[bool, bool, bool],
+        scalars: dict[str, Any],
+        options: dict[str, Any],
+    ) -> tuple[Tensor, ...]:
+        logps, row_state, direction, retained, *extras = torch.ops.fastdpo.token_logps_forward(
+            hidden, weight, targets, bias, **scalars, **options
+        )
+        ctx.need_grads, ctx.scalars = need_grads, scalars
+        ctx.save_for_backward(hidden, weight, targets, bias, row_state, direction, retained)
+        ctx.mark_non_differentiable(*extras)
+        return logps, *extras
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        need_hidden, need_weight, need_bias = ctx.need_grads
+        hidden, weight, targets, bias, row_state, direction, retained = ctx.saved_tensors
+        grad_hidden, grad_weight, grad_bias = torch.ops.fastdpo.token_logps_backward(
+            grad_logps,
+            hidden,
+            weight,
+            targets,
+            bias,
+            row_state,
+            direction,
+            retained,
+            **ctx.scalars,
+            need_hidden=need_hidden,
+            need_weight=need_weight,
+            need_bias=need_bias,
+        )
+        return (
+            grad_hidden if need_hidden else None,
+            grad_weight if need_weight else None,
+            None,
+            grad_bias if need_bias else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast an output embedding runs in autocast's dtype; float64 stays what it is, as does the bias."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or torch.float64 in (hidden.dtype, weight.dtype):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    logit_scale: float,
+    outputs: Sequence[str],
+    retain_bytes: int,
+    num_scored: int | None,
+) -> None:
+    """Everything but the targets' values, which the ops look at."""
+    if hidden.dtype not in DTYPES:
+        raise TypeError(f"hidden has dtype {hidden.dtype}; it should be one of {', '.join(map(str, DTYPES))}")
+    if weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"weight has dtype {weight.dtype}; it should be hidden's, {hidden.dtype}: cast one of them, or use autocast"
+        )
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets has dtype {targets.dtype}; it should be torch.int64")
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"bias has dtype {bias.dtype}; it should be a floating dtype")
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it should be [V, H] with V of at least 1")
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)}; it should be [..., H] with H = {weight.shape[1]}, as weight"
+        )
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}; it should be hidden's without H, {tuple(hidden.shape[:-1])}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it should be ({weight.shape[0]},), weight's rows")
+    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}; they should be on one device")
+    if hidden.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"hidden is on {hidden.device}; fastdpo has kernels for cpu and cuda")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it should be above 0")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; it should be above 0, or None for none")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale is {logit_scale}; it should be finite")
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown:
+        raise ValueError(f"outputs names {', '.join(map(repr, unknown))}; it may name {', '.join(OUTPUTS)}")
+    if retain_bytes < 0:
+        raise ValueError(f"retain_bytes is {retain_bytes}; it should be at least 0")
+    if num_scored is not None and not 0 <= num_scored <= targets.numel():
+        raise ValueError(f"num_scored is {num_scored}; it should be in [0, {targets.numel()}], the size of targets")

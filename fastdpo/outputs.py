@@ -1,0 +1,61 @@
+"""What the public functions return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogps:
+    """Per-token results, each of the shape of ``targets``, 0 (False) where the target is ignored.
+
+    Attributes:
+        logps: log-probability of the target, in nats, never above 0; float32 (float64 for float64 inputs).
+            The only differentiable field; the others are detached.
+        entropy: -sum_j p_j log p_j, in nats. None unless asked for, as all that follow.
+        log_sum_sq_probs: log sum_j p_j^2, the normaliser of WPO's weights (Zhou et al. 2024, arXiv 2406.11827, eq. 2).
+        mean_logits: mean of the logits over the vocabulary.
+        is_top1: whether no other logit is greater than the target's (bool).
+    """
+
+    logps: Tensor
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DPOOutput:
+    """The loss of a batch of B pairs and, detached, what trainers log.
+
+    Attributes:
+        loss: scalar, the mean over pairs (float32; float64 for float64 inputs).
+        chosen_logps, rejected_logps: [B], sums of the policy's log-probabilities over each completion, in nats.
+        chosen_rewards, rejected_rewards: [B], beta * (policy - reference) log-probability: the implicit reward
+            (Rafailov et al. 2023, arXiv 2305.18290, eq. 5, up to the prompt's constant).
+        losses: [B], the loss of each pair.
+        chosen_tokens, rejected_tokens: [B] int64, how many targets were scored.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+    def metrics(self) -> dict[str, Tensor]:
+        """The batch's means under the names that trainers log them by; scalars, detached."""
+        return {
+            "rewards/chosen": self.chosen_rewards.mean(),
+            "rewards/rejected": self.rejected_rewards.mean(),
+            "rewards/accuracies": (self.chosen_rewards > self.rejected_rewards).to(self.losses.dtype).mean(),
+            "rewards/margins": (self.chosen_rewards - self.rejected_rewards).mean(),
+            "logps/chosen": self.chosen_logps.mean(),
+            "logps/rejected": self.rejected_logps.mean(),
+        }

@@ -1,0 +1,225 @@
+"""Builds the two native libraries with ninja: the CPU ops against ATen, and, where nvcc is, the CUDA ops.
+
+The CPU library (fastdpo._C) fits one torch and one Python. The CUDA library (fastdpo/fastdpo_cuda.so) is built against
+LibTorch's stable ABI and holds no Python, so one file serves any torch from 2.10 on and any Python; it is built whether
+or not the installed torch has CUDA, and carried along where no nvcc is.
+
+TORCH_CUDA_ARCH_LIST cuts the list of GPU architectures, MAX_JOBS the number of compilers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
+CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
+# The oldest torch whose stable ABI the CUDA library asks for: 2.10, as torch encodes it.
+TARGET_TORCH = "0x020a000000000000"
+
+
+def flags_of(cpu_source: Path) -> list[str]:
+    """The instruction set of a row kernel's file; every other file is compiled for the compiler's default."""
+    return {
+        "row_kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+        "row_kernels_avx2.cpp": ["-mavx2", "-mfma"],
+    }.get(cpu_source.name, [])
+
+
+def cuda_archs() -> list[str]:
+    """The architectures asked for, written as in CUDA_ARCHS; TORCH_CUDA_ARCH_LIST may cut the list."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if wanted is None:
+        return list(CUDA_ARCHS)
+    archs = []
+    for entry in re.split(r"[ ;,]+", wanted.strip()):
+        arch = {"9.0": "9.0a"}.get(entry.removesuffix("+PTX"), entry.removesuffix("+PTX"))
+        if arch not in CUDA_ARCHS:
+            sys.exit(f"TORCH_CUDA_ARCH_LIST names {entry!r}; fastdpo builds for {', '.join(CUDA_ARCHS)}")
+        archs.append(arch)
+    return archs
+
+
+def gencode(archs: list[str]) -> list[str]:
+    numbers = [arch.replace(".", "") for arch in archs]
+    return [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+
+
+def find_nvcc() -> tuple[Path, str] | None:
+    """nvcc and its version, such as 13.0; None where there is none."""
+    home = os.environ.get("CUDA_HOME")
+    candidates = [f"{home}/bin/nvcc"] if home else []
+    candidates += [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
+    for candidate in filter(None, candidates):
+        if Path(candidate).is_file():
+            text = subprocess.run([candidate, "--version"], capture_output=True, text=True, check=True).stdout
+            return Path(candidate).resolve(), re.search(r"release (\d+\.\d+)", text).group(1)
+    return None
+
+
+def ninja_path() -> str:
+    """The ninja executable: the pip package's, for an isolated build does not put it on PATH."""
+    import ninja
+
+    return str(Path(ninja.BIN_DIR) / "ninja")
+
+
+class NinjaFile:
+    """Collects rules and edges, and writes build.ninja."""
+
+    def __init__(self) -> None:
+        self.lines = ["ninja_required_version = 1.10"]
+
+    def rule(self, name: str, command: list[str], *, depfile: bool = False) -> None:
+        self.lines += [f"rule {name}", f"  command = {' '.join(command)}", f"  description = {name} $out"]
+        if depfile:
+            self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    def edge(self, rule: str, output: Path, inputs: list[Path], **variables: str) -> Path:
+        def escape(path: Path) -> str:
+            return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+        self.lines.append(f"build {escape(output)}: {rule} {' '.join(map(escape, inputs))}")
+        self.lines += [f"  {name} = {value}" for name, value in variables.items()]
+        return output
+
+
+class NativeBuild:
+    """What is compiled, with which flags, into which folder."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+        from torch.utils.cpp_extension import include_paths
+
+        self.folder = folder
+        self.torch = torch
+        self.cxx = os.environ.get("CXX", "g++")
+        self.torch_libs = Path(torch.__file__).parent / "lib"
+        self.includes = [f"-isystem {path}" for path in include_paths()]
+        self.common = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+        self.common.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}")
+        self.link = [f"-L{self.torch_libs}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{self.torch_libs}"]
+        self.file = NinjaFile()
+        self.file.rule("cxx", [self.cxx, "-MMD -MF $out.d $flags -c $in -o $out"], depfile=True)
+        self.file.rule("link", [self.cxx, "-shared $in -o $out $flags"])
+
+    def compiler_version(self) -> str:
+        text = subprocess.run([self.cxx, "--version"], capture_output=True, text=True, check=True).stdout
+        return text.splitlines()[0]
+
+    def cpu_library(self) -> Path:
+        import pybind11
+
+        flags = [
+            *self.common,
+            "-fopenmp",
+            f"-isystem {pybind11.get_include()}",
+            f"-isystem {sysconfig.get_path('include')}",
+            *self.includes,
+            f'-DFASTDPO_VERSION=\\"{VERSION}\\"',
+            f"'-DFASTDPO_COMPILER=\"{self.compiler_version()}\"'",
+        ]
+        sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+        if platform.machine() not in ("x86_64", "AMD64"):
+            sources = [s for s in sources if not flags_of(s)]
+        objects = [
+            self.file.edge(
+                "cxx", self.folder / f"cpu_{source.stem}.o", [source], flags=" ".join([*flags, *flags_of(source)])
+            )
+            for source in sources
+        ]
+        library = self.folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        return self.file.edge("link", library, objects, flags=" ".join(["-fopenmp", *self.link]))
+
+    def cuda_library(self, nvcc: Path, nvcc_version: str) -> Path:
+        archs = cuda_archs()
+        nvcc_flags = [
+            "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -cudart static --threads 2",
+            "-Xptxas -v,--warn-on-spills",
+            *gencode(archs),
+        ]
+        self.file.rule(
+            "nvcc", [str(nvcc), "-MD -MF $out.d $flags -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)"]
+        )
+        kernels = [
+            self.file.edge("nvcc", self.folder / f"cuda_{source.stem}_cu.o", [source], flags=" ".join(nvcc_flags))
+            for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        ]
+        cuda_include = nvcc.parent.parent / "include"
+        flags = [
+            *self.common,
+            f"-DTORCH_TARGET_VERSION={TARGET_TORCH} -DUSE_CUDA",
+            f'-DFASTDPO_NVCC=\\"{nvcc_version}\\"',
+            f"'-DFASTDPO_CUDA_ARCHS=\"{' '.join(archs)}\"'",
+            f"-isystem {cuda_include}",
+            *self.includes,
+        ]
+        binding = [
+            self.file.edge("cxx", self.folder / f"cuda_{source.stem}.o", [source], flags=" ".join(flags))
+            for source in sorted((ROOT / "csrc/cuda").glob("*.cpp"))
+        ]
+        # torch's CUDA library is named as needed but not linked against: the loader finds it in a torch with CUDA, and
+        # this machine's torch need not have it.
+        empty = self.folder / "empty.cpp"
+        empty.write_text("")
+        stub = self.file.edge(
+            "link", self.folder / "libtorch_cuda.so", [empty], flags="-Wl,-soname,libtorch_cuda.so -nostdlib"
+        )
+        library = self.folder / "fastdpo_cuda.so"
+        cudart = f"-L{cuda_include.parent / 'lib64'} -lcudart_static -ldl -lrt -lpthread"
+        needed = f"-Wl,--no-as-needed {stub} -Wl,--as-needed"
+        self.file.edge("link", library, [*binding, *kernels], flags=" ".join([cudart, needed, *self.link[:-1]]))
+        self.file.lines[-2] += f" | {stub}"
+        return library
+
+    def run(self) -> None:
+        build_file = self.folder / "build.ninja"
+        build_file.write_text("\n".join(self.file.lines) + "\n")
+        jobs = os.environ.get("MAX_JOBS")
+        subprocess.run([ninja_path(), "-f", build_file, *(["-j", jobs] if jobs else [])], check=True)
+
+
+class BuildNative(build_ext):
+    """setuptools' build_ext, with ninja for a compiler."""
+
+    def run(self) -> None:
+        import torch
+
+        tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+        folder = ROOT / "build" / tag
+        folder.mkdir(parents=True, exist_ok=True)
+        build = NativeBuild(folder)
+        libraries = [build.cpu_library()]
+        nvcc = find_nvcc()
+        if nvcc is not None and any((ROOT / "csrc/cuda").glob("*.cu")):
+            libraries.append(build.cuda_library(*nvcc))
+        build.run()
+        in_place = self.inplace or self.editable_mode
+        destination = ROOT / "fastdpo" if in_place else Path(self.build_lib) / "fastdpo"
+        destination.mkdir(parents=True, exist_ok=True)
+        for library in libraries:
+            # A new file, not new content: a process that has the old one mapped keeps it.
+            (destination / library.name).unlink(missing_ok=True)
+            shutil.copy2(library, destination / library.name)
+        facts = {"torch": torch.__version__, "python": platform.python_version(), "library": libraries[0].name}
+        (destination / "_build.json").write_text(json.dumps(facts) + "\n")
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+setup(ext_modules=[Extension("fastdpo._C", sources=[])], cmdclass={"build_ext": BuildNative})
