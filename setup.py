@@ -18,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -56,15 +57,26 @@ def gencode(archs: list[str]) -> list[str]:
     return [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
 
 
-def find_nvcc() -> tuple[Path, str] | None:
-    """nvcc and its version, such as 13.0; None where there is none."""
+class Toolkit(NamedTuple):
+    """A CUDA toolkit."""
+
+    nvcc: str
+    version: str  # such as 13.0
+    home: Path
+
+
+def find_toolkit() -> Toolkit | None:
+    """The toolkit of CUDA_HOME or of the nvcc on PATH; None where there is none."""
     home = os.environ.get("CUDA_HOME")
     candidates = [f"{home}/bin/nvcc"] if home else []
     candidates += [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
     for candidate in filter(None, candidates):
         if Path(candidate).is_file():
-            text = subprocess.run([candidate, "--version"], capture_output=True, text=True, check=True).stdout
-            return Path(candidate).resolve(), re.search(r"release (\d+\.\d+)", text).group(1)
+            version = subprocess.run([candidate, "--version"], capture_output=True, text=True, check=True).stdout
+            # nvcc itself knows best where its toolkit lies: what is on PATH may be a script or a link.
+            steps = subprocess.run([candidate, "--dryrun", "none.cu"], capture_output=True, text=True).stderr
+            home = Path(re.search(r"^#\$ TOP=(.+)$", steps, re.M).group(1)).resolve()
+            return Toolkit(candidate, re.search(r"release (\d+\.\d+)", version).group(1), home)
     return None
 
 
@@ -142,7 +154,7 @@ class NativeBuild:
         library = self.folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         return self.file.edge("link", library, objects, flags=" ".join(["-fopenmp", *self.link]))
 
-    def cuda_library(self, nvcc: Path, nvcc_version: str) -> Path:
+    def cuda_library(self, toolkit: Toolkit) -> Path:
         archs = cuda_archs()
         nvcc_flags = [
             "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -cudart static --threads 2",
@@ -150,19 +162,18 @@ class NativeBuild:
             *gencode(archs),
         ]
         self.file.rule(
-            "nvcc", [str(nvcc), "-MD -MF $out.d $flags -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)"]
+            "nvcc", [toolkit.nvcc, "-MD -MF $out.d $flags -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)"]
         )
         kernels = [
             self.file.edge("nvcc", self.folder / f"cuda_{source.stem}_cu.o", [source], flags=" ".join(nvcc_flags))
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))
         ]
-        cuda_include = nvcc.parent.parent / "include"
         flags = [
             *self.common,
             f"-DTORCH_TARGET_VERSION={TARGET_TORCH} -DUSE_CUDA",
-            f'-DFASTDPO_NVCC=\\"{nvcc_version}\\"',
+            f'-DFASTDPO_NVCC=\\"{toolkit.version}\\"',
             f"'-DFASTDPO_CUDA_ARCHS=\"{' '.join(archs)}\"'",
-            f"-isystem {cuda_include}",
+            f"-isystem {toolkit.home / 'include'}",
             *self.includes,
         ]
         binding = [
@@ -177,7 +188,9 @@ class NativeBuild:
             "link", self.folder / "libtorch_cuda.so", [empty], flags="-Wl,-soname,libtorch_cuda.so -nostdlib"
         )
         library = self.folder / "fastdpo_cuda.so"
-        cudart = f"-L{cuda_include.parent / 'lib64'} -lcudart_static -ldl -lrt -lpthread"
+        cudart = (
+            f"-L{toolkit.home}/lib64 -L{toolkit.home}/lib -lcudart_static -ldl -lrt -lpthread -Wl,--exclude-libs,ALL"
+        )
         needed = f"-Wl,--no-as-needed {stub} -Wl,--as-needed"
         self.file.edge("link", library, [*binding, *kernels], flags=" ".join([cudart, needed, *self.link[:-1]]))
         self.file.lines[-2] += f" | {stub}"
@@ -201,9 +214,9 @@ class BuildNative(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         build = NativeBuild(folder)
         libraries = [build.cpu_library()]
-        nvcc = find_nvcc()
-        if nvcc is not None and any((ROOT / "csrc/cuda").glob("*.cu")):
-            libraries.append(build.cuda_library(*nvcc))
+        toolkit = find_toolkit()
+        if toolkit is not None:
+            libraries.append(build.cuda_library(toolkit))
         build.run()
         in_place = self.inplace or self.editable_mode
         destination = ROOT / "fastdpo" if in_place else Path(self.build_lib) / "fastdpo"

@@ -18,7 +18,19 @@ REGISTERS = re.compile(r"Used (\d+) registers")
 def resource_report(source: Path, arch: str, folder: str) -> list[tuple[str, int, int]]:
     """(kernel, registers, spilled bytes) of each kernel in the source."""
     gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    command = ["nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", gencode, "-c", source, "-o", f"{folder}/out.o"]
+    command = [
+        "nvcc",
+        "-std=c++20",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        "-Xptxas",
+        "-v",
+        gencode,
+        "-c",
+        source,
+        "-o",
+        f"{folder}/out.o",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{source.name} does not compile for sm_{arch}:\n{result.stderr}")
@@ -43,7 +55,9 @@ def main() -> int:
                     kernels += 1
                     spilling += spilled > 0
                     if spilled:
-                        print(f"sm_{arch} {source.name}: {kernel} uses {registers} registers and spills {spilled} bytes")
+                        print(
+                            f"sm_{arch} {source.name}: {kernel} uses {registers} registers and spills {spilled} bytes"
+                        )
     print(f"{kernels} kernels compiled for {', '.join('sm_' + arch for arch in ARCHS)}; {spilling} spill registers")
     return 1 if spilling or not kernels else 0
 

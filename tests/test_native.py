@@ -1,0 +1,78 @@
+"""Loading the compiled libraries: what they tell of themselves, and what a user reads when they do not fit."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastdpo
+
+PACKAGE = Path(fastdpo.__file__).parent
+
+
+def test_build_info() -> None:
+    info = fastdpo.build_info()
+    assert info["version"] == fastdpo.__version__
+    assert info["torch_running"] == torch.__version__
+    assert info["torch_built_against"] == torch.__version__.split("+")[0]
+    assert info["cpu_path"] in ("avx512", "avx2", "plain")
+    assert re.search(r"\d+\.\d+", info["compiler"])
+    if torch.version.cuda is None:
+        assert info["cuda_archs"] == []
+    else:
+        assert "9.0a" in info["cuda_archs"]
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The package's Python files alone, as a checkout that was never built."""
+    target = tmp_path / "fastdpo"
+    target.mkdir()
+    for file in PACKAGE.glob("*.py"):
+        shutil.copy2(file, target)
+    return target
+
+
+def import_error(copy: Path) -> str:
+    code = f"import sys; sys.path.insert(0, {str(copy.parent)!r}); import fastdpo"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode != 0
+    return result.stderr.strip().splitlines()[-1]
+
+
+def test_import_without_the_extension_says_how_to_build_it(copy: Path) -> None:
+    assert import_error(copy) == (
+        "ImportError: fastdpo's compiled extension is missing: "
+        "build it with `pip install --no-build-isolation -e .` in fastdpo's source folder."
+    )
+
+
+def test_import_under_another_torch_says_so_and_how_to_rebuild(copy: Path) -> None:
+    facts = json.loads((PACKAGE / "_build.json").read_text())
+    shutil.copy2(PACKAGE / facts["library"], copy)
+    (copy / "_build.json").write_text(json.dumps(facts | {"torch": "2.10.0"}))
+    message = import_error(copy)
+    assert "built for torch 2.10.0" in message
+    assert f"this is torch {torch.__version__}" in message
+    assert "rebuild it with `pip install --no-build-isolation -e .`" in message
+
+
+def test_import_under_another_python_says_so(copy: Path) -> None:
+    facts = json.loads((PACKAGE / "_build.json").read_text())
+    (copy / "_build.json").write_text(json.dumps(facts | {"python": "3.9.1", "library": "_C.cpython-39.so"}))
+    assert "and Python 3.9.1, but this is" in import_error(copy)
+
+
+def test_import_needs_torch_alone() -> None:
+    """Who drops the loss into a loop of their own does not wait for transformers."""
+    others = ["transformers", "datasets", "accelerate", "peft"]
+    code = f"import sys, fastdpo; print([m for m in {others} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
