@@ -1,0 +1,379 @@
+"""Puts ``token_logps`` where a Hugging Face causal language model has its output embedding.
+
+The model runs its own forward, wrapped as it may be (DDP, FSDP, DeepSpeed, PEFT): only the output embedding's forward
+is swapped, for one that scores the target tokens. The log-probabilities leave through the model's own outputs, where
+the logits were, so every hook of every wrapper fires as it does for logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from fastdpo.logps import token_logps
+from fastdpo.outputs import TokenLogps
+
+IGNORE_INDEX = -100
+
+# Log-probabilities leave the head times this. What models do to logits afterwards (a scale, a softcap) is then linear
+# to within (100 * 2^-24)^2, and dividing by its slope undoes it; a power of two costs no precision.
+_SHRINK = 2.0**-24
+
+# Sent through what follows the output embedding, to learn what it does: the first gives the slope at 0, the second
+# the level at which it saturates, and all of them must agree with a scale and a softcap.
+_PROBES = (2.0**-12, 2.0**40, 0.5, -0.5, 4.0, -4.0, 60.0, -60.0)
+_PROBE_TOLERANCE = 1e-5  # float32, through at most a division, a tanh and a product
+
+
+@dataclass(frozen=True, slots=True)
+class HeadOutput:
+    """What the fused head says about one batch.
+
+    Attributes:
+        logps: [B, T - 1], the log-probability of labels[:, 1:], in nats; 0 where ignored. float32, or float64 for a
+            float64 model. Differentiable.
+        mask: [B, T - 1] bool, where a label was scored.
+        entropy, log_sum_sq_probs, mean_logits, is_top1: [B, T - 1], detached, 0 where ignored; None unless asked for.
+            See :class:`fastdpo.outputs.TokenLogps`.
+        model_output: what the model returned beside its logits (``aux_loss`` of a mixture of experts, for one).
+    """
+
+    logps: Tensor
+    mask: Tensor
+    entropy: Tensor | None
+    log_sum_sq_probs: Tensor | None
+    mean_logits: Tensor | None
+    is_top1: Tensor | None
+    model_output: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _LogitTransform:
+    """What the model does to its logits after the output embedding: softcap * tanh(scale * z / softcap)."""
+
+    scale: float
+    softcap: float | None
+
+
+@dataclass(slots=True)
+class _Scoring:
+    """One armed call: what the swapped forward is to score, and the results that do not pass through the model."""
+
+    targets: Tensor  # [B, K]
+    columns: Tensor  # [K], of the hidden states
+    width: int  # T
+    outputs: tuple[str, ...]
+    transform: _LogitTransform
+    result: TokenLogps | None = None
+
+
+@dataclass(slots=True)
+class _Probing:
+    """One armed call that asks what happens to logits after the output embedding."""
+
+    sent: Tensor | None = None
+
+
+class FusedHead:
+    """A causal language model's log-probabilities without its logits.
+
+    While it is installed, calling the model itself (for generation, for evaluation by others) is unchanged; calling
+    this object runs the same model with the fused output embedding.
+
+        with FusedHead(model) as head:
+            out = head(model, input_ids, attention_mask, labels)
+            out.logps.sum(-1)
+
+    Log-probabilities are those of the model's final logits: a scale or a softcap that the model applies after its
+    output embedding is found out by sending a few values through it, at the first call or by :meth:`inspect`.
+
+    Args:
+        model: the bare model or the PEFT model, before DDP and the like are put around it. Not an encoder-decoder.
+
+    Raises:
+        TypeError: ``model`` is neither a ``PreTrainedModel`` nor a ``PeftModel``.
+        NotImplementedError: the model is not supported; the message names its type and the reason.
+
+    Not for several threads at once.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        if not isinstance(model, (PreTrainedModel, PeftModel)):
+            raise TypeError(f"model is a {type(model).__name__}; it should be a PreTrainedModel or a PeftModel")
+        if isinstance(model, PeftModel) and any(c.is_prompt_learning for c in model.peft_config.values()):
+            raise NotImplementedError(
+                "the model has a PEFT prompt-learning adapter (prompt tuning, prefix tuning, p-tuning), which puts "
+                "virtual tokens before the text; use an adapter on weights, such as LoRA"
+            )
+        self._lm = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._name = f"{type(self._lm).__name__} (model_type {self._lm.config.model_type!r})"
+        if self._lm.config.is_encoder_decoder:
+            raise NotImplementedError(f"{self._name} is an encoder-decoder; only causal language models are supported")
+        parameters = inspect.signature(self._lm.forward).parameters
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self._has_logits_to_keep = "logits_to_keep" in parameters
+        self._has_use_cache = takes_any or "use_cache" in parameters
+        self._heads = self._find_heads()
+        self._armed: _Scoring | _Probing | None = None
+        self._transform: _LogitTransform | None = None
+        for head in self._heads:
+            self._swap(head)
+
+    def __enter__(self) -> FusedHead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Give the output embedding its own forward back. The object cannot be called afterwards."""
+        for head in self._heads:
+            if _forward_slot(head) == "forward":
+                del head.forward
+            else:
+                setattr(head, _forward_slot(head), types.MethodType(type(head).forward, head))
+        self._heads = []
+
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        *,
+        outputs: Sequence[str] = (),
+        **model_kwargs: Any,
+    ) -> HeadOutput:
+        """Score ``labels`` with one forward of ``model``.
+
+        Args:
+            model: the root module, with whatever is wrapped around the model that the head was made for.
+            input_ids: [B, T] int64.
+            attention_mask: [B, T], or None.
+            labels: [B, T] int64, as for the model's own loss: not shifted, -100 where nothing is to be scored.
+            outputs: other fields of :class:`HeadOutput` to compute.
+            model_kwargs: passed on to ``model``.
+
+        Raises:
+            ValueError: shapes do not fit.
+            NotImplementedError: the model does to its logits what cannot be expressed by a scale and a softcap, or
+                does not call its output embedding as expected.
+        """
+        if not self._heads:
+            raise RuntimeError("the head was removed from its model; make a new FusedHead")
+        if isinstance(model, nn.DataParallel):
+            raise NotImplementedError("nn.DataParallel is not supported; start one process per device (torchrun)")
+        if labels.shape != input_ids.shape or input_ids.dim() != 2:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)}; both should be [B, T]"
+            )
+        if self._transform is None:
+            self.inspect(model)
+        targets = labels[:, 1:]
+        mask = targets != IGNORE_INDEX
+        # An index takes the same columns from every row: those in which any row has a target. The rest of the
+        # ignored targets is dropped by token_logps.
+        columns = mask.any(0).nonzero().squeeze(1)
+        scoring = _Scoring(targets[:, columns], columns, labels.shape[1], tuple(outputs), self._transform)
+        if self._has_logits_to_keep:
+            model_kwargs["logits_to_keep"] = columns
+        with self._arm(scoring):
+            model_output = self._run(model, input_ids, attention_mask, **model_kwargs)
+        if scoring.result is None:
+            raise self._not_called()
+        shrunk = model_output.logits
+        if shrunk.shape != (*scoring.targets.shape, 1) or shrunk.dtype != scoring.result.logps.dtype:
+            raise NotImplementedError(
+                f"{self._name} turned the log-probabilities from {scoring.result.logps.dtype} of shape "
+                f"{(*scoring.targets.shape, 1)} into {shrunk.dtype} of shape {tuple(shrunk.shape)} on their way out"
+            )
+        model_output.logits = None
+        logps = shrunk.squeeze(-1) * (1 / (_SHRINK * self._transform.scale))
+
+        def spread(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.new_zeros(targets.shape).index_copy(1, columns, values)
+
+        result = scoring.result
+        return HeadOutput(
+            logps=spread(logps),
+            mask=mask,
+            entropy=spread(result.entropy),
+            log_sum_sq_probs=spread(result.log_sum_sq_probs),
+            mean_logits=spread(result.mean_logits),
+            is_top1=spread(result.is_top1),
+            model_output=model_output,
+        )
+
+    def inspect(self, model: nn.Module) -> None:
+        """Find out what the model does to its logits after the output embedding, with a forward of two tokens.
+
+        Called by the first scoring call; call it earlier to have errors earlier. Random number generators are left
+        as they were.
+
+        Raises:
+            NotImplementedError: it is not a scale and a softcap, the same for every vocabulary entry.
+        """
+        device = self._heads[0].weight.device
+        probing = _Probing()
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            self._arm(probing),
+        ):
+            ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+            logits = self._run(model, ids, torch.ones_like(ids)).logits
+        if probing.sent is None:
+            raise self._not_called()
+        self._transform = self._fit(probing.sent.flatten(), logits.flatten())
+
+    def _run(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, **model_kwargs: Any) -> Any:
+        if self._has_use_cache:
+            model_kwargs.setdefault("use_cache", False)
+        return model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **model_kwargs)
+
+    @contextlib.contextmanager
+    def _arm(self, call: _Scoring | _Probing) -> Iterator[None]:
+        self._armed = call
+        try:
+            yield
+        finally:
+            self._armed = None
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The output embedding
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _find_heads(self) -> list[nn.Linear]:
+        """The linear layers that may be called as output embedding: several where PEFT keeps a trained copy."""
+        embedding = self._lm.get_output_embeddings()
+        if embedding is None:
+            raise NotImplementedError(f"{self._name} has no output embedding (get_output_embeddings() gives None)")
+        if isinstance(embedding, ModulesToSaveWrapper):
+            heads = [embedding.original_module, *embedding.modules_to_save.values()]
+        else:
+            heads = [embedding]
+        for head in heads:
+            kind = f"{type(head).__module__}.{type(head).__name__}"
+            if type(head).__module__.startswith("peft."):
+                raise NotImplementedError(
+                    f"{self._name} has a PEFT adapter on its output embedding ({kind}), which is not supported: take "
+                    "it out of target_modules, or name it in modules_to_save to train it whole"
+                )
+            if type(head).forward is not nn.Linear.forward:
+                raise NotImplementedError(
+                    f"the output embedding of {self._name} is a {kind}; only nn.Linear is supported"
+                )
+            if "forward" in vars(head) and _forward_slot(head) == "forward":
+                raise NotImplementedError(
+                    f"the forward of the output embedding of {self._name} was replaced already, by "
+                    f"{head.forward!r}; remove that first"
+                )
+        return heads
+
+    def _swap(self, head: nn.Linear) -> None:
+        def forward(module: nn.Linear, hidden: Tensor) -> Tensor:
+            match self._armed:
+                case _Scoring() as scoring:
+                    return self._score(module, hidden, scoring)
+                case _Probing() as probing:
+                    return self._send_probes(module, probing)
+                case _:
+                    return type(module).forward(module, hidden)
+
+        # A bound method, so that a deep copy of the model computes with its own weights.
+        setattr(head, _forward_slot(head), types.MethodType(forward, head))
+
+    def _score(self, head: nn.Linear, hidden: Tensor, scoring: _Scoring) -> Tensor:
+        """[B, K, H] or [B, T, H] to [B, K, 1]: log-probabilities, shrunk to where any transform is linear."""
+        if scoring.result is not None:
+            raise NotImplementedError(f"{self._name} calls its output embedding more than once in a forward")
+        if isinstance(head.weight, DTensor):
+            raise NotImplementedError(
+                f"the output embedding of {self._name} is sharded ({head.weight.placements}) inside its own forward; "
+                "tensor parallelism is not supported"
+            )
+        batch, kept = scoring.targets.shape
+        expected = kept if self._has_logits_to_keep else scoring.width
+        if hidden.shape[:-1] != (batch, expected):
+            raise NotImplementedError(
+                f"{self._name} gives its output embedding a tensor of shape {tuple(hidden.shape)}, where "
+                f"({batch}, {expected}, {head.in_features}) was expected"
+            )
+        if not self._has_logits_to_keep:
+            hidden = hidden[:, scoring.columns]
+        scoring.result = token_logps(
+            hidden,
+            head.weight,
+            scoring.targets,
+            head.bias,
+            ignore_index=IGNORE_INDEX,
+            logit_scale=scoring.transform.scale,
+            softcap=scoring.transform.softcap,
+            outputs=scoring.outputs,
+        )
+        return (scoring.result.logps * _SHRINK).unsqueeze(-1)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # What the model does to its logits
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _send_probes(self, head: nn.Linear, probing: _Probing) -> Tensor:
+        dtype = torch.promote_types(head.weight.dtype, torch.float32)
+        index = torch.arange(head.out_features, device=head.weight.device) % len(_PROBES)
+        probing.sent = torch.tensor(_PROBES, dtype=dtype, device=index.device)[index]
+        return probing.sent.clone()[None, None]  # a clone: some models write into their logits
+
+    def _fit(self, sent: Tensor, received: Tensor) -> _LogitTransform:
+        if sent.shape != received.shape:
+            raise NotImplementedError(
+                f"{self._name} turns its {sent.numel()} logits into {received.numel()}, which is not supported"
+            )
+        by_probe = [received[i :: len(_PROBES)].double() for i in range(len(_PROBES))]
+        measured = [values[0].item() for values in by_probe]
+        same_everywhere = all(bool((values == values[0]).all()) for values in by_probe)
+        scale = measured[0] / _PROBES[0]
+        if abs(scale - 1) < _PROBE_TOLERANCE:
+            scale = 1.0  # a softcap alone leaves rounding errors
+        saturated = abs(measured[1] - scale * _PROBES[1]) > _PROBE_TOLERANCE * scale * _PROBES[1]
+        transform = _LogitTransform(scale, measured[1] if saturated else None)
+        expected = [_apply(transform, x) for x in _PROBES]
+        # Written so that NaN does not fit.
+        fits = all(abs(m - e) <= _PROBE_TOLERANCE * abs(e) for m, e in zip(measured, expected, strict=True))
+        if not (same_everywhere and fits and scale > 0):
+            if same_everywhere:
+                found = ", ".join(f"{x:g} becomes {m:g}" for x, m in zip(_PROBES, measured, strict=True))
+            else:
+                found = "the same value becomes different ones at different vocabulary entries"
+            raise NotImplementedError(
+                f"what {self._name} does to its logits after the output embedding is not a positive scale, nor a "
+                f"softcap (softcap * tanh(scale * logit / softcap)), nor both: {found}. It is not supported"
+            )
+        return transform
+
+    def _not_called(self) -> NotImplementedError:
+        return NotImplementedError(
+            f"{self._name} did not call its output embedding ({type(self._lm.get_output_embeddings()).__name__}) in "
+            "its forward, so the logits come from elsewhere (a patched forward, such as Liger's, or a weight that is "
+            "used without its module). It is not supported"
+        )
+
+
+def _apply(transform: _LogitTransform, logit: float) -> float:
+    z = torch.tensor(logit, dtype=torch.float64) * transform.scale
+    return float(z if transform.softcap is None else transform.softcap * torch.tanh(z / transform.softcap))
+
+
+def _forward_slot(head: nn.Linear) -> str:
+    """accelerate's device hooks keep a module's own forward under another name, and call it from theirs."""
+    return "_old_forward" if hasattr(head, "_hf_hook") else "forward"

@@ -1,0 +1,712 @@
+"""DPO over ``transformers.Trainer``: its loop, devices, checkpoints, resume, callbacks and reporters, with our loss.
+
+What is added is the loss, the reference model, the metrics, and a check that a run starts where it should.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import tqdm
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import is_torch_bf16_gpu_available
+
+from fastdpo.data import REFERENCE_COLUMNS, TOKEN_COLUMNS, TRUNCATION_MODES, DataSummary, PreferenceCollator, prepare
+from fastdpo.head import IGNORE_INDEX, FusedHead, HeadOutput
+from fastdpo.loss import check_loss_options, preference_loss
+
+# The per-token outputs of the policy that metrics are made of.
+_OUTPUTS = ("entropy", "mean_logits", "is_top1")
+
+# name in the log -> (what is summed over pairs, the sum that it is divided by)
+_METRICS = {
+    "rewards/chosen": ("chosen_reward", "pairs"),
+    "rewards/rejected": ("rejected_reward", "pairs"),
+    "rewards/accuracies": ("accuracy", "pairs"),
+    "rewards/margins": ("margin", "pairs"),
+    "logps/chosen": ("chosen_logp", "pairs"),
+    "logps/rejected": ("rejected_logp", "pairs"),
+    "logits/chosen": ("chosen_logits", "chosen_tokens"),
+    "logits/rejected": ("rejected_logits", "rejected_tokens"),
+    "entropy": ("entropy", "tokens"),
+    "mean_token_accuracy": ("chosen_top1", "chosen_tokens"),
+    "aux_loss": ("aux_loss", "pairs"),
+}
+
+
+@dataclass
+class DPOConfig(TrainingArguments):
+    """Training arguments of :class:`DPOTrainer`: those of ``transformers.TrainingArguments``, and these.
+
+    Names and defaults are those of TRL's ``DPOConfig``, except:
+
+    - ``bf16``: on where there is an accelerator that computes in it, and off on a CPU (TRL: on everywhere, which
+      raises on a CPU unless ``use_cpu`` is given).
+    - ``include_num_input_tokens_seen``: ``non_padding``, for the metric ``num_tokens`` to survive a resume.
+    - ``loss_type``: one loss; ``label_smoothing`` belongs to ``sigmoid`` (cDPO). TRL's ``sigmoid`` ignores it.
+
+    An option that has no effect with the others raises ``ValueError``.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "Log every X update steps; below 1, X is a share of all steps."},
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Recompute activations in the backward pass, to save memory. On by default."},
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Mixed precision in bfloat16. By default on where the accelerator computes in bfloat16."},
+    )
+    include_num_input_tokens_seen: str | bool = field(
+        default="non_padding",
+        metadata={"help": "Which tokens num_tokens counts: all, non_padding, or no for no such metric."},
+    )
+
+    beta: float = field(
+        default=0.1,
+        metadata={"help": "Strength of the KL constraint: higher stays closer to the reference. IPO's tau."},
+    )
+    loss_type: str = field(default="sigmoid", metadata={"help": "sigmoid (DPO), hinge (SLiC) or ipo."})
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "sigmoid only: the chance that a label is flipped (conservative DPO), in [0, 0.5)."},
+    )
+
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Most tokens of prompt and completion together; the rest is cut. None: no limit."},
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata={"help": "Which end of a sequence that is too long to keep.", "choices": list(TRUNCATION_MODES)},
+    )
+    pad_token: str | None = field(
+        default=None,
+        metadata={"help": "Token to pad with. By default the tokenizer's, or else its end-of-sequence token."},
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Round the length of a batch up to a multiple of this."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes to tokenize with."})
+
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={"help": "Compute the reference's log-probabilities once, before training, and free the reference."},
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Pairs a device for precompute_ref_log_probs. By default as for training and evaluation."},
+    )
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "JSON, arguments of from_pretrained for a model given by name; dtype is float32 by default."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that comes with the model or the tokenizer."}
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={"help": "Mixture of experts: weight of the load-balancing loss. By default the model's; 0 for none."},
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set every dropout of the policy and the reference to 0."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, (list, tuple)):
+            if len(self.loss_type) != 1:
+                raise ValueError(f"loss_type is {self.loss_type}; it should name one loss: mixes are not available")
+            self.loss_type = self.loss_type[0]
+        check_loss_options(self.loss_type, self.beta, self.label_smoothing, None)
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise ValueError(
+                f"truncation_mode is {self.truncation_mode!r}; it should be one of {', '.join(TRUNCATION_MODES)}"
+            )
+        for name in ("max_length", "pad_to_multiple_of", "dataset_num_proc", "precompute_ref_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it should be at least 1, or None")
+        if self.precompute_ref_batch_size is not None and not self.precompute_ref_log_probs:
+            raise ValueError(
+                f"precompute_ref_batch_size is {self.precompute_ref_batch_size}, but precompute_ref_log_probs is off: "
+                "turn it on, or leave the batch size out"
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, but it is cross-entropy's and DPO has "
+                "none; label_smoothing is the chance that a preference is flipped"
+            )
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        # transformers calls it activation_checkpointing, and warns about the older name that everyone's scripts use.
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing is not False
+        super().__post_init__()
+
+
+class DPOTrainer(Trainer):
+    """Trains ``model`` on preference pairs with a DPO loss.
+
+    Rows have ``chosen``, ``rejected`` and, unless these begin with it, ``prompt``, as strings or as message lists; or
+    they are tokenised already (``prompt_ids``, ``chosen_ids``, ``rejected_ids``) and taken as they are. Rows with
+    ``ref_chosen_logps`` and ``ref_rejected_logps`` (the reference's log-probabilities, summed over each completion)
+    need no reference model.
+
+    Otherwise the reference is ``ref_model``; or, for a PEFT model, the model with its adapters off; or a second copy
+    of ``model`` as it is now. With ``args.precompute_ref_log_probs`` it is asked once, before training, and freed.
+
+    Logged, under TRL's names, over all that was seen since the last time, and with ``eval_`` before them in
+    evaluation: ``rewards/chosen``, ``rewards/rejected``, ``rewards/accuracies``, ``rewards/margins``,
+    ``logps/chosen``, ``logps/rejected`` (means over pairs); ``logits/chosen``, ``logits/rejected``, ``entropy``
+    (means over completion tokens); ``mean_token_accuracy`` (over the chosen tokens); ``aux_loss`` (mixtures of
+    experts); ``num_tokens`` (in training, all so far).
+
+    The loss and its gradient are the mean over all pairs of an optimiser step, however these are split into
+    micro-batches and devices.
+
+    Args:
+        model: a name or path, or a causal language model, or one with a PEFT adapter.
+        ref_model: the reference. By default see above.
+        args: by default ``DPOConfig("<model>-DPO")``.
+        data_collator: by default ``fastdpo.data.PreferenceCollator``, whose batches another one must also make.
+        train_dataset, eval_dataset: ``datasets.Dataset``; for evaluation also a dict of them.
+        processing_class: the tokenizer; by default the one that was saved with the model.
+        callbacks, optimizers: as for ``Trainer``.
+        peft_config: puts a new adapter on ``model``.
+
+    Attributes:
+        data_summaries: what :func:`fastdpo.data.prepare` said about each dataset that it tokenised, by name.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be, or contradicts another.
+        NotImplementedError: the model or the setup is not supported; the message names it.
+        fastdpo.data.DataError: the dataset cannot be used.
+    """
+
+    # compute_loss divides by the pairs of the accumulation window.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | PeftModel | None = None,
+        args: DPOConfig | None = None,
+        *,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path or model.config.model_type
+            args = DPOConfig(f"{name.rstrip('/').split('/')[-1]}-DPO")
+        _check_arguments(model, ref_model, args, train_dataset, processing_class, peft_config)
+
+        set_seed(args.seed)  # a new adapter is random
+        name = model if isinstance(model, str) else None
+        model = _load(name, args) if name else model
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        has_reference_columns = set(REFERENCE_COLUMNS) <= set(train_dataset.column_names)
+        if ref_model is None and not has_reference_columns and not args.precompute_ref_log_probs:
+            if isinstance(model, PeftModel):
+                _check_adapters_are_neutral(model, args)
+            else:
+                ref_model = _load(name, args) if name else copy.deepcopy(model)
+        for network in (model, ref_model):
+            if network is not None and args.disable_dropout:
+                disable_dropout(network)
+
+        self._processing_class_source = name or model.config._name_or_path
+        self.data_summaries: dict[str, DataSummary] = {}
+        if processing_class is None:
+            processing_class = _find_tokenizer(
+                self._processing_class_source, args, needed=not _is_tokenised(train_dataset)
+            )
+        if data_collator is None:
+            data_collator = PreferenceCollator(
+                pad_token_id=_pad_token_id(model, processing_class, args.pad_token),
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+            )
+        train_dataset = self._prepare(train_dataset, "train", processing_class, args)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {key: self._prepare(rows, key, processing_class, args) for key, rows in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._prepare(eval_dataset, "eval", processing_class, args)
+
+        self._head = FusedHead(model)
+        if not _weights_come_later(args):
+            self._head.inspect(model)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._check_distribution(ref_model)
+        self._aux_loss_coef = _aux_loss_coef(model, args)
+        self._sums: dict[str, Tensor] | None = None
+        self._eval_sums: dict[str, Tensor] | None = None
+        self._start_is_checked = False
+        self._reference_is_cached = has_reference_columns or args.precompute_ref_log_probs
+        self.ref_model, self._ref_head = None, None
+        if ref_model is not None:
+            ref_model.requires_grad_(False).eval()
+            self._ref_head = FusedHead(ref_model)
+            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+            # Evaluation before training asks accelerate whether it prepared a model, and means the policy.
+            self.accelerator._models.remove(self.ref_model)
+        if args.precompute_ref_log_probs:
+            self._precompute_reference()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Data
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _prepare(
+        self, dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig
+    ) -> Dataset:
+        if not isinstance(dataset, Dataset):
+            raise TypeError(f"the {name} dataset is a {type(dataset).__name__}; it should be a datasets.Dataset")
+        if _is_tokenised(dataset):
+            return dataset
+        if tokenizer is None:
+            tokenizer = _find_tokenizer(self._processing_class_source, args, needed=True)
+        with args.main_process_first(desc=f"tokenizing the {name} dataset"):
+            dataset, self.data_summaries[name] = prepare(
+                dataset,
+                tokenizer,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                num_proc=args.dataset_num_proc,
+            )
+        return dataset
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """As ``Trainer``'s; takes raw rows as well."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepare(eval_dataset, "evaluate", self.processing_class, self.args)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # What Trainer keeps of the rows; its own guess is what the model's forward takes.
+        self._signature_columns = [*TOKEN_COLUMNS, *REFERENCE_COLUMNS]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The micro-batches of an optimiser step, and how many pairs all of them have, on all devices."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        pairs = torch.tensor(sum(batch["input_ids"].shape[0] // 2 for batch in batches), device=device)
+        return batches, self.accelerator.gather(pairs).sum()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The reference
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _reference_logps(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """[B] and [B], without a gradient."""
+        if all(name in inputs for name in REFERENCE_COLUMNS):
+            return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        if self._reference_is_cached:
+            raise ValueError(
+                "this dataset has no columns ref_chosen_logps and ref_rejected_logps, and there is no reference model "
+                "to compute them: they were cached for train_dataset and eval_dataset, and the reference freed. Give "
+                "the dataset to DPOTrainer as eval_dataset, or train with precompute_ref_log_probs=False"
+            )
+        with torch.no_grad():
+            if self.ref_model is not None:
+                return _sum_pairs(self._score(self._ref_head, self.ref_model, inputs))
+            with self.accelerator.unwrap_model(model).disable_adapter(), _evaluating(model):
+                return _sum_pairs(self._score(self._head, model, inputs))
+
+    def _precompute_reference(self) -> None:
+        """Puts the reference's log-probabilities into the datasets, and lets the reference go."""
+        train_size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+        eval_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+        self.train_dataset = self._with_reference_columns(self.train_dataset, "train", train_size)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {
+                name: self._with_reference_columns(rows, name, eval_size) for name, rows in self.eval_dataset.items()
+            }
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._with_reference_columns(self.eval_dataset, "eval", eval_size)
+        if self._ref_head is not None:
+            self._ref_head.remove()
+        self.ref_model, self._ref_head = None, None
+
+    def _with_reference_columns(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        loader = self.accelerator.prepare(
+            DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
+        )
+        head, model = (self._head, self.model) if self.ref_model is None else (self._ref_head, self.ref_model)
+        logps: dict[str, list[np.ndarray]] = {column: [] for column in REFERENCE_COLUMNS}
+        with torch.no_grad(), self.accelerator.autocast(), _evaluating(model):
+            for inputs in tqdm(loader, desc=f"Reference log-probabilities of the {name} dataset"):
+                pair = self.accelerator.gather_for_metrics(_sum_pairs(self._score(head, model, inputs)))
+                for column, values in zip(REFERENCE_COLUMNS, pair, strict=True):
+                    logps[column].append(values.cpu().numpy())
+        for column, values in logps.items():
+            dataset = dataset.add_column(column, np.concatenate(values))
+        return dataset
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The loss
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _score(
+        self, head: FusedHead, model: nn.Module, inputs: dict[str, Tensor], outputs: tuple[str, ...] = (), **kwargs: Any
+    ) -> HeadOutput:
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
+        return head(model, inputs["input_ids"], inputs["attention_mask"], labels, outputs=outputs, **kwargs)
+
+    def _pair_losses(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each pair [B], and what metrics are made of, each detached, [B]."""
+        # The reference goes first: what the policy keeps for its backward is then not yet there.
+        ref_chosen, ref_rejected = self._reference_logps(model, inputs)
+        kwargs = {"output_router_logits": True} if self._aux_loss_coef else {}
+        out = self._score(self._head, model, inputs, _OUTPUTS, **kwargs)
+        chosen, rejected = _sum_pairs(out)
+        chosen_tokens, rejected_tokens = out.mask.sum(-1).chunk(2)
+        losses, chosen_rewards, rejected_rewards = preference_loss(
+            chosen,
+            rejected,
+            ref_chosen,
+            ref_rejected,
+            self.args.beta,
+            self.args.label_smoothing,
+            loss_type=self.args.loss_type,
+            chosen_lengths=chosen_tokens,
+            rejected_lengths=rejected_tokens,
+        )
+        chosen_logits, rejected_logits = out.mean_logits.sum(-1).chunk(2)
+        chosen_entropy, rejected_entropy = out.entropy.sum(-1).chunk(2)
+        sums = {
+            "pairs": torch.ones_like(chosen),
+            "tokens": chosen_tokens + rejected_tokens,
+            "chosen_tokens": chosen_tokens,
+            "rejected_tokens": rejected_tokens,
+            "chosen_reward": chosen_rewards,
+            "rejected_reward": rejected_rewards,
+            "accuracy": chosen_rewards > rejected_rewards,
+            "margin": chosen_rewards - rejected_rewards,
+            "chosen_logp": chosen,
+            "rejected_logp": rejected,
+            "chosen_logits": chosen_logits,
+            "rejected_logits": rejected_logits,
+            "entropy": chosen_entropy + rejected_entropy,
+            "chosen_top1": out.is_top1.sum(-1).chunk(2)[0],
+        }
+        if self._aux_loss_coef:
+            losses = losses + self._aux_loss_coef * out.model_output.aux_loss
+            sums["aux_loss"] = out.model_output.aux_loss.expand_as(losses)
+        sums["loss"] = losses
+        return losses, {name: values.detach().double() for name, values in sums.items()}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a training micro-batch: its share of the mean over ``num_items_in_batch`` pairs.
+
+        With ``return_outputs`` also what metrics are made of, each [B].
+        """
+        losses, per_pair = self._pair_losses(model, inputs)
+        if not self._start_is_checked:
+            self._start_is_checked = True
+            if self.state.global_step == 0:
+                self._check_start(per_pair)
+        self._sums = _add(self._sums, {name: values.sum() for name, values in per_pair.items()})
+        if num_items_in_batch is None:
+            loss = losses.mean()
+        else:
+            # DDP and its kind take the mean of the devices' gradients, where the sum is wanted.
+            loss = losses.sum() * (self.accelerator.num_processes / num_items_in_batch)
+        return (loss, per_pair) if return_outputs else loss
+
+    def _check_start(self, per_pair: dict[str, Tensor]) -> None:
+        """Warns unless policy and reference agree, as they should before the first update."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, self.model.dtype)
+        # The same sums over the same numbers; the order may differ where another batch had other padding.
+        tolerance = max(4 * torch.finfo(dtype).eps, 1e-5)
+        logp = torch.maximum(per_pair["chosen_logp"].abs(), per_pair["rejected_logp"].abs())
+        reward = torch.maximum(per_pair["chosen_reward"].abs(), per_pair["rejected_reward"].abs())
+        allowed = self.args.beta * tolerance * logp.clamp(min=1)
+        if bool((reward <= allowed).all()):
+            return
+        worst = int((reward / allowed).argmax())
+        expected = {"sigmoid": "ln 2 = 0.6931", "hinge": "1", "ipo": f"1/(2 beta)^2 = {0.25 / self.args.beta**2:g}"}
+        warnings.warn(
+            "policy and reference do not agree before the first update: a pair has the rewards "
+            f"{per_pair['chosen_reward'][worst]:.3g} (chosen) and {per_pair['rejected_reward'][worst]:.3g} (rejected), "
+            f"which should be 0, and the loss is {per_pair['loss'].mean():.4f}, which should be "
+            f"{expected[self.args.loss_type]}. Likely causes: ref_model, or the ref_*_logps columns, belong to another "
+            "model than the one being trained (no fault if you mean it); dropout is active (disable_dropout=False, or "
+            "a model that takes it from its config); policy and reference differ in dtype or attention "
+            "implementation; an adapter that does not start at zero.",
+            stacklevel=2,
+        )
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The loss of an evaluation batch. There are no logits to return."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses, per_pair = self._pair_losses(model, inputs)
+        # Pair by pair, because the last batch repeats pairs to give every process as many, and these are cut off here.
+        gathered = self.accelerator.gather_for_metrics(torch.stack(list(per_pair.values()), dim=-1)).sum(0)
+        self._eval_sums = _add(self._eval_sums, dict(zip(per_pair, gathered, strict=True)))
+        return losses.mean(), None, None
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Metrics
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As ``Trainer``'s; adds the metrics since the last time to the training loss."""
+        if "loss" in logs and self._sums is not None:
+            sums = self.accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")
+            logs.update(_means(dict(zip(self._sums, sums.tolist(), strict=True))))
+            if self.args.include_num_input_tokens_seen != "no":
+                logs["num_tokens"] = self.state.num_input_tokens_seen
+            self._sums = None
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As ``Trainer``'s; adds the metrics, so that one of them can choose the best checkpoint."""
+        self._eval_sums = None
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        if self._eval_sums is not None:
+            sums = {name: total.item() for name, total in self._eval_sums.items()}
+            # Trainer's own mean counts a short batch of several processes as a full one.
+            metrics = {"loss": sums["loss"] / sums["pairs"], **_means(sums)}
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def _check_distribution(self, ref_model: nn.Module | None) -> None:
+        if self.args.n_gpu > 1:
+            raise NotImplementedError(
+                f"{self.args.n_gpu} devices are visible to one process, for which Trainer uses nn.DataParallel. Start "
+                "one process per device (torchrun, accelerate launch), or show it one (CUDA_VISIBLE_DEVICES)"
+            )
+        kind = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None
+        if kind and (ref_model is not None or self.args.precompute_ref_log_probs):
+            raise NotImplementedError(
+                f"a reference model, or precompute_ref_log_probs, is not supported with {kind} yet. Give the dataset "
+                "the columns ref_chosen_logps and ref_rejected_logps, or train an adapter (peft_config), for which "
+                "the reference is the model without it"
+            )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout in ``model`` to 0: the modules', and what layers keep as numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "pdrop" in name or "layerdrop" in name):
+                setattr(module, name, 0.0)
+
+
+def _check_arguments(
+    model: Any, ref_model: Any, args: Any, train_dataset: Any, processing_class: Any, peft_config: Any
+) -> None:
+    """Raises for what can be told from the arguments alone, before anything is loaded."""
+    if not isinstance(args, DPOConfig):
+        raise TypeError(f"args is a {type(args).__name__}; it should be a fastdpo DPOConfig")
+    if not isinstance(model, (str, PreTrainedModel, PeftModel)):
+        raise TypeError(
+            f"model is a {type(model).__name__}; it should be a name or path, a PreTrainedModel or a PeftModel"
+        )
+    if not isinstance(model, str) and args.model_init_kwargs is not None:
+        raise ValueError(
+            f"model_init_kwargs is {args.model_init_kwargs}, but model is loaded already; pass its name, or leave "
+            "model_init_kwargs out"
+        )
+    if ref_model is not None and not isinstance(ref_model, (PreTrainedModel, PeftModel)):
+        raise TypeError(f"ref_model is a {type(ref_model).__name__}; it should be a PreTrainedModel or a PeftModel")
+    if ref_model is not None and ref_model is model:
+        raise ValueError(
+            "ref_model is the same object as model, and would be trained with it; leave it out for a copy of model"
+        )
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"peft_config is a {type(peft_config).__name__}; it should be a peft.PeftConfig")
+    if peft_config is not None and isinstance(model, PeftModel):
+        raise ValueError(
+            "peft_config is given, but model has an adapter already; leave peft_config out to train that one, or "
+            "merge it first (merge_and_unload)"
+        )
+    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(f"processing_class is a {type(processing_class).__name__}; it should be a tokenizer")
+    if not isinstance(train_dataset, Dataset):
+        raise TypeError(f"train_dataset is a {type(train_dataset).__name__}; it should be a datasets.Dataset")
+    given = [name for name in REFERENCE_COLUMNS if name in train_dataset.column_names]
+    if len(given) == 1:
+        raise ValueError(f"train_dataset has the column {given[0]} alone; it should have both, or neither")
+    if given and (ref_model is not None or args.precompute_ref_log_probs):
+        raise ValueError(
+            "train_dataset has the columns ref_chosen_logps and ref_rejected_logps, which are the reference; remove "
+            "them, or leave out ref_model and precompute_ref_log_probs"
+        )
+
+
+def _load(name: str, args: DPOConfig) -> PreTrainedModel:
+    # float32 weights: steps of 1e-6 are lost in bfloat16 ones.
+    kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+
+
+def _find_tokenizer(source: str, args: DPOConfig, *, needed: bool) -> PreTrainedTokenizerBase | None:
+    if not source:
+        if needed:
+            raise ValueError(
+                "processing_class is None, and model was not loaded from a folder or the Hub, so that no tokenizer "
+                "can be found; it should be the model's tokenizer"
+            )
+        return None
+    try:
+        revision = (args.model_init_kwargs or {}).get("revision", "main")
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError):
+        if needed:
+            raise
+        return None
+
+
+def _pad_token_id(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, pad_token: str | None) -> int:
+    if tokenizer is None:
+        if pad_token is not None:
+            raise ValueError(f"pad_token is {pad_token!r}, but there is no tokenizer to look it up in")
+        pad_id = model.config.pad_token_id
+        return 0 if pad_id is None else pad_id  # attention_mask hides it, whichever it is
+    if pad_token is None:
+        pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if pad_token not in tokenizer.get_vocab():
+        raise ValueError(f"pad_token is {pad_token!r}, which is not in the tokenizer's vocabulary")
+    tokenizer.pad_token = pad_token
+    return tokenizer.pad_token_id
+
+
+def _is_tokenised(dataset: Dataset) -> bool:
+    return set(TOKEN_COLUMNS) <= set(dataset.column_names)
+
+
+def _weights_come_later(args: DPOConfig) -> bool:
+    """With ZeRO-3 and FSDP, processes may hold nothing of the model before the training loop has sharded it."""
+    return bool(is_deepspeed_zero3_enabled() or args.fsdp or is_fsdp_enabled())
+
+
+def _check_adapters_are_neutral(model: PeftModel, args: DPOConfig) -> None:
+    """With a trained adapter, the model without it is not where training starts, and so not its reference."""
+    if _weights_come_later(args):
+        return  # the check at the first step finds out
+    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    with torch.no_grad(), _evaluating(model):
+        with_adapters = model(input_ids=ids).logits
+        with model.disable_adapter():
+            without = model(input_ids=ids).logits
+    # A new adapter may round differently (DoRA divides by a norm that is 1), by some units of the last place.
+    tolerance = 64 * torch.finfo(without.dtype).eps * without.abs().max()
+    if (with_adapters - without).abs().max() > tolerance:
+        raise ValueError(
+            "model has an adapter that was trained already, so the model without it is not the policy that this "
+            "training starts from. Give ref_model (the base model with a second copy of the adapter), or set "
+            "precompute_ref_log_probs=True (the reference is then the policy as it is now), or merge the adapter "
+            "(merge_and_unload) and give a new peft_config"
+        )
+
+
+def _aux_loss_coef(model: PreTrainedModel | PeftModel, args: DPOConfig) -> float:
+    config = model.config.get_text_config()
+    if not hasattr(config, "output_router_logits"):
+        if args.router_aux_loss_coef:
+            raise ValueError(
+                f"router_aux_loss_coef is {args.router_aux_loss_coef}, but a {config.model_type} has no load-balancing "
+                "loss; leave it out"
+            )
+        return 0.0
+    if args.router_aux_loss_coef is not None:
+        return args.router_aux_loss_coef
+    return getattr(config, "router_aux_loss_coef", 0.0)
+
+
+def _sum_pairs(out: HeadOutput) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the chosen and of the rejected completions, [B] each."""
+    chosen, rejected = out.logps.sum(-1).chunk(2)
+    return chosen, rejected
+
+
+def _add(total: dict[str, Tensor] | None, addend: dict[str, Tensor]) -> dict[str, Tensor]:
+    return addend if total is None else {name: total[name] + value for name, value in addend.items()}
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    return {
+        name: sums[over] / sums[weight] for name, (over, weight) in _METRICS.items() if over in sums and sums[weight]
+    }
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,181 @@
+"""The same data, models and seeds through TRL's DPOTrainer and ours: the same losses, gradients and metrics."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from tiny_models import make_model
+from torch import Tensor, nn
+from toy_data import chat_rows, make_tokenizer, text_rows
+from transformers import PreTrainedModel, TrainerCallback
+
+import fastdpo
+
+# Ten float32 updates by two programs that add in different orders.
+RTOL = 1e-4
+# Metrics that are differences of log-probabilities of about 300, in float32.
+REWARD_ATOL = 300 * 4 * torch.finfo(torch.float32).eps
+
+PAIR_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
+COUNTS = ("rewards/accuracies", "num_tokens")
+TOKEN_METRICS = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads cost more than they give on models as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+class GradientRecorder(TrainerCallback):
+    """Keeps each optimiser step's gradients."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def train(
+    library: Any, output_dir: Path, model: PreTrainedModel, rows: list[dict[str, Any]], tokenizer: Any, **options: Any
+) -> tuple[list[dict[str, float]], list[dict[str, Tensor]]]:
+    """The log entries of the optimiser steps, and their gradients."""
+    defaults = {
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "optim": "sgd",
+        "learning_rate": 1e-4,
+        "max_grad_norm": 0.0,
+        "beta": 0.2,
+        "max_steps": 10,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    recorder = GradientRecorder()
+    model = copy.deepcopy(model)
+    trainer = library.DPOTrainer(
+        model,
+        copy.deepcopy(model),
+        library.DPOConfig(str(output_dir), **(defaults | options)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[recorder],
+    )
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry], recorder.steps
+
+
+def assert_same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
+    assert got.keys() == expected.keys()
+    # Some gradients are zero but for rounding, such as those of a key's bias under softmax.
+    largest = max(gradient.norm() for gradient in expected.values())
+    for name, gradient in expected.items():
+        difference = (got[name] - gradient).norm()
+        assert difference <= RTOL * gradient.norm() + torch.finfo(torch.float32).eps * largest, (where, name)
+
+
+def assert_same_run(ours: tuple, theirs: tuple, metrics: tuple[str, ...]) -> None:
+    for step, (got, expected) in enumerate(zip(ours[0], theirs[0], strict=True)):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=RTOL), f"step {step}"
+        for name in metrics:
+            tolerance = {"rel": RTOL, "abs": REWARD_ATOL}
+            assert got[name] == pytest.approx(expected[name], **tolerance), f"step {step}: {name}"
+    for step, (got, expected) in enumerate(zip(ours[1], theirs[1], strict=True)):
+        assert_same_gradients(got, expected, f"step {step}")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rows"),
+    [("llama", text_rows()), ("qwen2", chat_rows()), ("mistral", text_rows()), ("gemma2", chat_rows())],
+    ids=["llama", "qwen2", "mistral", "gemma2"],
+)
+def test_ten_steps_are_trls(tmp_path, tokenizer, model_type, rows):
+    model = make_model(model_type, num_hidden_layers=3)
+    theirs = train(trl, tmp_path, model, rows, tokenizer)
+    ours = train(fastdpo, tmp_path, model, rows, tokenizer)
+    assert len(theirs[0]) == len(theirs[1]) == 10
+    # The run must have gone somewhere, and not so far that nothing is left to learn, or equality says little.
+    assert all(entry["loss"] > 0.05 for entry in theirs[0])
+    assert max(abs(entry["rewards/margins"]) for entry in theirs[0]) > 0.1
+    assert_same_run(ours, theirs, PAIR_METRICS + COUNTS + TOKEN_METRICS)
+
+
+@pytest.mark.parametrize("loss_type", ["ipo", "hinge"])
+def test_other_losses_are_trls(tmp_path, tokenizer, loss_type):
+    model = make_model("llama", num_hidden_layers=3)
+    options = {"loss_type": loss_type, "max_steps": 4}
+    theirs = train(trl, tmp_path, model, text_rows(), tokenizer, **options)
+    ours = train(fastdpo, tmp_path, model, text_rows(), tokenizer, **options)
+    assert_same_run(ours, theirs, PAIR_METRICS + COUNTS + TOKEN_METRICS)
+
+
+def test_accumulation_over_even_micro_batches_is_trls(tmp_path, tokenizer):
+    model = make_model("llama", num_hidden_layers=3)
+    options = {"gradient_accumulation_steps": 2, "max_steps": 4}
+    theirs = train(trl, tmp_path, model, text_rows(), tokenizer, **options)
+    ours = train(fastdpo, tmp_path, model, text_rows(), tokenizer, **options)
+    # TRL's means over tokens are means of the micro-batches' means; ours are over all tokens of the step.
+    assert_same_run(ours, theirs, PAIR_METRICS + COUNTS)
+
+
+def test_truncated_rows_are_trls(tmp_path, tokenizer):
+    model = make_model("llama", num_hidden_layers=3)
+    options = {"max_length": 56, "max_steps": 4}
+    theirs = train(trl, tmp_path, model, text_rows(), tokenizer, **options)
+    ours = train(fastdpo, tmp_path, model, text_rows(), tokenizer, **options)
+    assert (
+        theirs[0][0]["num_tokens"]
+        < train(trl, tmp_path, model, text_rows(), tokenizer, max_steps=1)[0][0]["num_tokens"]
+    )
+    assert_same_run(ours, theirs, PAIR_METRICS + COUNTS + TOKEN_METRICS)
+
+
+def test_load_balancing_loss_is_trls(tmp_path, tokenizer):
+    model = make_model("mixtral", num_hidden_layers=3)
+    options = {"router_aux_loss_coef": 0.1, "max_steps": 3}
+    theirs = train(trl, tmp_path, model, text_rows(), tokenizer, **options)
+    ours = train(fastdpo, tmp_path, model, text_rows(), tokenizer, **options)
+    assert_same_run(ours, theirs, (*PAIR_METRICS, "aux_loss"))
+
+
+def test_where_trl_weighs_uneven_micro_batches_wrongly(tmp_path, tokenizer):
+    """Four pairs as three and one: TRL takes the mean of the two means, and so counts the one pair three times."""
+    model, rows = make_model("llama", num_hidden_layers=3), text_rows(4)
+    # Two steps: the first loss is ln 2 for every pair, however weighted.
+    whole = {"per_device_train_batch_size": 4, "max_steps": 2}
+    parts = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 2}
+    expected = train(trl, tmp_path, model, rows, tokenizer, **whole)
+    assert_same_run(train(fastdpo, tmp_path, model, rows, tokenizer, **parts), expected, PAIR_METRICS + COUNTS)
+    theirs = train(trl, tmp_path, model, rows, tokenizer, **parts)
+    with pytest.raises(AssertionError):
+        assert_same_gradients(theirs[1][0], expected[1][0], "step 0")
+    assert theirs[0][1]["loss"] != pytest.approx(expected[0][1]["loss"], rel=RTOL)
+
+
+def test_where_trl_leaves_dropout_on(tmp_path, tokenizer):
+    """Layers that keep their dropout as a number, as Llama's attention does, escape TRL's disable_dropout."""
+    model = make_model("llama", attention_dropout=0.3)
+    theirs, _ = train(trl, tmp_path, model, text_rows(), tokenizer, max_steps=1)
+    ours, _ = train(fastdpo, tmp_path, model, text_rows(), tokenizer, max_steps=1)
+    assert theirs[0]["loss"] != pytest.approx(math.log(2), abs=1e-3)
+    assert ours[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
