@@ -17,19 +17,22 @@
 namespace fastdpo {
 
 // N rows (tokens), H hidden units, V vocabulary entries. C is the compute type: float64 for float64 inputs, else
-// float32. O, the operand type, is the inputs' type, but float32 for float16, whose range cannot hold exp(40).
+// float32. O, the operand type, is the inputs' type, but float32 for float16, whose range cannot hold exp(32).
 //
 // forward returns
 //   logps            [N] C      log-probability of the target; 0 where ignored
 //   row_state        [3, N] C   kRowExponent, kRowNorm, kRowTargetWeight below; (0, 1, 0) where ignored
 //   direction        [N, H] C   d logp / d hidden; 0 where ignored; [0, H] unless need_direction
-//   retained         [R, V] O   gradient operand of the first R scored rows; R = min(N, retain_bytes / (V * sizeof(O)))
+//   retained         [R, V] O   gradient operand of the first R scored rows; R = min(N, retain_bytes / (V *
+//   sizeof(O))).
+//                               For the same back end's backward alone, which may keep its own number at the target.
 //   entropy, log_sum_sq_probs, mean_logits [N] C and is_top1 [N] bool; [0] unless asked for
 //
 // num_scored is the number of targets that are not ignore_index, or -1 when the caller does not know it: the CPU
 // counts for itself; a CUDA op needs one host synchronisation to learn it, and under stream capture computes all rows.
 //
-// backward returns grad_hidden [N, H], grad_weight [V, H], grad_bias [V] in the inputs' types; [0] where not needed.
+// backward returns grad_hidden [N, H], grad_weight [V, H], grad_bias [V] in the inputs' types; [0, H] and [0]
+// where not needed.
 constexpr const char* kForwardSchema =
     "token_logps_forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, *, int ignore_index, "
     "int num_scored, float logit_scale, float softcap, float temperature, bool need_direction, int retain_bytes, "
@@ -45,9 +48,9 @@ constexpr const char* kBackwardSchema =
 //   grad_weight = sum_t c_t target_weight_t e_y(t) h_t^T - sum_t (c_t slope / norm_t) operand_t h_t^T
 enum RowState : int { kRowExponent = 0, kRowNorm = 1, kRowTargetWeight = 2, kRowStates = 3 };
 
-// A row's exponent is raised when some z_j - exponent passes this. exp(40)^2 times any vocabulary stays far inside
-// float32 and bfloat16 (exp(88)), so sums of squares need no second rule.
-constexpr double kMaxExponentGap = 40.0;
+// A row's exponent is raised when some z_j - exponent passes this. exp(32)^2 times 2^31 entries is 1.3e37, inside
+// float32 and bfloat16 (3.4e38), so sums of squares need no second rule.
+constexpr double kMaxExponentGap = 32.0;
 
 // z = softcap * tanh(logit_scale * (h.w + b) / softcap) / temperature; softcap == 0 means none.
 template <typename T>

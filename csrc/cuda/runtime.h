@@ -1,0 +1,38 @@
+// What the orchestration needs of its device besides kernels and products. Free of torch; the tests replace it.
+#pragma once
+
+#include <cstdint>
+
+namespace fastdpo::cuda {
+
+// How much the orchestration may use at once.
+struct Limits {
+  int64_t workspace_bytes;
+  int64_t forward_rows;
+  int64_t backward_rows;
+  int64_t chunk_multiple;
+};
+Limits limits();
+
+// While it lives, `device` is the current one, for torch and for the library's own CUDA runtime, which is linked
+// statically and keeps its own notion of it. Throws when `device` is none that kernels can run on.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device);
+  ~DeviceScope();
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  void* torch_guard_ = nullptr;
+};
+
+void* current_stream(int device);
+
+// Whether work queued on `stream` is being recorded into a graph, where nothing may be waited for.
+bool is_capturing(void* stream);
+
+// Copies to host memory and waits for it.
+void copy_to_host(void* to, const void* from, int64_t bytes, void* stream);
+
+}  // namespace fastdpo::cuda

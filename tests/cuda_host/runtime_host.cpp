@@ -1,0 +1,20 @@
+// csrc/cuda/runtime.h for the host: nothing is queued, and a test may choose small blocks and pretend to be captured.
+#include "runtime_host.h"
+
+#include <cstring>
+
+namespace fastdpo::cuda {
+
+HostSettings& host_settings() {
+  static HostSettings settings;
+  return settings;
+}
+
+Limits limits() { return host_settings().limits; }
+DeviceScope::DeviceScope(int) {}
+DeviceScope::~DeviceScope() { (void)torch_guard_; }
+void* current_stream(int) { return nullptr; }
+bool is_capturing(void*) { return host_settings().capturing; }
+void copy_to_host(void* to, const void* from, int64_t bytes, void*) { std::memcpy(to, from, bytes); }
+
+}  // namespace fastdpo::cuda

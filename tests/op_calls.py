@@ -1,0 +1,191 @@
+"""The ops called without the Python front end, and their results held against the float64 oracle.
+
+For tests of a back end by itself: ``ops`` is ``torch.ops.fastdpo`` or a namespace with the same two ops.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from oracle import SMALLEST, assert_within, compute_rounding, oracle
+from torch import Tensor
+
+from fastdpo import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+EXTRAS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+@dataclass
+class Case:
+    """One call: inputs, the model's options as the reference names them, and dL/dlogps."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    grad_logps: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        compute = torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+        if self.grad_logps is None:
+            generator = torch.Generator().manual_seed(1)
+            values = torch.randn(self.targets.numel(), generator=generator, dtype=torch.float64)
+            self.grad_logps = values.to(self.hidden.device, compute)
+
+    @property
+    def ignore_index(self) -> int:
+        return self.options.get("ignore_index", -100)
+
+    @property
+    def scored(self) -> Tensor:
+        return self.targets != self.ignore_index
+
+    def scalars(self, num_scored: int) -> dict[str, Any]:
+        return {
+            "ignore_index": self.ignore_index,
+            "num_scored": num_scored,
+            "logit_scale": self.options.get("logit_scale", 1.0),
+            "softcap": self.options.get("softcap") or 0.0,
+            "temperature": self.options.get("temperature", 1.0),
+        }
+
+
+def random_case(
+    seed: int,
+    n: int,
+    h: int,
+    v: int,
+    dtype: torch.dtype,
+    *,
+    bias: torch.dtype | None = None,
+    spread: float = 1.0,
+    ignored: float = 0.3,
+    device: str = "cpu",
+    **options: Any,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, h, generator=generator) * spread
+    weight = torch.randn(v, h, generator=generator) / h**0.5
+    targets = torch.randint(0, v, (n,), generator=generator)
+    targets[torch.rand(n, generator=generator) < ignored] = options.get("ignore_index", -100)
+    of_bias = torch.randn(v, generator=generator).to(device, bias) if bias is not None else None
+    return Case(hidden.to(device, dtype), weight.to(device, dtype), targets.to(device), of_bias, options)
+
+
+@dataclass
+class Results:
+    logps: Tensor
+    row_state: Tensor
+    direction: Tensor
+    retained: Tensor
+    extras: dict[str, Tensor]
+    grads: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.logps, self.row_state, self.direction, *self.extras.values(), *self.grads.values()]
+
+
+def call(
+    ops: Any,
+    case: Case,
+    *,
+    num_scored: int | None = None,
+    retained_rows: int = 0,
+    needs: tuple[str, ...] = ("hidden", "weight", "bias"),
+    extras: tuple[str, ...] = EXTRAS,
+) -> Results:
+    """forward, then backward for what is in ``needs``. ``num_scored`` None is the true number, -1 is unknown."""
+    if num_scored is None:
+        num_scored = int(case.scored.sum())
+    scalars = case.scalars(num_scored)
+    v, operand = case.weight.shape[0], operand_dtype(case.hidden.dtype)
+    logps, row_state, direction, retained, *values = ops.token_logps_forward(
+        case.hidden,
+        case.weight,
+        case.targets,
+        case.bias,
+        **scalars,
+        need_direction="hidden" in needs,
+        retain_bytes=retained_rows * v * operand.itemsize,
+        **{name: name in extras for name in EXTRAS},
+    )
+    results = Results(logps, row_state, direction, retained, dict(zip(EXTRAS, values, strict=True)))
+    assert retained.shape == (min(retained_rows, len(case.targets)), v) and retained.dtype == operand
+    for name, value in results.extras.items():
+        assert value.shape == ((len(case.targets),) if name in extras else (0,))
+    wanted = {
+        name: name in needs and (name != "bias" or case.bias is not None) for name in ("hidden", "weight", "bias")
+    }
+    if any(wanted.values()):
+        grads = ops.token_logps_backward(
+            case.grad_logps,
+            case.hidden,
+            case.weight,
+            case.targets,
+            case.bias,
+            row_state,
+            direction,
+            retained,
+            **scalars,
+            **{f"need_{name}": need for name, need in wanted.items()},
+        )
+        results.grads = {name: grad for (name, need), grad in zip(wanted.items(), grads, strict=True) if need}
+        for (name, need), grad in zip(wanted.items(), grads, strict=True):
+            assert need or grad.numel() == 0, name
+    return results
+
+
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def assert_matches(case: Case, results: Results, *, roundings: int = 3, operand: torch.dtype | None = None) -> None:
+    """Every result within its bound of the oracle's.
+
+    Where the gradients' products have 16-bit operands, three roundings meet in a term: the exponential's, another one
+    if the row's exponent was raised after it was stored, and that of the scaled hidden state; the oracle's bound has
+    one. ``operand`` is the type whose precision the operands have where it is not their own: TF32 has float16's.
+    """
+    dtype = case.hidden.dtype
+    cpu = Case(case.hidden.cpu(), case.weight.cpu(), case.targets.cpu(), case.bias, case.options, case.grad_logps.cpu())
+    cpu.bias = None if case.bias is None else case.bias.cpu()
+    if operand is None and dtype == torch.bfloat16:
+        operand = dtype
+    truth = oracle(cpu.hidden, cpu.weight, cpu.targets, cpu.bias, cpu.grad_logps, operand_dtype=operand, **cpu.options)
+    unit = compute_rounding(dtype)
+    assert results.logps.dtype == case.grad_logps.dtype
+    assert bool((results.logps <= 0).all())
+    assert_within("logps", results.logps.cpu(), truth.outputs.logps, truth.logp_bound)
+    for name, grad in results.grads.items():
+        assert grad.dtype == getattr(case, name).dtype and grad.shape == getattr(case, name).shape, name
+        bound = truth.grad_bounds[name] * (1 if operand is None else roundings) + SMALLEST[grad.dtype]
+        assert_within(name, grad.cpu(), truth.grads[name], bound)
+    gap = 1 + truth.outputs.logps.abs() + truth.outputs.entropy.abs()
+    for name in ("entropy", "log_sum_sq_probs", "mean_logits"):
+        value = results.extras[name].cpu()
+        if value.numel():
+            assert_within(name, value, getattr(truth.outputs, name), 8 * gap * truth.logp_bound + 32 * unit * gap)
+    ignored = ~cpu.scored
+    assert bool((results.logps.cpu()[ignored] == 0).all())
+    state = results.row_state.cpu()[:, ignored]
+    assert torch.equal(state, torch.tensor([0.0, 1.0, 0.0], dtype=state.dtype)[:, None].expand_as(state))
+    if results.direction.numel():
+        assert bool((results.direction.cpu()[ignored] == 0).all())
+    is_top1 = results.extras["is_top1"].cpu()
+    if is_top1.numel():
+        sure = cpu.scored & (_top1_margin(cpu) > truth.logp_bound)
+        assert torch.equal(is_top1[sure], truth.outputs.is_top1[sure])
+        assert not bool(is_top1[ignored].any())
+
+
+def _top1_margin(case: Case) -> Tensor:
+    """How far the target's logit is from the greatest other one."""
+    model = {name: value for name, value in case.options.items() if name != "ignore_index"}
+    bias = None if case.bias is None else case.bias.double()
+    z = reference.logits(case.hidden.double(), case.weight.double(), bias, **model)
+    target = case.targets.where(case.scored, 0).unsqueeze(1)
+    return (z.gather(1, target).squeeze(1) - z.scatter(1, target, float("-inf")).amax(1)).abs()

@@ -1,0 +1,173 @@
+"""The ops and the front end on CUDA tensors, against the float64 oracle. test_cuda_host.py needs no GPU; this does."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from op_calls import DTYPES, EXTRAS, Case, Results, assert_matches, call, random_case
+
+import fastdpo
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+# As products.cpp says: float16's gradient products run in TF32, which has float16's precision.
+OPERAND = {torch.float16: torch.float16}
+
+
+@pytest.fixture
+def ops() -> Any:
+    return torch.ops.fastdpo
+
+
+def check(case: Case, results: Results) -> None:
+    assert_matches(case, results, operand=OPERAND.get(case.hidden.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "h", "v"), [(1, 1, 1), (3, 7, 2), (17, 33, 127), (70, 67, 1000), (64, 128, 1025), (130, 256, 5003)]
+)
+@pytest.mark.parametrize("retained", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("num_scored", [None, -1])
+def test_matches_the_oracle(
+    ops: Any, dtype: torch.dtype, n: int, h: int, v: int, retained: float, num_scored: int | None
+) -> None:
+    case = random_case(n + v, n, h, v, dtype, bias=dtype, device="cuda", softcap=30.0, logit_scale=0.5)
+    check(case, call(ops, case, num_scored=num_scored, retained_rows=int(retained * n)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("v", [40000, 40001])
+@pytest.mark.parametrize("retained_rows", [0, 1000, 5000])
+def test_many_blocks_and_chunks(ops: Any, dtype: torch.dtype, v: int, retained_rows: int) -> None:
+    """Forward takes 2 blocks of rows and several chunks here; odd V puts retained rows off 16-byte boundaries."""
+    case = random_case(0, 4100, 72, v, dtype, device="cuda")
+    check(case, call(ops, case, retained_rows=retained_rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_in_several_blocks(ops: Any, dtype: torch.dtype) -> None:
+    case = random_case(0, 9000, 40, 3001, dtype, bias=dtype, ignored=0.02, device="cuda")
+    check(case, call(ops, case))
+
+
+@pytest.mark.parametrize("needs", [(), ("hidden",), ("weight",), ("bias",)])
+@pytest.mark.parametrize("extras", [(), EXTRAS])
+def test_only_what_is_needed(ops: Any, needs: tuple[str, ...], extras: tuple[str, ...]) -> None:
+    case = random_case(0, 70, 64, 1000, torch.bfloat16, bias=torch.float32, device="cuda")
+    check(case, call(ops, case, needs=needs, extras=extras, retained_rows=20))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("retained_rows", [0, 2, 99])
+def test_improbable_targets(ops: Any, dtype: torch.dtype, retained_rows: int) -> None:
+    """Rows whose exponent has to be raised, several times, among the chunks of a large vocabulary."""
+    v = 30000
+    logits = torch.randn(6, v, generator=torch.Generator().manual_seed(0))
+    for row, rise in enumerate([39.0, 41.0, 100.0, 500.0]):
+        logits[row, 20000] = rise
+    logits[4] += 50 * torch.arange(v) // 3000
+    logits[5] -= 50 * torch.arange(v) // 3000
+    targets = torch.tensor([0, 1, 2, 29999, 5, v - 1])
+    case = Case(torch.eye(6).to("cuda", dtype), logits.T.contiguous().to("cuda", dtype), targets.cuda())
+    check(case, call(ops, case, retained_rows=retained_rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_every_time(ops: Any, dtype: torch.dtype) -> None:
+    case = random_case(0, 700, 128, 9000, dtype, bias=dtype, device="cuda")
+    first, second = (call(ops, case, retained_rows=200) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.tensors(), second.tensors(), strict=True))
+
+
+def test_a_target_outside_the_vocabulary(ops: Any) -> None:
+    case = random_case(0, 40, 16, 61, torch.bfloat16, device="cuda")
+    position = int(case.scored.nonzero()[3])
+    case.targets[position] = 61
+    message = re.escape(f"`targets`[{position}] is 61, but must be ignore_index (-100) or lie in [0, V = 61)")
+    with pytest.raises(RuntimeError, match=message):
+        call(ops, case, num_scored=-1)
+    logps = call(ops, case, needs=("hidden",)).logps
+    assert bool(torch.isnan(logps[position])) and int(torch.isnan(logps).sum()) == 1
+
+
+@pytest.mark.parametrize("num_scored", [None, -1])
+@pytest.mark.parametrize("retained_rows", [0, 30])
+def test_in_a_graph(ops: Any, num_scored: int | None, retained_rows: int) -> None:
+    """Captured once, replayed on other values; with num_scored = -1 other rows may be ignored as well."""
+    case = random_case(0, 64, 32, 500, torch.bfloat16, bias=torch.bfloat16, device="cuda")
+    count = int(case.scored.sum()) if num_scored is None else num_scored
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call(ops, case, num_scored=count, retained_rows=retained_rows)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = call(ops, case, num_scored=count, retained_rows=retained_rows)
+    other = random_case(1, 64, 32, 500, torch.bfloat16, bias=torch.bfloat16, ignored=0.6, device="cuda")
+    for name in ("hidden", "weight", "bias", *(() if num_scored is None else ("targets",))):
+        getattr(case, name).copy_(getattr(other, name))
+    graph.replay()
+    torch.cuda.synchronize()
+    check(case, captured)
+
+
+def test_on_another_stream(ops: Any) -> None:
+    case = random_case(0, 300, 64, 5000, torch.bfloat16, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results = call(ops, case, num_scored=-1)
+    stream.synchronize()
+    check(case, results)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
+def test_on_a_device_that_is_not_current(ops: Any) -> None:
+    case = random_case(0, 70, 64, 1000, torch.bfloat16, device="cuda:1")
+    check(case, call(ops, case))
+    assert torch.cuda.current_device() == 0
+
+
+def test_inputs_on_several_devices(ops: Any) -> None:
+    case = random_case(0, 6, 4, 10, torch.float32, device="cuda")
+    case.weight = case.weight.cpu()
+    with pytest.raises(RuntimeError, match="`weight` is on another device than `hidden`"):
+        call(ops, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_front_end(dtype: torch.dtype) -> None:
+    case = random_case(0, 60, 32, 700, dtype, bias=dtype, device="cuda")
+    inputs = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+    result = fastdpo.token_logps(*inputs[:2], case.targets, inputs[2], outputs=EXTRAS)
+    grads = torch.autograd.grad(result.logps, inputs, case.grad_logps)
+    n = len(case.targets)
+    state = torch.tensor([0.0, 1.0, 0.0], device="cuda")[:, None].expand(3, n)
+    extras = {name: getattr(result, name) for name in EXTRAS}
+    empty = case.hidden.new_empty(0)
+    results = Results(
+        result.logps, state, empty, empty, extras, dict(zip(("hidden", "weight", "bias"), grads, strict=True))
+    )
+    case.hidden, case.weight, case.bias = (x.detach() for x in inputs)
+    check(case, results)
+
+
+def test_memory_does_not_grow_with_the_vocabulary(ops: Any) -> None:
+    """Beside inputs and outputs: a bounded workspace, and no more than a few N x H numbers."""
+    call(ops, random_case(0, 8, 8, 8, torch.bfloat16, device="cuda"))  # brings cuBLAS's own workspace
+    n, h = 4096, 256
+    peaks = []
+    for v in (32000, 128000):
+        case = random_case(0, n, h, v, torch.bfloat16, device="cuda")
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = call(ops, case)
+        grads = sum(grad.nbytes for grad in results.grads.values())
+        peaks.append(torch.cuda.max_memory_allocated() - before - grads)
+        del results, case
+    assert max(peaks) < (160 << 20) + 4 * n * h * 4, peaks
