@@ -198,7 +198,8 @@ class NativeBuild:
 
     def run(self) -> None:
         build_file = self.folder / "build.ninja"
-        build_file.write_text("\n".join(self.file.lines) + "\n")
+        # ninja keeps its log in builddir.
+        build_file.write_text("\n".join([f"builddir = {self.folder}", *self.file.lines]) + "\n")
         jobs = os.environ.get("MAX_JOBS")
         subprocess.run([ninja_path(), "-f", build_file, *(["-j", jobs] if jobs else [])], check=True)
 

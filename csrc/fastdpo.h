@@ -23,9 +23,8 @@ namespace fastdpo {
 //   logps            [N] C      log-probability of the target; 0 where ignored
 //   row_state        [3, N] C   kRowExponent, kRowNorm, kRowTargetWeight below; (0, 1, 0) where ignored
 //   direction        [N, H] C   d logp / d hidden; 0 where ignored; [0, H] unless need_direction
-//   retained         [R, V] O   gradient operand of the first R scored rows; R = min(N, retain_bytes / (V *
-//   sizeof(O))).
-//                               For the same back end's backward alone, which may keep its own number at the target.
+//   retained         [R, V] O   gradient operand of the first R = min(N, retain_bytes / (V * sizeof(O))) scored rows,
+//                               for the same back end's backward, which may keep a number of its own at the target
 //   entropy, log_sum_sq_probs, mean_logits [N] C and is_top1 [N] bool; [0] unless asked for
 //
 // num_scored is the number of targets that are not ignore_index, or -1 when the caller does not know it: the CPU
