@@ -34,7 +34,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import is_torch_bf16_gpu_available
 
-from fastdpo.data import REFERENCE_COLUMNS, TOKEN_COLUMNS, TRUNCATION_MODES, DataSummary, PreferenceCollator, prepare
+from fastdpo.data import REFERENCE_COLUMNS, TRUNCATION_MODES, PreferenceCollator, prepare
+from fastdpo.data_files import TOKEN_COLUMNS
+from fastdpo.data_summary import DataSummary
 from fastdpo.head import IGNORE_INDEX, FusedHead, HeadOutput
 from fastdpo.loss import check_loss_options, preference_loss
 
@@ -210,7 +212,7 @@ class DPOTrainer(Trainer):
     Raises:
         TypeError, ValueError: an argument is not what it should be, or contradicts another.
         NotImplementedError: the model or the setup is not supported; the message names it.
-        fastdpo.data.DataError: the dataset cannot be used.
+        fastdpo.data_files.DataError: the dataset cannot be used.
     """
 
     # compute_loss divides by the pairs of the accumulation window.

@@ -19,8 +19,9 @@ from toy_data import make_tokenizer, text_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fastdpo import train_command
+from fastdpo.checkpoints import find_checkpoints, resolve_resume, set_aside
 from fastdpo.cli import UsageError, main
-from fastdpo.train_command import TrainParser, find_checkpoints, resolve_resume, set_aside
+from fastdpo.train_flags import TrainParser
 
 STEPS = 8
 # Dies as a machine does: no handler runs, nothing is flushed.

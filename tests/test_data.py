@@ -1,4 +1,4 @@
-"""fastdpo.data: loading, tokenising, accounting and batching, against TRL's own preparation and collator."""
+"""Loading, tokenising, accounting and batching, against TRL's own preparation and collator."""
 
 from __future__ import annotations
 
@@ -29,14 +29,9 @@ from toy_data import (
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.dpo_trainer import DPOTrainer as TRLTrainer
 
-from fastdpo.data import (
-    TOKEN_COLUMNS,
-    DataError,
-    LengthStats,
-    PreferenceCollator,
-    load_preferences,
-    prepare,
-)
+from fastdpo.data import PreferenceCollator, prepare
+from fastdpo.data_files import TOKEN_COLUMNS, DataError, load_preferences
+from fastdpo.data_summary import LengthStats
 
 REAL_PAIRS = Path(__file__).parents[2] / "shared/data/preferences_en.jsonl"
 TOKENIZERS = {"plain": make_tokenizer(), "bos": make_tokenizer(bos=True)}

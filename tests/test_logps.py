@@ -223,7 +223,7 @@ def test_precision_of_gradients(make, retain_bytes: int, dtype: torch.dtype, bar
 
 def test_exponentials_and_tanh_are_exact_to_the_last_places() -> None:
     """The vector functions themselves, read back from the operand of a single row and from its mean logit."""
-    x = torch.cat([torch.linspace(-86.9, 39.9, 40_001), torch.tensor([-200.0, -88.0, -87.5])])
+    x = torch.cat([torch.linspace(-86.9, 31.9, 40_001), torch.tensor([-200.0, -88.0, -87.5])])
     weight = torch.cat([torch.zeros(1), x])[:, None]
     retained = forward_op(torch.ones(1, 1), weight, torch.zeros(1, dtype=torch.int64), retain_bytes=1 << 30)[3]
     expected = x.double().exp()

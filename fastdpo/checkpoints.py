@@ -1,0 +1,75 @@
+"""The checkpoints in an output folder: which are whole, which one a resume means, and what to do with old ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from fastdpo.cli import UsageError
+
+if TYPE_CHECKING:
+    pass
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder that were written to their end, in the order of their steps."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(path) is not None]
+    return sorted(filter(_is_whole, found), key=_step_of)
+
+
+def _step_of(path: Path) -> int | None:
+    step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(step) if step.isdigit() and path.is_dir() else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """trainer_state.json is what a checkpoint's writing ends with; a killed run may have left one without it."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def resolve_resume(value: str | None, output_dir: Path) -> Path | None:
+    """The checkpoint that ``--resume_from_checkpoint`` means; None where it was not given or is false.
+
+    Raises:
+        UsageError: there is no such checkpoint.
+    """
+    if value is None or value.lower() in ("false", "no", "0"):
+        return None
+    there = find_checkpoints(output_dir)
+    if value.lower() in ("true", "last", "yes", "1"):
+        if there:
+            return there[-1]
+        raise UsageError(
+            f"--resume_from_checkpoint {value}: no whole checkpoint in {output_dir}. Leave the flag out to start from "
+            "the beginning, or name the checkpoint's folder."
+        )
+    checkpoint = Path(value)
+    if not _is_whole(checkpoint):
+        known = f" In {output_dir}: {', '.join(path.name for path in there)}." if there else ""
+        raise UsageError(f"--resume_from_checkpoint {value}: not a checkpoint (no trainer_state.json there).{known}")
+    return checkpoint
+
+
+def set_aside(output_dir: Path) -> Path | None:
+    """Move the checkpoints of an earlier run into a folder beside them, and return it; None if there are none.
+
+    Left where they are, they would be overwritten step by step, and "the last checkpoint" would be a mixture of two
+    runs.
+    """
+    old = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(path) is not None]
+    if not old:
+        return None
+    number = 1
+    while (folder := output_dir / f"previous-{number}").exists():
+        number += 1
+    folder.mkdir()
+    for path in old:
+        path.rename(folder / path.name)
+    return folder

@@ -1,0 +1,317 @@
+"""The flags of ``fastdpo train``: those of ``trl dpo``, from the command line and from a YAML file."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+
+from fastdpo.cli import UsageError
+from fastdpo.data_files import DataError
+from fastdpo.trainer import DPOConfig
+
+if TYPE_CHECKING:
+    pass
+
+EPILOG = """\
+examples:
+  a model from the Hub, pairs from a file, metrics on a held-out tenth:
+    fastdpo train --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name pairs.jsonl --output_dir my-model \\
+        --dataset_train_split 'train[:90%]' --dataset_test_split 'train[90%:]' --eval_strategy steps --eval_steps 50
+
+  the same with LoRA, and with the flags in a file (the command line wins over the file):
+    fastdpo train --config run.yaml --use_peft --lora_r 32 --learning_rate 1e-5
+
+  go on after a stop:
+    fastdpo train ... --output_dir my-model --resume_from_checkpoint last
+
+  several GPUs:
+    accelerate launch -m fastdpo train ...
+"""
+
+# What a first run needs from transformers.TrainingArguments; the rest is described by --help_all.
+USUAL_TRAINING_FLAGS = (
+    "output_dir",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "bf16",
+    "fp16",
+    "gradient_checkpointing",
+    "use_cpu",
+    "seed",
+    "logging_steps",
+    "logging_first_step",
+    "report_to",
+    "eval_strategy",
+    "eval_steps",
+    "per_device_eval_batch_size",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "push_to_hub",
+)
+
+# Where what we do with a flag is more than what transformers says of it.
+HELP = {
+    "logging_first_step": "Log the first step too, where policy and reference agree and the loss is known.",
+    "output_dir": "Folder for the model, the checkpoints and the picture of the run (default: trainer_output).",
+    "resume_from_checkpoint": "'last' for the last checkpoint in output_dir, or the folder of a checkpoint.",
+}
+
+
+@contextmanager
+def bad_input(what: str = "") -> Iterator[None]:
+    """Turn the errors that libraries raise about their input into UsageError, with ``what`` in front."""
+    try:
+        yield
+    except DataError as error:  # says all there is to say
+        raise UsageError(str(error)) from error
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        prefix = f"{what}: " if what else ""
+        raise UsageError(f"{prefix}{lines[0]}\n  (FASTDPO_TRACEBACK=1 shows where this came from.)") from error
+
+
+@dataclass
+class ScriptArguments:
+    """Which pairs."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Pairs: a Hub dataset, a folder, or a .jsonl, .json, .parquet or .csv file."},
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset, where it has several."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split, or slice of one, to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split, or slice of one, to evaluate on when --eval_strategy is not 'no'."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and LoRA."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model to start from: a Hub id, or a folder written by save_pretrained."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    dtype: str | None = field(
+        default="float32",
+        metadata={"help": "Type of the loaded weights.", "choices": ["auto", "bfloat16", "float16", "float32"]},
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention to use: sdpa, eager, flash_attention_2, ..."}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the model itself stays as it is."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that get an adapter; chosen by the model's type if not given."}
+    )
+    lora_target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Parameters (rather than modules) that get an adapter, as in some MoE models."}
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained whole, beside the adapter."}
+    )
+    lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "Task type in the adapter's configuration."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) instead."})
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: magnitude and direction learnt apart."})
+
+    def __post_init__(self) -> None:
+        # One value may be a pattern or "all-linear", which PEFT takes as a string only.
+        if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:
+            self.lora_target_modules = self.lora_target_modules[0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Flags
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """One spelling of each flag, where argparse lists --a_b and --a-b; short choices; defaults that say something."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=min(shutil.get_terminal_size().columns, 110))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+        if action.default is True or (action.nargs == "?" and action.default is None):
+            names.append(f"--no_{action.dest}")
+        if action.nargs in (0, "?"):
+            return ", ".join(names)
+        kinds = {int: "N", float: "X"}
+        short = action.choices and len(action.choices) < 6
+        value = f"{{{','.join(map(str, action.choices))}}}" if short else kinds.get(action.type, "VALUE")
+        return f"{', '.join(names)} {value}{' ...' if action.nargs == '+' else ''}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        says_something = action.default not in (None, False, argparse.SUPPRESS)
+        return (action.help or "") + (" (default: %(default)s)" if says_something else "")
+
+
+def _bool_or_word(text: str) -> bool | str:
+    try:
+        return string_to_bool(text)
+    except argparse.ArgumentTypeError:
+        return text
+
+
+class TrainParser(HfArgumentParser):
+    """The flags of the three dataclasses, with grouped help, and errors that name the nearest flag."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            (ScriptArguments, ModelArguments, DPOConfig),
+            prog="fastdpo train",
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,  # an abbreviation would accept a misspelt flag as another one
+        )
+        self.add_argument("--config", help="YAML file of flags (without the dashes); the command line wins over it.")
+        self.add_argument("--help_all", action="store_true", help="Describe every flag, and exit.")
+        for action in list(self._actions):
+            self._mend(action)
+
+    def _mend(self, action: argparse.Action) -> None:
+        """What HfArgumentParser makes of a field, where it is not what a person would type or read."""
+        if action.dest in HELP:
+            action.help = HELP[action.dest]
+        if action.dest == "include_num_input_tokens_seen":  # a word or a bool, of which it allows the bool alone
+            action.type = _bool_or_word
+        elif action.dest == "logging_first_step":  # where policy and reference agree: the loss that tells a sound start
+            action.default = True
+            self.add_argument("--no_logging_first_step", action="store_false", dest=action.dest, default=True)
+        elif action.type is string_to_bool and action.default is None:
+            # A bool that may be unset: --bf16 and --no_bf16 as for the others, beside --bf16 true.
+            action.nargs, action.const = "?", True
+            self.add_argument(f"--no_{action.dest}", action="store_false", dest=action.dest, default=None)
+
+    def read(self, argv: Sequence[str]) -> tuple[ScriptArguments, ModelArguments, DPOConfig]:
+        """The dataclasses filled from ``--config`` and the command line; UsageError if that is not possible."""
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--config")
+        first.add_argument("--help_all", action="store_true")
+        early, _ = first.parse_known_args(argv)
+        if early.help_all:
+            print(self._format_help(everything=True))
+            self.exit()
+        namespace = self._read_yaml(Path(early.config)) if early.config else None
+        namespace, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            self._refuse(unknown)
+        values = {name: value for name, value in vars(namespace).items() if name not in ("config", "help_all")}
+        with bad_input():
+            return self.parse_dict(values)
+
+    def error(self, message: str) -> None:
+        raise UsageError(f"{message}\n  (fastdpo train --help describes the flags.)")
+
+    def format_help(self) -> str:
+        return self._format_help(everything=False)
+
+    def _format_help(self, everything: bool) -> str:
+        formatter = self._get_formatter()
+        formatter.add_text("fastdpo train: train a model on preference pairs (DPO).")
+        groups = self._groups()
+        shown = {action.dest for _, actions in groups for action in actions}
+        others = {action.dest: action for action in reversed(self._actions) if action.dest not in shown}
+        if everything:
+            groups.append(("training, less usual", [others[name] for name in sorted(others)]))
+        for title, actions in groups:
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        if not everything:
+            formatter.start_section("training, less usual (--help_all describes these)")
+            formatter.add_text(", ".join(f"--{name}" for name in sorted(others)))
+            formatter.end_section()
+        return f"{formatter.format_help()}\n{EPILOG}"
+
+    def _groups(self) -> list[tuple[str, list[argparse.Action]]]:
+        model = [f.name for f in fields(ModelArguments)]
+        lora = [name for name in model if "lora" in name or name in ("use_peft", "use_dora")]
+        inherited = {f.name for f in fields(TrainingArguments)}
+        dpo = [f.name for f in fields(DPOConfig) if f.name not in inherited]
+        groups = {
+            "general": ["help", "help_all", "config"],
+            "model": [name for name in model if name not in lora],
+            "pairs": [f.name for f in fields(ScriptArguments)],
+            "DPO": dpo,
+            "LoRA": lora,
+            "training": USUAL_TRAINING_FLAGS,
+        }
+        first = {action.dest: action for action in reversed(self._actions)}  # --x, and not --no_x, which comes later
+        return [(title, [first[name] for name in names]) for title, names in groups.items()]
+
+    def _read_yaml(self, path: Path) -> argparse.Namespace:
+        with bad_input(f"--config {path}"):
+            text = path.read_text(encoding="utf-8")
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f", line {mark.line + 1}" if mark else ""
+            raise UsageError(f"--config {path}{line}: not valid YAML: {getattr(error, 'problem', error)}.") from error
+        if not isinstance(values, dict):
+            raise UsageError(f"--config {path}: needed a mapping of flags to values, found {type(values).__name__}.")
+        os.environ.update({name: str(value) for name, value in (values.pop("env", None) or {}).items()})
+        namespace = self.parse_args([])
+        for key, value in values.items():
+            self._apply_yaml_value(path, str(key), value, namespace)
+        return namespace
+
+    def _apply_yaml_value(self, path: Path, key: str, value: Any, namespace: argparse.Namespace) -> None:
+        if key not in self._names() or key in ("config", "help", "help_all"):
+            raise UsageError(f"--config {path}: unknown key {key!r}.{self._nearest(key, '')}")
+        if value is None:  # "no value", which the command line cannot say for every type
+            setattr(namespace, key, None)
+            return
+        try:
+            # Through the same parser as the command line: the same types, choices and messages.
+            self.parse_args(_as_words(key, value), namespace)
+        except UsageError as error:
+            raise UsageError(f"--config {path}: {str(error).splitlines()[0]}") from error
+
+    def _names(self) -> set[str]:
+        return {action.dest for action in self._actions}
+
+    def _nearest(self, name: str, dashes: str) -> str:
+        near = difflib.get_close_matches(name.replace("-", "_"), self._names(), n=1, cutoff=0.5)
+        return f" Did you mean {dashes}{near[0]}?" if near else " `fastdpo train --help` lists them."
+
+    def _refuse(self, unknown: list[str]) -> None:
+        flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
+        if not flags:
+            raise UsageError(f"unexpected {' '.join(unknown)!r}: every value needs its flag in front.")
+        raise UsageError(f"unknown flag {flags[0]}.{self._nearest(flags[0].lstrip('-'), '--')}")
+
+
+def _as_words(key: str, value: Any) -> list[str]:
+    """A YAML value as command-line words."""
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
