@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastdpo.cli import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 def find_checkpoints(folder: Path) -> list[Path]:

@@ -18,10 +18,11 @@ from transformers import AutoTokenizer, ProgressCallback, TrainerCallback, Train
 
 from fastdpo.checkpoints import find_checkpoints, resolve_resume, set_aside
 from fastdpo.cli import INTERRUPTED, UsageError
+from fastdpo.config import DPOConfig
 from fastdpo.data_files import load_preferences
 from fastdpo.report import draw_training
 from fastdpo.train_flags import ModelArguments, ScriptArguments, TrainParser, bad_input
-from fastdpo.trainer import DPOConfig, DPOTrainer
+from fastdpo.trainer import DPOTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,18 +11,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from fastdpo.cli import UsageError
+from fastdpo.config import DPOConfig
 from fastdpo.data_files import DataError
-from fastdpo.trainer import DPOConfig
-
-if TYPE_CHECKING:
-    pass
 
 EPILOG = """\
 examples:

@@ -1,0 +1,129 @@
+"""DPOConfig: the training arguments of ``DPOTrainer``, named as TRL names them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from fastdpo.data import TRUNCATION_MODES
+from fastdpo.loss import check_loss_options
+
+
+@dataclass
+class DPOConfig(TrainingArguments):
+    """Training arguments of :class:`DPOTrainer`: those of ``transformers.TrainingArguments``, and these.
+
+    Names and defaults are those of TRL's ``DPOConfig``, except:
+
+    - ``bf16``: on where there is an accelerator that computes in it, and off on a CPU (TRL: on everywhere, which
+      raises on a CPU unless ``use_cpu`` is given).
+    - ``include_num_input_tokens_seen``: ``non_padding``, for the metric ``num_tokens`` to survive a resume.
+    - ``loss_type``: one loss; ``label_smoothing`` belongs to ``sigmoid`` (cDPO). TRL's ``sigmoid`` ignores it.
+
+    An option that has no effect with the others raises ``ValueError``.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "Log every X update steps; below 1, X is a share of all steps."},
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Recompute activations in the backward pass, to save memory. On by default."},
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Mixed precision in bfloat16. By default on where the accelerator computes in bfloat16."},
+    )
+    include_num_input_tokens_seen: str | bool = field(
+        default="non_padding",
+        metadata={"help": "Which tokens num_tokens counts: all, non_padding, or no for no such metric."},
+    )
+
+    beta: float = field(
+        default=0.1,
+        metadata={"help": "Strength of the KL constraint: higher stays closer to the reference. IPO's tau."},
+    )
+    loss_type: str = field(default="sigmoid", metadata={"help": "sigmoid (DPO), hinge (SLiC) or ipo."})
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "sigmoid only: the chance that a label is flipped (conservative DPO), in [0, 0.5)."},
+    )
+
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Most tokens of prompt and completion together; the rest is cut. None: no limit."},
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata={"help": "Which end of a sequence that is too long to keep.", "choices": list(TRUNCATION_MODES)},
+    )
+    pad_token: str | None = field(
+        default=None,
+        metadata={"help": "Token to pad with. By default the tokenizer's, or else its end-of-sequence token."},
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Round the length of a batch up to a multiple of this."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes to tokenize with."})
+
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={"help": "Compute the reference's log-probabilities once, before training, and free the reference."},
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Pairs a device for precompute_ref_log_probs. By default as for training and evaluation."},
+    )
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "JSON, arguments of from_pretrained for a model given by name; dtype is float32 by default."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that comes with the model or the tokenizer."}
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={"help": "Mixture of experts: weight of the load-balancing loss. By default the model's; 0 for none."},
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set every dropout of the policy and the reference to 0."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, (list, tuple)):
+            if len(self.loss_type) != 1:
+                raise ValueError(f"loss_type is {self.loss_type}; it should name one loss: mixes are not available")
+            self.loss_type = self.loss_type[0]
+        check_loss_options(self.loss_type, self.beta, self.label_smoothing, None)
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise ValueError(
+                f"truncation_mode is {self.truncation_mode!r}; it should be one of {', '.join(TRUNCATION_MODES)}"
+            )
+        for name in ("max_length", "pad_to_multiple_of", "dataset_num_proc", "precompute_ref_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it should be at least 1, or None")
+        if self.precompute_ref_batch_size is not None and not self.precompute_ref_log_probs:
+            raise ValueError(
+                f"precompute_ref_batch_size is {self.precompute_ref_batch_size}, but precompute_ref_log_probs is off: "
+                "turn it on, or leave the batch size out"
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, but it is cross-entropy's and DPO has "
+                "none; label_smoothing is the chance that a preference is flipped"
+            )
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        # transformers calls it activation_checkpointing, and warns about the older name that everyone's scripts use.
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing is not False
+        super().__post_init__()
