@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -123,6 +124,8 @@ class DPOConfig(TrainingArguments):
             )
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to copy to, and torch warns of it
         # transformers calls it activation_checkpointing, and warns about the older name that everyone's scripts use.
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing is not False
