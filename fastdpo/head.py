@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,12 +88,12 @@ class _Probing:
 class FusedHead:
     """A causal language model's log-probabilities without its logits.
 
-    While it is installed, calling the model itself (for generation, for evaluation by others) is unchanged; calling
-    this object runs the same model with the fused output embedding.
+    Calling this object runs the model with the fused output embedding, which is in place for that call alone: the
+    model itself, for generation or for evaluation by others, is as it was.
 
-        with FusedHead(model) as head:
-            out = head(model, input_ids, attention_mask, labels)
-            out.logps.sum(-1)
+        head = FusedHead(model)
+        out = head(model, input_ids, attention_mask, labels)
+        out.logps.sum(-1)
 
     Log-probabilities are those of the model's final logits: a scale or a softcap that the model applies after its
     output embedding is found out by sending a few values through it, at the first call or by :meth:`inspect`.
@@ -127,23 +127,8 @@ class FusedHead:
         self._heads = self._find_heads()
         self._armed: _Scoring | _Probing | None = None
         self._transform: _LogitTransform | None = None
-        for head in self._heads:
-            self._swap(head)
-
-    def __enter__(self) -> FusedHead:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        """Give the output embedding its own forward back. The object cannot be called afterwards."""
-        for head in self._heads:
-            if _forward_slot(head) == "forward":
-                del head.forward
-            else:
-                setattr(head, _forward_slot(head), types.MethodType(type(head).forward, head))
-        self._heads = []
+        # Made once, so that whoever compares functions (torch.compile) finds the same one at every call.
+        self._forward = self._make_forward()
 
     def __call__(
         self,
@@ -170,8 +155,6 @@ class FusedHead:
             NotImplementedError: the model does to its logits what cannot be expressed by a scale and a softcap, or
                 does not call its output embedding as expected.
         """
-        if not self._heads:
-            raise RuntimeError("the head was removed from its model; make a new FusedHead")
         if isinstance(model, nn.DataParallel):
             raise NotImplementedError("nn.DataParallel is not supported; start one process per device (torchrun)")
         if labels.shape != input_ids.shape or input_ids.dim() != 2:
@@ -244,11 +227,21 @@ class FusedHead:
 
     @contextlib.contextmanager
     def _arm(self, call: _Scoring | _Probing) -> Iterator[None]:
+        """Put our forward into the output embedding, and take it out again."""
         self._armed = call
+        slots = [(head, _forward_slot(head)) for head in self._heads]
+        before = [vars(head).get(slot) for head, slot in slots]
+        for head, slot in slots:
+            setattr(head, slot, types.MethodType(self._forward, head))
         try:
             yield
         finally:
             self._armed = None
+            for (head, slot), own in zip(slots, before, strict=True):
+                if own is None:
+                    delattr(head, slot)
+                else:
+                    setattr(head, slot, own)
 
     # ----------------------------------------------------------------------------------------------------------------
     # The output embedding
@@ -281,18 +274,13 @@ class FusedHead:
                 )
         return heads
 
-    def _swap(self, head: nn.Linear) -> None:
+    def _make_forward(self) -> Callable[[nn.Linear, Tensor], Tensor]:
         def forward(module: nn.Linear, hidden: Tensor) -> Tensor:
-            match self._armed:
-                case _Scoring() as scoring:
-                    return self._score(module, hidden, scoring)
-                case _Probing() as probing:
-                    return self._send_probes(module, probing)
-                case _:
-                    return type(module).forward(module, hidden)
+            if isinstance(self._armed, _Probing):
+                return self._send_probes(module, self._armed)
+            return self._score(module, hidden, self._armed)
 
-        # A bound method, so that a deep copy of the model computes with its own weights.
-        setattr(head, _forward_slot(head), types.MethodType(forward, head))
+        return forward
 
     def _score(self, head: nn.Linear, hidden: Tensor, scoring: _Scoring) -> Tensor:
         """[B, K, H] or [B, T, H] to [B, K, 1]: log-probabilities, shrunk to where any transform is linear."""

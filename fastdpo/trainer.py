@@ -253,8 +253,6 @@ class DPOTrainer(Trainer):
             }
         elif self.eval_dataset is not None:
             self.eval_dataset = self._with_reference_columns(self.eval_dataset, "eval", eval_size)
-        if self._ref_head is not None:
-            self._ref_head.remove()
         self.ref_model, self._ref_head = None, None
 
     def _with_reference_columns(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:

@@ -143,8 +143,9 @@ def align(
             report_to="none",
             disable_tqdm=True,
         )
+        policy = copy.deepcopy(base)
         trainer = DPOTrainer(
-            copy.deepcopy(base),
+            policy,
             copy.deepcopy(base),
             args,
             train_dataset=_as_dataset(train_pairs),
@@ -155,10 +156,7 @@ def align(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         metrics = trainer.evaluate()
-    # A plain model again: the trainer's keeps a fused head in the place of its output embedding's forward.
-    model = copy.deepcopy(base)
-    model.load_state_dict(trainer.model.state_dict())
-    return Aligned(model.eval(), trainer.state.log_history, metrics)
+    return Aligned(policy.eval(), trainer.state.log_history, metrics)
 
 
 def _as_dataset(pairs: Sequence[Preference]) -> Dataset:
