@@ -116,7 +116,7 @@ class NativeBuild:
 
         self.folder = folder
         self.torch = torch
-        self.cxx = os.environ.get("CXX", "g++")
+        self.cxx = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), "g++")
         self.torch_libs = Path(torch.__file__).parent / "lib"
         self.includes = [f"-isystem {path}" for path in include_paths()]
         self.common = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]

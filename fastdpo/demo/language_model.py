@@ -95,7 +95,7 @@ def pretrain(
         prompt + text
         for prompt, text in encode_completions(tokenizer, [r.prompt for r in reviews], [r.text for r in reviews])
     ]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=learning_rate, total_steps=steps, pct_start=0.1, div_factor=10, final_div_factor=10
     )

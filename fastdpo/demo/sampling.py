@@ -44,6 +44,18 @@ def _positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
+def _draw(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """One index a row, int64 [N, 1], with chances in proportion to weights [N, V].
+
+    By the inverse of the cumulated weights: torch.multinomial draws a random number for every entry, which took a
+    quarter of the sampling's time.
+    """
+    cumulated = weights.cumsum(dim=1)
+    uniform = torch.rand(len(weights), 1, generator=generator, device=weights.device)
+    # right=True passes over entries of weight 0, also at u = 0; a product may round up to the total itself.
+    return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).clamp(max=weights.shape[1] - 1)
+
+
 @torch.no_grad()
 def sample_tokens(
     model: PreTrainedModel,
@@ -77,7 +89,7 @@ def sample_tokens(
         ).logits[:, -1]
         log_probs = logits.float().log_softmax(dim=-1)
         weights = log_probs.exp() if temperature == 1.0 else (log_probs / temperature).softmax(dim=-1)
-        drawn = torch.multinomial(weights, 1, generator=generator)
+        drawn = _draw(weights, generator)
         running = ~ended[live]
         here = live[running]
         tokens[here, step] = drawn[running, 0]
