@@ -68,8 +68,10 @@ def _cuda_facts(*, loaded: bool, declare: bool) -> dict[str, Any]:
     if not loaded:
         return {"cuda_library": "built; this torch has no CUDA"}
     library = ctypes.CDLL(str(_CUDA_LIBRARY))
-    if declare:
-        library.fastdpo_declare_ops()
+    if declare and library.fastdpo_declare_ops():
+        raise ImportError(
+            f"torch {torch.__version__} refused the ops of {_CUDA_LIBRARY.name}: rebuild it with `{_REBUILD}`"
+        )
     library.fastdpo_cuda_build_facts.restype = ctypes.c_char_p
     built = json.loads(library.fastdpo_cuda_build_facts())
     return {"cuda_archs": built["archs"].split(), "nvcc": built["nvcc"], "cuda_library": "loaded"}

@@ -25,7 +25,7 @@ class DemoConfig:
     vocab_size: int = _setting(1024, "entries of the byte-level BPE tokenizer")
     hidden_size: int = _setting(256, "width of the Llama; a multiple of 64")
     layers: int = _setting(2, "depth of the Llama")
-    base_steps: int = _setting(1600, "optimiser steps of the base model")
+    base_steps: int = _setting(2200, "optimiser steps of the base model")
     base_batch_size: int = _setting(8, "reviews a step")
     base_learning_rate: float = _setting(3e-3, "peak learning rate of the base model")
 
