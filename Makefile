@@ -10,8 +10,10 @@ PYTEST_FLAGS ?=
 
 ifeq ($(VENV),none)
 RUN := $(PYTHON)
+CLANG_FORMAT := clang-format
 else
 RUN := $(VENV)/bin/python
+CLANG_FORMAT := $(VENV)/bin/clang-format
 endif
 
 .PHONY: help demo test lint venv build clean
@@ -33,7 +35,7 @@ test: venv
 lint: venv
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m clang_format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
+	$(CLANG_FORMAT) --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
 
 ifeq ($(VENV),none)
 venv: build

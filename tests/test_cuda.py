@@ -125,7 +125,7 @@ def test_on_another_stream(ops: Any) -> None:
     check(case, results)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two CUDA devices")
 def test_on_a_device_that_is_not_current(ops: Any) -> None:
     case = random_case(0, 70, 64, 1000, torch.bfloat16, device="cuda:1")
     check(case, call(ops, case))
