@@ -183,7 +183,8 @@ class NativeBuild:
         # torch's CUDA library is named as needed but not linked against: the loader finds it in a torch with CUDA, and
         # this machine's torch need not have it.
         empty = self.folder / "empty.cpp"
-        empty.write_text("")
+        if not empty.is_file():  # a new one would have everything linked again
+            empty.write_text("")
         stub = self.file.edge(
             "link", self.folder / "libtorch_cuda.so", [empty], flags="-Wl,-soname,libtorch_cuda.so -nostdlib"
         )
@@ -226,7 +227,13 @@ class BuildNative(build_ext):
             # A new file, not new content: a process that has the old one mapped keeps it.
             (destination / library.name).unlink(missing_ok=True)
             shutil.copy2(library, destination / library.name)
-        facts = {"torch": torch.__version__, "python": platform.python_version(), "library": libraries[0].name}
+        facts = {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "library": libraries[0].name,
+            "cuda_archs": cuda_archs() if toolkit else [],
+            "nvcc": toolkit.version if toolkit else None,
+        }
         (destination / "_build.json").write_text(json.dumps(facts) + "\n")
 
     def get_outputs(self) -> list[str]:

@@ -18,12 +18,16 @@ _CUDA_LIBRARY = _FOLDER / "fastdpo_cuda.so"
 _REBUILD = "pip install --no-build-isolation -e ."
 
 
-def _cpu_misfit() -> str | None:
+def _read_build_file() -> dict[str, Any] | None:
+    """What the build wrote beside the libraries; None if nothing was built here."""
+    file = _FOLDER / "_build.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _cpu_misfit(built: dict[str, Any] | None) -> str | None:
     """Why the CPU library cannot be used here; None if it can."""
-    facts_file = _FOLDER / "_build.json"
-    if not facts_file.is_file():
+    if built is None:
         return f"fastdpo's compiled extension is missing: build it with `{_REBUILD}` in fastdpo's source folder."
-    built = json.loads(facts_file.read_text())
     if built["torch"] != torch.__version__ or not (_FOLDER / built["library"]).is_file():
         return (
             f"fastdpo was built for torch {built['torch']} and Python {built['python']}, but this is torch "
@@ -35,12 +39,14 @@ def _cpu_misfit() -> str | None:
 
 def _load() -> dict[str, Any]:
     """Loads what fits; returns the facts of what was loaded."""
-    misfit = _cpu_misfit()
+    build_file = _read_build_file()
+    misfit = _cpu_misfit(build_file)
     cuda_fits = torch.version.cuda is not None and _CUDA_LIBRARY.is_file()
     if misfit is not None and not cuda_fits:
         raise ImportError(misfit)
 
-    facts: dict[str, Any] = {"torch_running": torch.__version__, "cpu_path": None, "cuda_archs": [], "nvcc": None}
+    facts: dict[str, Any] = {"torch_running": torch.__version__, "cpu_path": None}
+    facts |= {name: (build_file or {}).get(name) for name in ("cuda_archs", "nvcc")}
     if misfit is None:
         built = importlib.import_module("fastdpo._C").build_facts()
         facts |= {
@@ -54,19 +60,19 @@ def _load() -> dict[str, Any]:
             f"fastdpo was built without nvcc, so CUDA tensors are refused; rebuild it where nvcc is: `{_REBUILD}`",
             stacklevel=3,
         )
+    facts["cuda_library"] = "not built"
     if cuda_fits:
-        torch.ops.load_library(str(_CUDA_LIBRARY))
-    if _CUDA_LIBRARY.is_file():
-        facts |= _cuda_facts(loaded=cuda_fits, declare=misfit is not None)
+        facts |= _load_cuda(declare=misfit is not None)
+    elif _CUDA_LIBRARY.is_file():
+        facts["cuda_library"] = "built, not loaded: this torch has no CUDA"
     if misfit is not None:
         warnings.warn(f"CPU tensors are refused: {misfit}", stacklevel=3)
     return facts
 
 
-def _cuda_facts(*, loaded: bool, declare: bool) -> dict[str, Any]:
+def _load_cuda(*, declare: bool) -> dict[str, Any]:
     """What the CUDA library says of itself; with ``declare``, has it declare the ops that the CPU library would."""
-    if not loaded:
-        return {"cuda_library": "built; this torch has no CUDA"}
+    torch.ops.load_library(str(_CUDA_LIBRARY))
     library = ctypes.CDLL(str(_CUDA_LIBRARY))
     if declare and library.fastdpo_declare_ops():
         raise ImportError(
@@ -86,7 +92,8 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dict with ``version``, ``compiler``, ``torch_built_against``, ``torch_running``, ``cpu_path`` (``avx512``,
         ``avx2`` or ``plain``, chosen for this processor, or by the environment variable FASTDPO_CPU_PATH; None where
-        only the CUDA library fits), ``cuda_archs`` and ``nvcc`` of the CUDA library, and ``cuda_library``'s state.
+        only the CUDA library fits), the CUDA library's ``cuda_archs`` (compute capabilities compiled) and ``nvcc`` (its
+        version), and ``cuda_library``, whether that is loaded.
     """
     return dict(_FACTS)
 
