@@ -31,10 +31,16 @@ TARGET_TORCH = "0x020a000000000000"
 
 
 def flags_of(cpu_source: Path) -> list[str]:
-    """The instruction set of a row kernel's file; every other file is compiled for the compiler's default."""
+    """The instruction set of a vectorised kernel's file; every other file is compiled for the compiler's default."""
+    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+    # GCC's own intrinsics start from variables that are not set (its bug 105593).
+    quiet = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
     return {
-        "row_kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+        "row_kernels_avx512.cpp": avx512,
         "row_kernels_avx2.cpp": ["-mavx2", "-mfma"],
+        "tile_kernels_avx512_bf16.cpp": [*avx512, "-mavx512bf16", *quiet],
+        "tile_kernels_avx512.cpp": [*avx512, *quiet],
+        "tile_kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     }.get(cpu_source.name, [])
 
 

@@ -63,6 +63,7 @@ struct LogitTransform {
     if (softcap != T(0)) z = softcap * std::tanh(z / softcap);
     return z * inv_temperature;
   }
+  FASTDPO_HD bool is_identity() const { return scale == T(1) && softcap == T(0) && inv_temperature == T(1); }
   // d z / d (h.w) is slope() * slope_factor(z): a constant, and what the softcap adds to it.
   FASTDPO_HD T slope() const { return scale * inv_temperature; }
   FASTDPO_HD T slope_factor(T z) const {

@@ -22,7 +22,7 @@ def test_build_info() -> None:
     assert info["version"] == fastdpo.__version__
     assert info["torch_running"] == torch.__version__
     assert info["torch_built_against"] == torch.__version__.split("+")[0]
-    assert info["cpu_path"] in ("avx512", "avx2", "plain")
+    assert info["cpu_path"] in ("avx512_bf16", "avx512", "avx2", "plain")
     assert re.search(r"\d+\.\d+", info["compiler"])
     built = (PACKAGE / "fastdpo_cuda.so").is_file()
     assert bool(info["cuda_archs"]) == built

@@ -4,7 +4,7 @@
 #include <torch/version.h>
 
 #include "../fastdpo.h"
-#include "row_kernels.h"
+#include "isa.h"
 #include "token_logps.h"
 
 TORCH_LIBRARY(fastdpo, m) {
@@ -23,7 +23,7 @@ PYBIND11_MODULE(_C, m) {
     facts["version"] = FASTDPO_VERSION;
     facts["compiler"] = FASTDPO_COMPILER;
     facts["torch"] = TORCH_VERSION;
-    facts["cpu_path"] = fastdpo::cpu::row_kernels().name;
+    facts["cpu_path"] = fastdpo::cpu::name_of(fastdpo::cpu::isa());
     return facts;
   });
 }

@@ -135,19 +135,18 @@ Problem<T> make_problem(const at::Tensor& hidden, const at::Tensor& weight, cons
           tile_sizes(hidden.size(1), sizeof(T))};
 }
 
-// Calls body with a pointer to row y of weight, in weight's own type.
+// Calls body(E()) with the tensor's element type.
 template <typename Body>
-auto with_weight_row(const at::Tensor& weight, int64_t y, const Body& body) {
-  const int64_t offset = y * weight.size(1);
-  switch (weight.scalar_type()) {
+auto with_element_type(const at::Tensor& tensor, const Body& body) {
+  switch (tensor.scalar_type()) {
     case at::kDouble:
-      return body(weight.const_data_ptr<double>() + offset);
+      return body(double());
     case at::kFloat:
-      return body(weight.const_data_ptr<float>() + offset);
+      return body(float());
     case at::kHalf:
-      return body(weight.const_data_ptr<at::Half>() + offset);
+      return body(at::Half());
     default:
-      return body(weight.const_data_ptr<at::BFloat16>() + offset);
+      return body(at::BFloat16());
   }
 }
 

@@ -1,4 +1,4 @@
-// Elementwise work on one row of logits, vectorised: the interface, and the choice of an instruction set at run time.
+// Elementwise work on one row of logits, vectorised: the interface.
 //
 // The kernels are compiled once per instruction set (row_kernels_*.cpp, one source: row_kernels_impl.h); this header
 // is all that the rest of the CPU back end sees of them.
@@ -30,7 +30,6 @@ struct RowOutputs {
 
 // One set of kernels, all of the same instruction set.
 struct RowKernels {
-  const char* name;
   // Adds the row to sums, raising their exponent where an entry asks for it; returns the factor by which all that was
   // formed with the old exponent shrinks (1 as a rule).
   double (*accumulate_f32)(const Row<float>&, const RowOutputs&, RowSums<double>&);
@@ -40,13 +39,12 @@ struct RowKernels {
   void (*operand_f64)(const Row<double>&, double exponent, double coefficient, double target_value);
 };
 
-// The best set that this processor runs, or the one that the environment variable FASTDPO_CPU_PATH names (avx512,
-// avx2, plain); throws std::runtime_error when that is unknown or cannot run here. Chosen once per process.
+// The set for isa().
 const RowKernels& row_kernels();
 
 // The sets themselves; the first two are in x86-64 builds alone.
-const RowKernels* avx512_row_kernels();
-const RowKernels* avx2_row_kernels();
-const RowKernels* plain_row_kernels();
+const RowKernels& avx512_row_kernels();
+const RowKernels& avx2_row_kernels();
+const RowKernels& plain_row_kernels();
 
 }  // namespace fastdpo::cpu

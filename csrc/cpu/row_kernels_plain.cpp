@@ -3,8 +3,8 @@
 #include "row_kernels_impl.h"
 
 namespace fastdpo::cpu {
-const RowKernels* plain_row_kernels() {
-  static constexpr RowKernels kKernels = make_row_kernels("plain");
-  return &kKernels;
+const RowKernels& plain_row_kernels() {
+  static constexpr RowKernels kKernels = make_row_kernels();
+  return kKernels;
 }
 }  // namespace fastdpo::cpu

@@ -1,0 +1,116 @@
+// The two ops: what they are given is checked here, their results are allocated here, and the path is chosen.
+#include "token_logps.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/zeros.h>
+
+#include <type_traits>
+
+#include "fused.h"
+#include "mm.h"
+
+namespace fastdpo::cpu {
+namespace {
+
+template <typename T>
+Results<T> make_results(const Problem<T>& problem, at::ScalarType operand, bool need_direction, int64_t retain_bytes,
+                        bool entropy, bool log_sum_sq_probs, bool mean_logits, bool is_top1) {
+  const int64_t n = problem.hidden.size(0);
+  const auto options = problem.compute();
+  const int64_t row_bytes = problem.vocabulary() * static_cast<int64_t>(at::elementSize(operand));
+  const int64_t retain = std::min(n, std::max<int64_t>(retain_bytes, 0) / row_bytes);
+  const auto per_row = [&](bool wanted) { return at::zeros({wanted ? n : 0}, options); };
+  Results<T> results{
+      per_row(true),
+      at::zeros({kRowStates, n}, options),
+      at::zeros({need_direction ? n : 0, problem.hidden_size()}, options),
+      at::empty({retain, problem.vocabulary()}, options.dtype(operand)),
+      per_row(entropy),
+      per_row(log_sum_sq_probs),
+      per_row(mean_logits),
+      at::zeros({is_top1 ? n : 0}, options.dtype(at::kBool)),
+  };
+  results.row_state.select(0, kRowNorm).fill_(1);  // what ignored rows keep
+  return results;
+}
+
+void forward(const Problem<float>& problem, Results<float>& results) {
+  const auto operand = fused_operand(problem.hidden);
+  operand.has_value() ? fused_forward(problem, *operand, results) : mm_forward(problem, results);
+}
+void forward(const Problem<double>& problem, Results<double>& results) { mm_forward(problem, results); }
+
+void weight_gradient(const Problem<float>& problem, const at::Tensor& retained,
+                     const std::vector<RowCoefficients>& coefficients, at::Tensor& grad_weight,
+                     at::Tensor& grad_bias) {
+  const auto operand = fused_operand(problem.hidden);
+  operand.has_value() ? fused_weight_gradient(problem, *operand, retained, coefficients, grad_weight, grad_bias)
+                      : mm_weight_gradient(problem, retained, coefficients, grad_weight, grad_bias);
+}
+void weight_gradient(const Problem<double>& problem, const at::Tensor& retained,
+                     const std::vector<RowCoefficients>& coefficients, at::Tensor& grad_weight,
+                     at::Tensor& grad_bias) {
+  mm_weight_gradient(problem, retained, coefficients, grad_weight, grad_bias);
+}
+
+}  // namespace
+
+ForwardResult token_logps_forward(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+                                  const std::optional<at::Tensor>& bias, int64_t ignore_index, int64_t num_scored,
+                                  double logit_scale, double softcap, double temperature, bool need_direction,
+                                  int64_t retain_bytes, bool entropy, bool log_sum_sq_probs, bool mean_logits,
+                                  bool is_top1) {
+  return with_compute_type(hidden, [&](auto compute) -> ForwardResult {
+    const auto problem = make_problem<decltype(compute)>(hidden, weight, targets, bias, ignore_index, num_scored,
+                                                         logit_scale, softcap, temperature);
+    const at::ScalarType operand = hidden.scalar_type() == at::kHalf ? at::kFloat : hidden.scalar_type();
+    auto results = make_results(problem, operand, need_direction, retain_bytes, entropy, log_sum_sq_probs,
+                                mean_logits, is_top1);
+    forward(problem, results);
+    return {results.logps,   results.row_state,        results.direction,   results.retained,
+            results.entropy, results.log_sum_sq_probs, results.mean_logits, results.is_top1};
+  });
+}
+
+BackwardResult token_logps_backward(const at::Tensor& grad_logps, const at::Tensor& hidden, const at::Tensor& weight,
+                                    const at::Tensor& targets, const std::optional<at::Tensor>& bias,
+                                    const at::Tensor& row_state, const at::Tensor& direction,
+                                    const at::Tensor& retained, int64_t ignore_index, int64_t num_scored,
+                                    double logit_scale, double softcap, double temperature, bool need_hidden,
+                                    bool need_weight, bool need_bias) {
+  return with_compute_type(hidden, [&](auto compute) -> BackwardResult {
+    using T = decltype(compute);
+    const auto problem =
+        make_problem<T>(hidden, weight, targets, bias, ignore_index, num_scored, logit_scale, softcap, temperature);
+    const int64_t n = hidden.size(0);
+    TORCH_CHECK(grad_logps.sizes() == targets.sizes() && grad_logps.scalar_type() == kComputeType<T> &&
+                    row_state.dim() == 2 && row_state.size(0) == kRowStates && row_state.size(1) == n &&
+                    row_state.scalar_type() == kComputeType<T> && row_state.is_contiguous(),
+                "grad_logps and row_state should be as the forward returned them");
+    TORCH_CHECK(!need_hidden || direction.sizes() == hidden.sizes(),
+                "direction should be [N, H] for hidden's gradient");
+    TORCH_CHECK(retained.dim() == 2 && retained.size(1) == weight.size(0) && retained.is_contiguous(),
+                "retained should be [R, V]");
+
+    const auto options = hidden.options();
+    at::Tensor grad_hidden, grad_weight, grad_bias;
+    if (need_hidden) {
+      grad_hidden = at::empty(hidden.sizes(), options);
+      at::mul_out(grad_hidden, direction, grad_logps.unsqueeze(1));
+    }
+    if (need_weight) grad_weight = at::empty(weight.sizes(), options);
+    if (need_bias) grad_bias = at::empty({weight.size(0)}, bias.value_or(hidden).options());
+    if (need_weight || need_bias) {
+      weight_gradient(problem, retained, row_coefficients(problem, grad_logps.contiguous(), row_state), grad_weight,
+                      grad_bias);
+    }
+    const auto or_empty = [](const at::Tensor& tensor, at::IntArrayRef shape, const at::TensorOptions& of) {
+      return tensor.defined() ? tensor : at::empty(shape, of);
+    };
+    return {or_empty(grad_hidden, {0, hidden.size(1)}, options), or_empty(grad_weight, {0, hidden.size(1)}, options),
+            or_empty(grad_bias, {0}, bias.value_or(hidden).options())};
+  });
+}
+
+}  // namespace fastdpo::cpu
