@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from oracle import assert_within, compute_rounding, oracle, relative_error
 from torch import Tensor
 
-from fastdpo import reference, token_logps
+from fastdpo import build_info, reference, token_logps
 from fastdpo.logps import OUTPUTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -323,14 +323,25 @@ def test_work_for_what_needs_no_gradient_is_not_done() -> None:
     assert shapes[2:4] == [(8, 16), (5, 50)]
 
 
-def test_same_bits_on_every_run() -> None:
-    hidden, weight, targets, bias = make_inputs(8, 300, 64, 5000, torch.bfloat16, bias=True)
-    first, first_grads = run(hidden, weight, targets, bias, torch.ones(300))
-    for _ in range(3):
-        result, grads = run(hidden, weight, targets, bias, torch.ones(300))
-        assert torch.equal(result.logps, first.logps)
-        for name, grad in grads.items():
-            assert torch.equal(grad, first_grads[name])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])  # at::mm's bits depend on the threads
+@pytest.mark.parametrize("n", [90, 700])
+@pytest.mark.parametrize("retain_bytes", [0, 400 * 3000 * 4])
+def test_same_bits_on_every_run_and_any_number_of_threads(dtype: torch.dtype, n: int, retain_bytes: int) -> None:
+    hidden, weight, targets, bias = make_inputs(8, n, 66, 3000, dtype, bias=True, spread=3.0)
+    grad_logps = torch.linspace(-1, 1, n)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 1, 2, 3, 5):
+            torch.set_num_threads(count)
+            result, grads = run(
+                hidden, weight, targets, bias, grad_logps, outputs=OUTPUTS, retain_bytes=retain_bytes, softcap=20.0
+            )
+            values = {name: getattr(result, name) for name in ("logps", *OUTPUTS)} | grads
+            first = values if count == 1 else first
+            for name, value in values.items():
+                assert torch.equal(value, first[name]), (name, count)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_ignored_rows_may_hold_anything() -> None:
@@ -424,7 +435,10 @@ def test_weight_changed_between_forward_and_backward_is_noticed() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("path", ["avx512_bf16", "avx512", "avx2", "plain"])
+ONEDNN_ISA = {"avx512_bf16": "AVX512_CORE_BF16", "avx512": "AVX512_CORE", "avx2": "AVX2", "plain": "DEFAULT"}
+
+
+@pytest.mark.parametrize("path", ONEDNN_ISA)
 def test_every_instruction_set(path: str) -> None:
     """The whole of the property test's path, in a process of its own that is made to use the instruction set."""
     code = """
@@ -437,19 +451,36 @@ def test_every_instruction_set(path: str) -> None:
                 inputs = test_logps.make_inputs(v, 30, 20, v, dtype, bias=True, spread=5.0)
                 test_logps.assert_matches(inputs, v, softcap=8.0, retain_bytes=15 * v * 4)
                 test_logps.assert_matches(inputs, v)
+            # More than a block of tokens, some of them kept; rows of an odd size; large raises.
+            for h in (21, 64):
+                inputs = test_logps.make_inputs(h, 600, h, 700, dtype, spread=40.0)
+                test_logps.assert_matches(inputs, h, retain_bytes=300 * 700 * 4)
         print("matched")
     """
     run_in = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), str(Path(__file__).parent), path],
         capture_output=True,
         text=True,
-        env={**os.environ, "FASTDPO_CPU_PATH": path},
+        # The matrix products are to use no better instructions either.
+        env={**os.environ, "FASTDPO_CPU_PATH": path, "ONEDNN_MAX_CPU_ISA": ONEDNN_ISA[path]},
     )
     if "one that this processor runs" in run_in.stderr and path != "plain":
         flags = Path("/proc/cpuinfo").read_text()
-        assert {"avx512": "avx512bw", "avx2": "avx2"}[path] not in flags, run_in.stderr
+        assert {"avx512_bf16": "avx512_bf16", "avx512": "avx512bw", "avx2": "avx2"}[path] not in flags, run_in.stderr
         pytest.skip(f"this processor has no {path}")
     assert run_in.returncode == 0 and "matched" in run_in.stdout, run_in.stderr
+
+
+def test_without_onednn_the_products_are_made_all_the_same() -> None:
+    """float32 products fall back to the BLAS; bfloat16 needs what it began with, and says so."""
+    inputs = {dtype: make_inputs(1, 20, 32, 500, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    for dtype in inputs:
+        assert_matches(inputs[dtype], 1)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert_matches(inputs[torch.float32], 1)
+        if build_info()["cpu_path"] == "avx512_bf16":
+            with pytest.raises(RuntimeError, match="mkldnn was disabled"):
+                assert_matches(inputs[torch.bfloat16], 1)
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

@@ -18,6 +18,7 @@
 
 #include "backward_rows.h"
 #include "forward_rows.h"
+#include "huge_pages.h"
 #include "problem.h"
 #include "tile_kernels.h"
 
@@ -30,10 +31,16 @@ constexpr int64_t kBlockTokens = 256;
 constexpr int64_t kTileTokens = kPanel;
 static_assert(kBlockTokens % kTileTokens == 0 && kTileTokens % kLaneGroup == 0);
 
+// Rows of the weight up to this long are taken 256 at a time.
+constexpr int64_t kWideTileRowBytes = 1792;
+
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Entries in a tile: its rows of the weight, their packed copy and the tile itself share the second-level cache.
-inline int64_t tile_entries(int64_t hidden_size) { return hidden_size <= 1024 ? 256 : 128; }
+template <typename O>
+int64_t tile_entries(int64_t hidden_size) {
+  return hidden_size * static_cast<int64_t>(sizeof(O)) <= kWideTileRowBytes ? 256 : 128;
+}
 
 // The type of the products' operands for these inputs: bfloat16 or float32; nullopt where the fused kernels do not run.
 std::optional<at::ScalarType> fused_operand(const at::Tensor& hidden);
@@ -47,7 +54,8 @@ struct Product {
 void multiply(const Product& product, const float* a, const float* b, float* result);
 void multiply(const Product& product, const Bf16Bits* a, const Bf16Bits* b, float* result);
 
-// result [m, round_up(H, kPanel)] (+)= a [m, k] * b [k, H], b as OperandKernels::pack_rows makes it, or, in float32, rows.
+// result [m, round_up(H, kPanel)] (+)= a [m, k] * b [k, H], b as OperandKernels::pack_rows makes it, or, in float32,
+// rows.
 void multiply_rows(int64_t m, int64_t k, int64_t hidden_size, const float* a, int64_t a_stride, const float* b,
                    float* result, bool add);
 void multiply_rows(int64_t m, int64_t k, int64_t hidden_size, const Bf16Bits* a, int64_t a_stride, const Bf16Bits* b,
@@ -71,11 +79,16 @@ struct MatrixUnits {
 template <typename E>
 class Buffer {
  public:
-  explicit Buffer(int64_t size) : bytes_(at::empty({size * static_cast<int64_t>(sizeof(E))}, at::kByte)) {}
-  E* data() const { return static_cast<E*>(bytes_.mutable_data_ptr()); }
+  explicit Buffer(int64_t size)
+      : bytes_(at::empty({size * static_cast<int64_t>(sizeof(E))}, at::kByte)),
+        data_(static_cast<E*>(bytes_.mutable_data_ptr())) {
+    prefer_huge_pages(bytes_);
+  }
+  E* data() const { return data_; }
 
  private:
   at::Tensor bytes_;
+  E* data_;
 };
 
 // Rows of a 16- or 32-bit tensor in the operand type: where they lie, or widened into a buffer.
@@ -95,8 +108,7 @@ class OperandRows {
     if constexpr (std::is_same_v<O, float>) {
       if (converts_) {
         float* const to = buffer_.data() + slot * size_;
-        const auto widen =
-            tensor_.scalar_type() == at::kHalf ? tile_kernels()->widen_f16 : tile_kernels()->widen_bf16;
+        const auto widen = tensor_.scalar_type() == at::kHalf ? tile_kernels()->widen_f16 : tile_kernels()->widen_bf16;
         widen(reinterpret_cast<const uint16_t*>(source), to, size_);
         return to;
       }

@@ -13,8 +13,9 @@ namespace {
 constexpr int64_t kSumBytes = 8 << 20;
 constexpr int64_t kMaxChunk = 1024;
 
-inline int64_t chunk_entries(int64_t hidden_size) {
-  const int64_t tile = tile_entries(hidden_size);
+template <typename O>
+int64_t chunk_entries(int64_t hidden_size) {
+  const int64_t tile = tile_entries<O>(hidden_size);
   const int64_t fit = kSumBytes / static_cast<int64_t>(sizeof(float)) / round_up(hidden_size, kPanel);
   return std::clamp(fit / tile * tile, tile, kMaxChunk);
 }
@@ -42,8 +43,8 @@ class WeightChunks {
         grad_bias_(grad_bias),
         size_(problem.hidden_size()),
         stride_(round_up(size_, kPanel)),
-        entries_(tile_entries(size_)),
-        chunk_(chunk_entries(size_)),
+        entries_(tile_entries<O>(size_)),
+        chunk_(chunk_entries<O>(size_)),
         recomputes_(retained.tokens() < problem.count()),
         hidden_rows_(problem.hidden, kBlockTokens),
         weight_rows_(problem.weight, recomputes_ ? entries_ : 0),
@@ -167,7 +168,8 @@ class WeightChunks {
         using E = decltype(element);
         E* const out = grad_weight_.mutable_data_ptr<E>() + first_ * size_;
         for (int64_t v = 0; v < rows_; ++v) {
-          for (int64_t k = 0; k < size_; ++k) out[v * size_ + k] = static_cast<E>(sum_.data()[v * stride_ + k]);
+          const float* const sum = sum_.data() + v * stride_;
+          for (int64_t k = 0; k < size_; ++k) out[v * size_ + k] = static_cast<E>(sum[k]);
         }
       });
     }
@@ -207,10 +209,9 @@ void run(const Problem<float>& problem, const at::Tensor& kept, const std::vecto
          at::Tensor& grad_weight, at::Tensor& grad_bias) {
   const Retained<O> retained(kept, problem.count(), problem.vocabulary());
   const std::vector<int64_t> by_target = tokens_by_target(problem);
-  const int64_t chunk = chunk_entries(problem.hidden_size());
-  for_each_task((problem.vocabulary() + chunk - 1) / chunk, [&] {
-    return WeightChunks<O>(problem, retained, coefficients, by_target, grad_weight, grad_bias);
-  });
+  const int64_t chunk = chunk_entries<O>(problem.hidden_size());
+  for_each_task((problem.vocabulary() + chunk - 1) / chunk,
+                [&] { return WeightChunks<O>(problem, retained, coefficients, by_target, grad_weight, grad_bias); });
 }
 
 }  // namespace

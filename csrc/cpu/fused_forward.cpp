@@ -21,7 +21,7 @@ class ForwardBlocks {
         block_tokens_(block_tokens),
         size_(problem.hidden_size()),
         stride_(round_up(size_, kPanel)),
-        entries_(tile_entries(size_)),
+        entries_(tile_entries<O>(size_)),
         need_direction_(results.direction.numel() > 0),
         hidden_rows_(problem.hidden, kTileTokens),
         weight_rows_(problem.weight, entries_),
@@ -167,8 +167,7 @@ class ForwardBlocks {
     for (int64_t i = 0; i < count_; ++i) {
       results_.write(problem_, begin_ + i, sums_[i]);
       if (!need_direction_) continue;
-      float* const direction =
-          results_.direction.mutable_data_ptr<float>() + problem_.rows()[begin_ + i] * size_;
+      float* const direction = results_.direction.mutable_data_ptr<float>() + problem_.rows()[begin_ + i] * size_;
       finish_direction(problem_, begin_ + i, sums_[i], direction_.data() + i * stride_, direction);
     }
   }

@@ -98,7 +98,7 @@ void mm_weight_gradient(const Problem<T>& problem, const at::Tensor& retained,
 
 template void mm_weight_gradient<float>(const Problem<float>&, const at::Tensor&, const std::vector<RowCoefficients>&,
                                         at::Tensor&, at::Tensor&);
-template void mm_weight_gradient<double>(const Problem<double>&, const at::Tensor&,
-                                         const std::vector<RowCoefficients>&, at::Tensor&, at::Tensor&);
+template void mm_weight_gradient<double>(const Problem<double>&, const at::Tensor&, const std::vector<RowCoefficients>&,
+                                         at::Tensor&, at::Tensor&);
 
 }  // namespace fastdpo::cpu

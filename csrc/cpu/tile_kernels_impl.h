@@ -16,8 +16,8 @@ using Value = WideFloat::Value;
 constexpr int64_t kLanes = WideFloat::kLanes;
 static_assert(kLaneGroup % kLanes == 0 && kPanel % kLanes == 0);
 
-// Rows become columns: kLanes vectors of kLanes numbers, in log2(kLanes) steps, each of which exchanges the off-diagonal
-// blocks of twice the size.
+// Rows become columns: kLanes vectors of kLanes numbers, in log2(kLanes) steps, each of which exchanges the
+// off-diagonal blocks of twice the size.
 template <int64_t kBlock>
 inline void exchange_blocks(Value* v) {
   using Bits = WideFloat::Bits;
@@ -325,16 +325,15 @@ void pack_rows(const Bf16Bits* const* rows, const float* scales, int64_t count, 
   }
 }
 
-constexpr OperandKernels<Bf16Bits> kBf16Kernels{pack_columns,       pack_rows,
-                                                exponentials<Bf16Bits>, gradient<Bf16Bits>,
-                                                add_row_dots<Bf16Bits>, scale_column};
+constexpr OperandKernels<Bf16Bits> kBf16Kernels{
+    pack_columns, pack_rows, exponentials<Bf16Bits>, gradient<Bf16Bits>, add_row_dots<Bf16Bits>, scale_column};
 constexpr const OperandKernels<Bf16Bits>* kBf16KernelsIfAny = &kBf16Kernels;
 #else
 constexpr const OperandKernels<Bf16Bits>* kBf16KernelsIfAny = nullptr;
 #endif
 
-constexpr TileKernels kTileKernels{widen_bf16, widen_f16, transform_tile, lane_max, lane_sum, kF32Kernels,
-                                   kBf16KernelsIfAny};
+constexpr TileKernels kTileKernels{widen_bf16, widen_f16,   transform_tile,   lane_max,
+                                   lane_sum,   kF32Kernels, kBf16KernelsIfAny};
 
 }  // namespace
 }  // namespace fastdpo::cpu

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "fused.h"
+#include "huge_pages.h"
 #include "mm.h"
 
 namespace fastdpo::cpu {
@@ -32,6 +33,7 @@ Results<T> make_results(const Problem<T>& problem, at::ScalarType operand, bool 
       at::zeros({is_top1 ? n : 0}, options.dtype(at::kBool)),
   };
   results.row_state.select(0, kRowNorm).fill_(1);  // what ignored rows keep
+  prefer_huge_pages(results.retained);
   return results;
 }
 
@@ -42,15 +44,13 @@ void forward(const Problem<float>& problem, Results<float>& results) {
 void forward(const Problem<double>& problem, Results<double>& results) { mm_forward(problem, results); }
 
 void weight_gradient(const Problem<float>& problem, const at::Tensor& retained,
-                     const std::vector<RowCoefficients>& coefficients, at::Tensor& grad_weight,
-                     at::Tensor& grad_bias) {
+                     const std::vector<RowCoefficients>& coefficients, at::Tensor& grad_weight, at::Tensor& grad_bias) {
   const auto operand = fused_operand(problem.hidden);
   operand.has_value() ? fused_weight_gradient(problem, *operand, retained, coefficients, grad_weight, grad_bias)
                       : mm_weight_gradient(problem, retained, coefficients, grad_weight, grad_bias);
 }
 void weight_gradient(const Problem<double>& problem, const at::Tensor& retained,
-                     const std::vector<RowCoefficients>& coefficients, at::Tensor& grad_weight,
-                     at::Tensor& grad_bias) {
+                     const std::vector<RowCoefficients>& coefficients, at::Tensor& grad_weight, at::Tensor& grad_bias) {
   mm_weight_gradient(problem, retained, coefficients, grad_weight, grad_bias);
 }
 
@@ -65,8 +65,8 @@ ForwardResult token_logps_forward(const at::Tensor& hidden, const at::Tensor& we
     const auto problem = make_problem<decltype(compute)>(hidden, weight, targets, bias, ignore_index, num_scored,
                                                          logit_scale, softcap, temperature);
     const at::ScalarType operand = hidden.scalar_type() == at::kHalf ? at::kFloat : hidden.scalar_type();
-    auto results = make_results(problem, operand, need_direction, retain_bytes, entropy, log_sum_sq_probs,
-                                mean_logits, is_top1);
+    auto results =
+        make_results(problem, operand, need_direction, retain_bytes, entropy, log_sum_sq_probs, mean_logits, is_top1);
     forward(problem, results);
     return {results.logps,   results.row_state,        results.direction,   results.retained,
             results.entropy, results.log_sum_sq_probs, results.mean_logits, results.is_top1};
@@ -99,7 +99,10 @@ BackwardResult token_logps_backward(const at::Tensor& grad_logps, const at::Tens
       grad_hidden = at::empty(hidden.sizes(), options);
       at::mul_out(grad_hidden, direction, grad_logps.unsqueeze(1));
     }
-    if (need_weight) grad_weight = at::empty(weight.sizes(), options);
+    if (need_weight) {
+      grad_weight = at::empty(weight.sizes(), options);
+      prefer_huge_pages(grad_weight);
+    }
     if (need_bias) grad_bias = at::empty({weight.size(0)}, bias.value_or(hidden).options());
     if (need_weight || need_bias) {
       weight_gradient(problem, retained, row_coefficients(problem, grad_logps.contiguous(), row_state), grad_weight,

@@ -1,6 +1,7 @@
-// Vectors of float32 over GCC's and Clang's vector types, and the functions of them that the kernels need. Included by the
-// *_impl.h files alone, each of which is compiled once per instruction set, with FASTDPO_VECTOR_BYTES set. Everything here
-// has internal linkage, so that no function compiled for one instruction set is ever linked into another's.
+// Vectors of float32 over GCC's and Clang's vector types, and the functions of them that the kernels need. Included by
+// the
+// *_impl.h files alone, each of which is compiled once per instruction set, with FASTDPO_VECTOR_BYTES set. Everything
+// here has internal linkage, so that no function compiled for one instruction set is ever linked into another's.
 #pragma once
 
 #if defined(__AVX512F__)
