@@ -65,7 +65,7 @@ def assert_matches(inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], seed: i
     compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     grad_logps = torch.randn(hidden.shape[0], generator=torch.Generator().manual_seed(seed), dtype=compute)
     retain = options.pop("retain_bytes", 0)
-    # Operands of 16 bits are rounded as exponentials, again if the row's exponent was raised, and as scaled hidden states.
+    # 16-bit operands are rounded as exponentials, again if the row's exponent was raised, and as scaled hidden states.
     operand, roundings = (hidden.dtype, 3) if hidden.dtype == torch.bfloat16 else (None, 1)
     truth = oracle(hidden, weight, targets, bias, grad_logps, operand_dtype=operand, **options)
     result, grads = run(hidden, weight, targets, bias, grad_logps, outputs=OUTPUTS, retain_bytes=retain, **options)
@@ -330,6 +330,7 @@ def test_same_bits_on_every_run_and_any_number_of_threads(dtype: torch.dtype, n:
     hidden, weight, targets, bias = make_inputs(8, n, 66, 3000, dtype, bias=True, spread=3.0)
     grad_logps = torch.linspace(-1, 1, n)
     threads = torch.get_num_threads()
+    first = None
     try:
         for count in (1, 1, 2, 3, 5):
             torch.set_num_threads(count)
@@ -337,7 +338,7 @@ def test_same_bits_on_every_run_and_any_number_of_threads(dtype: torch.dtype, n:
                 hidden, weight, targets, bias, grad_logps, outputs=OUTPUTS, retain_bytes=retain_bytes, softcap=20.0
             )
             values = {name: getattr(result, name) for name in ("logps", *OUTPUTS)} | grads
-            first = values if count == 1 else first
+            first = first or values
             for name, value in values.items():
                 assert torch.equal(value, first[name]), (name, count)
     finally:
