@@ -28,4 +28,11 @@ std::vector<RowCoefficients> row_coefficients(const Problem<T>& problem, const a
   return coefficients;
 }
 
+// Where the gradients of weight and bias go; undefined where one is not needed. A sum is the caller's, in the compute
+// type, and is added to; a result is in the input's type, and is set.
+struct Gradients {
+  at::Tensor weight, bias;
+  bool adds_to_weight = false, adds_to_bias = false;
+};
+
 }  // namespace fastdpo::cpu

@@ -165,9 +165,8 @@ void for_each_task(int64_t count, const MakeState& make_state) {
 // Fills what the forward returns; results.retained in Retained's layout.
 void fused_forward(const Problem<float>& problem, at::ScalarType operand, Results<float>& results);
 
-// weight's and bias's gradients, of which either may be undefined, from what fused_forward returned.
+// weight's and bias's gradients from what fused_forward returned.
 void fused_weight_gradient(const Problem<float>& problem, at::ScalarType operand, const at::Tensor& retained,
-                           const std::vector<RowCoefficients>& coefficients, at::Tensor& grad_weight,
-                           at::Tensor& grad_bias);
+                           const std::vector<RowCoefficients>& coefficients, const Gradients& gradients);
 
 }  // namespace fastdpo::cpu

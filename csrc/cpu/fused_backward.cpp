@@ -34,13 +34,12 @@ class WeightChunks {
  public:
   WeightChunks(const Problem<float>& problem, const Retained<O>& retained,
                const std::vector<RowCoefficients>& coefficients, const std::vector<int64_t>& by_target,
-               at::Tensor& grad_weight, at::Tensor& grad_bias)
+               const Gradients& gradients)
       : problem_(problem),
         retained_(retained),
         coefficients_(coefficients),
         by_target_(by_target),
-        grad_weight_(grad_weight),
-        grad_bias_(grad_bias),
+        gradients_(gradients),
         size_(problem.hidden_size()),
         stride_(round_up(size_, kPanel)),
         entries_(tile_entries<O>(size_)),
@@ -48,11 +47,11 @@ class WeightChunks {
         recomputes_(retained.tokens() < problem.count()),
         hidden_rows_(problem.hidden, kBlockTokens),
         weight_rows_(problem.weight, recomputes_ ? entries_ : 0),
-        hidden_(grad_weight.defined() ? packed_rows_size<O>(kBlockTokens, size_) : 0),
+        hidden_(gradients.weight.defined() ? packed_rows_size<O>(kBlockTokens, size_) : 0),
         columns_(recomputes_ ? kBlockTokens * size_ : 0),
         logits_(recomputes_ ? entries_ * kTileTokens : 0),
         operand_(recomputes_ ? entries_ * kBlockTokens : 0),
-        sum_(grad_weight.defined() ? chunk_ * stride_ : 0),
+        sum_(gradients.weight.defined() ? chunk_ * stride_ : 0),
         bias_sum_(chunk_) {}
 
   // Entries [task * chunk, ...).
@@ -60,7 +59,7 @@ class WeightChunks {
     first_ = task * chunk_;
     rows_ = std::min(chunk_, problem_.vocabulary() - first_);
     std::fill(bias_sum_.begin(), bias_sum_.end(), 0.0f);
-    if (problem_.count() == 0 && grad_weight_.defined()) std::fill_n(sum_.data(), rows_ * stride_, 0.0f);
+    if (problem_.count() == 0 && gradients_.weight.defined()) std::fill_n(sum_.data(), rows_ * stride_, 0.0f);
     // Blocks of tokens never mix the two kinds, and always come in this order: the sums' rounding repeats.
     for (int64_t t = 0; t < retained_.tokens(); t += kBlockTokens) {
       add_block(t, std::min(kBlockTokens, retained_.tokens() - t), true);
@@ -86,11 +85,11 @@ class WeightChunks {
       } else {
         recompute(count, v, rows);
       }
-      if (grad_weight_.defined()) {
+      if (gradients_.weight.defined()) {
         multiply_rows(rows, round_up(count, kLaneGroup), size_, operand, operand_stride, hidden_.data(),
                       sum_.data() + v * stride_, t > 0);
       }
-      if (grad_bias_.defined()) {
+      if (gradients_.bias.defined()) {
         kernels_.add_row_dots(operand, operand_stride, rows, round_up(count, kLaneGroup),
                               retained ? of_operand_.data() : ones_.data(), bias_sum_.data() + v);
       }
@@ -110,7 +109,7 @@ class WeightChunks {
       ones_[i] = 1.0f;
       targets_[i] = problem_.target(t + i);
     }
-    if (grad_weight_.defined()) {
+    if (gradients_.weight.defined()) {
       kernels_.pack_rows(rows_of_block_.data(), retained ? of_operand_.data() : nullptr, count, size_, hidden_.data());
     }
     if (retained) return;
@@ -152,7 +151,7 @@ class WeightChunks {
       const int64_t entry = problem_.target(*token) - first_;
       const float factor = static_cast<float>(coefficients_[*token].of_target);
       bias_sum_[entry] += factor;
-      if (!grad_weight_.defined()) continue;
+      if (!gradients_.weight.defined()) continue;
       float* const sum = sum_.data() + entry * stride_;
       with_element_type(problem_.hidden, [&](auto element) {
         using E = decltype(element);
@@ -162,24 +161,28 @@ class WeightChunks {
     }
   }
 
-  void write() {
-    if (grad_weight_.defined()) {
-      with_element_type(grad_weight_, [&](auto element) {
+  void write() const {
+    if (gradients_.weight.defined()) {
+      with_element_type(gradients_.weight, [&](auto element) {
         using E = decltype(element);
-        E* const out = grad_weight_.mutable_data_ptr<E>() + first_ * size_;
+        E* const out = gradients_.weight.mutable_data_ptr<E>() + first_ * size_;
         for (int64_t v = 0; v < rows_; ++v) {
-          const float* const sum = sum_.data() + v * stride_;
-          for (int64_t k = 0; k < size_; ++k) out[v * size_ + k] = static_cast<E>(sum[k]);
+          write_row(sum_.data() + v * stride_, size_, gradients_.adds_to_weight, out + v * size_);
         }
       });
     }
-    if (grad_bias_.defined()) {
-      with_element_type(grad_bias_, [&](auto element) {
+    if (gradients_.bias.defined()) {
+      with_element_type(gradients_.bias, [&](auto element) {
         using E = decltype(element);
-        E* const out = grad_bias_.mutable_data_ptr<E>() + first_;
-        for (int64_t v = 0; v < rows_; ++v) out[v] = static_cast<E>(bias_sum_[v]);
+        E* const out = gradients_.bias.mutable_data_ptr<E>() + first_;
+        write_row(bias_sum_.data(), rows_, gradients_.adds_to_bias, out);
       });
     }
+  }
+
+  template <typename E>
+  static void write_row(const float* sum, int64_t size, bool adds, E* out) {
+    for (int64_t k = 0; k < size; ++k) out[k] = static_cast<E>(adds ? static_cast<float>(out[k]) + sum[k] : sum[k]);
   }
 
   const TileKernels& tiles_ = *tile_kernels();
@@ -188,7 +191,7 @@ class WeightChunks {
   const Retained<O>& retained_;
   const std::vector<RowCoefficients>& coefficients_;
   const std::vector<int64_t>& by_target_;
-  at::Tensor &grad_weight_, &grad_bias_;
+  const Gradients& gradients_;
   const int64_t size_, stride_, entries_, chunk_;
   const bool recomputes_;
   int64_t first_ = 0, rows_ = 0;
@@ -206,21 +209,20 @@ class WeightChunks {
 
 template <typename O>
 void run(const Problem<float>& problem, const at::Tensor& kept, const std::vector<RowCoefficients>& coefficients,
-         at::Tensor& grad_weight, at::Tensor& grad_bias) {
+         const Gradients& gradients) {
   const Retained<O> retained(kept, problem.count(), problem.vocabulary());
   const std::vector<int64_t> by_target = tokens_by_target(problem);
   const int64_t chunk = chunk_entries<O>(problem.hidden_size());
   for_each_task((problem.vocabulary() + chunk - 1) / chunk,
-                [&] { return WeightChunks<O>(problem, retained, coefficients, by_target, grad_weight, grad_bias); });
+                [&] { return WeightChunks<O>(problem, retained, coefficients, by_target, gradients); });
 }
 
 }  // namespace
 
 void fused_weight_gradient(const Problem<float>& problem, at::ScalarType operand, const at::Tensor& retained,
-                           const std::vector<RowCoefficients>& coefficients, at::Tensor& grad_weight,
-                           at::Tensor& grad_bias) {
-  operand == at::kBFloat16 ? run<Bf16Bits>(problem, retained, coefficients, grad_weight, grad_bias)
-                           : run<float>(problem, retained, coefficients, grad_weight, grad_bias);
+                           const std::vector<RowCoefficients>& coefficients, const Gradients& gradients) {
+  operand == at::kBFloat16 ? run<Bf16Bits>(problem, retained, coefficients, gradients)
+                           : run<float>(problem, retained, coefficients, gradients);
 }
 
 }  // namespace fastdpo::cpu

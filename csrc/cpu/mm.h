@@ -16,10 +16,9 @@ namespace fastdpo::cpu {
 template <typename T>
 void mm_forward(const Problem<T>& problem, Results<T>& results);
 
-// weight's and bias's gradients, of which either may be undefined, from what mm_forward returned.
+// weight's and bias's gradients from what mm_forward returned.
 template <typename T>
 void mm_weight_gradient(const Problem<T>& problem, const at::Tensor& retained,
-                        const std::vector<RowCoefficients>& coefficients, at::Tensor& grad_weight,
-                        at::Tensor& grad_bias);
+                        const std::vector<RowCoefficients>& coefficients, const Gradients& gradients);
 
 }  // namespace fastdpo::cpu

@@ -21,30 +21,35 @@ template <typename T>
 class WeightGradient {
  public:
   WeightGradient(const Problem<T>& problem, const at::Tensor& retained,
-                 const std::vector<RowCoefficients>& coefficients)
-      : problem_(problem), retained_(retained), coefficients_(coefficients) {}
+                 const std::vector<RowCoefficients>& coefficients, const Gradients& gradients)
+      : problem_(problem), retained_(retained), coefficients_(coefficients), gradients_(gradients) {}
 
-  // Entries [v, v + width); grad_weight and grad_bias are undefined where not needed.
-  void run(int64_t v, int64_t width, at::Tensor& grad_weight, at::Tensor& grad_bias) {
+  // Entries [v, v + width).
+  void run(int64_t v, int64_t width) {
     const at::Tensor weight = problem_.weight_chunk(v, v + width, weight_buffer_);
-    at::Tensor sum;
-    if (grad_weight.defined()) sum = weight_sum(v, width, grad_weight);
-    at::Tensor bias_sum = at::zeros({width}, problem_.compute());
+    at::Tensor sum, bias_sum;
+    if (gradients_.weight.defined()) sum = weight_sum(v, width);
+    if (gradients_.bias.defined()) {
+      bias_sum = gradients_.adds_to_bias ? gradients_.bias.narrow(0, v, width) : at::zeros({width}, problem_.compute());
+    }
     for (int64_t begin = 0; begin < problem_.count(); begin += problem_.tiles.block) {
       const int64_t size = std::min(problem_.tiles.block, problem_.count() - begin);
       const at::Tensor hidden = problem_.hidden_block(begin, begin + size, hidden_buffer_);
       const at::Tensor operand = scaled_operand(hidden, weight, begin, v);
       if (sum.defined()) at::addmm_out(sum, sum, operand.t(), hidden);
-      if (grad_bias.defined()) bias_sum.add_(at::sum(operand, {0}));
+      if (bias_sum.defined()) bias_sum.add_(at::sum(operand, {0}));
     }
-    if (sum.defined() && problem_.converts()) grad_weight.narrow(0, v, width).copy_(sum);
-    if (grad_bias.defined()) grad_bias.narrow(0, v, width).copy_(bias_sum);
+    if (sum.defined() && !gradients_.adds_to_weight && problem_.converts()) {
+      gradients_.weight.narrow(0, v, width).copy_(sum);
+    }
+    if (bias_sum.defined() && !gradients_.adds_to_bias) gradients_.bias.narrow(0, v, width).copy_(bias_sum);
   }
 
  private:
-  // Where a chunk's gradient grows: in the result itself unless that has 16 bits.
-  at::Tensor weight_sum(int64_t v, int64_t width, at::Tensor& grad_weight) {
-    if (!problem_.converts()) return grad_weight.narrow(0, v, width).zero_();
+  // Where a chunk's gradient grows: in the caller's sum, or in the result itself unless that has 16 bits.
+  at::Tensor weight_sum(int64_t v, int64_t width) {
+    if (gradients_.adds_to_weight) return gradients_.weight.narrow(0, v, width);
+    if (!problem_.converts()) return gradients_.weight.narrow(0, v, width).zero_();
     if (!sum_buffer_.defined()) sum_buffer_ = at::empty({width, problem_.hidden_size()}, problem_.compute());
     return sum_buffer_.narrow(0, 0, width).zero_();
   }
@@ -81,6 +86,7 @@ class WeightGradient {
   const Problem<T>& problem_;
   const at::Tensor& retained_;
   const std::vector<RowCoefficients>& coefficients_;
+  const Gradients& gradients_;
   at::Tensor hidden_buffer_, weight_buffer_, sum_buffer_, tile_buffer_;
 };
 
@@ -88,17 +94,16 @@ class WeightGradient {
 
 template <typename T>
 void mm_weight_gradient(const Problem<T>& problem, const at::Tensor& retained,
-                        const std::vector<RowCoefficients>& coefficients, at::Tensor& grad_weight,
-                        at::Tensor& grad_bias) {
-  WeightGradient<T> gradient(problem, retained, coefficients);
+                        const std::vector<RowCoefficients>& coefficients, const Gradients& gradients) {
+  WeightGradient<T> gradient(problem, retained, coefficients, gradients);
   for (int64_t v = 0; v < problem.vocabulary(); v += problem.tiles.chunk) {
-    gradient.run(v, std::min(problem.tiles.chunk, problem.vocabulary() - v), grad_weight, grad_bias);
+    gradient.run(v, std::min(problem.tiles.chunk, problem.vocabulary() - v));
   }
 }
 
 template void mm_weight_gradient<float>(const Problem<float>&, const at::Tensor&, const std::vector<RowCoefficients>&,
-                                        at::Tensor&, at::Tensor&);
+                                        const Gradients&);
 template void mm_weight_gradient<double>(const Problem<double>&, const at::Tensor&, const std::vector<RowCoefficients>&,
-                                         at::Tensor&, at::Tensor&);
+                                         const Gradients&);
 
 }  // namespace fastdpo::cpu

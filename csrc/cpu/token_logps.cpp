@@ -44,14 +44,14 @@ void forward(const Problem<float>& problem, Results<float>& results) {
 void forward(const Problem<double>& problem, Results<double>& results) { mm_forward(problem, results); }
 
 void weight_gradient(const Problem<float>& problem, const at::Tensor& retained,
-                     const std::vector<RowCoefficients>& coefficients, at::Tensor& grad_weight, at::Tensor& grad_bias) {
+                     const std::vector<RowCoefficients>& coefficients, const Gradients& gradients) {
   const auto operand = fused_operand(problem.hidden);
-  operand.has_value() ? fused_weight_gradient(problem, *operand, retained, coefficients, grad_weight, grad_bias)
-                      : mm_weight_gradient(problem, retained, coefficients, grad_weight, grad_bias);
+  operand.has_value() ? fused_weight_gradient(problem, *operand, retained, coefficients, gradients)
+                      : mm_weight_gradient(problem, retained, coefficients, gradients);
 }
 void weight_gradient(const Problem<double>& problem, const at::Tensor& retained,
-                     const std::vector<RowCoefficients>& coefficients, at::Tensor& grad_weight, at::Tensor& grad_bias) {
-  mm_weight_gradient(problem, retained, coefficients, grad_weight, grad_bias);
+                     const std::vector<RowCoefficients>& coefficients, const Gradients& gradients) {
+  mm_weight_gradient(problem, retained, coefficients, gradients);
 }
 
 }  // namespace
@@ -76,7 +76,8 @@ ForwardResult token_logps_forward(const at::Tensor& hidden, const at::Tensor& we
 BackwardResult token_logps_backward(const at::Tensor& grad_logps, const at::Tensor& hidden, const at::Tensor& weight,
                                     const at::Tensor& targets, const std::optional<at::Tensor>& bias,
                                     const at::Tensor& row_state, const at::Tensor& direction,
-                                    const at::Tensor& retained, int64_t ignore_index, int64_t num_scored,
+                                    const at::Tensor& retained, const std::optional<at::Tensor>& weight_sum,
+                                    const std::optional<at::Tensor>& bias_sum, int64_t ignore_index, int64_t num_scored,
                                     double logit_scale, double softcap, double temperature, bool need_hidden,
                                     bool need_weight, bool need_bias) {
   return with_compute_type(hidden, [&](auto compute) -> BackwardResult {
@@ -93,26 +94,30 @@ BackwardResult token_logps_backward(const at::Tensor& grad_logps, const at::Tens
     TORCH_CHECK(retained.dim() == 2 && retained.size(1) == weight.size(0) && retained.is_contiguous(),
                 "retained should be [R, V]");
 
-    const auto options = hidden.options();
-    at::Tensor grad_hidden, grad_weight, grad_bias;
-    if (need_hidden) {
-      grad_hidden = at::empty(hidden.sizes(), options);
-      at::mul_out(grad_hidden, direction, grad_logps.unsqueeze(1));
-    }
-    if (need_weight) {
-      grad_weight = at::empty(weight.sizes(), options);
-      prefer_huge_pages(grad_weight);
-    }
-    if (need_bias) grad_bias = at::empty({weight.size(0)}, bias.value_or(hidden).options());
-    if (need_weight || need_bias) {
-      weight_gradient(problem, retained, row_coefficients(problem, grad_logps.contiguous(), row_state), grad_weight,
-                      grad_bias);
-    }
-    const auto or_empty = [](const at::Tensor& tensor, at::IntArrayRef shape, const at::TensorOptions& of) {
-      return tensor.defined() ? tensor : at::empty(shape, of);
+    const auto check_sum = [](const char* name, const at::Tensor& sum, bool needed, at::IntArrayRef shape) {
+      TORCH_CHECK(needed && sum.sizes() == shape && sum.scalar_type() == kComputeType<T> && sum.is_contiguous(), name,
+                  " should be a contiguous ", kComputeType<T>, " tensor of shape ", shape, ", given only where that ",
+                  "gradient is needed; it is a ", sum.scalar_type(), " tensor of shape ", sum.sizes());
     };
-    return {or_empty(grad_hidden, {0, hidden.size(1)}, options), or_empty(grad_weight, {0, hidden.size(1)}, options),
-            or_empty(grad_bias, {0}, bias.value_or(hidden).options())};
+    if (weight_sum.has_value()) check_sum("weight_sum", *weight_sum, need_weight, weight.sizes());
+    if (bias_sum.has_value()) check_sum("bias_sum", *bias_sum, need_bias, {weight.size(0)});
+
+    const auto options = hidden.options(), bias_options = bias.value_or(hidden).options();
+    const bool return_weight = need_weight && !weight_sum.has_value(), return_bias = need_bias && !bias_sum.has_value();
+    at::Tensor grad_hidden = at::empty({need_hidden ? hidden.size(0) : 0, hidden.size(1)}, options);
+    at::Tensor grad_weight = at::empty({return_weight ? weight.size(0) : 0, hidden.size(1)}, options);
+    at::Tensor grad_bias = at::empty({return_bias ? weight.size(0) : 0}, bias_options);
+    if (need_hidden) at::mul_out(grad_hidden, direction, grad_logps.unsqueeze(1));
+    if (need_weight || need_bias) {
+      prefer_huge_pages(grad_weight);
+      Gradients gradients;
+      if (need_weight) gradients.weight = weight_sum.value_or(grad_weight);
+      if (need_bias) gradients.bias = bias_sum.value_or(grad_bias);
+      gradients.adds_to_weight = weight_sum.has_value();
+      gradients.adds_to_bias = bias_sum.has_value();
+      weight_gradient(problem, retained, row_coefficients(problem, grad_logps.contiguous(), row_state), gradients);
+    }
+    return {grad_hidden, grad_weight, grad_bias};
   });
 }
 
