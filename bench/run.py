@@ -24,7 +24,7 @@ from cases import HEADS, Case, is_large, named_case
 from peers import PEERS, load_peer_file
 from rich.console import Console
 from runner import Options, run_case
-from tables import case_table, legend, sweep_tables
+from tables import LEGEND, case_table, sweep_tables
 
 import fastdpo
 
@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
             found = measure(make_case(name, args), name, report["cases"])
             everything.append(found)
             print(case_table(found), end="\n\n", flush=True)
-        print(legend())
+        print(LEGEND)
     own = [found["peers"][name] for found in everything for name in ("floor", "fastdpo") if name in found["peers"]]
     return int(any(entry["status"] == "failed" for entry in own))
 

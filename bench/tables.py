@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-_LEGEND = """\
+LEGEND = """\
 ms: forward and backward, median over the rounds; x floor, x fastdpo: its time over theirs, median of the rounds'
 ratios; floor: the matrix products alone; MB: peak memory beyond inputs and gradients; errors against float64: logps
 max |error| / (1 + |logp|), over tokens, or sequences where marked s; loss relative; dhidden, dweight relative
 Frobenius norms on samples."""
+
+_MEMORY = "peak MB beyond inputs and gradients"
 
 
 def case_table(found: dict[str, Any]) -> str:
@@ -20,10 +22,6 @@ def case_table(found: dict[str, Any]) -> str:
     return "\n".join([_title(found), "", _align([columns, *rows]), *_excuses(found)])
 
 
-def legend() -> str:
-    return _LEGEND
-
-
 def sweep_tables(axis: str, points: list[dict[str, Any]]) -> str:
     """Peers by points: time, time per token, memory; the axis is tokens or vocabulary."""
     key = {"tokens": "tokens", "vocabulary": "vocab_size"}[axis]
@@ -31,12 +29,14 @@ def sweep_tables(axis: str, points: list[dict[str, Any]]) -> str:
     figures = {
         "milliseconds": lambda point, entry: _number(entry["seconds"] * 1e3),
         "microseconds per token": lambda point, entry: _number(entry["seconds"] * 1e6 / point["tokens"]),
-        "peak MB beyond inputs and gradients": lambda point, entry: _megabytes(entry["peak_bytes"]),
+        _MEMORY: lambda point, entry: _megabytes(entry["peak_bytes"]),
     }
     parts = [f"{_shape(points[0], without=key)}"]
     for title, figure in figures.items():
         rows = []
         for name in points[0]["peers"]:
+            if name == "floor" and title == _MEMORY:
+                continue
             entries = [(point, point["peers"][name]) for point in points]
             if any(entry["status"] == "measured" for _, entry in entries):
                 cells = (figure(point, entry) if entry["status"] == "measured" else "-" for point, entry in entries)
