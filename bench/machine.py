@@ -20,6 +20,7 @@ def machine(device: str) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
         "system": platform.platform(),
     }
     if device == "cuda":
@@ -37,6 +38,13 @@ def describe(facts: dict[str, Any]) -> str:
     if facts["device"] == "cuda":
         return f"{facts['gpu']}, CUDA {facts['cuda']}"
     return f"{facts['cpu']}, {facts['threads']} of {facts['cores']} cores"
+
+
+def warn_of_load(facts: dict[str, Any]) -> str | None:
+    """What to say where others use the machine, or None."""
+    if facts["device"] == "cuda" or facts["load"] < 0.5 * facts["cores"]:
+        return None
+    return f"load average {facts['load']:.1f}: others use these cores, and the figures suffer from it"
 
 
 def versions() -> dict[str, str | None]:

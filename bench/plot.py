@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator  # noqa: E402
 _KEYS = {"tokens": "tokens", "vocabulary": "vocab_size"}
 _FIGURES = {
     "forward and backward, ms": lambda entry: entry["seconds"] * 1e3,
-    "peak memory beyond inputs and gradients, MB": lambda entry: (entry["peak_bytes"] or 0) / 1e6 or None,
+    "peak memory, MB": lambda entry: (entry["peak_bytes"] or 0) / 1e6 or None,
 }
 
 
@@ -33,7 +33,7 @@ def plot_sweeps(sweeps: dict[str, list[dict[str, Any]]], machine: str, file: Pat
         column[0].set_title(f"H = {points[0]['hidden_size']:,}, {fixed}, {points[0]['dtype']}", fontsize=10)
         column[-1].set_xlabel({"tokens": "tokens in the batch", "vocabulary": "vocabulary entries"}[axis])
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.suptitle(f"The DPO loss from hidden states\n{machine}", fontsize=11)
+    figure.suptitle(f"The DPO loss from hidden states; memory beyond inputs and gradients\n{machine}", fontsize=11)
     figure.legend(handles, labels, loc="lower center", ncol=4, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(file, dpi=150)

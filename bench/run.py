@@ -157,6 +157,8 @@ def main(arguments: list[str] | None = None) -> int:
         "sweeps": {},
     }
     print(f"{machine.describe(report['machine'])}, torch {torch.__version__}, fastdpo {fastdpo.__version__}\n")
+    if warning := machine.warn_of_load(report["machine"]):
+        print(f"{warning}\n")
     progress = Progress()
 
     def measure(case: Case, label: str, into: list[dict[str, Any]]) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def _shape(found: dict[str, Any], without: str = "") -> str:
     if without != "vocab_size":
         parts.append(f"V {found['vocab_size']:,}")
     if without != "tokens":
-        parts.append(f"{found['tokens']:,} tokens in {found['pairs']} pairs, {found['scored_tokens']:,} scored")
+        pairs = "1 pair" if found["pairs"] == 1 else f"{found['pairs']} pairs"
+        parts.append(f"{found['tokens']:,} tokens in {pairs}, {found['scored_tokens']:,} scored")
     if found["softcap"] is not None:
         parts.append(f"softcap {found['softcap']:g}")
     parts += [found["dtype"], "weight frozen" if found["frozen"] else "all trainable"]

@@ -229,7 +229,7 @@ def test_a_quick_run_from_end_to_end(tmp_path):
     assert done.returncode == 0, done.stderr
 
     lines = done.stdout.splitlines()
-    assert any(line.startswith("tiny: H 128, V 4,096, 16 tokens in 1 pairs, 12 scored, float32") for line in lines)
+    assert any(line.startswith("tiny: H 128, V 4,096, 16 tokens in 1 pair, 12 scored, float32") for line in lines)
     rows = {line.split()[0]: line.split() for line in lines if line.split()}
     assert len(rows["fastdpo"]) == 9 and float(rows["fastdpo"][5]) < 1e-5
     assert "raises: FAILED: RuntimeError: no luck" in lines
