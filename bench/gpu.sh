@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds and checks fastdpo on a machine with an NVIDIA GPU: tests, then compute-sanitizer on small cases.
+# Builds and checks fastdpo on a machine with an NVIDIA GPU: tests, compute-sanitizer on small cases, the benchmark.
 #
 #   bench/gpu.sh            needs python with a CUDA torch, g++, nvcc and no network; results go to ${OUT:-bench/results}
 #
@@ -56,6 +56,11 @@ if need compute-sanitizer; then
   step racecheck compute-sanitizer --tool racecheck --error-exitcode 1 \
     "$python" -m pytest -q tests/test_cuda.py -k "test_improbable_targets"
 fi
+
+# Peers that are not installed are named in the tables; the benchmark fails if fastdpo or the floor does.
+for case in tiny qwen2.5-0.5b llama-3.1-8b; do
+  step "bench-$case" "$python" bench/run.py --device cuda --case "$case" --rounds "${ROUNDS:-3}" --json "$out/bench-$case.json"
+done
 
 echo "== $failed steps failed; outputs in $out"
 exit "$failed"

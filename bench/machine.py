@@ -1,0 +1,75 @@
+"""Where and with what a run was made."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "triton", "transformers", "fastdpo", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+
+
+def machine(device: str) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "device": device,
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "system": platform.platform(),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {
+            "gpu": properties.name,
+            "gpu_memory": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+        }
+    return facts
+
+
+def describe(facts: dict[str, Any]) -> str:
+    if facts["device"] == "cuda":
+        return f"{facts['gpu']}, CUDA {facts['cuda']}"
+    return f"{facts['cpu']}, {facts['threads']} of {facts['cores']} cores"
+
+
+def warn_of_load(facts: dict[str, Any]) -> str | None:
+    """What to say where others use the machine, or None."""
+    if facts["device"] == "cuda" or facts["load"] < 0.5 * facts["cores"]:
+        return None
+    return f"load average {facts['load']:.1f}: others use these cores, and the figures suffer from it"
+
+
+def versions() -> dict[str, str | None]:
+    return {"python": platform.python_version()} | {package: _version(package) for package in _PACKAGES}
+
+
+def commit() -> str | None:
+    """The checkout's commit, with a + when files differ from it; None where it is no checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

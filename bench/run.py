@@ -1,0 +1,198 @@
+"""The benchmark of the loss layer: forward and backward of the DPO loss from hidden states, fastdpo and its peers.
+
+    python bench/run.py --quick                       a look, under 3 minutes on 2 cores
+    python bench/run.py --case small --json out.json  a table, and everything measured
+    python bench/run.py --case small --plot out.png   time and memory over tokens and over the vocabulary
+
+Every measurement runs in a process of its own, after a warm-up on the real shapes, with the peers in turn round after
+round; figures are medians over the rounds. bench/README.md tells the method and how to read the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+from cases import HEADS, Case, is_large, named_case
+from peers import PEERS, load_peer_file
+from rich.console import Console
+from runner import Options, run_case
+from tables import LEGEND, case_table, sweep_tables
+
+import fastdpo
+
+SWEEPS = {
+    "tokens": (512, 1_024, 2_048, 4_096, 8_192),
+    "vocabulary": (8_192, 16_384, 32_768, 65_536, 131_072),
+}
+SWEEP_LENGTH = 256
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--case", default=None, help=f"{', '.join(HEADS)}, several with commas, or all (default: small)")
+    what.add_argument("--pairs", type=int, help="pairs B; the batch has 2B rows")
+    what.add_argument("--length", type=int, help="tokens of a row")
+    what.add_argument("--prompt_share", type=float, help="share of the positions that have no target, in [0, 1)")
+    what.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    what.add_argument("--frozen", action="store_true", default=None, help="weight needs no gradient")
+    what.add_argument("--cached", action="store_true", default=None, help="the reference is given as log-probabilities")
+    what.add_argument("--peers", help="names with commas (default: all)")
+    what.add_argument("--peer_file", help="a Python file that defines further peers")
+    what.add_argument("--sweep", choices=(*SWEEPS, "both"), help="tables over tokens, or the vocabulary, at fixed rest")
+    what.add_argument("--points", help="with --sweep tokens or vocabulary: its values, with commas")
+    how = parser.add_argument_group("how")
+    how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    how.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
+    how.add_argument("--rounds", type=int, help="default: 5; 3 in sweeps and for large CPU cases; 1 with --quick")
+    how.add_argument("--errors", choices=("on", "off"), help="against float64 (default: on, but off in sweeps)")
+    how.add_argument(
+        "--tune", choices=("on", "off"), help="try a peer's settings first (default: on; off with --quick)"
+    )
+    how.add_argument("--timeout", type=float, default=1_800, help="seconds for one measurement (default: 1800)")
+    how.add_argument("--quick", action="store_true", help="the tiny case, one round")
+    out = parser.add_argument_group("what is written")
+    out.add_argument("--json", type=Path, help="everything: every round, machine, versions, commit")
+    out.add_argument("--plot", type=Path, metavar="FILE.png", help="the sweep, or both sweeps, as a figure")
+    args = parser.parse_args(arguments)
+    _check(parser, args)
+    return args
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fills in what depends on other flags; ends with a message where they do not fit."""
+    if args.peer_file:
+        load_peer_file(Path(args.peer_file))
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.case = args.case or ("tiny" if args.quick else "small")
+    args.cases = list(HEADS) if args.case == "all" else args.case.split(",")
+    args.peers = args.peers.split(",") if args.peers else list(PEERS)
+    for name, values, known in (("--case", args.cases, HEADS), ("--peers", args.peers, PEERS)):
+        for value in values:
+            if value not in known:
+                parser.error(f"{name} names {value!r}; it may name {', '.join(known)}")
+    if args.prompt_share is not None and not 0 <= args.prompt_share < 1:
+        parser.error(f"--prompt_share is {args.prompt_share}; it should be at least 0 and below 1")
+    for name in ("pairs", "length", "rounds", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}; it should be at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    args.sweeps = list(SWEEPS) if args.sweep == "both" or (args.plot and not args.sweep) else [args.sweep]
+    args.sweeps = [axis for axis in args.sweeps if axis]
+    if args.sweeps and len(args.cases) > 1:
+        parser.error("a sweep starts from one case")
+    if args.points and len(args.sweeps) != 1:
+        parser.error("--points belongs to --sweep tokens or --sweep vocabulary")
+
+
+def options_for(args: argparse.Namespace, case: Case) -> Options:
+    few = bool(args.sweeps) or (is_large(case.name) and case.device == "cpu")
+    return Options(
+        peers=args.peers,
+        rounds=args.rounds or (1 if args.quick else 3 if few else 5),
+        errors=args.errors == "on" if args.errors else not args.sweeps,
+        tune=args.tune == "on" if args.tune else not args.quick,
+        threads=args.threads,
+        peer_file=args.peer_file,
+        timeout=args.timeout,
+    )
+
+
+def make_case(name: str, args: argparse.Namespace) -> Case:
+    flags = ("pairs", "length", "prompt_share", "dtype", "frozen", "cached")
+    return named_case(name, args.device, **{flag: getattr(args, flag) for flag in flags})
+
+
+def sweep_cases(axis: str, case: Case, points: list[int], length: int | None) -> list[Case]:
+    if axis == "vocabulary":
+        return [dataclasses.replace(case, vocab_size=point) for point in points]
+    length = length or SWEEP_LENGTH
+    wrong = [point for point in points if point < 2 * length or point % (2 * length)]
+    if wrong:
+        sys.exit(f"tokens come in pairs of rows of {length}: {wrong[0]} is no multiple of {2 * length} (see --length)")
+    return [dataclasses.replace(case, length=length, pairs=point // (2 * length)) for point in points]
+
+
+class Progress:
+    """One line on stderr: overwritten on a terminal, one after another in a file."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, markup=False)
+        self.status = self.console.status("")
+        self.start = time.monotonic()
+
+    def say(self, what: str) -> None:
+        line = f"{time.monotonic() - self.start:6.0f} s  {what}"
+        if self.console.is_terminal:
+            self.status.update(line)
+            self.status.start()
+        else:
+            self.console.print(line, soft_wrap=True)
+
+    def stop(self) -> None:
+        self.status.stop()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    report: dict[str, Any] = {
+        "command": sys.argv if arguments is None else ["bench/run.py", *arguments],
+        "commit": machine.commit(),
+        "machine": machine.machine(args.device),
+        "versions": machine.versions(),
+        "build_info": fastdpo.build_info(),
+        "cases": [],
+        "sweeps": {},
+    }
+    print(f"{machine.describe(report['machine'])}, torch {torch.__version__}, fastdpo {fastdpo.__version__}\n")
+    if warning := machine.warn_of_load(report["machine"]):
+        print(f"{warning}\n")
+    progress = Progress()
+
+    def measure(case: Case, label: str, into: list[dict[str, Any]]) -> dict[str, Any]:
+        try:
+            found = run_case(case, options_for(args, case), lambda what: progress.say(f"{label}: {what}"))
+        finally:
+            progress.stop()
+        into.append(found)
+        if args.json:  # after every case: a run that is broken off leaves what it has
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+        return found
+
+    everything = []
+    if args.sweeps:
+        case = make_case(args.cases[0], args)
+        for axis in args.sweeps:
+            points = [int(point) for point in args.points.split(",")] if args.points else list(SWEEPS[axis])
+            found = report["sweeps"][axis] = []
+            for point, one in zip(points, sweep_cases(axis, case, points, args.length), strict=True):
+                everything.append(measure(one, f"{point:,} {axis}", found))
+            print(sweep_tables(axis, found), end="\n\n", flush=True)
+        if args.plot:
+            from plot import plot_sweeps
+
+            plot_sweeps(report["sweeps"], machine.describe(report["machine"]), args.plot)
+    else:
+        for name in args.cases:
+            found = measure(make_case(name, args), name, report["cases"])
+            everything.append(found)
+            print(case_table(found), end="\n\n", flush=True)
+        print(LEGEND)
+    own = [found["peers"][name] for found in everything for name in ("floor", "fastdpo") if name in found["peers"]]
+    return int(any(entry["status"] == "failed" for entry in own))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
