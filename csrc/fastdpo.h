@@ -31,7 +31,8 @@ namespace fastdpo {
 // counts for itself; a CUDA op needs one host synchronisation to learn it, and under stream capture computes all rows.
 //
 // backward returns grad_hidden [N, H], grad_weight [V, H], grad_bias [V] in the inputs' types; [0, H] and [0]
-// where not needed.
+// where not needed. weight_sum [V, H] C, if given, has the weight's gradient added to it, not rounded to the inputs'
+// type, and grad_weight is [0, H]; bias_sum [V] C likewise. So gradients of a batch taken in parts are rounded once.
 constexpr const char* kForwardSchema =
     "token_logps_forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, *, int ignore_index, "
     "int num_scored, float logit_scale, float softcap, float temperature, bool need_direction, int retain_bytes, "
@@ -39,8 +40,9 @@ constexpr const char* kForwardSchema =
     "Tensor direction, Tensor retained, Tensor entropy, Tensor log_sum_sq_probs, Tensor mean_logits, Tensor is_top1)";
 constexpr const char* kBackwardSchema =
     "token_logps_backward(Tensor grad_logps, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
-    "Tensor row_state, Tensor direction, Tensor retained, *, int ignore_index, int num_scored, float logit_scale, "
-    "float softcap, float temperature, bool need_hidden, bool need_weight, bool need_bias) "
+    "Tensor row_state, Tensor direction, Tensor retained, Tensor(a!)? weight_sum=None, Tensor(b!)? bias_sum=None, *, "
+    "int ignore_index, int num_scored, float logit_scale, float softcap, float temperature, bool need_hidden, "
+    "bool need_weight, bool need_bias) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)";
 
 // What backward needs of a row. With c = dL/dlogp and operand_j = exp(z_j - exponent) * slope_factor(z_j), 0 at j = y:

@@ -148,6 +148,8 @@ def _backward_shapes(
     row_state: Tensor,
     direction: Tensor,
     retained: Tensor,
+    weight_sum: Tensor | None = None,
+    bias_sum: Tensor | None = None,
     *,
     ignore_index: int,
     num_scored: int,
@@ -162,6 +164,6 @@ def _backward_shapes(
     v = weight.shape[0]
     return (
         hidden.new_empty((n if need_hidden else 0, h)),
-        hidden.new_empty((v if need_weight else 0, h)),
-        (hidden if bias is None else bias).new_empty((v if need_bias else 0,)),
+        hidden.new_empty((v if need_weight and weight_sum is None else 0, h)),
+        (hidden if bias is None else bias).new_empty((v if need_bias and bias_sum is None else 0,)),
     )

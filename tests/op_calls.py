@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from oracle import SMALLEST, assert_within, compute_rounding, oracle
+from oracle import ROUNDING, SMALLEST, Oracle, assert_within, compute_rounding, oracle
 from torch import Tensor
 
 from fastdpo import reference
@@ -43,6 +43,22 @@ class Case:
     @property
     def scored(self) -> Tensor:
         return self.targets != self.ignore_index
+
+    def cpu(self) -> Case:
+        bias = None if self.bias is None else self.bias.cpu()
+        return Case(self.hidden.cpu(), self.weight.cpu(), self.targets.cpu(), bias, self.options, self.grad_logps.cpu())
+
+    @property
+    def narrow_operand(self) -> torch.dtype | None:
+        """The type of the gradients' operands, where it is not the compute type."""
+        return self.hidden.dtype if self.hidden.dtype == torch.bfloat16 else None
+
+    def truth(self, operand: torch.dtype | None) -> Oracle:
+        """What float64 says, with the bounds of operands of that precision."""
+        cpu = self.cpu()
+        return oracle(
+            cpu.hidden, cpu.weight, cpu.targets, cpu.bias, cpu.grad_logps, operand_dtype=operand, **cpu.options
+        )
 
     def scalars(self, num_scored: int) -> dict[str, Any]:
         return {
@@ -97,8 +113,12 @@ def call(
     retained_rows: int = 0,
     needs: tuple[str, ...] = ("hidden", "weight", "bias"),
     extras: tuple[str, ...] = EXTRAS,
+    sums: dict[str, Tensor] | None = None,
 ) -> Results:
-    """forward, then backward for what is in ``needs``. ``num_scored`` None is the true number, -1 is unknown."""
+    """forward, then backward for what is in ``needs``. ``num_scored`` None is the true number, -1 is unknown.
+
+    Gradients named in ``sums`` (weight, bias) are added to what stands there, and are not among the results'.
+    """
     if num_scored is None:
         num_scored = int(case.scored.sum())
     scalars = case.scalars(num_scored)
@@ -120,6 +140,7 @@ def call(
     wanted = {
         name: name in needs and (name != "bias" or case.bias is not None) for name in ("hidden", "weight", "bias")
     }
+    sums = sums or {}
     if any(wanted.values()):
         grads = ops.token_logps_backward(
             case.grad_logps,
@@ -130,13 +151,48 @@ def call(
             row_state,
             direction,
             retained,
+            sums.get("weight"),
+            sums.get("bias"),
             **scalars,
             **{f"need_{name}": need for name, need in wanted.items()},
         )
-        results.grads = {name: grad for (name, need), grad in zip(wanted.items(), grads, strict=True) if need}
         for (name, need), grad in zip(wanted.items(), grads, strict=True):
-            assert need or grad.numel() == 0, name
+            if need and name not in sums:
+                results.grads[name] = grad
+            else:
+                assert grad.numel() == 0, name
     return results
+
+
+def assert_adds_to_sums(
+    ops: Any, case: Case, *, parts: int, retained_rows: int, operand: torch.dtype | None = None
+) -> None:
+    """Gradients of a case taken in parts are the whole's, added to what was there, in the compute type.
+
+    The bound is that of a result of the inputs' type, without the rounding to that type. ``operand`` is as in
+    :func:`assert_matches`.
+    """
+    dtype, compute = case.hidden.dtype, case.grad_logps.dtype
+    truth = case.truth(operand or case.narrow_operand)
+    generator = torch.Generator().manual_seed(2)
+    start = {
+        name: torch.randn(getattr(case, name).shape, generator=generator).to(compute) for name in ("weight", "bias")
+    }
+    sums = {name: value.to(case.hidden.device, copy=True) for name, value in start.items()}
+    grad_hidden = []
+    for part in torch.arange(len(case.targets)).tensor_split(parts):
+        of_part = Case(
+            case.hidden[part], case.weight, case.targets[part], case.bias, case.options, case.grad_logps[part]
+        )
+        grad_hidden.append(call(ops, of_part, retained_rows=retained_rows, sums=sums).grads["hidden"])
+    assert_within("hidden", torch.cat(grad_hidden).cpu(), truth.grads["hidden"], 3 * truth.grad_bounds["hidden"])
+    for name, total in sums.items():
+        assert total.dtype == compute
+        exact = start[name].double() + truth.grads[name]
+        rounding = ROUNDING[getattr(case, name).dtype] * truth.grads[name].abs()
+        bound = 3 * (truth.grad_bounds[name] - rounding)
+        bound += (parts + 1) * compute_rounding(dtype) * (start[name].abs() + exact.abs())
+        assert_within(name, total.cpu(), exact, bound)
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -151,11 +207,9 @@ def assert_matches(case: Case, results: Results, *, roundings: int = 3, operand:
     one. ``operand`` is the type whose precision the operands have where it is not their own: TF32 has float16's.
     """
     dtype = case.hidden.dtype
-    cpu = Case(case.hidden.cpu(), case.weight.cpu(), case.targets.cpu(), case.bias, case.options, case.grad_logps.cpu())
-    cpu.bias = None if case.bias is None else case.bias.cpu()
-    if operand is None and dtype == torch.bfloat16:
-        operand = dtype
-    truth = oracle(cpu.hidden, cpu.weight, cpu.targets, cpu.bias, cpu.grad_logps, operand_dtype=operand, **cpu.options)
+    operand = operand or case.narrow_operand
+    cpu = case.cpu()
+    truth = case.truth(operand)
     unit = compute_rounding(dtype)
     assert results.logps.dtype == case.grad_logps.dtype
     assert bool((results.logps <= 0).all())

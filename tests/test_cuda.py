@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_calls import DTYPES, EXTRAS, Case, Results, assert_matches, call, random_case
+from op_calls import DTYPES, EXTRAS, Case, Results, assert_adds_to_sums, assert_matches, call, random_case
 
 import fastdpo
 
@@ -52,6 +52,13 @@ def test_many_blocks_and_chunks(ops: Any, dtype: torch.dtype, v: int, retained_r
 def test_backward_in_several_blocks(ops: Any, dtype: torch.dtype) -> None:
     case = random_case(0, 9000, 40, 3001, dtype, bias=dtype, ignored=0.02, device="cuda")
     check(case, call(ops, case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("retained_rows", [0, 100, 700])
+def test_gradients_are_added_to_sums(ops: Any, dtype: torch.dtype, retained_rows: int) -> None:
+    case = random_case(0, 700, 72, 5003, dtype, bias=dtype, device="cuda")
+    assert_adds_to_sums(ops, case, parts=3, retained_rows=retained_rows, operand=OPERAND.get(dtype))
 
 
 @pytest.mark.parametrize("needs", [(), ("hidden",), ("weight",), ("bias",)])

@@ -11,7 +11,7 @@ import torch
 from cuda_host.build import build
 from hypothesis import given
 from hypothesis import strategies as st
-from op_calls import DTYPES, EXTRAS, Case, assert_matches, call, operand_dtype, random_case
+from op_calls import DTYPES, EXTRAS, Case, assert_adds_to_sums, assert_matches, call, operand_dtype, random_case
 from oracle import ROUNDING, SMALLEST
 from torch import Tensor
 
@@ -131,6 +131,21 @@ def test_only_what_is_needed(ops: Any, needs: tuple[str, ...], retained_rows: in
     assert set(results.grads) == set(needs)
     assert results.direction.shape == (40 if "hidden" in needs else 0, 12)
     assert_matches(case, results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", DTYPES)
+@pytest.mark.parametrize("retained_rows", [0, 4, 20])
+def test_gradients_are_added_to_sums(ops: Any, dtype: torch.dtype, bias: torch.dtype, retained_rows: int) -> None:
+    case = random_case(0, 60, 12, 61, dtype, bias=bias)
+    assert_adds_to_sums(ops, case, parts=3, retained_rows=retained_rows)
+
+
+def test_sums_where_nothing_is_scored_stay_as_they_are(ops: Any) -> None:
+    case = random_case(0, 5, 4, 10, torch.bfloat16, bias=torch.bfloat16, ignored=1.0)
+    sums = {"weight": torch.ones(10, 4), "bias": torch.ones(10)}
+    call(ops, case, sums=sums)
+    assert all(torch.equal(total, torch.ones_like(total)) for total in sums.values())
 
 
 @pytest.mark.parametrize("extras", [(), *((name,) for name in EXTRAS)])
@@ -344,11 +359,11 @@ def test_a_target_outside_the_vocabulary(ops: Any, target: int) -> None:
 def test_arguments_that_do_not_fit(ops: Any) -> None:
     def refused(message: str, **changes: Any) -> None:
         case = random_case(0, 6, 4, 10, torch.float32, bias=torch.float32)
-        num_scored = changes.pop("num_scored", None)
+        of_call = {name: changes.pop(name) for name in ("num_scored", "needs", "sums") if name in changes}
         for name, value in changes.items():
             setattr(case, name, value)
         with pytest.raises(RuntimeError, match=re.escape(message)):
-            call(ops, case, num_scored=num_scored)
+            call(ops, case, **of_call)
 
     refused("`hidden` is Int, but must be float32, float64, float16 or bfloat16", hidden=torch.zeros(6, 4).int())
     refused("`hidden` has shape [6], but must have [N, H]", hidden=torch.zeros(6))
@@ -366,6 +381,11 @@ def test_arguments_that_do_not_fit(ops: Any) -> None:
     refused("`temperature` is 0, but must be positive", options={"temperature": 0.0})
     refused("`softcap` is -1, but must be positive", options={"softcap": -1.0})
     refused("`grad_logps` is Double, but must be Float", grad_logps=torch.zeros(6).double())
+    refused("`weight_sum` is Double, but must be Float", sums={"weight": torch.zeros(10, 4).double()})
+    refused("`weight_sum` must be contiguous", sums={"weight": torch.zeros(4, 10).T})
+    refused("`weight_sum` is given, but `need_weight` is false", needs=("bias",), sums={"weight": torch.zeros(10, 4)})
+    refused("`bias_sum` has shape [9], but must have [10]", sums={"bias": torch.zeros(9)})
+    refused("`bias_sum` is given, but `need_bias` is false", needs=("weight",), sums={"bias": torch.zeros(10)})
 
 
 def test_gradients_that_were_not_prepared(ops: Any) -> None:

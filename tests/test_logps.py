@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from op_calls import assert_adds_to_sums, call, random_case
 from oracle import assert_within, compute_rounding, oracle, relative_error
 from torch import Tensor
 
@@ -386,11 +387,36 @@ def test_opcheck(dtype: torch.dtype) -> None:
     options = {"need_direction": True, "retain_bytes": 40 * 4 * 5} | dict.fromkeys(OUTPUTS, True)
     torch.library.opcheck(torch.ops.fastdpo.token_logps_forward, (hidden, weight, targets, bias), scalars | options)
     results = torch.ops.fastdpo.token_logps_forward(hidden, weight, targets, bias, **scalars, **options)
-    torch.library.opcheck(
-        torch.ops.fastdpo.token_logps_backward,
-        (torch.ones(11), hidden, weight, targets, bias, *results[1:4]),
-        scalars | {"need_hidden": True, "need_weight": True, "need_bias": True},
-    )
+    for sums in ((None, None), (torch.randn(40, 8), None), (torch.randn(40, 8), torch.randn(40))):
+        torch.library.opcheck(
+            torch.ops.fastdpo.token_logps_backward,
+            (torch.ones(11), hidden, weight, targets, bias, *results[1:4], *sums),
+            scalars | {"need_hidden": True, "need_weight": True, "need_bias": True},
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("retained_rows", [0, 7, 40])
+def test_gradients_are_added_to_sums(dtype: torch.dtype, retained_rows: int) -> None:
+    case = random_case(17, 40, 12, 500, dtype, bias=dtype)
+    assert_adds_to_sums(torch.ops.fastdpo, case, parts=3, retained_rows=retained_rows)
+
+
+def test_sums_that_do_not_fit() -> None:
+    case = random_case(18, 6, 4, 10, torch.bfloat16, bias=torch.float32)
+    right, ops = {"weight": torch.zeros(10, 4), "bias": torch.zeros(10)}, torch.ops.fastdpo
+    for name, wrong in (
+        ("weight", torch.zeros(10, 4, dtype=torch.bfloat16)),
+        ("weight", torch.zeros(4, 10).T),
+        ("weight", torch.zeros(4, 10)),
+        ("bias", torch.zeros(10, dtype=torch.float64)),
+        ("bias", torch.zeros(9)),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name}_sum should be a contiguous Float tensor of shape"):
+            call(ops, case, sums=right | {name: wrong})
+    for name in right:
+        with pytest.raises(RuntimeError, match=f"{name}_sum should be .* given only where that gradient is needed"):
+            call(ops, case, needs=("hidden",), sums={name: right[name]})
 
 
 @pytest.mark.parametrize("retain_bytes", [0, 1 << 20])

@@ -40,19 +40,26 @@ std::vector<RowCoefficients> row_coefficients(const Problem<T>& problem, const a
   return coefficients;
 }
 
+// What the caller wants the gradients added to, unrounded; undefined where they are results of their own.
+struct Sums {
+  at::Tensor weight, bias;
+};
+
 // Gradients of one chunk of the vocabulary at a time, summed over all tokens in the compute type and rounded once.
 template <typename T>
 class WeightGradient {
  public:
-  WeightGradient(const Problem<T>& problem, const at::Tensor& retained, std::vector<RowCoefficients> coefficients)
-      : problem_(problem), retained_(retained), coefficients_(std::move(coefficients)) {}
+  WeightGradient(const Problem<T>& problem, const at::Tensor& retained, const Sums& sums,
+                 std::vector<RowCoefficients> coefficients)
+      : problem_(problem), retained_(retained), sums_(sums), coefficients_(std::move(coefficients)) {}
 
   // Entries [v, v + width); grad_weight and grad_bias are undefined where not needed.
   void run(int64_t v, int64_t width, at::Tensor& grad_weight, at::Tensor& grad_bias) {
     const at::Tensor weight = problem_.weight_chunk(v, v + width, weight_buffer_);
     at::Tensor sum;
     if (grad_weight.defined()) sum = weight_sum(v, width, grad_weight);
-    at::Tensor bias_sum = at::zeros({width}, problem_.compute());
+    at::Tensor bias_sum =
+        sums_.bias.defined() ? sums_.bias.narrow(0, v, width) : at::zeros({width}, problem_.compute());
     for (int64_t begin = 0; begin < problem_.count(); begin += problem_.tiles.block) {
       const int64_t size = std::min(problem_.tiles.block, problem_.count() - begin);
       const at::Tensor hidden = problem_.hidden_block(begin, begin + size, hidden_buffer_);
@@ -60,13 +67,14 @@ class WeightGradient {
       if (sum.defined()) at::addmm_out(sum, sum, operand.t(), hidden);
       if (grad_bias.defined()) bias_sum.add_(at::sum(operand, {0}));
     }
-    if (sum.defined() && problem_.converts()) grad_weight.narrow(0, v, width).copy_(sum);
-    if (grad_bias.defined()) grad_bias.narrow(0, v, width).copy_(bias_sum);
+    if (sum.defined() && !sums_.weight.defined() && problem_.converts()) grad_weight.narrow(0, v, width).copy_(sum);
+    if (grad_bias.defined() && !sums_.bias.defined()) grad_bias.narrow(0, v, width).copy_(bias_sum);
   }
 
  private:
-  // Where a chunk's gradient grows: in the result itself unless that has 16 bits.
+  // Where a chunk's gradient grows: in the caller's sum, or in the result itself unless that has 16 bits.
   at::Tensor weight_sum(int64_t v, int64_t width, at::Tensor& grad_weight) {
+    if (sums_.weight.defined()) return sums_.weight.narrow(0, v, width);
     if (!problem_.converts()) return grad_weight.narrow(0, v, width).zero_();
     if (!sum_buffer_.defined()) sum_buffer_ = at::empty({width, problem_.hidden_size()}, problem_.compute());
     return sum_buffer_.narrow(0, 0, width).zero_();
@@ -103,21 +111,24 @@ class WeightGradient {
 
   const Problem<T>& problem_;
   const at::Tensor& retained_;
+  const Sums& sums_;
   const std::vector<RowCoefficients> coefficients_;
   at::Tensor hidden_buffer_, weight_buffer_, sum_buffer_, tile_buffer_;
 };
 
 template <typename T>
 BackwardResult backward(const Problem<T>& problem, const at::Tensor& grad_logps, const at::Tensor& row_state,
-                        const at::Tensor& direction, const at::Tensor& retained, bool need_hidden, bool need_weight,
-                        bool need_bias, at::ScalarType bias_type) {
+                        const at::Tensor& direction, const at::Tensor& retained, const Sums& sums, bool need_hidden,
+                        bool need_weight, bool need_bias, at::ScalarType bias_type) {
   const auto options = problem.hidden.options();
   at::Tensor grad_hidden = at::empty({need_hidden ? problem.hidden.size(0) : 0, problem.hidden_size()}, options);
-  at::Tensor grad_weight = at::empty({need_weight ? problem.vocabulary() : 0, problem.hidden_size()}, options);
-  at::Tensor grad_bias = at::empty({need_bias ? problem.vocabulary() : 0}, options.dtype(bias_type));
+  const bool return_weight = need_weight && !sums.weight.defined();
+  const bool return_bias = need_bias && !sums.bias.defined();
+  at::Tensor grad_weight = at::empty({return_weight ? problem.vocabulary() : 0, problem.hidden_size()}, options);
+  at::Tensor grad_bias = at::empty({return_bias ? problem.vocabulary() : 0}, options.dtype(bias_type));
   if (need_hidden) at::mul_out(grad_hidden, direction, grad_logps.unsqueeze(1));
   if (need_weight || need_bias) {
-    WeightGradient<T> gradient(problem, retained, row_coefficients(problem, grad_logps, row_state));
+    WeightGradient<T> gradient(problem, retained, sums, row_coefficients(problem, grad_logps, row_state));
     at::Tensor weight_result = need_weight ? grad_weight : at::Tensor();
     at::Tensor bias_result = need_bias ? grad_bias : at::Tensor();
     for (int64_t v = 0; v < problem.vocabulary(); v += problem.tiles.chunk) {
@@ -132,7 +143,8 @@ BackwardResult backward(const Problem<T>& problem, const at::Tensor& grad_logps,
 BackwardResult token_logps_backward(const at::Tensor& grad_logps, const at::Tensor& hidden, const at::Tensor& weight,
                                     const at::Tensor& targets, const std::optional<at::Tensor>& bias,
                                     const at::Tensor& row_state, const at::Tensor& direction,
-                                    const at::Tensor& retained, int64_t ignore_index, int64_t num_scored,
+                                    const at::Tensor& retained, const std::optional<at::Tensor>& weight_sum,
+                                    const std::optional<at::Tensor>& bias_sum, int64_t ignore_index, int64_t num_scored,
                                     double logit_scale, double softcap, double temperature, bool need_hidden,
                                     bool need_weight, bool need_bias) {
   return with_compute_type(hidden, [&](auto compute) {
@@ -147,7 +159,15 @@ BackwardResult token_logps_backward(const at::Tensor& grad_logps, const at::Tens
     TORCH_CHECK(!need_hidden || direction.sizes() == hidden.sizes(),
                 "direction should be [N, H] for hidden's gradient");
     TORCH_CHECK(retained.dim() == 2 && retained.size(1) == weight.size(0), "retained should be [R, V]");
-    return backward(problem, grad_logps.contiguous(), row_state, direction, retained, need_hidden, need_weight,
+    const auto check_sum = [](const char* name, const at::Tensor& sum, bool needed, at::IntArrayRef shape) {
+      TORCH_CHECK(needed && sum.sizes() == shape && sum.scalar_type() == kComputeType<T> && sum.is_contiguous(), name,
+                  " should be a contiguous ", kComputeType<T>, " tensor of shape ", shape, ", given only where that ",
+                  "gradient is needed; it is a ", sum.scalar_type(), " tensor of shape ", sum.sizes());
+    };
+    if (weight_sum.has_value()) check_sum("weight_sum", *weight_sum, need_weight, weight.sizes());
+    if (bias_sum.has_value()) check_sum("bias_sum", *bias_sum, need_bias, {weight.size(0)});
+    const Sums sums{weight_sum.value_or(at::Tensor()), bias_sum.value_or(at::Tensor())};
+    return backward(problem, grad_logps.contiguous(), row_state, direction, retained, sums, need_hidden, need_weight,
                     need_bias, bias.has_value() ? bias->scalar_type() : hidden.scalar_type());
   });
 }

@@ -21,7 +21,8 @@ ForwardResult token_logps_forward(const at::Tensor& hidden, const at::Tensor& we
 BackwardResult token_logps_backward(const at::Tensor& grad_logps, const at::Tensor& hidden, const at::Tensor& weight,
                                     const at::Tensor& targets, const std::optional<at::Tensor>& bias,
                                     const at::Tensor& row_state, const at::Tensor& direction,
-                                    const at::Tensor& retained, int64_t ignore_index, int64_t num_scored,
+                                    const at::Tensor& retained, const std::optional<at::Tensor>& weight_sum,
+                                    const std::optional<at::Tensor>& bias_sum, int64_t ignore_index, int64_t num_scored,
                                     double logit_scale, double softcap, double temperature, bool need_hidden,
                                     bool need_weight, bool need_bias);
 

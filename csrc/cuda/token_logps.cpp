@@ -6,7 +6,7 @@
 //   for each chunk of the vocabulary:                multiply           z
 //     multiply   z = hidden * weight^T               recompute_operand
 //     sum_chunk  z -> sums, operand                multiply             grad_weight = operand^T * scaled hidden
-//     multiply   direction += operand * weight
+//     multiply   direction += operand * weight                            or weight_sum += the same
 //   finish_rows  sums -> logps, direction
 #include "token_logps.h"
 
@@ -386,13 +386,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
   return outputs();
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_logps_backward(const Tensor& grad_logps, const Tensor& hidden,
-                                                        const Tensor& weight, const Tensor& targets,
-                                                        const std::optional<Tensor>& bias, const Tensor& row_state,
-                                                        const Tensor& direction, const Tensor& retained,
-                                                        int64_t ignore_index, int64_t num_scored, double logit_scale,
-                                                        double softcap, double temperature, bool need_hidden,
-                                                        bool need_weight, bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor> token_logps_backward(
+    const Tensor& grad_logps, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+    const std::optional<Tensor>& bias, const Tensor& row_state, const Tensor& direction, const Tensor& retained,
+    const std::optional<Tensor>& weight_sum, const std::optional<Tensor>& bias_sum, int64_t ignore_index,
+    int64_t num_scored, double logit_scale, double softcap, double temperature, bool need_hidden, bool need_weight,
+    bool need_bias) {
   const DeviceScope device(hidden.get_device_index());
   const Inputs in =
       check_inputs(hidden, weight, targets, bias, ignore_index, num_scored, logit_scale, softcap, temperature);
@@ -406,10 +405,16 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_backward(const Tensor& grad_logps
   check_tensor("retained", retained, {retained.size(0), in.vocabulary}, scalar_type(in.operand()), hidden);
   if (need_hidden) check_tensor("direction", direction, {n, in.hidden_units}, compute, hidden);
   STD_TORCH_CHECK(!need_bias || bias.has_value(), "`need_bias` is true, but there is no `bias`");
+  const bool adds_weight = weight_sum.has_value();
+  const bool adds_bias = bias_sum.has_value();
+  STD_TORCH_CHECK(need_weight || !adds_weight, "`weight_sum` is given, but `need_weight` is false");
+  STD_TORCH_CHECK(need_bias || !adds_bias, "`bias_sum` is given, but `need_bias` is false");
+  if (adds_weight) check_tensor("weight_sum", *weight_sum, {in.vocabulary, in.hidden_units}, compute, hidden);
+  if (adds_bias) check_tensor("bias_sum", *bias_sum, {in.vocabulary}, compute, hidden);
 
   Tensor grad_hidden = in.empty({need_hidden ? n : 0, in.hidden_units}, in.type);
-  Tensor grad_weight = in.empty({need_weight ? in.vocabulary : 0, in.hidden_units}, in.type);
-  Tensor grad_bias = in.empty({need_bias ? in.vocabulary : 0}, in.bias_type);
+  Tensor grad_weight = in.empty({need_weight && !adds_weight ? in.vocabulary : 0, in.hidden_units}, in.type);
+  Tensor grad_bias = in.empty({need_bias && !adds_bias ? in.vocabulary : 0}, in.bias_type);
   if (need_hidden && n > 0) {
     scale_direction(in.type, grad_logps.data_ptr(), direction.data_ptr(), in.targets, ignore_index, n, in.hidden_units,
                     grad_hidden.data_ptr(), in.stream);
@@ -461,7 +466,9 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_backward(const Tensor& grad_logps
       recomputed == 0 ? 0 : std::min(even_part(recomputed, limit.backward_rows, kRowAlignment), recomputed);
   const int64_t products = (kept > 0 ? 1 : 0) + (recomputed > 0 ? (recomputed + block - 1) / block : 0);
   // Sums over several products are kept in the compute type; a single product rounds its own sum once as it leaves.
-  const bool in_place = in.type == in.compute() || (products == 1 && in.operand() == in.type);
+  const bool in_place = adds_weight || in.type == in.compute() || (products == 1 && in.operand() == in.type);
+  const Type weight_grad_type = adds_weight ? in.compute() : in.type;
+  char* const weight_grad = static_cast<char*>(adds_weight ? weight_sum->data_ptr() : grad_weight.data_ptr());
   int64_t column_bytes = block * (compute_bytes + size_of(in.operand()));
   if (need_weight && !in_place) column_bytes += in.hidden_units * compute_bytes;
   const int64_t chunk = column_bytes == 0
@@ -470,16 +477,17 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_backward(const Tensor& grad_logps
   const int64_t stride = chunk_stride(chunk, in.vocabulary, false);
   Tensor logits = in.empty({block, stride}, in.compute());
   Tensor operand = in.empty({block, stride}, in.operand());
-  Tensor weight_sum = in.empty({need_weight && !in_place ? chunk : 0, in.hidden_units}, in.compute());
-  const bool bias_in_place = in.bias_type == in.compute();
-  Tensor bias_sum = in.empty({need_bias && !bias_in_place ? in.vocabulary : 0}, in.compute());
+  Tensor chunk_sum = in.empty({need_weight && !in_place ? chunk : 0, in.hidden_units}, in.compute());
+  const bool bias_in_place = adds_bias || in.bias_type == in.compute();
+  Tensor whole_bias_sum = in.empty({need_bias && !bias_in_place ? in.vocabulary : 0}, in.compute());
+  char* const bias_grad = static_cast<char*>(adds_bias       ? bias_sum->data_ptr()
+                                             : bias_in_place ? grad_bias.data_ptr()
+                                                             : whole_bias_sum.data_ptr());
 
   for (int64_t column = 0; column < in.vocabulary; column += chunk) {
     const int64_t columns = std::min(chunk, in.vocabulary - column);
-    char* chunk_grad = static_cast<char*>(grad_weight.data_ptr()) + column * hidden_bytes;
-    char* chunk_bias = static_cast<char*>(bias_in_place ? grad_bias.data_ptr() : bias_sum.data_ptr());
-    chunk_bias += column * compute_bytes;
-    bool accumulate = false;
+    char* chunk_grad = weight_grad + column * in.hidden_units * size_of(weight_grad_type);
+    bool first_product = true;
     // Adds operand^T * scaled hidden of `count` rows from `row` on.
     auto add_rows = [&](const void* rows_operand, int64_t operand_stride, int64_t row, int64_t count) {
       Product product{.rows = columns,
@@ -489,21 +497,22 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_backward(const Tensor& grad_logps
                       .a = {rows_operand, operand_stride, true},
                       .b = {static_cast<const char*>(scaled.data_ptr()) + row * in.hidden_units * size_of(in.operand()),
                             in.hidden_units, false},
-                      .out = in_place ? chunk_grad : weight_sum.data_ptr(),
+                      .out = in_place ? chunk_grad : chunk_sum.data_ptr(),
                       .out_stride = in.hidden_units,
-                      .out_type = in_place ? in.type : in.compute(),
-                      .accumulate = accumulate,
+                      .out_type = in_place ? weight_grad_type : in.compute(),
+                      .accumulate = adds_weight || !first_product,
                       .tensor_float32 = in.weight_needs_cast()};
       if (need_weight) multiply(product);
       if (need_bias) {
         product.columns = 1;
         product.b = {static_cast<const char*>(coefficients.data_ptr()) + row * size_of(in.operand()), 1, false};
-        product.out = chunk_bias;
+        product.out = bias_grad + column * compute_bytes;
         product.out_stride = 1;
         product.out_type = in.compute();
+        product.accumulate = adds_bias || !first_product;
         multiply(product);
       }
-      accumulate = true;
+      first_product = false;
     };
 
     if (kept > 0) {
@@ -534,11 +543,11 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_backward(const Tensor& grad_logps
       add_rows(operand.data_ptr(), stride, row, count);
     }
     if (need_weight && !in_place) {
-      convert(weight_sum.data_ptr(), in.compute(), chunk_grad, in.type, columns * in.hidden_units, in.stream);
+      convert(chunk_sum.data_ptr(), in.compute(), chunk_grad, in.type, columns * in.hidden_units, in.stream);
     }
   }
   if (need_bias && !bias_in_place) {
-    convert(bias_sum.data_ptr(), in.compute(), grad_bias.data_ptr(), in.bias_type, in.vocabulary, in.stream);
+    convert(whole_bias_sum.data_ptr(), in.compute(), grad_bias.data_ptr(), in.bias_type, in.vocabulary, in.stream);
   }
   return {grad_hidden, grad_weight, grad_bias};
 }

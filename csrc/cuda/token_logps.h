@@ -15,12 +15,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
     int64_t ignore_index, int64_t num_scored, double logit_scale, double softcap, double temperature,
     bool need_direction, int64_t retain_bytes, bool entropy, bool log_sum_sq_probs, bool mean_logits, bool is_top1);
 
-std::tuple<Tensor, Tensor, Tensor> token_logps_backward(const Tensor& grad_logps, const Tensor& hidden,
-                                                        const Tensor& weight, const Tensor& targets,
-                                                        const std::optional<Tensor>& bias, const Tensor& row_state,
-                                                        const Tensor& direction, const Tensor& retained,
-                                                        int64_t ignore_index, int64_t num_scored, double logit_scale,
-                                                        double softcap, double temperature, bool need_hidden,
-                                                        bool need_weight, bool need_bias);
+std::tuple<Tensor, Tensor, Tensor> token_logps_backward(
+    const Tensor& grad_logps, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+    const std::optional<Tensor>& bias, const Tensor& row_state, const Tensor& direction, const Tensor& retained,
+    const std::optional<Tensor>& weight_sum, const std::optional<Tensor>& bias_sum, int64_t ignore_index,
+    int64_t num_scored, double logit_scale, double softcap, double temperature, bool need_hidden, bool need_weight,
+    bool need_bias);
 
 }  // namespace fastdpo::cuda
