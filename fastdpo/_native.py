@@ -98,8 +98,14 @@ def build_info() -> dict[str, Any]:
     return dict(_FACTS)
 
 
-def _compute_type(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """C of csrc/fastdpo.h: what results of inputs of this dtype are computed and summed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+    """O of csrc/fastdpo.h: what is retained of inputs of this dtype."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 @torch.library.register_fake("fastdpo::token_logps_forward")
@@ -123,8 +129,7 @@ def _forward_shapes(
 ) -> tuple[Tensor, ...]:
     n, h = hidden.shape
     v = weight.shape[0]
-    compute = _compute_type(hidden)
-    operand = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    compute, operand = compute_dtype(hidden.dtype), operand_dtype(hidden.dtype)
     retained = torch.sym_min(n, max(retain_bytes, 0) // (v * operand.itemsize))
     return (
         hidden.new_empty((n,), dtype=compute),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,13 +63,52 @@ def token_logps(
         TypeError, ValueError: an argument's dtype, shape, device or range, by name.
         IndexError: a target outside [0, V). (On CUDA with num_scored given, and in a captured graph, that row is NaN.)
     """
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown:
+        raise ValueError(f"outputs names {', '.join(map(repr, unknown))}; it may name {', '.join(OUTPUTS)}")
+    if retain_bytes < 0:
+        raise ValueError(f"retain_bytes is {retain_bytes}; it should be at least 0")
+    inputs = op_inputs(
+        hidden,
+        weight,
+        targets,
+        bias,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        num_scored=num_scored,
+    )
+    logps, *extras = differentiable_logps(inputs, retain_bytes, outputs)
+    fields = {name: value.view(targets.shape) for name, value in zip(OUTPUTS, extras, strict=True) if name in outputs}
+    return TokenLogps(logps=logps.view(targets.shape), **fields)
+
+
+class OpInputs(NamedTuple):
+    """The arguments that both ops share, checked, and in the ops' layout and dtype."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    targets: Tensor  # [N]
+    bias: Tensor | None  # [V]
+    scalars: dict[str, Any]
+
+
+def op_inputs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    *,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    num_scored: int | None,
+) -> OpInputs:
+    """Arguments, result's values and errors as :func:`token_logps`'s; what is copied on the way is differentiable."""
     hidden, weight = _autocast(hidden, weight)
-    _check(hidden, weight, targets, bias, softcap, temperature, logit_scale, outputs, retain_bytes, num_scored)
-    grad = torch.is_grad_enabled()
-    need_hidden = grad and hidden.requires_grad
-    need_weight = grad and weight.requires_grad
-    need_bias = grad and bias is not None and bias.requires_grad
-    need_grads = (need_hidden, need_weight, need_bias)
+    _check(hidden, weight, targets, bias, softcap, temperature, logit_scale, num_scored)
     scalars = {
         "ignore_index": ignore_index,
         "num_scored": -1 if num_scored is None else num_scored,
@@ -77,19 +116,61 @@ def token_logps(
         "softcap": 0.0 if softcap is None else float(softcap),
         "temperature": float(temperature),
     }
-    budget = {"need_direction": need_hidden, "retain_bytes": retain_bytes if need_weight or need_bias else 0}
-    wanted = {name: name in outputs for name in OUTPUTS}
-    logps, *extras = _TokenLogps.apply(
+    return OpInputs(
         hidden.reshape(-1, hidden.shape[-1]).contiguous(),
         weight.contiguous(),
         targets.reshape(-1).contiguous(),
         None if bias is None else bias.contiguous(),
-        need_grads,
         scalars,
-        budget | wanted,
     )
-    fields = {name: value.view(targets.shape) for name, value in zip(OUTPUTS, extras, strict=True) if name in outputs}
-    return TokenLogps(logps=logps.view(targets.shape), **fields)
+
+
+def differentiable_logps(inputs: OpInputs, retain_bytes: int, outputs: Sequence[str] = ()) -> tuple[Tensor, ...]:
+    """The log-probabilities [N], connected to autograd, and OUTPUTS, each [N] where it is in ``outputs``, else [0]."""
+    hidden, weight, targets, bias, scalars = inputs
+    grad = torch.is_grad_enabled()
+    need_grads = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    return _TokenLogps.apply(hidden, weight, targets, bias, need_grads, scalars, retain_bytes, tuple(outputs))
+
+
+def forward_op(
+    inputs: OpInputs, *, need_direction: bool, retain_bytes: int, outputs: Sequence[str] = ()
+) -> tuple[Tensor, ...]:
+    """logps, row_state, direction, retained and OUTPUTS, as csrc/fastdpo.h defines them."""
+    *tensors, scalars = inputs
+    return torch.ops.fastdpo.token_logps_forward(
+        *tensors,
+        **scalars,
+        need_direction=need_direction,
+        retain_bytes=retain_bytes,
+        **{name: name in outputs for name in OUTPUTS},
+    )
+
+
+def backward_op(
+    inputs: OpInputs,
+    grad_logps: Tensor,
+    state: Sequence[Tensor],
+    *,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    weight_sum: Tensor | None = None,
+    bias_sum: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, from the forward's ``state``: (row_state, direction, retained)."""
+    *tensors, scalars = inputs
+    return torch.ops.fastdpo.token_logps_backward(
+        grad_logps,
+        *tensors,
+        *state,
+        weight_sum,
+        bias_sum,
+        **scalars,
+        need_hidden=need_hidden,
+        need_weight=need_weight,
+        need_bias=need_bias,
+    )
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -100,12 +181,17 @@ class _TokenLogps(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         bias: Tensor | None,
-        need_grads: tuple[bool, bool, bool],
+        need_grads: Sequence[bool],
         scalars: dict[str, Any],
-        options: dict[str, Any],
+        retain_bytes: int,
+        outputs: tuple[str, ...],
     ) -> tuple[Tensor, ...]:
-        logps, row_state, direction, retained, *extras = torch.ops.fastdpo.token_logps_forward(
-            hidden, weight, targets, bias, **scalars, **options
+        need_hidden, need_weight, need_bias = need_grads
+        logps, row_state, direction, retained, *extras = forward_op(
+            OpInputs(hidden, weight, targets, bias, scalars),
+            need_direction=need_hidden,
+            retain_bytes=retain_bytes if need_weight or need_bias else 0,
+            outputs=outputs,
         )
         ctx.need_grads, ctx.scalars = need_grads, scalars
         ctx.save_for_backward(hidden, weight, targets, bias, row_state, direction, retained)
@@ -116,17 +202,11 @@ class _TokenLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         need_hidden, need_weight, need_bias = ctx.need_grads
-        hidden, weight, targets, bias, row_state, direction, retained = ctx.saved_tensors
-        grad_hidden, grad_weight, grad_bias = torch.ops.fastdpo.token_logps_backward(
+        hidden, weight, targets, bias, *state = ctx.saved_tensors
+        grad_hidden, grad_weight, grad_bias = backward_op(
+            OpInputs(hidden, weight, targets, bias, ctx.scalars),
             grad_logps,
-            hidden,
-            weight,
-            targets,
-            bias,
-            row_state,
-            direction,
-            retained,
-            **ctx.scalars,
+            state,
             need_hidden=need_hidden,
             need_weight=need_weight,
             need_bias=need_bias,
@@ -136,9 +216,7 @@ class _TokenLogps(torch.autograd.Function):
             grad_weight if need_weight else None,
             None,
             grad_bias if need_bias else None,
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
@@ -159,8 +237,6 @@ def _check(
     softcap: float | None,
     temperature: float,
     logit_scale: float,
-    outputs: Sequence[str],
-    retain_bytes: int,
     num_scored: int | None,
 ) -> None:
     """Everything but the targets' values, which the ops look at."""
@@ -197,10 +273,5 @@ def _check(
         raise ValueError(f"softcap is {softcap}; it should be above 0, or None for none")
     if not math.isfinite(logit_scale):
         raise ValueError(f"logit_scale is {logit_scale}; it should be finite")
-    unknown = [name for name in outputs if name not in OUTPUTS]
-    if unknown:
-        raise ValueError(f"outputs names {', '.join(map(repr, unknown))}; it may name {', '.join(OUTPUTS)}")
-    if retain_bytes < 0:
-        raise ValueError(f"retain_bytes is {retain_bytes}; it should be at least 0")
     if num_scored is not None and not 0 <= num_scored <= targets.numel():
         raise ValueError(f"num_scored is {num_scored}; it should be in [0, {targets.numel()}], the size of targets")

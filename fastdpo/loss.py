@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdpo.logps import token_logps
+from fastdpo.groups import grouped_loss, plan_of, row_bytes
+from fastdpo.logps import DEFAULT_RETAIN_BYTES, differentiable_logps, op_inputs, token_logps
 from fastdpo.outputs import DPOOutput
 
 
@@ -33,7 +34,9 @@ def _hinge(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     return F.relu(1 - beta * (chosen - rejected))
 
 
-# Each takes the log-ratios [B] of chosen and rejected and returns losses [B].
+# Each takes the log-ratios [B] of chosen and rejected and returns losses [B], a pair's from its own log-ratios alone:
+# dpo_loss computes them a group of pairs at a time. A loss that couples pairs would have to see the whole batch, and so
+# to go where dpo_loss has one group.
 LOSSES: dict[str, Callable[..., Tensor]] = {"sigmoid": _sigmoid, "ipo": _ipo, "hinge": _hinge}
 
 # Options that only some losses define. Any other loss refuses them, so that none is dropped in silence.
@@ -178,18 +181,27 @@ def dpo_loss(
         cu_seqlens: [2B + 1] int64 or int32, the packed sequences' bounds: 0, …, N.
         beta, loss_type, label_smoothing, ipo_reduction: as in :func:`preference_loss`.
         ignore_index, logit_scale, softcap, temperature: as in :func:`fastdpo.token_logps`.
-        workspace: bytes that exponentials may take up between forward and backward when ``weight`` needs a gradient.
-            What does not fit is computed again in the backward, at the cost of one more matrix product for its
-            tokens. Default: 256 MiB.
+        workspace: bytes that may be spent on computing less where ``weight`` (or ``bias``) needs a gradient; 0 will do.
+            A token whose exponentials are kept until its pair's loss is known costs 3 products of H x V, any other 4.
+            They take up V numbers of hidden's dtype (float32 for float16). A batch of more tokens than that holds is
+            taken in groups of at least some 512 tokens, one after another in the same memory. Their gradients of
+            ``weight`` are summed in float32, and the sum for a 16-bit weight, 4 V H bytes, counts too: less room than
+            that makes one group. (4 V H + 2000 V has room for groups of 1,000 tokens in bfloat16.) Default: 256 MiB.
+            It changes nothing where ``hidden`` alone needs a gradient: 2 products, and N x H numbers of memory.
 
     Returns:
         :class:`fastdpo.DPOOutput`. Where policy and reference agree, the sigmoid loss is ln 2 and every reward is 0.
+        Differentiable once, in hidden, weight and bias, and through ``loss`` alone.
 
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what it should be; among them a
             completion in which nothing is scored.
     """
     check_loss_options(loss_type, beta, label_smoothing, ipo_reduction)
+    if workspace is None:
+        workspace = DEFAULT_RETAIN_BYTES
+    if workspace < 0:
+        raise ValueError(f"workspace is {workspace}; it should be at least 0")
     if ref_logps is not None and (ref_hidden is not None or ref_weight is not None or ref_bias is not None):
         raise ValueError("ref_logps already is the reference: leave out ref_hidden, ref_weight and ref_bias")
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
@@ -206,43 +218,59 @@ def dpo_loss(
         raise ValueError(
             f"ref_logps has shape {tuple(ref_logps.shape)}; it should be ({tokens.numel()},): one a completion"
         )
-    num_scored = None if _must_not_wait(hidden) else _count_scored(tokens, ignore_index)
+    counts = None if _must_not_wait(hidden) else _count_scored(tokens, ignore_index)
     options = {
         "ignore_index": ignore_index,
         "logit_scale": logit_scale,
         "softcap": softcap,
         "temperature": temperature,
-        "num_scored": num_scored,
+        "num_scored": None if counts is None else sum(counts),
     }
-    if workspace is not None:
-        options["retain_bytes"] = workspace
-
+    inputs = op_inputs(hidden, weight, targets, bias, **options)
     if ref_hidden is not None:
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
         with torch.no_grad():
             ref_token_logps = token_logps(ref_hidden, ref_weight, targets, ref_bias, **options).logps
             ref_logps = _sum_sequences(ref_token_logps, cu_seqlens)
-    logps = _sum_sequences(token_logps(hidden, weight, targets, bias, **options).logps, cu_seqlens)
 
-    chosen_logps, rejected_logps = logps.chunk(2)
+    pairs = tokens.shape[0] // 2
     chosen_tokens, rejected_tokens = tokens.chunk(2)
     ref_chosen_logps, ref_rejected_logps = (None, None) if ref_logps is None else ref_logps.detach().chunk(2)
-    losses, chosen_rewards, rejected_rewards = preference_loss(
-        chosen_logps,
-        rejected_logps,
-        ref_chosen_logps,
-        ref_rejected_logps,
-        beta,
-        label_smoothing,
-        reference_free=ref_logps is None,
-        loss_type=loss_type,
-        ipo_reduction=ipo_reduction,
-        chosen_lengths=chosen_tokens,
-        rejected_lengths=rejected_tokens,
-    )
+
+    def of_pairs(logps: Tensor, first: int = 0, last: int = pairs) -> tuple[Tensor, Tensor, Tensor]:
+        """preference_loss of the pairs [first, last), whose sequences' log-probabilities are ``logps``."""
+        return preference_loss(
+            *logps.chunk(2),
+            None if ref_logps is None else ref_chosen_logps[first:last],
+            None if ref_logps is None else ref_rejected_logps[first:last],
+            beta,
+            label_smoothing,
+            reference_free=ref_logps is None,
+            loss_type=loss_type,
+            ipo_reduction=ipo_reduction,
+            chosen_lengths=chosen_tokens[first:last],
+            rejected_lengths=rejected_tokens[first:last],
+        )
+
+    # One group is the primitive itself, which also goes where groups cannot: without a gradient, and where the host may
+    # not look at the lengths that groups are made from.
+    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    plan = plan_of(inputs, weight, bias, counts, workspace) if trains and counts is not None else None
+    if plan is not None and len(plan.groups) > 1:
+        loss, logps = grouped_loss(
+            hidden, weight, bias, inputs, tokens, counts, plan, lambda *arguments: of_pairs(*arguments)[0]
+        )
+        losses, chosen_rewards, rejected_rewards = of_pairs(logps)
+    else:
+        retain_bytes = workspace if plan is None else plan.kept * row_bytes(inputs)
+        token_wise, *_ = differentiable_logps(inputs, retain_bytes)
+        logps = _sum_sequences(token_wise.view(targets.shape), cu_seqlens)
+        losses, chosen_rewards, rejected_rewards = of_pairs(logps)
+        loss = losses.mean()
+    chosen_logps, rejected_logps = logps.chunk(2)
     return DPOOutput(
-        loss=losses.mean(),
+        loss=loss,
         losses=losses.detach(),
         chosen_logps=chosen_logps.detach(),
         rejected_logps=rejected_logps.detach(),
@@ -351,8 +379,8 @@ def _must_not_wait(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _count_scored(tokens: Tensor, ignore_index: int) -> int:
-    """The number of scored tokens; ValueError where a completion has none: its log-probability would mean nothing."""
+def _count_scored(tokens: Tensor, ignore_index: int) -> list[int]:
+    """The numbers of scored tokens; ValueError where a completion has none: its log-probability would mean nothing."""
     counts = tokens.tolist()
     pairs = len(counts) // 2
     empty = [f"{'chosen' if i < pairs else 'rejected'} of pair {i % pairs}" for i, n in enumerate(counts) if n == 0]
@@ -361,7 +389,7 @@ def _count_scored(tokens: Tensor, ignore_index: int) -> int:
             f"targets has completions in which every position is ignore_index ({ignore_index}): {', '.join(empty[:8])}"
             f"{', …' if len(empty) > 8 else ''}; each should score at least one token: drop these pairs"
         )
-    return sum(counts)
+    return counts
 
 
 def _sum_sequences(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:

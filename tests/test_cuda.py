@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 from op_calls import DTYPES, EXTRAS, Case, Results, assert_adds_to_sums, assert_matches, call, random_case
+from test_groups import INPUTS, SMALL, WHOLE, assert_same, is_grouped, make_batch, run
 
 import fastdpo
 
@@ -161,6 +163,18 @@ def test_front_end(dtype: torch.dtype) -> None:
     )
     case.hidden, case.weight, case.bias = (x.detach() for x in inputs)
     check(case, results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("needs", [INPUTS, ("hidden",), ("weight",)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_dpo_loss_in_groups(dtype: torch.dtype, needs: tuple[str, ...], packed: bool) -> None:
+    batch = make_batch(0, 12, 40, 64, 1003, dtype)
+    batch = replace(batch, **{f.name: getattr(batch, f.name).cuda() for f in fields(batch) if f.name != "options"})
+    how = {"needs": needs, "factor": 1 / 3, "packed": packed}
+    ours = run(batch, min_group=SMALL, workspace=batch.room_for(80), **how)
+    assert is_grouped(ours[0])
+    assert_same(ours, run(batch, min_group=WHOLE, **how), dtype)
 
 
 def test_memory_does_not_grow_with_the_vocabulary(ops: Any) -> None:

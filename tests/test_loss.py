@@ -299,6 +299,7 @@ DPO_MISUSE = [
     (PACKED | {"cu_seqlens": torch.tensor([0.0, 5.0, 10.0])}, TypeError, "cu_seqlens has dtype torch.float32"),
     (PACKED | {"cu_seqlens": torch.tensor([0, 10, 10])}, ValueError, "rejected of pair 0"),
     (POLICY | {"beta": -1.0}, ValueError, "beta is -1.0"),
+    (POLICY | {"workspace": -1}, ValueError, "workspace is -1; it should be at least 0"),
 ]
 
 

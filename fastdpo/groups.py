@@ -1,0 +1,206 @@
+"""The loss of a batch taken in groups of pairs: a group's gradients are computed as soon as its losses are known.
+
+Where a pair's loss follows from its own log-probabilities, c = dL/dlogp of a group of pairs is there as soon as these
+are. So the forward goes on to the group's gradients, and the exponentials and directions that they need are freed
+before the next group; the backward has but to multiply by the gradient of the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastdpo._native import compute_dtype, operand_dtype
+from fastdpo.group_plan import Plan, plan_frozen_groups, plan_groups
+from fastdpo.logps import OpInputs, backward_op, forward_op
+
+# Losses [last - first] of the pairs [first, last) from their sequences' log-probabilities, chosen ones first.
+PairLosses = Callable[[Tensor, int, int], Tensor]
+
+# Numbers multiplied at a time where a product of another dtype takes a temporary of as many.
+_PART = 1 << 24
+
+
+def row_bytes(inputs: OpInputs) -> int:
+    """What one token's exponentials take up in memory."""
+    return inputs.weight.shape[0] * operand_dtype(inputs.weight.dtype).itemsize
+
+
+def plan_of(inputs: OpInputs, weight: Tensor, bias: Tensor | None, counts: Sequence[int], workspace: int) -> Plan:
+    """The plan for sequences of ``counts`` scored tokens; ``weight`` and ``bias`` are the tensors that may train."""
+    pairs = len(counts) // 2
+    tokens = [chosen + rejected for chosen, rejected in zip(counts[:pairs], counts[pairs:], strict=True)]
+    if not (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return plan_frozen_groups(tokens)
+    compute = compute_dtype(inputs.weight.dtype)
+    sums = weight.requires_grad and weight.dtype != compute
+    sum_bytes = weight.numel() * compute.itemsize if sums else 0
+    return plan_groups(tokens, workspace=workspace, row_bytes=row_bytes(inputs), sum_bytes=sum_bytes)
+
+
+def grouped_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inputs: OpInputs,
+    tokens: Tensor,
+    counts: Sequence[int],
+    plan: Plan,
+    pair_losses: PairLosses,
+) -> tuple[Tensor, Tensor]:
+    """The mean of the pairs' losses, a scalar, connected to autograd once, and the sequences' logps [2B], detached.
+
+    Args:
+        hidden, weight, bias: what the gradients are for, as the caller has them.
+        inputs: the same as the ops take them.
+        tokens: [2B] int64, the scored tokens of each sequence, none 0; sequences lie one after another in ``inputs``.
+        counts: ``tokens`` on the host.
+        plan: which groups, and how much of each is kept.
+        pair_losses: the loss. It must not look beyond the pairs that it is given.
+
+    Raises:
+        IndexError: a target outside [0, V); on CUDA that row is NaN.
+    """
+    return _GroupedLoss.apply(hidden, weight, bias, inputs, tokens, counts, plan, pair_losses)
+
+
+class _GroupedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        inputs: OpInputs,
+        tokens: Tensor,
+        counts: Sequence[int],
+        plan: Plan,
+        pair_losses: PairLosses,
+    ) -> tuple[Tensor, Tensor]:
+        pairs = len(counts) // 2
+        starts = [0, *accumulate(counts)]
+        scored = _scored_positions(inputs, starts[-1])
+        gradients = _Gradients((hidden, weight, bias), ctx.needs_input_grad[:3], compute_dtype(inputs.hidden.dtype))
+        logps = hidden.new_empty(2 * pairs, dtype=gradients.compute)
+        for first, last in plan.groups:
+            sequences = ((first, last), (pairs + first, pairs + last))
+            rows = torch.cat([scored[starts[begin] : starts[end]] for begin, end in sequences])
+            lengths = torch.cat([tokens[begin:end] for begin, end in sequences])
+            group = inputs._replace(
+                hidden=inputs.hidden.index_select(0, rows),
+                targets=inputs.targets.index_select(0, rows),
+                scalars=inputs.scalars | {"num_scored": len(rows)},
+            )
+            gradient = partial(_gradient_of_mean, pair_losses, first, last, pairs)
+            of_group = gradients.take(group, rows, lengths, plan.kept, gradient)
+            logps[first:last], logps[pairs + first : pairs + last] = of_group.chunk(2)
+
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
+        ctx.mark_non_differentiable(logps)
+        return pair_losses(logps, 0, pairs).mean(), logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if g is None else _times(g, grad_loss, dtype) for g, dtype in gradients), *(None,) * 5
+
+
+class _Gradients:
+    """Where the groups' gradients come together: hidden's rows, and the sums of weight's and bias's.
+
+    Args:
+        inputs: hidden, weight, bias.
+        needs: of which of them the gradient is needed; the others' are None.
+        compute: the dtype of the sums.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor | None], needs: Sequence[bool], compute: torch.dtype) -> None:
+        self.compute = compute
+        # float16 would lose small gradients before the loss's scale, by which the backward multiplies, can save them.
+        of_hidden = torch.float32 if inputs[0].dtype == torch.float16 else inputs[0].dtype
+        self.hidden, self.weight, self.bias = (
+            torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) if need else None
+            for x, need, dtype in zip(inputs, needs, (of_hidden, compute, compute), strict=True)
+        )
+
+    def take(
+        self, group: OpInputs, rows: Tensor, lengths: Tensor, kept: int, gradient: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The log-probabilities of a group's sequences, whose gradients are added.
+
+        ``rows`` are the group's positions among all, ``lengths`` its sequences' tokens, ``kept`` how many tokens'
+        exponentials are kept at most; ``gradient`` maps the sequences' log-probabilities to dL/dlogps.
+        """
+        head = self.weight is not None or self.bias is not None
+        retain_bytes = min(kept, len(rows)) * row_bytes(group) if head else 0
+        outputs = forward_op(group, need_direction=self.hidden is not None, retain_bytes=retain_bytes)
+        token_logps, row_state, direction, retained = outputs[:4]
+        # In float64, whichever order the sum is in.
+        logps = torch.segment_reduce(token_logps.double(), "sum", lengths=lengths, unsafe=True).to(self.compute)
+        grad_logps = gradient(logps).repeat_interleave(lengths, output_size=len(rows))
+        if head:
+            backward_op(
+                group,
+                grad_logps,
+                (row_state, direction, retained),
+                need_hidden=False,
+                need_weight=self.weight is not None,
+                need_bias=self.bias is not None,
+                weight_sum=self.weight,
+                bias_sum=self.bias,
+            )
+        if self.hidden is not None:
+            of_rows = direction.mul_(grad_logps.unsqueeze(1)).to(self.hidden.dtype)
+            self.hidden.view(-1, self.hidden.shape[-1]).index_copy_(0, rows, of_rows)
+        return logps
+
+
+def _scored_positions(inputs: OpInputs, count: int) -> Tensor:
+    """[count] positions whose target is scored, in order; IndexError where one is no entry of the vocabulary.
+
+    On CUDA nothing is waited for, and so nothing raised: the op marks such a row with NaN.
+    """
+    y, ignore_index, vocabulary = inputs.targets, inputs.scalars["ignore_index"], inputs.weight.shape[0]
+    scored = y != ignore_index
+    if not y.is_cuda:
+        # The ops check as well, but of a group they would name the wrong position.
+        wrong = (scored & ((y < 0) | (y >= vocabulary))).nonzero()
+        if len(wrong):
+            t = int(wrong[0])
+            raise IndexError(
+                f"targets[{t}] is {int(y[t])}; it should be in [0, {vocabulary}), the rows of weight, or ignore_index "
+                f"({ignore_index})"
+            )
+    return torch.nonzero_static(scored, size=count).squeeze(1)
+
+
+def _gradient_of_mean(pair_losses: PairLosses, first: int, last: int, pairs: int, logps: Tensor) -> Tensor:
+    """d(mean of all pairs' losses) / d(logps) of the pairs [first, last), [2 * (last - first)]."""
+    with torch.enable_grad():
+        leaf = logps.detach().requires_grad_()
+        return torch.autograd.grad(pair_losses(leaf, first, last).sum() / pairs, leaf)[0]
+
+
+# Private, and only saves a copy: without it every graph counts as kept.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor, rounded once to dtype; the gradient itself where a factor of 1 lets it be given away."""
+    # A device's factor cannot be looked at without waiting. What is given away may be changed by whoever gets it, so a
+    # graph that may be gone through again keeps its own.
+    if not factor.is_cuda and factor.item() == 1 and not (gradient.dtype == dtype and _graph_is_kept()):
+        return gradient.to(dtype)
+    result = torch.empty_like(gradient, dtype=dtype)
+    for out, part in zip(result.view(-1).split(_PART), gradient.view(-1).split(_PART), strict=True):
+        # A 0-dim factor would be rounded to the 16 bits of a gradient that has no more.
+        torch.mul(part.to(factor.dtype), factor, out=out)
+    return result
