@@ -35,16 +35,10 @@ constexpr int64_t kBlockTokens = 256;
 constexpr int64_t kTileTokens = kPanel;
 static_assert(kBlockTokens % kTileTokens == 0 && kTileTokens % kLaneGroup == 0);
 
-// Rows of the weight up to this long are taken 256 at a time.
-constexpr int64_t kWideTileRowBytes = 1792;
-
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Entries in a tile: its rows of the weight, their packed copy and the tile itself share the second-level cache.
-template <typename O>
-int64_t tile_entries(int64_t hidden_size) {
-  return hidden_size * static_cast<int64_t>(sizeof(O)) <= kWideTileRowBytes ? 256 : 128;
-}
+constexpr int64_t kTileEntries = 128;
 
 // The type of the products' operands for these inputs: bfloat16 or float32; nullopt where the fused kernels do not run.
 std::optional<at::ScalarType> fused_operand(const at::Tensor& hidden);
@@ -137,14 +131,14 @@ class Retained {
       : data_(static_cast<O*>(tensor.numel() > 0 ? tensor.data_ptr() : nullptr)), vocabulary_(vocabulary) {
     // The tensor may be of a narrower type than the operand: then it holds fewer tokens.
     const int64_t fit = tensor.numel() * tensor.element_size() / static_cast<int64_t>(sizeof(O)) / vocabulary;
-    tokens_ = round_up(scored, kLaneGroup) <= fit ? scored : std::min(fit, scored) / kTileTokens * kTileTokens;
+    tokens_ = scored <= fit ? scored : fit / kTileTokens * kTileTokens;
   }
 
   // The first so many scored tokens are kept.
   int64_t tokens() const { return tokens_; }
-  int64_t elements() const { return round_up(tokens_, kLaneGroup) * vocabulary_; }
+  int64_t elements() const { return tokens_ * vocabulary_; }
   // Of the block that begins at a token: entries lie this far apart.
-  int64_t stride(int64_t block) const { return std::min(kBlockTokens, round_up(tokens_ - block, kLaneGroup)); }
+  int64_t stride(int64_t block) const { return std::min(kBlockTokens, tokens_ - block); }
   O* block(int64_t block) const { return data_ + block * vocabulary_; }
 
  private:
@@ -171,6 +165,13 @@ class FlushSubnormals {
 #endif
 };
 
+// Makes this thread's stores that went around the caches visible before whatever tells others that it is done.
+inline void publish_stores() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // Calls run(task) of a state for every task in [0, count), on as many threads as there are, each taking the next task
 // when it is done: a thread that is held up does not hold up the others. make_state() is called once per thread.
 template <typename MakeState>
@@ -182,6 +183,7 @@ void for_each_task(int64_t count, const MakeState& make_state) {
     const FlushSubnormals flush;
     auto state = make_state();
     for (int64_t task = next++; task < count; task = next++) state.run(task);
+    publish_stores();
   });
 }
 

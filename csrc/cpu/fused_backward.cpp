@@ -13,11 +13,9 @@ namespace {
 constexpr int64_t kSumBytes = 8 << 20;
 constexpr int64_t kMaxChunk = 1024;
 
-template <typename O>
-int64_t chunk_entries(int64_t hidden_size) {
-  const int64_t tile = tile_entries<O>(hidden_size);
+inline int64_t chunk_of(int64_t hidden_size) {
   const int64_t fit = kSumBytes / static_cast<int64_t>(sizeof(float)) / round_up(hidden_size, kPanel);
-  return std::clamp(fit / tile * tile, tile, kMaxChunk);
+  return std::clamp(fit / kTileEntries * kTileEntries, kTileEntries, kMaxChunk);
 }
 
 // Scored tokens in the order of their targets: a chunk of the vocabulary finds its own in one place.
@@ -42,15 +40,14 @@ class WeightChunks {
         gradients_(gradients),
         size_(problem.hidden_size()),
         stride_(round_up(size_, kPanel)),
-        entries_(tile_entries<O>(size_)),
-        chunk_(chunk_entries<O>(size_)),
+        chunk_(chunk_of(size_)),
         recomputes_(retained.tokens() < problem.count()),
         hidden_rows_(problem.hidden, kBlockTokens),
-        weight_rows_(problem.weight, recomputes_ ? entries_ : 0),
+        weight_rows_(problem.weight, recomputes_ ? kTileEntries : 0),
         hidden_(gradients.weight.defined() ? packed_rows_size<O>(kBlockTokens, size_) : 0),
         columns_(recomputes_ ? kBlockTokens * size_ : 0),
-        logits_(recomputes_ ? entries_ * kTileTokens : 0),
-        operand_(recomputes_ ? entries_ * kBlockTokens : 0),
+        logits_(recomputes_ ? kTileEntries * kTileTokens : 0),
+        operand_(kTileEntries * kBlockTokens),
         sum_(gradients.weight.defined() ? chunk_ * stride_ : 0),
         bias_sum_(chunk_) {}
 
@@ -75,13 +72,15 @@ class WeightChunks {
   // Tokens [t, t + count).
   void add_block(int64_t t, int64_t count, bool retained) {
     load_block(t, count, retained);
-    for (int64_t v = 0; v < rows_; v += entries_) {
-      const int64_t rows = std::min(entries_, rows_ - v);
+    for (int64_t v = 0; v < rows_; v += kTileEntries) {
+      const int64_t rows = std::min(kTileEntries, rows_ - v);
       const O* operand = operand_.data();
       int64_t operand_stride = kBlockTokens;
-      if (retained) {
-        operand_stride = retained_.stride(t);
-        operand = retained_.block(t) + (first_ + v) * operand_stride;
+      if (retained && count % kLaneGroup == 0) {
+        operand_stride = count;
+        operand = retained_.block(t) + (first_ + v) * count;
+      } else if (retained) {
+        copy_retained(t, count, v, rows);
       } else {
         recompute(count, v, rows);
       }
@@ -120,6 +119,16 @@ class WeightChunks {
   }
 
   static int64_t width_of(int64_t count, int64_t i) { return std::min(kTileTokens, round_up(count - i, kLaneGroup)); }
+
+  // The products' inner size is a multiple of kLaneGroup, which the last block's number of tokens need not be.
+  void copy_retained(int64_t t, int64_t count, int64_t v, int64_t rows) {
+    for (int64_t j = 0; j < rows; ++j) {
+      const O* const from = retained_.block(t) + (first_ + v + j) * count;
+      O* const to = operand_.data() + j * kBlockTokens;
+      std::copy(from, from + count, to);
+      std::fill(to + count, to + round_up(count, kLaneGroup), O{});
+    }
+  }
 
   // operand_ of the block's tokens against entries [v, v + rows) of the chunk.
   void recompute(int64_t count, int64_t v, int64_t rows) {
@@ -192,7 +201,7 @@ class WeightChunks {
   const std::vector<RowCoefficients>& coefficients_;
   const std::vector<int64_t>& by_target_;
   const Gradients& gradients_;
-  const int64_t size_, stride_, entries_, chunk_;
+  const int64_t size_, stride_, chunk_;
   const bool recomputes_;
   int64_t first_ = 0, rows_ = 0;
   OperandRows<O> hidden_rows_, weight_rows_;
@@ -212,7 +221,7 @@ void run(const Problem<float>& problem, const at::Tensor& kept, const std::vecto
          const Gradients& gradients) {
   const Retained<O> retained(kept, problem.count(), problem.vocabulary());
   const std::vector<int64_t> by_target = tokens_by_target(problem);
-  const int64_t chunk = chunk_entries<O>(problem.hidden_size());
+  const int64_t chunk = chunk_of(problem.hidden_size());
   for_each_task((problem.vocabulary() + chunk - 1) / chunk,
                 [&] { return WeightChunks<O>(problem, retained, coefficients, by_target, gradients); });
 }

@@ -21,26 +21,25 @@ class ForwardBlocks {
         block_tokens_(block_tokens),
         size_(problem.hidden_size()),
         stride_(round_up(size_, kPanel)),
-        entries_(tile_entries<O>(size_)),
         need_direction_(results.direction.numel() > 0),
         hidden_rows_(problem.hidden, kTileTokens),
-        weight_rows_(problem.weight, entries_),
+        weight_rows_(problem.weight, kTileEntries),
         columns_(block_tokens * size_),
-        logits_(entries_ * kTileTokens),
-        by_token_(need_direction_ ? block_tokens * entries_ : 0),
-        packed_weight_(need_direction_ && kPacksWeight ? packed_rows_size<O>(entries_, size_) : 0),
+        logits_(kTileEntries * kTileTokens),
+        by_token_(need_direction_ ? block_tokens * kTileEntries : 0),
+        packed_weight_(need_direction_ && kPacksWeight ? packed_rows_size<O>(kTileEntries, size_) : 0),
         direction_(need_direction_ ? block_tokens * stride_ : 0),
         sums_(block_tokens),
         exponents_(block_tokens),
-        weight_pointers_(entries_) {}
+        weight_pointers_(kTileEntries) {}
 
   // Scored tokens [task * block_tokens, ...).
   void run(int64_t task) {
     begin_ = task * block_tokens_;
     count_ = std::min(block_tokens_, problem_.count() - begin_);
     pack_hidden();
-    for (int64_t v = 0; v < problem_.vocabulary(); v += entries_) {
-      const int64_t rows = std::min(entries_, problem_.vocabulary() - v);
+    for (int64_t v = 0; v < problem_.vocabulary(); v += kTileEntries) {
+      const int64_t rows = std::min(kTileEntries, problem_.vocabulary() - v);
       for (int64_t j = 0; j < rows; ++j) weight_pointers_[j] = weight_rows_.row(v + j, j);
       for (int64_t t = 0; t < count_; t += kTileTokens) add_tile(t, v, rows);
       if (need_direction_) add_direction(v, rows);
@@ -112,13 +111,14 @@ class ForwardBlocks {
     tile.exponent = exponents_.data() + t;
     tile.transform = problem_.transform;
     if (need_direction_) {
-      tile.by_token = by_token_.data() + t * entries_;
-      tile.by_token_stride = entries_;
+      tile.by_token = by_token_.data() + t * kTileEntries;
+      tile.by_token_stride = kTileEntries;
       tile.padded_rows = round_up(rows, kLaneGroup);
     }
     if (is_retained(t)) {
       tile.by_entry = retained_entry(t, v);
       tile.by_entry_stride = retained_stride(t);
+      tile.by_entry_width = count;
     }
     tile.sum = sum.data();
     if (extras) {
@@ -159,7 +159,7 @@ class ForwardBlocks {
       kernels_.pack_rows(weight_pointers_.data(), nullptr, rows, size_, packed_weight_.data());
       operand = packed_weight_.data();
     }
-    multiply_rows(round_up(count_, kLaneGroup), rows, size_, by_token_.data(), entries_, operand, direction_.data(),
+    multiply_rows(round_up(count_, kLaneGroup), rows, size_, by_token_.data(), kTileEntries, operand, direction_.data(),
                   v > 0);
   }
 
@@ -177,7 +177,7 @@ class ForwardBlocks {
   const Problem<float>& problem_;
   Results<float>& results_;
   const Retained<O>& retained_;
-  const int64_t block_tokens_, size_, stride_, entries_;
+  const int64_t block_tokens_, size_, stride_;
   const bool need_direction_;
   int64_t begin_ = 0, count_ = 0;
   OperandRows<O> hidden_rows_, weight_rows_;

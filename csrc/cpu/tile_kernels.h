@@ -47,8 +47,9 @@ struct ExponentialTile {
   O* by_token;  // [width, by_token_stride]: zeros up to padded_rows
   int64_t by_token_stride;
   int64_t padded_rows;  // a multiple of kLaneGroup where by_token is wanted
-  O* by_entry;          // [rows, by_entry_stride]
+  O* by_entry;          // [rows, by_entry_stride], of the first by_entry_width lanes
   int64_t by_entry_stride;
+  int64_t by_entry_width;
   // [width] each: sum of exp(z - exponent); where weighted is not null, of exp * (z - exponent) and of exp^2.
   float* sum;
   float* weighted;

@@ -56,6 +56,21 @@ inline Value load_operand(const Bf16Bits* p) {
 #endif
 inline Value load_operand(const float* p) { return WideFloat::load(p); }
 
+// For what is read long after it has left the caches: whole lines go to memory without being read first.
+template <typename O>
+inline void copy_for_later(O* to, const O* from, int64_t size) {
+#if defined(__AVX512F__)
+  constexpr int64_t kLine = 64 / sizeof(O);
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && size % kLine == 0) {
+    for (int64_t i = 0; i < size; i += kLine) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+    }
+    return;
+  }
+#endif
+  std::memcpy(to, from, size * sizeof(O));
+}
+
 // The sum of a block of vectors, as a tree: its rounding errors do not add up.
 inline Value tree_sum(const Value* v) {
   Value half[kLanes / 2];
@@ -122,60 +137,75 @@ inline Value times_slope(Value e, Value z, const LogitTransform<float>& transfor
   return WideFloat::if_less(WideFloat::set(0.0f), e, e * slope_factor<WideFloat>(z, transform), e);
 }
 
-template <typename O, bool kExtras>
+template <typename O, bool kExtras, bool kCapped>
 void exponentials_of(const ExponentialTile<O>& tile) {
-  const bool capped = tile.transform.softcap != 0;
   const int64_t end = tile.by_token == nullptr ? tile.rows : tile.padded_rows;
-  for (int64_t t = 0; t < tile.width; t += kLanes) {
-    const Value exponent = WideFloat::load(tile.exponent + t);
-    Value sum = WideFloat::set(0.0f), weighted = sum, squares = sum;
-    for (int64_t v = 0; v < end; v += kLanes) {
-      Value e[kLanes], operand[kLanes];
+  constexpr int64_t kGroups = kPanel / kLanes;
+  Value sum[kGroups], weighted[kGroups], squares[kGroups];
+  for (int64_t g = 0; g < kGroups; ++g) sum[g] = weighted[g] = squares[g] = WideFloat::set(0.0f);
+  alignas(64) O staged[kLanes * kPanel];
+  for (int64_t v = 0; v < end; v += kLanes) {
+    const int64_t rows = std::min(kLanes, tile.rows - v);
+    for (int64_t t = 0, g = 0; t < tile.width; t += kLanes, ++g) {
+      const Value exponent = WideFloat::load(tile.exponent + t);
+      Value e[kLanes];
       const auto row = [&](int64_t i) {
         const Value z = WideFloat::load(tile.logits + (v + i) * tile.width + t);
         const Value gap = z - exponent;
         e[i] = exponential<WideFloat>(gap, 0.0f);
         if constexpr (kExtras) {
           // A masked entry has e = 0 and gap = -inf, and counts for nothing.
-          weighted = weighted + e[i] * WideFloat::if_less(gap, WideFloat::set(-1e30f), WideFloat::set(0.0f), gap);
-          squares = squares + e[i] * e[i];
+          weighted[g] = weighted[g] + e[i] * WideFloat::if_less(gap, WideFloat::set(-1e30f), WideFloat::set(0.0f), gap);
+          squares[g] = squares[g] + e[i] * e[i];
         }
-        operand[i] = e[i];
-        if (capped) operand[i] = times_slope(e[i], z, tile.transform);
-        if (tile.by_entry != nullptr) store_operand(tile.by_entry + (v + i) * tile.by_entry_stride + t, operand[i]);
       };
-      if (v + kLanes <= tile.rows) {
+      if (rows == kLanes) {
 #pragma GCC unroll 16
         for (int64_t i = 0; i < kLanes; ++i) row(i);
       } else {
         for (int64_t i = 0; i < kLanes; ++i) {
-          if (v + i < tile.rows) {
-            row(i);
-          } else {
-            e[i] = operand[i] = WideFloat::set(0.0f);
-          }
+          e[i] = WideFloat::set(0.0f);
+          if (i < rows) row(i);
         }
       }
-      sum = sum + tree_sum(e);
-      if (tile.by_token != nullptr) {
-        transpose(operand);
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < kLanes; ++i) {
-          store_operand(tile.by_token + (t + i) * tile.by_token_stride + v, operand[i]);
+      sum[g] = sum[g] + tree_sum(e);
+      if constexpr (kCapped) {
+        for (int64_t i = 0; i < rows; ++i) {
+          e[i] = times_slope(e[i], WideFloat::load(tile.logits + (v + i) * tile.width + t), tile.transform);
         }
+      }
+      if (tile.by_entry != nullptr) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes; ++i) store_operand(staged + i * kPanel + t, e[i]);
+      }
+      if (tile.by_token != nullptr) {
+        transpose(e);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes; ++i) store_operand(tile.by_token + (t + i) * tile.by_token_stride + v, e[i]);
       }
     }
-    WideFloat::store(tile.sum + t, sum);
+    if (tile.by_entry == nullptr) continue;
+    for (int64_t i = 0; i < rows; ++i) {
+      copy_for_later(tile.by_entry + (v + i) * tile.by_entry_stride, staged + i * kPanel, tile.by_entry_width);
+    }
+  }
+  for (int64_t t = 0, g = 0; t < tile.width; t += kLanes, ++g) {
+    WideFloat::store(tile.sum + t, sum[g]);
     if constexpr (kExtras) {
-      WideFloat::store(tile.weighted + t, weighted);
-      WideFloat::store(tile.squares + t, squares);
+      WideFloat::store(tile.weighted + t, weighted[g]);
+      WideFloat::store(tile.squares + t, squares[g]);
     }
   }
 }
 
 template <typename O>
 void exponentials(const ExponentialTile<O>& tile) {
-  tile.weighted == nullptr ? exponentials_of<O, false>(tile) : exponentials_of<O, true>(tile);
+  const bool extras = tile.weighted != nullptr, capped = tile.transform.softcap != 0;
+  if (extras) {
+    capped ? exponentials_of<O, true, true>(tile) : exponentials_of<O, true, false>(tile);
+  } else {
+    capped ? exponentials_of<O, false, true>(tile) : exponentials_of<O, false, false>(tile);
+  }
 }
 
 template <typename O>
