@@ -90,12 +90,14 @@ def build_info() -> dict[str, Any]:
     """How fastdpo was built and what of it is in use here.
 
     Returns:
-        A dict with ``version``, ``compiler``, ``torch_built_against``, ``torch_running``, ``cpu_path`` (``avx512``,
-        ``avx2`` or ``plain``, chosen for this processor, or by the environment variable FASTDPO_CPU_PATH; None where
-        only the CUDA library fits), the CUDA library's ``cuda_archs`` (compute capabilities compiled) and ``nvcc`` (its
-        version), and ``cuda_library``, whether that is loaded.
+        A dict with ``version``, ``compiler``, ``torch_built_against``, ``torch_running``, ``cpu_path``
+        (``avx512_bf16``, ``avx512``, ``avx2`` or ``plain``, chosen for this processor, or by the environment variable
+        FASTDPO_CPU_PATH), ``cpu_products`` (per dtype of the inputs: the fused kernels with operands of which type, or
+        ``at::mm in chunks``), both None where only the CUDA library fits, the CUDA library's ``cuda_archs`` (compute
+        capabilities compiled) and ``nvcc`` (its version), and ``cuda_library``, whether that is loaded.
     """
-    return dict(_FACTS)
+    has_cpu = _FACTS["cpu_path"] is not None
+    return _FACTS | {"cpu_products": importlib.import_module("fastdpo._C").cpu_products() if has_cpu else None}
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

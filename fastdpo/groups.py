@@ -54,7 +54,7 @@ def grouped_loss(
     plan: Plan,
     pair_losses: PairLosses,
 ) -> tuple[Tensor, Tensor]:
-    """The mean of the pairs' losses, a scalar, connected to autograd once, and the sequences' logps [2B], detached.
+    """The mean of the pairs' losses, connected to autograd once, and the sequences' logps [2B] float64, detached.
 
     Args:
         hidden, weight, bias: what the gradients are for, as the caller has them.
@@ -87,7 +87,7 @@ class _GroupedLoss(torch.autograd.Function):
         starts = [0, *accumulate(counts)]
         scored = _scored_positions(inputs, starts[-1])
         gradients = _Gradients((hidden, weight, bias), ctx.needs_input_grad[:3], compute_dtype(inputs.hidden.dtype))
-        logps = hidden.new_empty(2 * pairs, dtype=gradients.compute)
+        logps = hidden.new_empty(2 * pairs, dtype=torch.float64)
         for first, last in plan.groups:
             sequences = ((first, last), (pairs + first, pairs + last))
             rows = torch.cat([scored[starts[begin] : starts[end]] for begin, end in sequences])
@@ -104,7 +104,7 @@ class _GroupedLoss(torch.autograd.Function):
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         ctx.mark_non_differentiable(logps)
-        return pair_losses(logps, 0, pairs).mean(), logps
+        return pair_losses(logps, 0, pairs).mean().to(gradients.compute), logps
 
     @staticmethod
     @once_differentiable
@@ -143,9 +143,8 @@ class _Gradients:
         retain_bytes = min(kept, len(rows)) * row_bytes(group) if head else 0
         outputs = forward_op(group, need_direction=self.hidden is not None, retain_bytes=retain_bytes)
         token_logps, row_state, direction, retained = outputs[:4]
-        # In float64, whichever order the sum is in.
-        logps = torch.segment_reduce(token_logps.double(), "sum", lengths=lengths, unsafe=True).to(self.compute)
-        grad_logps = gradient(logps).repeat_interleave(lengths, output_size=len(rows))
+        logps = torch.segment_reduce(token_logps.double(), "sum", lengths=lengths, unsafe=True)
+        grad_logps = gradient(logps).to(self.compute).repeat_interleave(lengths, output_size=len(rows))
         if head:
             backward_op(
                 group,

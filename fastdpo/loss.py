@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdpo._native import compute_dtype
 from fastdpo.groups import grouped_loss, plan_of, row_bytes
 from fastdpo.logps import DEFAULT_RETAIN_BYTES, differentiable_logps, op_inputs, token_logps
 from fastdpo.outputs import DPOOutput
@@ -268,14 +269,15 @@ def dpo_loss(
         logps = _sum_sequences(token_wise.view(targets.shape), cu_seqlens)
         losses, chosen_rewards, rejected_rewards = of_pairs(logps)
         loss = losses.mean()
-    chosen_logps, rejected_logps = logps.chunk(2)
+    chosen_logps, rejected_logps = logps.detach().chunk(2)
+    compute = compute_dtype(inputs.hidden.dtype)
     return DPOOutput(
-        loss=loss,
-        losses=losses.detach(),
-        chosen_logps=chosen_logps.detach(),
-        rejected_logps=rejected_logps.detach(),
-        chosen_rewards=chosen_rewards,
-        rejected_rewards=rejected_rewards,
+        loss=loss.to(compute),
+        losses=losses.detach().to(compute),
+        chosen_logps=chosen_logps.to(compute),
+        rejected_logps=rejected_logps.to(compute),
+        chosen_rewards=chosen_rewards.to(compute),
+        rejected_rewards=rejected_rewards.to(compute),
         chosen_tokens=chosen_tokens,
         rejected_tokens=rejected_tokens,
     )
@@ -393,10 +395,14 @@ def _count_scored(tokens: Tensor, ignore_index: int) -> list[int]:
 
 
 def _sum_sequences(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """[2B, T], or [N] with bounds [2B + 1], to sums [2B]; without atomics, so that results repeat."""
+    """[2B, T], or [N] with bounds [2B + 1], to sums [2B]; without atomics, so that results repeat.
+
+    Floats are summed in float64: a sequence's log-probability is hundreds of nats, a loss depends on differences of
+    four of them, and float32 would round each by more than all the tokens' errors come to.
+    """
     if cu_seqlens is None:
-        return values.sum(-1)
+        return values.sum(-1, dtype=torch.float64 if values.is_floating_point() else None)
     if values.dtype == torch.int64:  # segment_reduce takes floats alone
         totals = F.pad(values.cumsum(0), (1, 0))
         return totals[cu_seqlens[1:]] - totals[cu_seqlens[:-1]]
-    return torch.segment_reduce(values, "sum", offsets=cu_seqlens.to(torch.int64), unsafe=True)
+    return torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens.to(torch.int64), unsafe=True)

@@ -23,6 +23,10 @@ def test_build_info() -> None:
     assert info["torch_running"] == torch.__version__
     assert info["torch_built_against"] == torch.__version__.split("+")[0]
     assert info["cpu_path"] in ("avx512_bf16", "avx512", "avx2", "plain")
+    fused = info["cpu_path"] != "plain"
+    assert info["cpu_products"]["float64"] == "at::mm in chunks"
+    assert info["cpu_products"]["float32"] == ("fused, float32 operands" if fused else "at::mm in chunks")
+    assert (info["cpu_products"]["bfloat16"] == "fused, bfloat16 operands") == (info["cpu_path"] == "avx512_bf16")
     assert re.search(r"\d+\.\d+", info["compiler"])
     built = (PACKAGE / "fastdpo_cuda.so").is_file()
     assert bool(info["cuda_archs"]) == built

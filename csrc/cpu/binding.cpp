@@ -3,7 +3,10 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <utility>
+
 #include "../fastdpo.h"
+#include "fused.h"
 #include "isa.h"
 #include "token_logps.h"
 
@@ -25,5 +28,16 @@ PYBIND11_MODULE(_C, m) {
     facts["torch"] = TORCH_VERSION;
     facts["cpu_path"] = fastdpo::cpu::name_of(fastdpo::cpu::isa());
     return facts;
+  });
+  m.def("cpu_products", [] {
+    pybind11::dict products;
+    for (const auto& [name, type] : {std::pair{"float32", at::kFloat}, std::pair{"bfloat16", at::kBFloat16},
+                                     std::pair{"float16", at::kHalf}, std::pair{"float64", at::kDouble}}) {
+      const auto operand = fastdpo::cpu::fused_operand(at::empty({1, 2}, type));
+      products[name] = !operand.has_value()        ? "at::mm in chunks"
+                       : *operand == at::kBFloat16 ? "fused, bfloat16 operands"
+                                                   : "fused, float32 operands";
+    }
+    return products;
   });
 }
