@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 #include "tile_kernels.h"
 #include "vector_math.h"
@@ -16,22 +17,33 @@ using Value = WideFloat::Value;
 constexpr int64_t kLanes = WideFloat::kLanes;
 static_assert(kLaneGroup % kLanes == 0 && kPanel % kLanes == 0);
 
+// Where lane l of the first, or the second, of two vectors comes from in a transposition's step, of both's lanes.
+template <int64_t kBlock, bool kSecond>
+constexpr int exchange_source(int64_t l) {
+  const int64_t source = kSecond ? (l & kBlock ? kLanes + l : l + kBlock) : (l & kBlock ? kLanes + l - kBlock : l);
+  return static_cast<int>(source);
+}
+
+template <int64_t kBlock, bool kSecond, int... kLane>
+inline Value exchanged(Value a, Value b, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, exchange_source<kBlock, kSecond>(kLane)...);
+#else
+  return __builtin_shuffle(a, b, WideFloat::Bits{exchange_source<kBlock, kSecond>(kLane)...});
+#endif
+}
+
 // Rows become columns: kLanes vectors of kLanes numbers, in log2(kLanes) steps, each of which exchanges the
 // off-diagonal blocks of twice the size.
 template <int64_t kBlock>
 inline void exchange_blocks(Value* v) {
-  using Bits = WideFloat::Bits;
-  Bits first, second;
-  for (int64_t l = 0; l < kLanes; ++l) {
-    first[l] = static_cast<int32_t>(l & kBlock ? kLanes + l - kBlock : l);
-    second[l] = static_cast<int32_t>(l & kBlock ? kLanes + l : l + kBlock);
-  }
+  constexpr auto kAllLanes = std::make_integer_sequence<int, static_cast<int>(kLanes)>();
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kLanes; ++i) {
     if (i & kBlock) continue;
     const Value a = v[i], b = v[i + kBlock];
-    v[i] = __builtin_shuffle(a, b, first);
-    v[i + kBlock] = __builtin_shuffle(a, b, second);
+    v[i] = exchanged<kBlock, false>(a, b, kAllLanes);
+    v[i + kBlock] = exchanged<kBlock, true>(a, b, kAllLanes);
   }
 }
 
