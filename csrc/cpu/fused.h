@@ -41,7 +41,11 @@ constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit -
 constexpr int64_t kTileEntries = 128;
 
 // The type of the products' operands for these inputs: bfloat16 or float32; nullopt where the fused kernels do not run.
+// The same for the whole life of the process: a backward must find what its forward left.
 std::optional<at::ScalarType> fused_operand(const at::Tensor& hidden);
+
+// Raises where products with such operands have been switched off since.
+void check_products(at::ScalarType operand);
 
 // result (+)= a * b in float32; a is [m, k], b [k, n]. bfloat16's b is interleaved (OperandLayout), and k even.
 struct Product {

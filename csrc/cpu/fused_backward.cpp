@@ -230,6 +230,7 @@ void run(const Problem<float>& problem, const at::Tensor& kept, const std::vecto
 
 void fused_weight_gradient(const Problem<float>& problem, at::ScalarType operand, const at::Tensor& retained,
                            const std::vector<RowCoefficients>& coefficients, const Gradients& gradients) {
+  check_products(operand);
   operand == at::kBFloat16 ? run<Bf16Bits>(problem, retained, coefficients, gradients)
                            : run<float>(problem, retained, coefficients, gradients);
 }

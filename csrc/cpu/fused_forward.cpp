@@ -208,6 +208,7 @@ void run(const Problem<float>& problem, Results<float>& results) {
 }  // namespace
 
 void fused_forward(const Problem<float>& problem, at::ScalarType operand, Results<float>& results) {
+  check_products(operand);
   operand == at::kBFloat16 ? run<Bf16Bits>(problem, results) : run<float>(problem, results);
 }
 

@@ -44,13 +44,14 @@ std::optional<at::ScalarType> fused_operand(const at::Tensor& hidden) {
   if (hidden.scalar_type() != at::kBFloat16 || hidden.size(1) % 2 != 0 || tile_kernels()->bf16 == nullptr) {
     return at::kFloat;
   }
-  // Once per process: a backward must find what its forward left.
   static const bool kBf16Products = at::globalContext().userEnabledMkldnn() && bf16_products_work();
-  if (!kBf16Products) return at::kFloat;
-  TORCH_CHECK(at::globalContext().userEnabledMkldnn(),
+  return kBf16Products ? at::kBFloat16 : at::kFloat;
+}
+
+void check_products(at::ScalarType operand) {
+  TORCH_CHECK(operand != at::kBFloat16 || at::globalContext().userEnabledMkldnn(),
               "torch.backends.mkldnn was disabled after fastdpo had begun to use it; enable it, or set "
               "FASTDPO_CPU_PATH=avx512 before the first call");
-  return at::kBFloat16;
 }
 
 void multiply(const Product& p, const float* a, const float* b, float* result) {
