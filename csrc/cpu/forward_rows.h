@@ -1,10 +1,6 @@
 // The beginning and the end of a row in the forward op, whatever computes the products in between.
 #pragma once
 
-#include <ATen/ops/zeros.h>
-
-#include <vector>
-
 #include "problem.h"
 
 namespace fastdpo::cpu {

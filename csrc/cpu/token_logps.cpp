@@ -5,8 +5,6 @@
 #include <ATen/ops/mul.h>
 #include <ATen/ops/zeros.h>
 
-#include <type_traits>
-
 #include "fused.h"
 #include "huge_pages.h"
 #include "mm.h"
