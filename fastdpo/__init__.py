@@ -8,6 +8,7 @@ from typing import Any
 from fastdpo._native import build_info
 from fastdpo.logps import token_logps
 from fastdpo.loss import DPOLoss, dpo_loss, preference_loss
+from fastdpo.loss_options import LossOptions
 from fastdpo.outputs import DPOOutput, TokenLogps
 
 __version__ = _version("fastdpo")
@@ -17,6 +18,7 @@ __all__ = [
     "DPOLoss",
     "DPOOutput",
     "DPOTrainer",
+    "LossOptions",
     "TokenLogps",
     "build_info",
     "dpo_loss",

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from fastdpo.data import TRUNCATION_MODES
-from fastdpo.loss import check_loss_options
+from fastdpo.loss_options import LossOptions
 
 
 @dataclass
@@ -103,7 +103,7 @@ class DPOConfig(TrainingArguments):
             if len(self.loss_type) != 1:
                 raise ValueError(f"loss_type is {self.loss_type}; it should name one loss: mixes are not available")
             self.loss_type = self.loss_type[0]
-        check_loss_options(self.loss_type, self.beta, self.label_smoothing, None)
+        LossOptions(self.beta, self.loss_type, self.label_smoothing)
         if self.truncation_mode not in TRUNCATION_MODES:
             raise ValueError(
                 f"truncation_mode is {self.truncation_mode!r}; it should be one of {', '.join(TRUNCATION_MODES)}"

@@ -7,7 +7,7 @@ before the next group; the backward has but to multiply by the gradient of the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -18,10 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from fastdpo._native import compute_dtype, operand_dtype
 from fastdpo.group_plan import Plan, plan_frozen_groups, plan_groups
-from fastdpo.logps import OpInputs, backward_op, forward_op
+from fastdpo.logps import OUTPUTS, OpInputs, backward_op, forward_op
 
-# Losses [last - first] of the pairs [first, last) from their sequences' log-probabilities, chosen ones first.
-PairLosses = Callable[[Tensor, int, int], Tensor]
+# Losses [n] of the pairs [first, last), n of them, from the log-probabilities [2n, S] of their sequences' segments and
+# the sums [2n] of token-wise outputs, the chosen ones first.
+LossesOf = Callable[[Tensor, Mapping[str, Tensor], int, int], Tensor]
 
 # Numbers multiplied at a time where a product of another dtype takes a temporary of as many.
 _PART = 1 << 24
@@ -49,25 +50,31 @@ def grouped_loss(
     weight: Tensor,
     bias: Tensor | None,
     inputs: OpInputs,
-    tokens: Tensor,
+    lengths: Tensor,
     counts: Sequence[int],
     plan: Plan,
-    pair_losses: PairLosses,
-) -> tuple[Tensor, Tensor]:
-    """The mean of the pairs' losses, connected to autograd once, and the sequences' logps [2B] float64, detached.
+    losses_of: LossesOf,
+    outputs: Sequence[str] = (),
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The mean of the pairs' losses, connected to autograd once; detached, the segments' log-probabilities [2B, S]
+    float64; and sums [2B] float64 over the sequences of each of ``outputs``.
 
     Args:
         hidden, weight, bias: what the gradients are for, as the caller has them.
         inputs: the same as the ops take them.
-        tokens: [2B] int64, the scored tokens of each sequence, none 0; sequences lie one after another in ``inputs``.
-        counts: ``tokens`` on the host.
+        lengths: [2B, S] int64, the scored tokens of each sequence's S segments; segments and sequences lie one after
+            another in ``inputs``.
+        counts: the scored tokens of each sequence on the host, none 0.
         plan: which groups, and how much of each is kept.
-        pair_losses: the loss. It must not look beyond the pairs that it is given.
+        losses_of: the loss. It must not look beyond the pairs that it is given.
+        outputs: names of the policy's token-wise outputs.
 
     Raises:
         IndexError: a target outside [0, V); on CUDA that row is NaN.
     """
-    return _GroupedLoss.apply(hidden, weight, bias, inputs, tokens, counts, plan, pair_losses)
+    names = tuple(name for name in OUTPUTS if name in outputs)
+    loss, sums, extras = _GroupedLoss.apply(hidden, weight, bias, inputs, lengths, counts, plan, losses_of, names)
+    return loss, sums, dict(zip(names, extras, strict=True))
 
 
 class _GroupedLoss(torch.autograd.Function):
@@ -78,39 +85,48 @@ class _GroupedLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         inputs: OpInputs,
-        tokens: Tensor,
+        lengths: Tensor,
         counts: Sequence[int],
         plan: Plan,
-        pair_losses: PairLosses,
-    ) -> tuple[Tensor, Tensor]:
+        losses_of: LossesOf,
+        outputs: tuple[str, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
         pairs = len(counts) // 2
         starts = [0, *accumulate(counts)]
         scored = _scored_positions(inputs, starts[-1])
         gradients = _Gradients((hidden, weight, bias), ctx.needs_input_grad[:3], compute_dtype(inputs.hidden.dtype))
-        logps = hidden.new_empty(2 * pairs, dtype=torch.float64)
+        sums = hidden.new_empty(lengths.shape, dtype=torch.float64)
+        extras = hidden.new_empty((len(outputs), 2 * pairs), dtype=torch.float64)
         for first, last in plan.groups:
-            sequences = ((first, last), (pairs + first, pairs + last))
-            rows = torch.cat([scored[starts[begin] : starts[end]] for begin, end in sequences])
-            lengths = torch.cat([tokens[begin:end] for begin, end in sequences])
+            sequences = (slice(first, last), slice(pairs + first, pairs + last))
+            rows = torch.cat([scored[starts[part.start] : starts[part.stop]] for part in sequences])
             group = inputs._replace(
                 hidden=inputs.hidden.index_select(0, rows),
                 targets=inputs.targets.index_select(0, rows),
                 scalars=inputs.scalars | {"num_scored": len(rows)},
             )
-            gradient = partial(_gradient_of_mean, pair_losses, first, last, pairs)
-            of_group = gradients.take(group, rows, lengths, plan.kept, gradient)
-            logps[first:last], logps[pairs + first : pairs + last] = of_group.chunk(2)
+            of_group = gradients.take(
+                group,
+                rows,
+                torch.cat([lengths[part] for part in sequences]),
+                plan.kept,
+                partial(_gradient_of_mean, losses_of, first, last, pairs),
+                outputs,
+            )
+            for part, group_sums, group_extras in zip(sequences, *(x.chunk(2, -2) for x in of_group), strict=True):
+                sums[part], extras[:, part] = group_sums, group_extras.T
 
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
-        ctx.mark_non_differentiable(logps)
-        return pair_losses(logps, 0, pairs).mean().to(gradients.compute), logps
+        ctx.mark_non_differentiable(sums, extras)
+        losses = losses_of(sums, dict(zip(outputs, extras, strict=True)), 0, pairs)
+        return losses.mean().to(gradients.compute), sums, extras
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if g is None else _times(g, grad_loss, dtype) for g, dtype in gradients), *(None,) * 5
+        return *(None if g is None else _times(g, grad_loss, dtype) for g, dtype in gradients), *(None,) * 6
 
 
 class _Gradients:
@@ -132,19 +148,33 @@ class _Gradients:
         )
 
     def take(
-        self, group: OpInputs, rows: Tensor, lengths: Tensor, kept: int, gradient: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """The log-probabilities of a group's sequences, whose gradients are added.
+        self,
+        group: OpInputs,
+        rows: Tensor,
+        lengths: Tensor,
+        kept: int,
+        gradient: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
+        outputs: tuple[str, ...],
+    ) -> tuple[Tensor, Tensor]:
+        """The sums over a group's segments [2n, S], and of ``outputs`` over its sequences [2n, E]; adds the gradients.
 
-        ``rows`` are the group's positions among all, ``lengths`` its sequences' tokens, ``kept`` how many tokens'
-        exponentials are kept at most; ``gradient`` maps the sequences' log-probabilities to dL/dlogps.
+        ``rows`` are the group's positions among all, ``lengths`` [2n, S] its segments' tokens, ``kept`` how many
+        tokens' exponentials are kept at most; ``gradient`` maps the sums to dL/dsums [2n, S].
         """
         head = self.weight is not None or self.bias is not None
         retain_bytes = min(kept, len(rows)) * row_bytes(group) if head else 0
-        outputs = forward_op(group, need_direction=self.hidden is not None, retain_bytes=retain_bytes)
-        token_logps, row_state, direction, retained = outputs[:4]
-        logps = torch.segment_reduce(token_logps.double(), "sum", lengths=lengths, unsafe=True)
-        grad_logps = gradient(logps).to(self.compute).repeat_interleave(lengths, output_size=len(rows))
+        token_logps, row_state, direction, retained, *extras = forward_op(
+            group, need_direction=self.hidden is not None, retain_bytes=retain_bytes, outputs=outputs
+        )
+        segments = lengths.flatten()
+        sums = _segment_sums(token_logps, segments).view(lengths.shape)
+        named = {
+            name: _segment_sums(value, lengths.sum(1))
+            for name, value in zip(OUTPUTS, extras, strict=True)
+            if name in outputs
+        }
+        of_segments = gradient(sums, named).to(self.compute).flatten()
+        grad_logps = of_segments.repeat_interleave(segments, output_size=len(rows))
         if head:
             backward_op(
                 group,
@@ -159,7 +189,12 @@ class _Gradients:
         if self.hidden is not None:
             of_rows = direction.mul_(grad_logps.unsqueeze(1)).to(self.hidden.dtype)
             self.hidden.view(-1, self.hidden.shape[-1]).index_copy_(0, rows, of_rows)
-        return logps
+        return sums, torch.stack([named[name] for name in outputs], dim=1) if outputs else sums.new_empty(len(sums), 0)
+
+
+def _segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """[n] float64 sums over n segments that lie one after another."""
+    return torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True)
 
 
 def _scored_positions(inputs: OpInputs, count: int) -> Tensor:
@@ -181,11 +216,13 @@ def _scored_positions(inputs: OpInputs, count: int) -> Tensor:
     return torch.nonzero_static(scored, size=count).squeeze(1)
 
 
-def _gradient_of_mean(pair_losses: PairLosses, first: int, last: int, pairs: int, logps: Tensor) -> Tensor:
-    """d(mean of all pairs' losses) / d(logps) of the pairs [first, last), [2 * (last - first)]."""
+def _gradient_of_mean(
+    losses_of: LossesOf, first: int, last: int, pairs: int, sums: Tensor, extras: Mapping[str, Tensor]
+) -> Tensor:
+    """d(mean of all pairs' losses) / d(sums) of the pairs [first, last), [2 * (last - first), S]."""
     with torch.enable_grad():
-        leaf = logps.detach().requires_grad_()
-        return torch.autograd.grad(pair_losses(leaf, first, last).sum() / pairs, leaf)[0]
+        leaf = sums.detach().requires_grad_()
+        return torch.autograd.grad(losses_of(leaf, extras, first, last).sum() / pairs, leaf)[0]
 
 
 # Private, and only saves a copy: without it every graph counts as kept.

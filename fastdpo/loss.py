@@ -1,65 +1,33 @@
-"""Preference losses: short functions of log-probabilities, and the entry points that compute them from hidden states.
+"""The preference losses' entry points.
 
 ``preference_loss`` is for callers who have sequence log-probabilities, ``dpo_loss`` and its module ``DPOLoss`` for
-those who have hidden states and the output embedding. Notation: B pairs; a log-ratio is log pi(y|x) - log pi_ref(y|x),
-in nats; rewards are beta times it (Rafailov et al. 2023, arXiv 2305.18290, eq. 5).
+those who have hidden states and the output embedding. The losses themselves are in ``fastdpo.objectives``, their
+options in ``fastdpo.loss_options``. Notation: B pairs; a log-ratio is log pi(y|x) - log pi_ref(y|x), in nats; rewards
+are beta times it (Rafailov et al. 2023, arXiv 2305.18290, eq. 5).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdpo._native import compute_dtype
 from fastdpo.groups import grouped_loss, plan_of, row_bytes
-from fastdpo.logps import DEFAULT_RETAIN_BYTES, differentiable_logps, op_inputs, token_logps
+from fastdpo.logps import DEFAULT_RETAIN_BYTES, OUTPUTS, OpInputs, differentiable_logps, op_inputs, token_logps
+from fastdpo.loss_options import LossKeywords, LossOptions
+from fastdpo.objectives import Pairs, pair_losses, rewards
 from fastdpo.outputs import DPOOutput
+from fastdpo.pair_losses import PairLosses
+from fastdpo.sequences import Sequences
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-def _sigmoid(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """DPO (arXiv 2305.18290, eq. 7); with label_smoothing > 0 conservative DPO, for labels flipped with that chance."""
-    margin = beta * (chosen - rejected)
-    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
-
-
-def _ipo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17), beta for the paper's tau."""
-    return (chosen - rejected - 1 / (2 * beta)).square()
-
-
-def _hinge(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """The hinge of SLiC-HF (Zhao et al. 2023, arXiv 2305.10425, eq. 1) on DPO's rewards, with margin 1."""
-    return F.relu(1 - beta * (chosen - rejected))
-
-
-# Each takes the log-ratios [B] of chosen and rejected and returns losses [B], a pair's from its own log-ratios alone:
-# dpo_loss computes them a group of pairs at a time. A loss that couples pairs would have to see the whole batch, and so
-# to go where dpo_loss has one group.
-LOSSES: dict[str, Callable[..., Tensor]] = {"sigmoid": _sigmoid, "ipo": _ipo, "hinge": _hinge}
-
-# Options that only some losses define. Any other loss refuses them, so that none is dropped in silence.
-_OPTIONS_OF: dict[str, tuple[str, ...]] = {"sigmoid": ("label_smoothing",), "ipo": ("ipo_reduction",), "hinge": ()}
-_IPO_REDUCTIONS = ("mean", "sum")
-
-
-def check_loss_options(loss_type: str, beta: float, label_smoothing: float, ipo_reduction: str | None) -> None:
-    """Raises ValueError, naming the argument, what it was and what it should be, unless the options fit the loss."""
-    if loss_type not in LOSSES:
-        raise ValueError(f"loss_type is {loss_type!r}; it should be one of {', '.join(LOSSES)}")
-    if not beta > 0:
-        raise ValueError(f"beta is {beta}; it should be above 0 (0.1 is usual)")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}; it should be at least 0 and below 0.5")
-    if ipo_reduction not in (None, *_IPO_REDUCTIONS):
-        raise ValueError(f"ipo_reduction is {ipo_reduction!r}; it should be one of {', '.join(_IPO_REDUCTIONS)}")
-    given = {"label_smoothing": label_smoothing != 0, "ipo_reduction": ipo_reduction is not None}
-    for option, is_given in given.items():
-        if is_given and option not in _OPTIONS_OF[loss_type]:
-            defined = ", ".join(_OPTIONS_OF[loss_type]) or "no options"
-            raise ValueError(f"loss_type {loss_type!r} does not define {option}; it defines {defined}")
+# The per-token outputs that become metrics.
+METRIC_OUTPUTS = ("entropy", "mean_logits", "is_top1")
 
 
 def preference_loss(
@@ -72,10 +40,11 @@ def preference_loss(
     ipo: bool = False,
     reference_free: bool = False,
     *,
-    loss_type: str | None = None,
-    ipo_reduction: str | None = None,
+    loss_type: str | Sequence[str] | None = None,
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    **options: Unpack[LossKeywords],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses and rewards of B pairs from sequence log-probabilities.
 
@@ -83,16 +52,14 @@ def preference_loss(
 
     Args:
         policy_chosen_logps, policy_rejected_logps: [B] float, sums of log pi(token) over each completion, in nats.
-        reference_chosen_logps, reference_rejected_logps: [B], the same under the reference model; not used, and may
-            be None, with ``reference_free``.
-        beta: strength of the KL constraint, above 0.
-        label_smoothing: ``sigmoid`` only: the chance that a label is flipped (cDPO), in [0, 0.5).
+        reference_chosen_logps, reference_rejected_logps: [B], the same under the reference model. None with
+            ``reference_free`` (where they are not used), and for a loss that has no reference (simpo, orpo, cpo).
+        beta, label_smoothing, loss_type (default ``sigmoid``), options: see :class:`fastdpo.LossOptions`, but for
+            ``ld_alpha`` and ``use_weighting``, which need tokens: they are :func:`dpo_loss`'s.
         ipo: the DPO authors' switch: ``loss_type="ipo"`` on sums, as their implementation computes it.
         reference_free: take the reference's log-probabilities as 0.
-        loss_type: ``sigmoid`` (default), ``ipo`` or ``hinge``.
-        ipo_reduction: ``ipo`` only: ``mean`` (default) takes log-ratios per token, as TRL does and as IPO's authors
-            confirmed to be meant; it needs the lengths. ``sum`` takes whole sequences, as the DPO authors' code does.
-        chosen_lengths, rejected_lengths: [B], numbers of scored tokens; needed by ``ipo`` on means alone.
+        chosen_lengths, rejected_lengths: [B], numbers of scored tokens; needed by losses that average over tokens.
+        pair_weights: [B], factors of the pairs' losses, without a gradient (WPO's, say).
 
     Returns:
         (losses, chosen_rewards, rejected_rewards), each [B]; the rewards are detached.
@@ -101,45 +68,61 @@ def preference_loss(
         ValueError: an option out of range, or one that the loss does not define; a missing or misshapen tensor.
     """
     if ipo:
-        if loss_type not in (None, "ipo") or ipo_reduction not in (None, "sum"):
+        if loss_type not in (None, "ipo") or options.get("ipo_reduction") not in (None, "sum"):
             raise ValueError(
                 f"ipo=True means loss_type='ipo' with ipo_reduction='sum'; got loss_type={loss_type!r} and "
-                f"ipo_reduction={ipo_reduction!r}: leave one or the other out"
+                f"ipo_reduction={options.get('ipo_reduction')!r}: leave one or the other out"
             )
-        loss_type, ipo_reduction = "ipo", "sum"
-    loss_type = loss_type or "sigmoid"
-    check_loss_options(loss_type, beta, label_smoothing, ipo_reduction)
+        loss_type, options["ipo_reduction"] = "ipo", "sum"
+    o = LossOptions(beta, loss_type or "sigmoid", label_smoothing, **options)
+    for name in ("ld_alpha", "use_weighting"):
+        if getattr(o, name) not in (None, False):
+            raise ValueError(f"{name} needs the log-probabilities of tokens, of which these are sums; use dpo_loss")
 
-    logps = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps}
-    if not reference_free:
-        logps["reference_chosen_logps"] = reference_chosen_logps
-        logps["reference_rejected_logps"] = reference_rejected_logps
+    reference = {"reference_chosen_logps": reference_chosen_logps, "reference_rejected_logps": reference_rejected_logps}
+    if reference_free or not o.takes_reference:
+        given = [name for name, value in reference.items() if value is not None]
+        if given and not reference_free:
+            raise ValueError(f"{given[0]} is given, but {_names(o)} has no reference; it should be None")
+        _check_has_reference(o, False)
+        reference = {}
+    logps = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps, **reference}
+    lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
     for name, value in logps.items():
         if value is None:
             raise ValueError(f"{name} is None; give a tensor, or reference_free=True to go without a reference")
-        if value.shape != policy_chosen_logps.shape:
+    if o.needs_tokens and None in lengths.values():
+        hint = ", or ipo_reduction='sum'" if o.loss_types == ("ipo",) else ""
+        raise ValueError(f"{_names(o)} takes means over tokens: give chosen_lengths and rejected_lengths{hint}")
+    for name, value in {**logps, **lengths, "pair_weights": pair_weights}.items():
+        if value is not None and value.shape != policy_chosen_logps.shape:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}; it should be that of policy_chosen_logps, "
                 f"{tuple(policy_chosen_logps.shape)}"
             )
-    if reference_free:
-        chosen, rejected = policy_chosen_logps, policy_rejected_logps
-    else:
-        chosen = policy_chosen_logps - reference_chosen_logps
-        rejected = policy_rejected_logps - reference_rejected_logps
 
-    if loss_type == "ipo" and ipo_reduction != "sum":
-        if chosen_lengths is None or rejected_lengths is None:
-            raise ValueError(
-                "loss_type 'ipo' takes means over tokens: give chosen_lengths and rejected_lengths, or "
-                "ipo_reduction='sum'"
-            )
-        losses = _ipo(chosen / chosen_lengths, rejected / rejected_lengths, beta)
-    elif loss_type == "sigmoid":
-        losses = _sigmoid(chosen, rejected, beta, label_smoothing)
-    else:
-        losses = LOSSES[loss_type](chosen, rejected, beta)
-    return losses, beta * chosen.detach(), beta * rejected.detach()
+    nll = -policy_chosen_logps
+    if o.average_log_prob:
+        of_length = (chosen_lengths, rejected_lengths) * 2
+        logps = {name: value / n for (name, value), n in zip(logps.items(), of_length, strict=False)}
+    chosen, rejected, *ref = logps.values()
+    ref_chosen, ref_rejected = ref or (0.0, 0.0)
+    pairs = Pairs(
+        chosen - ref_chosen,
+        rejected - ref_rejected,
+        chosen,
+        rejected,
+        ref_chosen,
+        ref_rejected,
+        nll,
+        chosen_lengths,
+        rejected_lengths,
+        None if chosen_lengths is None else chosen_lengths.to(nll.dtype).mean(),
+    )
+    losses = pair_losses(pairs, o)
+    if pair_weights is not None:
+        losses = losses * pair_weights.detach()
+    return losses, *rewards(pairs, o)
 
 
 def dpo_loss(
@@ -154,14 +137,15 @@ def dpo_loss(
     ref_bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    loss_type: str | Sequence[str] = "sigmoid",
     label_smoothing: float = 0.0,
-    ipo_reduction: str | None = None,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     workspace: int | None = None,
+    outputs: Sequence[str] = (),
+    **options: Unpack[LossKeywords],
 ) -> DPOOutput:
     """The preference loss of B pairs from hidden states, without their logits in memory.
 
@@ -177,10 +161,11 @@ def dpo_loss(
             nothing is scored (prompt, padding).
         ref_hidden: as ``hidden`` (its H may differ with ``ref_weight``), from the reference model. No gradient.
         ref_weight, ref_bias: [V, H_ref] and [V]; by default ``weight`` and ``bias``, without their gradient.
-        ref_logps: [2B], the reference's log-probabilities summed over each completion, in nats.
+        ref_logps: the reference's log-probabilities, in nats: [2B], summed over each completion; or of targets' shape,
+            for each token, as ``ld_alpha`` needs them.
         bias: [V].
         cu_seqlens: [2B + 1] int64 or int32, the packed sequences' bounds: 0, …, N.
-        beta, loss_type, label_smoothing, ipo_reduction: as in :func:`preference_loss`.
+        beta, loss_type, label_smoothing, options: see :class:`fastdpo.LossOptions`.
         ignore_index, logit_scale, softcap, temperature: as in :func:`fastdpo.token_logps`.
         workspace: bytes that may be spent on computing less where ``weight`` (or ``bias``) needs a gradient; 0 will do.
             A token whose exponentials are kept until its pair's loss is known costs 3 products of H x V, any other 4.
@@ -188,7 +173,9 @@ def dpo_loss(
             taken in groups of at least some 512 tokens, one after another in the same memory. Their gradients of
             ``weight`` are summed in float32, and the sum for a 16-bit weight, 4 V H bytes, counts too: less room than
             that makes one group. (4 V H + 2000 V has room for groups of 1,000 tokens in bfloat16.) Default: 256 MiB.
-            It changes nothing where ``hidden`` alone needs a gradient: 2 products, and N x H numbers of memory.
+            It changes nothing where ``hidden`` alone needs a gradient: 2 products, and N x H numbers of memory. A loss
+            that couples pairs (``aot``, ``aot_unpaired``) needs them all at once, and is not taken in groups.
+        outputs: any of ``entropy``, ``mean_logits``, ``is_top1``: metrics of the policy from the same pass.
 
     Returns:
         :class:`fastdpo.DPOOutput`. Where policy and reference agree, the sigmoid loss is ln 2 and every reward is 0.
@@ -198,88 +185,59 @@ def dpo_loss(
         TypeError, ValueError, IndexError: naming the argument, what it was and what it should be; among them a
             completion in which nothing is scored.
     """
-    check_loss_options(loss_type, beta, label_smoothing, ipo_reduction)
+    o = LossOptions(beta, loss_type, label_smoothing, **options)
     if workspace is None:
         workspace = DEFAULT_RETAIN_BYTES
     if workspace < 0:
         raise ValueError(f"workspace is {workspace}; it should be at least 0")
-    if ref_logps is not None and (ref_hidden is not None or ref_weight is not None or ref_bias is not None):
-        raise ValueError("ref_logps already is the reference: leave out ref_hidden, ref_weight and ref_bias")
-    if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
-        raise ValueError("ref_weight and ref_bias belong to ref_hidden, which is None")
-    _check_layout(hidden, targets, cu_seqlens, ignore_index)
-    if ref_hidden is not None and ref_hidden.shape[:-1] != hidden.shape[:-1]:
-        raise ValueError(
-            f"ref_hidden has shape {tuple(ref_hidden.shape)}; all but its last size should be those of hidden, "
-            f"{tuple(hidden.shape)}"
-        )
-
-    tokens = _sum_sequences((targets != ignore_index).to(torch.int64), cu_seqlens)
-    if ref_logps is not None and ref_logps.shape != tokens.shape:
-        raise ValueError(
-            f"ref_logps has shape {tuple(ref_logps.shape)}; it should be ({tokens.numel()},): one a completion"
-        )
-    counts = None if _must_not_wait(hidden) else _count_scored(tokens, ignore_index)
-    options = {
+    for name in outputs:
+        if name not in METRIC_OUTPUTS:
+            raise ValueError(f"outputs names {name!r}; it may name {', '.join(METRIC_OUTPUTS)}")
+    _check_reference(o, hidden, ref_hidden, ref_weight, ref_logps, ref_bias)
+    sequences = Sequences(
+        targets, cu_seqlens, ignore_index, at_shorter=o.ld_alpha is not None, look=not _must_not_wait(hidden)
+    )
+    counts = sequences.counts
+    head_options = {
         "ignore_index": ignore_index,
         "logit_scale": logit_scale,
         "softcap": softcap,
         "temperature": temperature,
         "num_scored": None if counts is None else sum(counts),
     }
-    inputs = op_inputs(hidden, weight, targets, bias, **options)
+    inputs = op_inputs(hidden, weight, targets, bias, **head_options)
     if ref_hidden is not None:
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
         with torch.no_grad():
-            ref_token_logps = token_logps(ref_hidden, ref_weight, targets, ref_bias, **options).logps
-            ref_logps = _sum_sequences(ref_token_logps, cu_seqlens)
+            ref_logps = token_logps(ref_hidden, ref_weight, targets, ref_bias, **head_options).logps
+    losses_of = PairLosses(o, sequences.lengths, _reference_sums(o, ref_logps, sequences, targets))
 
-    pairs = tokens.shape[0] // 2
-    chosen_tokens, rejected_tokens = tokens.chunk(2)
-    ref_chosen_logps, ref_rejected_logps = (None, None) if ref_logps is None else ref_logps.detach().chunk(2)
-
-    def of_pairs(logps: Tensor, first: int = 0, last: int = pairs) -> tuple[Tensor, Tensor, Tensor]:
-        """preference_loss of the pairs [first, last), whose sequences' log-probabilities are ``logps``."""
-        return preference_loss(
-            *logps.chunk(2),
-            None if ref_logps is None else ref_chosen_logps[first:last],
-            None if ref_logps is None else ref_rejected_logps[first:last],
-            beta,
-            label_smoothing,
-            reference_free=ref_logps is None,
-            loss_type=loss_type,
-            ipo_reduction=ipo_reduction,
-            chosen_lengths=chosen_tokens[first:last],
-            rejected_lengths=rejected_tokens[first:last],
-        )
-
-    # One group is the primitive itself, which also goes where groups cannot: without a gradient, and where the host may
-    # not look at the lengths that groups are made from.
-    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    plan = plan_of(inputs, weight, bias, counts, workspace) if trains and counts is not None else None
-    if plan is not None and len(plan.groups) > 1:
-        loss, logps = grouped_loss(
-            hidden, weight, bias, inputs, tokens, counts, plan, lambda *arguments: of_pairs(*arguments)[0]
-        )
-        losses, chosen_rewards, rejected_rewards = of_pairs(logps)
-    else:
-        retain_bytes = workspace if plan is None else plan.kept * row_bytes(inputs)
-        token_wise, *_ = differentiable_logps(inputs, retain_bytes)
-        logps = _sum_sequences(token_wise.view(targets.shape), cu_seqlens)
-        losses, chosen_rewards, rejected_rewards = of_pairs(logps)
+    asked = {*outputs, *(("log_sum_sq_probs",) if o.use_weighting else ())}
+    sums, extras, loss = _policy_sums(
+        (hidden, weight, bias), inputs, sequences, targets, losses_of, workspace, [n for n in OUTPUTS if n in asked]
+    )
+    pairs = len(sequences.tokens) // 2
+    losses = losses_of(sums, extras, 0, pairs)
+    if loss is None:
         loss = losses.mean()
-    chosen_logps, rejected_logps = logps.detach().chunk(2)
     compute = compute_dtype(inputs.hidden.dtype)
+    chosen_logps, rejected_logps = losses_of.logps(sums.detach()).to(compute).chunk(2)
+    chosen_rewards, rejected_rewards = losses_of.rewards(sums)
+    chosen_tokens, rejected_tokens = sequences.tokens.chunk(2)
+    weights = losses_of.weights(sums, extras, 0, pairs)
+    means = {name: (total / sequences.tokens).to(compute) for name, total in extras.items() if name in outputs}
     return DPOOutput(
         loss=loss.to(compute),
         losses=losses.detach().to(compute),
-        chosen_logps=chosen_logps.to(compute),
-        rejected_logps=rejected_logps.to(compute),
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
         chosen_rewards=chosen_rewards.to(compute),
         rejected_rewards=rejected_rewards.to(compute),
         chosen_tokens=chosen_tokens,
         rejected_tokens=rejected_tokens,
+        weights=None if weights is None else weights.to(compute),
+        **means,
     )
 
 
@@ -293,27 +251,29 @@ class DPOLoss(nn.Module):
         self,
         *,
         beta: float = 0.1,
-        loss_type: str = "sigmoid",
+        loss_type: str | Sequence[str] = "sigmoid",
         label_smoothing: float = 0.0,
-        ipo_reduction: str | None = None,
         ignore_index: int = -100,
         logit_scale: float = 1.0,
         softcap: float | None = None,
         temperature: float = 1.0,
         workspace: int | None = None,
+        outputs: Sequence[str] = (),
+        **options: Unpack[LossKeywords],
     ) -> None:
         super().__init__()
-        check_loss_options(loss_type, beta, label_smoothing, ipo_reduction)
+        LossOptions(beta, loss_type, label_smoothing, **options)  # raises
         self.options = {
             "beta": beta,
             "loss_type": loss_type,
             "label_smoothing": label_smoothing,
-            "ipo_reduction": ipo_reduction,
             "ignore_index": ignore_index,
             "logit_scale": logit_scale,
             "softcap": softcap,
             "temperature": temperature,
             "workspace": workspace,
+            "outputs": tuple(outputs),
+            **options,
         }
 
     def forward(
@@ -347,33 +307,92 @@ class DPOLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-def _check_layout(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> None:
-    """Raises ValueError unless hidden and targets are 2B rows, or 2B packed sequences."""
-    if cu_seqlens is None:
-        if targets.dim() != 2 or targets.shape[0] % 2 or targets.shape[0] == 0:
-            raise ValueError(
-                f"targets has shape {tuple(targets.shape)}; it should be [2B, T], an even number of rows, chosen rows "
-                "first; or give cu_seqlens for packed sequences"
-            )
-    else:
-        if targets.dim() != 1:
-            raise ValueError(f"targets has shape {tuple(targets.shape)}; with cu_seqlens it should be [N]")
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() % 2 == 0 or cu_seqlens.numel() < 3:
-            raise ValueError(
-                f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; it should be [2B + 1]: the bounds of the B chosen "
-                "and then the B rejected sequences"
-            )
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; it should be torch.int64 or torch.int32")
-        if cu_seqlens.device != targets.device:
-            raise ValueError(
-                f"cu_seqlens is on {cu_seqlens.device}, targets on {targets.device}; they should be on one"
-            )
-        if not _must_not_wait(hidden):
-            bounds = cu_seqlens.tolist()
-            ordered = all(a <= b for a, b in zip(bounds, bounds[1:], strict=False))
-            if bounds[0] != 0 or bounds[-1] != targets.numel() or not ordered:
-                raise ValueError(f"cu_seqlens should rise from 0 to N = {targets.numel()}; it is {bounds}")
+def _policy_sums(
+    differentiable: tuple[Tensor, Tensor, Tensor | None],
+    inputs: OpInputs,
+    sequences: Sequences,
+    targets: Tensor,
+    losses_of: PairLosses,
+    workspace: int,
+    outputs: Sequence[str],
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    """The sums of log-probabilities [2B, S], those of ``outputs`` [2B], and the loss.
+
+    The loss is None where it is yet to be made from the sums, which are then differentiable.
+    """
+    hidden, weight, bias = differentiable
+    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
+    # One group is the primitive itself, which also goes where groups cannot: without a gradient, where pairs' losses
+    # depend on each other, and where the host may not look at the lengths that groups are made from.
+    plan = None
+    if trains and sequences.counts is not None:
+        plan = plan_of(inputs, weight, bias, sequences.counts, workspace)
+    if plan is not None and len(plan.groups) > 1 and not losses_of.options.couples_pairs:
+        loss, sums, extras = grouped_loss(
+            hidden, weight, bias, inputs, sequences.lengths, sequences.counts, plan, losses_of, outputs
+        )
+        return sums, extras, loss
+    retain_bytes = plan.kept * row_bytes(inputs) if plan is not None and len(plan.groups) == 1 else workspace
+    logps, *extras = differentiable_logps(inputs, retain_bytes, outputs)
+    extras = {
+        name: sequences.sums(value.view(targets.shape)).double()
+        for name, value in zip(OUTPUTS, extras, strict=True)
+        if name in outputs
+    }
+    return sequences.segment_sums(logps.view(targets.shape)), extras, None
+
+
+def _check_reference(
+    options: LossOptions,
+    hidden: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_logps: Tensor | None,
+    ref_bias: Tensor | None,
+) -> None:
+    """Raises ValueError unless the reference is given in one way, and the loss has a place for it."""
+    if ref_logps is not None and (ref_hidden is not None or ref_weight is not None or ref_bias is not None):
+        raise ValueError("ref_logps already is the reference: leave out ref_hidden, ref_weight and ref_bias")
+    if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
+        raise ValueError("ref_weight and ref_bias belong to ref_hidden, which is None")
+    if ref_hidden is not None and ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"ref_hidden has shape {tuple(ref_hidden.shape)}; all but its last size should be those of hidden, "
+            f"{tuple(hidden.shape)}"
+        )
+    has_reference = ref_hidden is not None or ref_logps is not None
+    if has_reference and not options.takes_reference:
+        name = "ref_hidden" if ref_logps is None else "ref_logps"
+        raise ValueError(f"{name} is given, but {_names(options)} has no reference; leave it out")
+    _check_has_reference(options, has_reference)
+
+
+def _check_has_reference(options: LossOptions, has_reference: bool) -> None:
+    if options.f_divergence_type != "reverse_kl" and not has_reference:
+        raise ValueError(
+            f"f_divergence_type is {options.f_divergence_type!r}, a divergence from a reference, but none is given"
+        )
+
+
+def _reference_sums(
+    options: LossOptions, ref_logps: Tensor | None, sequences: Sequences, targets: Tensor
+) -> Tensor | None:
+    """[2B, S] or [2B, 1] from log-probabilities of tokens or of sequences; ValueError where they will not do."""
+    if ref_logps is None:
+        return None
+    if ref_logps.shape == targets.shape and ref_logps.shape != sequences.tokens.shape:
+        return sequences.segment_sums(ref_logps)
+    if ref_logps.shape != sequences.tokens.shape:
+        raise ValueError(
+            f"ref_logps has shape {tuple(ref_logps.shape)}; it should be ({sequences.tokens.numel()},), one a "
+            f"completion, or targets' shape {tuple(targets.shape)}, one a token"
+        )
+    if options.ld_alpha is not None and options.ld_reference != "policy":
+        raise ValueError(
+            "ref_logps has one number a completion, but ld_alpha weighs the reference's tokens as well: give ref_logps "
+            "of targets' shape, or ref_hidden, or ld_reference='policy'"
+        )
+    return ref_logps.double().unsqueeze(1)
 
 
 def _must_not_wait(tensor: Tensor) -> bool:
@@ -381,28 +400,5 @@ def _must_not_wait(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _count_scored(tokens: Tensor, ignore_index: int) -> list[int]:
-    """The numbers of scored tokens; ValueError where a completion has none: its log-probability would mean nothing."""
-    counts = tokens.tolist()
-    pairs = len(counts) // 2
-    empty = [f"{'chosen' if i < pairs else 'rejected'} of pair {i % pairs}" for i, n in enumerate(counts) if n == 0]
-    if empty:
-        raise ValueError(
-            f"targets has completions in which every position is ignore_index ({ignore_index}): {', '.join(empty[:8])}"
-            f"{', …' if len(empty) > 8 else ''}; each should score at least one token: drop these pairs"
-        )
-    return counts
-
-
-def _sum_sequences(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """[2B, T], or [N] with bounds [2B + 1], to sums [2B]; without atomics, so that results repeat.
-
-    Floats are summed in float64: a sequence's log-probability is hundreds of nats, a loss depends on differences of
-    four of them, and float32 would round each by more than all the tokens' errors come to.
-    """
-    if cu_seqlens is None:
-        return values.sum(-1, dtype=torch.float64 if values.is_floating_point() else None)
-    if values.dtype == torch.int64:  # segment_reduce takes floats alone
-        totals = F.pad(values.cumsum(0), (1, 0))
-        return totals[cu_seqlens[1:]] - totals[cu_seqlens[:-1]]
-    return torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens.to(torch.int64), unsafe=True)
+def _names(options: LossOptions) -> str:
+    return f"loss_type {', '.join(map(repr, options.loss_types))}"

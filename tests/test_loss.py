@@ -264,11 +264,11 @@ LOGPS = {
 }
 PREFERENCE_MISUSE = [
     ({"beta": 0.0}, "beta is 0.0; it should be above 0"),
-    ({"loss_type": "dpo"}, "loss_type is 'dpo'; it should be one of sigmoid, ipo, hinge"),
+    ({"loss_type": "dpo"}, "loss_type is 'dpo'; it should be one of sigmoid, sigmoid_norm, hinge"),
     ({"label_smoothing": 0.5}, "label_smoothing is 0.5; it should be at least 0 and below 0.5"),
     ({"label_smoothing": 0.1, "loss_type": "hinge"}, "loss_type 'hinge' does not define label_smoothing"),
-    ({"ipo_reduction": "mean"}, "loss_type 'sigmoid' does not define ipo_reduction; it defines label_smoothing"),
-    ({"ipo_reduction": "max", "loss_type": "ipo"}, "ipo_reduction is 'max'; it should be one of mean, sum"),
+    ({"ipo_reduction": "mean"}, "loss_type 'sigmoid' does not define ipo_reduction; it defines average_log_prob"),
+    ({"ipo_reduction": "max", "loss_type": "ipo"}, "ipo_reduction is 'max'; it should be one of 'mean', 'sum'"),
     ({"loss_type": "ipo"}, "give chosen_lengths and rejected_lengths"),
     ({"ipo": True, "loss_type": "hinge"}, "ipo=True means loss_type='ipo'"),
     ({"reference_chosen_logps": None}, "reference_chosen_logps is None; give a tensor, or reference_free=True"),
