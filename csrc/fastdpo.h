@@ -25,7 +25,7 @@ namespace fastdpo {
 //   direction        [N, H] C   d logp / d hidden; 0 where ignored; [0, H] unless need_direction
 //   retained         [R, V] O   gradient operand of the first R = min(N, retain_bytes / (V * sizeof(O))) scored rows,
 //                               for the same back end's backward, which may keep a number of its own at the target
-//   entropy, log_sum_sq_probs, mean_logits [N] C and is_top1 [N] bool; [0] unless asked for
+//   entropy, log_sum_sq_probs, mean_logits, top_gap [N] C; 0 where ignored; [0] unless asked for
 //
 // num_scored is the number of targets that are not ignore_index, or -1 when the caller does not know it: the CPU
 // counts for itself; a CUDA op needs one host synchronisation to learn it, and under stream capture computes all rows.
@@ -36,8 +36,8 @@ namespace fastdpo {
 constexpr const char* kForwardSchema =
     "token_logps_forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, *, int ignore_index, "
     "int num_scored, float logit_scale, float softcap, float temperature, bool need_direction, int retain_bytes, "
-    "bool entropy, bool log_sum_sq_probs, bool mean_logits, bool is_top1) -> (Tensor logps, Tensor row_state, "
-    "Tensor direction, Tensor retained, Tensor entropy, Tensor log_sum_sq_probs, Tensor mean_logits, Tensor is_top1)";
+    "bool entropy, bool log_sum_sq_probs, bool mean_logits, bool top_gap) -> (Tensor logps, Tensor row_state, "
+    "Tensor direction, Tensor retained, Tensor entropy, Tensor log_sum_sq_probs, Tensor mean_logits, Tensor top_gap)";
 constexpr const char* kBackwardSchema =
     "token_logps_backward(Tensor grad_logps, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
     "Tensor row_state, Tensor direction, Tensor retained, Tensor(a!)? weight_sum=None, Tensor(b!)? bias_sum=None, *, "
@@ -84,7 +84,7 @@ struct RowResult {
   T entropy;           // -sum p log p, in nats
   T log_sum_sq_probs;  // log sum p^2
   T mean_logit;
-  bool is_top1;  // no other logit is greater than the target's
+  T top_gap;  // max over j != target of z_j, minus z_target: above 0 where another logit is greater; -inf if V is 1
 };
 
 // Running sums over the entries j != target of one row, relative to a reference exponent k. k starts at the target's
@@ -130,7 +130,8 @@ struct RowSums {
     r.entropy = log_norm - (weighted_sum + target_weighted) / norm;
     r.log_sum_sq_probs = std::log(square_sum + target_term * target_term) - T(2) * log_norm;
     r.mean_logit = (logit_sum + target_logit) / static_cast<T>(vocabulary);
-    r.is_top1 = max_logit <= target_logit;
+    // Infinities of one sign are a tie as equal numbers are, and their difference is no number.
+    r.top_gap = max_logit == target_logit ? T(0) : max_logit - target_logit;
     return r;
   }
 };

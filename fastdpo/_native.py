@@ -127,7 +127,7 @@ def _forward_shapes(
     entropy: bool,
     log_sum_sq_probs: bool,
     mean_logits: bool,
-    is_top1: bool,
+    top_gap: bool,
 ) -> tuple[Tensor, ...]:
     n, h = hidden.shape
     v = weight.shape[0]
@@ -141,7 +141,7 @@ def _forward_shapes(
         hidden.new_empty((n if entropy else 0,), dtype=compute),
         hidden.new_empty((n if log_sum_sq_probs else 0,), dtype=compute),
         hidden.new_empty((n if mean_logits else 0,), dtype=compute),
-        hidden.new_empty((n if is_top1 else 0,), dtype=torch.bool),
+        hidden.new_empty((n if top_gap else 0,), dtype=compute),
     )
 
 

@@ -19,6 +19,8 @@ from fastdpo.outputs import TokenLogps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+# Of the op: the distance of the greatest other logit from the target's, of which is_top1 is the sign.
+OP_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "top_gap")
 DEFAULT_RETAIN_BYTES = 256 << 20
 
 
@@ -79,8 +81,11 @@ def token_logps(
         temperature=temperature,
         num_scored=num_scored,
     )
-    logps, *extras = differentiable_logps(inputs, retain_bytes, outputs)
+    of_op = [op_name for name, op_name in zip(OUTPUTS, OP_OUTPUTS, strict=True) if name in outputs]
+    logps, *extras = differentiable_logps(inputs, retain_bytes, of_op)
     fields = {name: value.view(targets.shape) for name, value in zip(OUTPUTS, extras, strict=True) if name in outputs}
+    if "is_top1" in fields:
+        fields["is_top1"] = (fields["is_top1"] <= 0) & (targets != ignore_index)
     return TokenLogps(logps=logps.view(targets.shape), **fields)
 
 
@@ -126,7 +131,7 @@ def op_inputs(
 
 
 def differentiable_logps(inputs: OpInputs, retain_bytes: int, outputs: Sequence[str] = ()) -> tuple[Tensor, ...]:
-    """The log-probabilities [N], connected to autograd, and OUTPUTS, each [N] where it is in ``outputs``, else [0]."""
+    """The log-probabilities [N], connected to autograd, and OP_OUTPUTS, each [N] if it is in ``outputs``, else [0]."""
     hidden, weight, targets, bias, scalars = inputs
     grad = torch.is_grad_enabled()
     need_grads = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
@@ -136,14 +141,14 @@ def differentiable_logps(inputs: OpInputs, retain_bytes: int, outputs: Sequence[
 def forward_op(
     inputs: OpInputs, *, need_direction: bool, retain_bytes: int, outputs: Sequence[str] = ()
 ) -> tuple[Tensor, ...]:
-    """logps, row_state, direction, retained and OUTPUTS, as csrc/fastdpo.h defines them."""
+    """logps, row_state, direction, retained and OP_OUTPUTS, as csrc/fastdpo.h defines them."""
     *tensors, scalars = inputs
     return torch.ops.fastdpo.token_logps_forward(
         *tensors,
         **scalars,
         need_direction=need_direction,
         retain_bytes=retain_bytes,
-        **{name: name in outputs for name in OUTPUTS},
+        **{name: name in outputs for name in OP_OUTPUTS},
     )
 
 

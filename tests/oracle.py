@@ -21,8 +21,10 @@ class Oracle:
     """What float64 says, and by how much results in the inputs' dtype may differ from it."""
 
     outputs: TokenLogps
+    top_gap: Tensor  # the greatest other logit minus the target's; 0 where ignored
     grads: dict[str, Tensor]
     logp_bound: Tensor
+    top_gap_bound: Tensor
     grad_bounds: dict[str, Tensor]
 
 
@@ -65,8 +67,13 @@ def oracle(
         logit_error = unit * ((h.shape[1] + 2) * slope * terms + 8 * logits.abs()).amax(-1)
         logp_bound = 2 * logit_error + unit * (16 + 2 * outputs.logps.abs())
 
+        target = targets.where(scored, 0).unsqueeze(1)
+        others = logits.scatter(1, target, float("-inf")).amax(1)
+        top_gap = (others - logits.gather(1, target).squeeze(1)).where(scored, 0.0)
+        top_gap_bound = 2 * logit_error + unit * top_gap.abs()
+
         probs = logits.softmax(-1)
-        to_target = torch.zeros_like(probs).scatter_(1, targets.where(scored, 0).unsqueeze(1), 1.0)
+        to_target = torch.zeros_like(probs).scatter_(1, target, 1.0)
         # d logp / d (h.w): sizes of its terms, the target's own formed without cancellation.
         sizes = slope * torch.where(to_target.bool(), 1 - probs, probs) * (grad_logps.double().abs() * scored)[:, None]
         operand = ROUNDING[operand_dtype] if operand_dtype is not None else unit
@@ -81,12 +88,13 @@ def oracle(
         if b is not None:
             bounds["bias"] = ROUNDING[bias.dtype] * grads["bias"].abs() + weighed.sum(0) + sum_terms * sizes.sum(0)
         bounds = {k: v + SMALLEST[hidden.dtype] for k, v in bounds.items()}
-    return Oracle(outputs, grads, logp_bound, bounds)
+    return Oracle(outputs, top_gap, grads, logp_bound, top_gap_bound, bounds)
 
 
 def assert_within(name: str, value: Tensor, expected: Tensor, bound: Tensor) -> None:
-    """Elementwise |value - expected| <= bound, with the worst element in the message."""
-    error = (value.detach().double() - expected).abs()
+    """Elementwise |value - expected| <= bound, or both the same infinity, with the worst element in the message."""
+    value = value.detach().double()
+    error = (value - expected).abs().where(value != expected, 0.0)
     excess = error - bound
     if excess.numel() and not bool((excess <= 0).all()):
         worst = int(torch.nan_to_num(excess, nan=float("inf")).argmax())

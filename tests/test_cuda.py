@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from op_calls import DTYPES, EXTRAS, Case, Results, assert_adds_to_sums, assert_matches, call, random_case
+from op_calls import DTYPES, Case, Results, assert_adds_to_sums, assert_matches, call, random_case
 from test_groups import INPUTS, SMALL, WHOLE, assert_same, is_grouped, make_batch, run
 
 import fastdpo
+from fastdpo.logps import OP_OUTPUTS, OUTPUTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -64,7 +65,7 @@ def test_gradients_are_added_to_sums(ops: Any, dtype: torch.dtype, retained_rows
 
 
 @pytest.mark.parametrize("needs", [(), ("hidden",), ("weight",), ("bias",)])
-@pytest.mark.parametrize("extras", [(), EXTRAS])
+@pytest.mark.parametrize("extras", [(), OP_OUTPUTS])
 def test_only_what_is_needed(ops: Any, needs: tuple[str, ...], extras: tuple[str, ...]) -> None:
     case = random_case(0, 70, 64, 1000, torch.bfloat16, bias=torch.float32, device="cuda")
     check(case, call(ops, case, needs=needs, extras=extras, retained_rows=20))
@@ -152,17 +153,21 @@ def test_inputs_on_several_devices(ops: Any) -> None:
 def test_front_end(dtype: torch.dtype) -> None:
     case = random_case(0, 60, 32, 700, dtype, bias=dtype, device="cuda")
     inputs = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
-    result = fastdpo.token_logps(*inputs[:2], case.targets, inputs[2], outputs=EXTRAS)
+    result = fastdpo.token_logps(*inputs[:2], case.targets, inputs[2], outputs=OUTPUTS)
     grads = torch.autograd.grad(result.logps, inputs, case.grad_logps)
+    case.hidden, case.weight, case.bias = (x.detach() for x in inputs)
     n = len(case.targets)
     state = torch.tensor([0.0, 1.0, 0.0], device="cuda")[:, None].expand(3, n)
-    extras = {name: getattr(result, name) for name in EXTRAS}
+    of_op = call(torch.ops.fastdpo, case, needs=()).extras
+    extras = {name: getattr(result, name, of_op[name]) for name in OP_OUTPUTS}
     empty = case.hidden.new_empty(0)
     results = Results(
         result.logps, state, empty, empty, extras, dict(zip(("hidden", "weight", "bias"), grads, strict=True))
     )
-    case.hidden, case.weight, case.bias = (x.detach() for x in inputs)
     check(case, results)
+    truth = case.truth(OPERAND.get(dtype))
+    sure = (truth.top_gap.abs() > truth.top_gap_bound) | ~case.cpu().scored
+    assert torch.equal(result.is_top1.cpu()[sure], truth.outputs.is_top1[sure])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

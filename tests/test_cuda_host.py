@@ -11,9 +11,11 @@ import torch
 from cuda_host.build import build
 from hypothesis import given
 from hypothesis import strategies as st
-from op_calls import DTYPES, EXTRAS, Case, assert_adds_to_sums, assert_matches, call, operand_dtype, random_case
+from op_calls import DTYPES, Case, assert_adds_to_sums, assert_matches, call, operand_dtype, random_case, tied_case
 from oracle import ROUNDING, SMALLEST
 from torch import Tensor
+
+from fastdpo.logps import OP_OUTPUTS
 
 MIB = 1 << 20
 
@@ -148,11 +150,18 @@ def test_sums_where_nothing_is_scored_stay_as_they_are(ops: Any) -> None:
     assert all(torch.equal(total, torch.ones_like(total)) for total in sums.values())
 
 
-@pytest.mark.parametrize("extras", [(), *((name,) for name in EXTRAS)])
+@pytest.mark.parametrize("extras", [(), *((name,) for name in OP_OUTPUTS)])
 @pytest.mark.parametrize("needs", [(), ("hidden",)])
 def test_only_the_extras_asked_for(ops: Any, extras: tuple[str, ...], needs: tuple[str, ...]) -> None:
     case = random_case(0, 20, 12, 61, torch.float32)
     assert_matches(case, call(ops, case, needs=needs, extras=extras))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("v", [2, 25, 130])
+def test_top_gap_of_ties(ops: Any, dtype: torch.dtype, v: int) -> None:
+    case, expected = tied_case(v, dtype)
+    assert torch.equal(call(ops, case).extras["top_gap"].double(), expected.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

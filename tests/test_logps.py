@@ -9,16 +9,17 @@ import sys
 import textwrap
 from pathlib import Path
 
+import op_calls
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_calls import assert_adds_to_sums, call, random_case
+from op_calls import assert_adds_to_sums, call, random_case, tied_case
 from oracle import assert_within, compute_rounding, oracle, relative_error
 from torch import Tensor
 
 from fastdpo import build_info, reference, token_logps
-from fastdpo.logps import OUTPUTS
+from fastdpo.logps import OP_OUTPUTS, OUTPUTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -84,18 +85,8 @@ def assert_matches(inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], seed: i
         expected = getattr(truth.outputs, name)
         assert_within(name, getattr(result, name), expected, 8 * gap * truth.logp_bound + 32 * unit * gap)
     assert result.is_top1.dtype == torch.bool
-    sure = is_top1_margin(hidden, weight, targets, bias, **options) > truth.logp_bound
+    sure = (truth.top_gap.abs() > truth.top_gap_bound) | (targets == options.get("ignore_index", -100))
     assert torch.equal(result.is_top1[sure], truth.outputs.is_top1[sure])
-
-
-def is_top1_margin(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, **options: object) -> Tensor:
-    """How far the target's logit is from the greatest other one; infinite where the target is ignored."""
-    model = {k: v for k, v in options.items() if k != "ignore_index"}
-    z = reference.logits(hidden.double(), weight.double(), None if bias is None else bias.double(), **model)
-    scored = targets != options.get("ignore_index", -100)
-    index = targets.where(scored, 0).unsqueeze(1)
-    others = z.scatter(1, index, float("-inf")).amax(1)
-    return (z.gather(1, index).squeeze(1) - others).abs().where(scored, float("inf"))
 
 
 @given(
@@ -253,9 +244,33 @@ def forward_op(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | N
         "entropy": False,
         "log_sum_sq_probs": False,
         "mean_logits": False,
-        "is_top1": False,
+        "top_gap": False,
     }
     return torch.ops.fastdpo.token_logps_forward(hidden, weight, targets, bias, **(defaults | options))
+
+
+# ---- The op's top_gap, of which is_top1 is the sign. ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("v", [1, 2, 17, 1025])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.7}, {"logit_scale": -0.5}])
+def test_top_gap(dtype: torch.dtype, v: int, options: dict[str, float]) -> None:
+    case = random_case(v, 70, 20, v, dtype, bias=dtype, **options)
+    results = call(torch.ops.fastdpo, case, needs=())
+    op_calls.assert_matches(case, results)
+    if v == 1:
+        assert (results.extras["top_gap"][case.scored] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("v", [2, 25, 300])
+def test_ties_count_as_top1(dtype: torch.dtype, v: int) -> None:
+    case, expected = tied_case(v, dtype)
+    top_gap = call(torch.ops.fastdpo, case, needs=()).extras["top_gap"]
+    assert torch.equal(top_gap.double(), expected.double())
+    is_top1 = token_logps(case.hidden, case.weight, case.targets, outputs=["is_top1"]).is_top1
+    assert is_top1.tolist() == [True, True, False, False]
 
 
 # ---- Layouts and edges. ----
@@ -400,7 +415,7 @@ def test_autocast_casts_both_inputs() -> None:
 def test_opcheck(dtype: torch.dtype) -> None:
     hidden, weight, targets, bias = make_inputs(13, 11, 8, 40, dtype, bias=True)
     scalars = {"ignore_index": -100, "num_scored": -1, "logit_scale": 0.5, "softcap": 9.0, "temperature": 1.5}
-    options = {"need_direction": True, "retain_bytes": 40 * 4 * 5} | dict.fromkeys(OUTPUTS, True)
+    options = {"need_direction": True, "retain_bytes": 40 * 4 * 5} | dict.fromkeys(OP_OUTPUTS, True)
     torch.library.opcheck(torch.ops.fastdpo.token_logps_forward, (hidden, weight, targets, bias), scalars | options)
     results = torch.ops.fastdpo.token_logps_forward(hidden, weight, targets, bias, **scalars, **options)
     for sums in ((None, None), (torch.randn(40, 8), None), (torch.randn(40, 8), torch.randn(40))):

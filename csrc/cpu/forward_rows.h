@@ -38,7 +38,7 @@ double target_weight(const Problem<T>& problem, const RowSums<double>& sums, con
 // Everything that the op returns.
 template <typename T>
 struct Results {
-  at::Tensor logps, row_state, direction, retained, entropy, log_sum_sq_probs, mean_logits, is_top1;
+  at::Tensor logps, row_state, direction, retained, entropy, log_sum_sq_probs, mean_logits, top_gap;
 
   void write(const Problem<T>& problem, int64_t i, const RowSums<double>& sums) {
     const RowResult<double> result = sums.finish(problem.vocabulary());
@@ -50,7 +50,7 @@ struct Results {
     put(entropy, result.entropy);
     put(log_sum_sq_probs, result.log_sum_sq_probs);
     put(mean_logits, result.mean_logit);
-    if (is_top1.numel() > 0) is_top1.mutable_data_ptr<bool>()[t] = result.is_top1;
+    put(top_gap, result.top_gap);
     T* state = row_state.mutable_data_ptr<T>();
     state[kRowExponent * n + t] = static_cast<T>(sums.exponent);
     state[kRowNorm * n + t] = static_cast<T>(result.norm);

@@ -14,7 +14,7 @@ namespace {
 
 template <typename T>
 Results<T> make_results(const Problem<T>& problem, at::ScalarType operand, bool need_direction, int64_t retain_bytes,
-                        bool entropy, bool log_sum_sq_probs, bool mean_logits, bool is_top1) {
+                        bool entropy, bool log_sum_sq_probs, bool mean_logits, bool top_gap) {
   const int64_t n = problem.hidden.size(0);
   const auto options = problem.compute();
   const int64_t row_bytes = problem.vocabulary() * static_cast<int64_t>(at::elementSize(operand));
@@ -28,7 +28,7 @@ Results<T> make_results(const Problem<T>& problem, at::ScalarType operand, bool 
       per_row(entropy),
       per_row(log_sum_sq_probs),
       per_row(mean_logits),
-      at::zeros({is_top1 ? n : 0}, options.dtype(at::kBool)),
+      per_row(top_gap),
   };
   results.row_state.select(0, kRowNorm).fill_(1);  // what ignored rows keep
   prefer_huge_pages(results.retained);
@@ -58,16 +58,16 @@ ForwardResult token_logps_forward(const at::Tensor& hidden, const at::Tensor& we
                                   const std::optional<at::Tensor>& bias, int64_t ignore_index, int64_t num_scored,
                                   double logit_scale, double softcap, double temperature, bool need_direction,
                                   int64_t retain_bytes, bool entropy, bool log_sum_sq_probs, bool mean_logits,
-                                  bool is_top1) {
+                                  bool top_gap) {
   return with_compute_type(hidden, [&](auto compute) -> ForwardResult {
     const auto problem = make_problem<decltype(compute)>(hidden, weight, targets, bias, ignore_index, num_scored,
                                                          logit_scale, softcap, temperature);
     const at::ScalarType operand = hidden.scalar_type() == at::kHalf ? at::kFloat : hidden.scalar_type();
     auto results =
-        make_results(problem, operand, need_direction, retain_bytes, entropy, log_sum_sq_probs, mean_logits, is_top1);
+        make_results(problem, operand, need_direction, retain_bytes, entropy, log_sum_sq_probs, mean_logits, top_gap);
     forward(problem, results);
     return {results.logps,   results.row_state,        results.direction,   results.retained,
-            results.entropy, results.log_sum_sq_probs, results.mean_logits, results.is_top1};
+            results.entropy, results.log_sum_sq_probs, results.mean_logits, results.top_gap};
   });
 }
 

@@ -16,7 +16,7 @@ ForwardResult token_logps_forward(const at::Tensor& hidden, const at::Tensor& we
                                   const std::optional<at::Tensor>& bias, int64_t ignore_index, int64_t num_scored,
                                   double logit_scale, double softcap, double temperature, bool need_direction,
                                   int64_t retain_bytes, bool entropy, bool log_sum_sq_probs, bool mean_logits,
-                                  bool is_top1);
+                                  bool top_gap);
 
 BackwardResult token_logps_backward(const at::Tensor& grad_logps, const at::Tensor& hidden, const at::Tensor& weight,
                                     const at::Tensor& targets, const std::optional<at::Tensor>& bias,

@@ -81,7 +81,7 @@ struct ResultPointers {
   void* entropy;
   void* log_sum_sq_probs;
   void* mean_logits;
-  bool* is_top1;
+  void* top_gap;
   int64_t positions;
   int64_t hidden_units;
 };

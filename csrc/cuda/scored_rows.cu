@@ -12,7 +12,7 @@ RowResults<C> results_in(const ResultPointers& r) {
           static_cast<C*>(r.entropy),
           static_cast<C*>(r.log_sum_sq_probs),
           static_cast<C*>(r.mean_logits),
-          r.is_top1,
+          static_cast<C*>(r.top_gap),
           r.positions,
           r.hidden_units};
 }

@@ -149,7 +149,7 @@ struct RowResults {
   C* entropy;    // [positions], as the rest
   C* log_sum_sq_probs;
   C* mean_logits;
-  bool* is_top1;
+  C* top_gap;
   int64_t positions;
   int64_t hidden_units;
 };
@@ -165,7 +165,7 @@ __device__ __forceinline__ void write_uncomputed(const RowResults<C>& results, i
     if (results.entropy != nullptr) results.entropy[position] = value;
     if (results.log_sum_sq_probs != nullptr) results.log_sum_sq_probs[position] = value;
     if (results.mean_logits != nullptr) results.mean_logits[position] = value;
-    if (results.is_top1 != nullptr) results.is_top1[position] = false;
+    if (results.top_gap != nullptr) results.top_gap[position] = value;
   }
   if (results.direction != nullptr) {
     C* direction = results.direction + position * results.hidden_units;
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kBlockThreads) finish_rows_kernel(const Finish
     if (results.entropy != nullptr) results.entropy[position] = result.entropy;
     if (results.log_sum_sq_probs != nullptr) results.log_sum_sq_probs[position] = result.log_sum_sq_probs;
     if (results.mean_logits != nullptr) results.mean_logits[position] = result.mean_logit;
-    if (results.is_top1 != nullptr) results.is_top1[position] = result.is_top1;
+    if (results.top_gap != nullptr) results.top_gap[position] = result.top_gap;
     // The direction's product needed a zero here, and is done; backward needs the target's term.
     if (work.retained != nullptr) {
       work.retained[row * work.vocabulary + target] = round_to<O>(target_operand(target_weight, result.norm, slope));

@@ -230,7 +230,7 @@ void multiply_logits(const Inputs& in, const void* hidden, int64_t count, int64_
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_logps_forward(
     const Tensor& hidden, const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& bias,
     int64_t ignore_index, int64_t num_scored, double logit_scale, double softcap, double temperature,
-    bool need_direction, int64_t retain_bytes, bool entropy, bool log_sum_sq_probs, bool mean_logits, bool is_top1) {
+    bool need_direction, int64_t retain_bytes, bool entropy, bool log_sum_sq_probs, bool mean_logits, bool top_gap) {
   const DeviceScope device(hidden.get_device_index());
   const Inputs in =
       check_inputs(hidden, weight, targets, bias, ignore_index, num_scored, logit_scale, softcap, temperature);
@@ -246,10 +246,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
   Tensor entropy_out = in.empty({entropy ? n : 0}, in.compute());
   Tensor log_sum_sq_probs_out = in.empty({log_sum_sq_probs ? n : 0}, in.compute());
   Tensor mean_logits_out = in.empty({mean_logits ? n : 0}, in.compute());
-  Tensor is_top1_out = in.empty({is_top1 ? n : 0}, ScalarType::Bool);
+  Tensor top_gap_out = in.empty({top_gap ? n : 0}, in.compute());
   auto outputs = [&] {
     return std::make_tuple(logps, row_state, direction, retained, entropy_out, log_sum_sq_probs_out, mean_logits_out,
-                           is_top1_out);
+                           top_gap_out);
   };
   if (n == 0) return outputs();
   const ResultPointers results{logps.data_ptr(),
@@ -258,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
                                entropy ? entropy_out.data_ptr() : nullptr,
                                log_sum_sq_probs ? log_sum_sq_probs_out.data_ptr() : nullptr,
                                mean_logits ? mean_logits_out.data_ptr() : nullptr,
-                               is_top1 ? static_cast<bool*>(is_top1_out.data_ptr()) : nullptr,
+                               top_gap ? top_gap_out.data_ptr() : nullptr,
                                n,
                                in.hidden_units};
 

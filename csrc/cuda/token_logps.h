@@ -13,7 +13,7 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_logps_forward(
     const Tensor& hidden, const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& bias,
     int64_t ignore_index, int64_t num_scored, double logit_scale, double softcap, double temperature,
-    bool need_direction, int64_t retain_bytes, bool entropy, bool log_sum_sq_probs, bool mean_logits, bool is_top1);
+    bool need_direction, int64_t retain_bytes, bool entropy, bool log_sum_sq_probs, bool mean_logits, bool top_gap);
 
 std::tuple<Tensor, Tensor, Tensor> token_logps_backward(
     const Tensor& grad_logps, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
