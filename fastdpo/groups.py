@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fastdpo._native import compute_dtype, operand_dtype
 from fastdpo.group_plan import Plan, plan_frozen_groups, plan_groups
-from fastdpo.logps import OUTPUTS, OpInputs, backward_op, forward_op
+from fastdpo.logps import OUTPUTS, OpInputs, backward_op, forward_op, named_outputs
 
 # Losses [n] of the pairs [first, last), n of them, from the log-probabilities [2n, S] of their sequences' segments and
 # the sums [2n] of token-wise outputs, the chosen ones first.
@@ -168,11 +168,8 @@ class _Gradients:
         )
         segments = lengths.flatten()
         sums = _segment_sums(token_logps, segments).view(lengths.shape)
-        named = {
-            name: _segment_sums(value, lengths.sum(1))
-            for name, value in zip(OUTPUTS, extras, strict=True)
-            if name in outputs
-        }
+        fields = named_outputs(extras, outputs, group)
+        named = {name: _segment_sums(value, lengths.sum(1)) for name, value in fields.items()}
         of_segments = gradient(sums, named).to(self.compute).flatten()
         grad_logps = of_segments.repeat_interleave(segments, output_size=len(rows))
         if head:

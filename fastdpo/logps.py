@@ -18,9 +18,13 @@ from fastdpo import _native  # noqa: F401  (loads the ops)
 from fastdpo.outputs import TokenLogps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-# Of the op: the distance of the greatest other logit from the target's, of which is_top1 is the sign.
-OP_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "top_gap")
+# What may be asked for, and the op's output that it comes from.
+OUTPUTS = {
+    "entropy": "entropy",
+    "log_sum_sq_probs": "log_sum_sq_probs",
+    "mean_logits": "mean_logits",
+    "is_top1": "top_gap",  # the distance of the greatest other logit from the target's
+}
 DEFAULT_RETAIN_BYTES = 256 << 20
 
 
@@ -81,12 +85,9 @@ def token_logps(
         temperature=temperature,
         num_scored=num_scored,
     )
-    of_op = [op_name for name, op_name in zip(OUTPUTS, OP_OUTPUTS, strict=True) if name in outputs]
-    logps, *extras = differentiable_logps(inputs, retain_bytes, of_op)
-    fields = {name: value.view(targets.shape) for name, value in zip(OUTPUTS, extras, strict=True) if name in outputs}
-    if "is_top1" in fields:
-        fields["is_top1"] = (fields["is_top1"] <= 0) & (targets != ignore_index)
-    return TokenLogps(logps=logps.view(targets.shape), **fields)
+    logps, *extras = differentiable_logps(inputs, retain_bytes, outputs)
+    fields = named_outputs(extras, outputs, inputs)
+    return TokenLogps(logps.view(targets.shape), **{name: x.view(targets.shape) for name, x in fields.items()})
 
 
 class OpInputs(NamedTuple):
@@ -131,7 +132,7 @@ def op_inputs(
 
 
 def differentiable_logps(inputs: OpInputs, retain_bytes: int, outputs: Sequence[str] = ()) -> tuple[Tensor, ...]:
-    """The log-probabilities [N], connected to autograd, and OP_OUTPUTS, each [N] if it is in ``outputs``, else [0]."""
+    """The log-probabilities [N], connected to autograd, and the op's extra outputs, with ``outputs`` among them."""
     hidden, weight, targets, bias, scalars = inputs
     grad = torch.is_grad_enabled()
     need_grads = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
@@ -141,15 +142,23 @@ def differentiable_logps(inputs: OpInputs, retain_bytes: int, outputs: Sequence[
 def forward_op(
     inputs: OpInputs, *, need_direction: bool, retain_bytes: int, outputs: Sequence[str] = ()
 ) -> tuple[Tensor, ...]:
-    """logps, row_state, direction, retained and OP_OUTPUTS, as csrc/fastdpo.h defines them."""
+    """logps, row_state, direction, retained and the extra outputs, as csrc/fastdpo.h defines them."""
     *tensors, scalars = inputs
     return torch.ops.fastdpo.token_logps_forward(
         *tensors,
         **scalars,
         need_direction=need_direction,
         retain_bytes=retain_bytes,
-        **{name: name in outputs for name in OP_OUTPUTS},
+        **{op_name: name in outputs for name, op_name in OUTPUTS.items()},
     )
+
+
+def named_outputs(values: Sequence[Tensor], names: Sequence[str], inputs: OpInputs) -> dict[str, Tensor]:
+    """The fields ``names`` of :class:`fastdpo.TokenLogps`, [N] each, from the op's extra outputs."""
+    fields = {name: value for name, value in zip(OUTPUTS, values, strict=True) if name in names}
+    if "is_top1" in fields:
+        fields["is_top1"] = (fields["is_top1"] <= 0) & (inputs.targets != inputs.scalars["ignore_index"])
+    return fields
 
 
 def backward_op(

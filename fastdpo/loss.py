@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from fastdpo._native import compute_dtype
 from fastdpo.groups import grouped_loss, plan_of, row_bytes
-from fastdpo.logps import DEFAULT_RETAIN_BYTES, OUTPUTS, OpInputs, differentiable_logps, op_inputs, token_logps
+from fastdpo.logps import (
+    DEFAULT_RETAIN_BYTES,
+    OUTPUTS,
+    OpInputs,
+    differentiable_logps,
+    named_outputs,
+    op_inputs,
+    token_logps,
+)
 from fastdpo.loss_options import LossKeywords, LossOptions
 from fastdpo.objectives import Pairs, pair_losses, rewards
 from fastdpo.outputs import DPOOutput
@@ -334,11 +342,8 @@ def _policy_sums(
         return sums, extras, loss
     retain_bytes = plan.kept * row_bytes(inputs) if plan is not None and len(plan.groups) == 1 else workspace
     logps, *extras = differentiable_logps(inputs, retain_bytes, outputs)
-    extras = {
-        name: sequences.sums(value.view(targets.shape)).double()
-        for name, value in zip(OUTPUTS, extras, strict=True)
-        if name in outputs
-    }
+    fields = named_outputs(extras, outputs, inputs)
+    extras = {name: sequences.sums(value.view(targets.shape)).double() for name, value in fields.items()}
     return sequences.segment_sums(logps.view(targets.shape)), extras, None
 
 

@@ -12,9 +12,11 @@ import torch
 from oracle import ROUNDING, SMALLEST, Oracle, assert_within, compute_rounding, oracle
 from torch import Tensor
 
-from fastdpo.logps import OP_OUTPUTS
+from fastdpo.logps import OUTPUTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# The names of the extra outputs, as the op has them.
+OP_OUTPUTS = tuple(OUTPUTS.values())
 
 
 @dataclass

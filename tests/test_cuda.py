@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from op_calls import DTYPES, Case, Results, assert_adds_to_sums, assert_matches, call, random_case
+from op_calls import DTYPES, OP_OUTPUTS, Case, Results, assert_adds_to_sums, assert_matches, call, random_case
 from test_groups import INPUTS, SMALL, WHOLE, assert_same, is_grouped, make_batch, run
 
 import fastdpo
-from fastdpo.logps import OP_OUTPUTS, OUTPUTS
+from fastdpo.logps import OUTPUTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

@@ -11,11 +11,19 @@ import torch
 from cuda_host.build import build
 from hypothesis import given
 from hypothesis import strategies as st
-from op_calls import DTYPES, Case, assert_adds_to_sums, assert_matches, call, operand_dtype, random_case, tied_case
+from op_calls import (
+    DTYPES,
+    OP_OUTPUTS,
+    Case,
+    assert_adds_to_sums,
+    assert_matches,
+    call,
+    operand_dtype,
+    random_case,
+    tied_case,
+)
 from oracle import ROUNDING, SMALLEST
 from torch import Tensor
-
-from fastdpo.logps import OP_OUTPUTS
 
 MIB = 1 << 20
 

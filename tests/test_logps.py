@@ -14,12 +14,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_calls import assert_adds_to_sums, call, random_case, tied_case
+from op_calls import OP_OUTPUTS, assert_adds_to_sums, call, random_case, tied_case
 from oracle import assert_within, compute_rounding, oracle, relative_error
 from torch import Tensor
 
 from fastdpo import build_info, reference, token_logps
-from fastdpo.logps import OP_OUTPUTS, OUTPUTS
+from fastdpo.logps import OUTPUTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
