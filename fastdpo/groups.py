@@ -64,7 +64,7 @@ def grouped_loss(
         inputs: the same as the ops take them.
         lengths: [2B, S] int64, the scored tokens of each sequence's S segments; segments and sequences lie one after
             another in ``inputs``.
-        counts: the scored tokens of each sequence on the host, none 0.
+        counts: the scored tokens of each sequence on the host.
         plan: which groups, and how much of each is kept.
         losses_of: the loss. It must not look beyond the pairs that it is given.
         outputs: names of the policy's token-wise outputs.

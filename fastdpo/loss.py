@@ -153,6 +153,7 @@ def dpo_loss(
     temperature: float = 1.0,
     workspace: int | None = None,
     outputs: Sequence[str] = (),
+    allow_empty: bool = False,
     **options: Unpack[LossKeywords],
 ) -> DPOOutput:
     """The preference loss of B pairs from hidden states, without their logits in memory.
@@ -184,6 +185,8 @@ def dpo_loss(
             It changes nothing where ``hidden`` alone needs a gradient: 2 products, and N x H numbers of memory. A loss
             that couples pairs (``aot``, ``aot_unpaired``) needs them all at once, and is not taken in groups.
         outputs: any of ``entropy``, ``mean_logits``, ``is_top1``: metrics of the policy from the same pass.
+        allow_empty: take a completion in which nothing is scored for one of log-probability 0, and its means over
+            tokens for 0, in the place of raising. The pair's other completion is trained on as ever.
 
     Returns:
         :class:`fastdpo.DPOOutput`. Where policy and reference agree, the sigmoid loss is ln 2 and every reward is 0.
@@ -191,7 +194,7 @@ def dpo_loss(
 
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what it should be; among them a
-            completion in which nothing is scored.
+            completion in which nothing is scored (unless ``allow_empty``).
     """
     o = LossOptions(beta, loss_type, label_smoothing, **options)
     if workspace is None:
@@ -203,7 +206,12 @@ def dpo_loss(
             raise ValueError(f"outputs names {name!r}; it may name {', '.join(METRIC_OUTPUTS)}")
     _check_reference(o, hidden, ref_hidden, ref_weight, ref_logps, ref_bias)
     sequences = Sequences(
-        targets, cu_seqlens, ignore_index, at_shorter=o.ld_alpha is not None, look=not _must_not_wait(hidden)
+        targets,
+        cu_seqlens,
+        ignore_index,
+        at_shorter=o.ld_alpha is not None,
+        look=not _must_not_wait(hidden),
+        allow_empty=allow_empty,
     )
     counts = sequences.counts
     head_options = {
@@ -219,7 +227,8 @@ def dpo_loss(
             ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
         with torch.no_grad():
             ref_logps = token_logps(ref_hidden, ref_weight, targets, ref_bias, **head_options).logps
-    losses_of = PairLosses(o, sequences.lengths, _reference_sums(o, ref_logps, sequences, targets))
+    ref_sums = _reference_sums(o, ref_logps, sequences, targets)
+    losses_of = PairLosses(o, sequences.lengths, ref_sums, allow_empty=allow_empty)
 
     asked = {*outputs, *(("log_sum_sq_probs",) if o.use_weighting else ())}
     sums, extras, loss = _policy_sums(
@@ -234,7 +243,8 @@ def dpo_loss(
     chosen_rewards, rejected_rewards = losses_of.rewards(sums)
     chosen_tokens, rejected_tokens = sequences.tokens.chunk(2)
     weights = losses_of.weights(sums, extras, 0, pairs)
-    means = {name: (total / sequences.tokens).to(compute) for name, total in extras.items() if name in outputs}
+    tokens = sequences.tokens.clamp(min=1)
+    means = {name: (total / tokens).to(compute) for name, total in extras.items() if name in outputs}
     return DPOOutput(
         loss=loss.to(compute),
         losses=losses.detach().to(compute),
@@ -267,6 +277,7 @@ class DPOLoss(nn.Module):
         temperature: float = 1.0,
         workspace: int | None = None,
         outputs: Sequence[str] = (),
+        allow_empty: bool = False,
         **options: Unpack[LossKeywords],
     ) -> None:
         super().__init__()
@@ -281,6 +292,7 @@ class DPOLoss(nn.Module):
             "temperature": temperature,
             "workspace": workspace,
             "outputs": tuple(outputs),
+            "allow_empty": allow_empty,
             **options,
         }
 

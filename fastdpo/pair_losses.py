@@ -20,12 +20,18 @@ class PairLosses:
             :class:`fastdpo.sequences.Sequences`).
         ref_sums: [2B, S] or [2B, 1], the reference's log-probabilities of the segments, or of whole sequences; None
             for no reference.
+        allow_empty: whether sequences may have no scored token; their means are 0, as their sums are.
     """
 
-    def __init__(self, options: LossOptions, lengths: Tensor, ref_sums: Tensor | None) -> None:
+    def __init__(
+        self, options: LossOptions, lengths: Tensor, ref_sums: Tensor | None, *, allow_empty: bool = False
+    ) -> None:
         self.options = options
         self._tokens = lengths.sum(1)
         self._batch_tokens = self._tokens.chunk(2)[0].double().mean()
+        if allow_empty:  # from here on they divide alone: 0 / 1
+            self._batch_tokens = self._batch_tokens.clamp(min=2 / len(self._tokens))
+            self._tokens = self._tokens.clamp(min=1)
         self._ref_logps = None if ref_sums is None else self._combine(ref_sums.detach(), self._tokens, of_policy=False)
 
     def logps(self, sums: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ class Sequences:
         ignore_index: the target of positions that are not scored.
         at_shorter: divide the sequences.
         look: whether the host may look at the tensors' values, which on a device it waits for.
+        allow_empty: whether a sequence may have no scored token.
 
     Attributes:
         tokens: [2B] int64, the scored tokens of each sequence.
@@ -28,11 +29,19 @@ class Sequences:
         counts: ``tokens`` on the host; None unless ``look``.
 
     Raises:
-        TypeError, ValueError: the layout is neither of the two; a sequence in which nothing is scored (if ``look``).
+        TypeError, ValueError: the layout is neither of the two; a sequence in which nothing is scored, unless
+            allowed (if ``look``).
     """
 
     def __init__(
-        self, targets: Tensor, cu_seqlens: Tensor | None, ignore_index: int, *, at_shorter: bool, look: bool
+        self,
+        targets: Tensor,
+        cu_seqlens: Tensor | None,
+        ignore_index: int,
+        *,
+        at_shorter: bool,
+        look: bool,
+        allow_empty: bool = False,
     ) -> None:
         _check_layout(targets, cu_seqlens, look=look)
         self._cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
@@ -40,7 +49,9 @@ class Sequences:
         scored = targets != ignore_index
         self.tokens = self.sums(scored.to(torch.int64))
         self.lengths = self.tokens.unsqueeze(1)
-        self.counts = _counts(self.tokens, ignore_index) if look else None
+        self.counts: Sequence[int] | None = self.tokens.tolist() if look else None
+        if self.counts is not None and not allow_empty:
+            _refuse_empty(self.counts, ignore_index)
         self._within: Tensor | None = None
         if at_shorter:
             shorter = torch.minimum(*self.tokens.chunk(2)).repeat(2)
@@ -113,14 +124,13 @@ def _check_layout(targets: Tensor, cu_seqlens: Tensor | None, *, look: bool) -> 
             raise ValueError(f"cu_seqlens should rise from 0 to N = {targets.numel()}; it is {bounds}")
 
 
-def _counts(tokens: Tensor, ignore_index: int) -> Sequence[int]:
-    """The numbers of scored tokens; ValueError where a completion has none: its log-probability would mean nothing."""
-    counts = tokens.tolist()
+def _refuse_empty(counts: Sequence[int], ignore_index: int) -> None:
+    """ValueError where a completion has no scored token: its log-probability would mean nothing."""
     pairs = len(counts) // 2
     empty = [f"{'chosen' if i < pairs else 'rejected'} of pair {i % pairs}" for i, n in enumerate(counts) if n == 0]
     if empty:
         raise ValueError(
             f"targets has completions in which every position is ignore_index ({ignore_index}): {', '.join(empty[:8])}"
-            f"{', …' if len(empty) > 8 else ''}; each should score at least one token: drop these pairs"
+            f"{', …' if len(empty) > 8 else ''}; each should score at least one token: drop these pairs, "
+            "or give allow_empty=True"
         )
-    return counts
