@@ -30,8 +30,8 @@ What is different from TRL's own numbers:
 
 - Logits are float32 accumulators. TRL rounds them to the inputs' type, so that in bfloat16 and float16 its
   log-probabilities carry that error and ours do not.
-- The entropy is for logging. A gradient into it raises NotImplementedError, in ``GRPOTrainer`` with ``entropy_coef``
-  other than 0 or with ``use_adaptive_entropy``: no other trainer of TRL's differentiates it.
+- The entropy is for logging. A gradient into it raises NotImplementedError: in ``GRPOTrainer`` with ``entropy_coef``
+  other than 0, and with ``use_adaptive_entropy`` as soon as its bonus sets in. No other trainer differentiates it.
 - ``is_top1`` is whether no other logit is greater than the label's. On a tie TRL counts the first entry alone.
 - Where weight and hidden states have different types (``cast_lm_head_to_fp32``, autocast), the weight is cast whole,
   and kept until the backward; TRL casts it piece by piece, twice.
