@@ -101,7 +101,7 @@ def make_trainer(
     others: dict[str, Any] = {}
     if name in ("DPO", "KTO") and not isinstance(model, peft.PeftModel):
         others["ref_model"] = nudged(copy.deepcopy(model))
-    if name == "GRPO":
+    if name in ("GRPO", "RLOO"):
         others["reward_funcs"] = lambda completions, **_: [float(len(text)) for text in completions]
     return getattr(trl, f"{name}Trainer")(
         model=model,
@@ -288,34 +288,39 @@ def test_drop_in_sft(tmp_path, tokenizer, calls, loss_type):
     assert_same_with_drop_in(trainer, calls)
 
 
-GRPO_OPTIONS = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1, "temperature": 0.8, "max_steps": 2}
+ONLINE_OPTIONS = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1, "temperature": 0.8, "max_steps": 2}
 
 
-def grpo_trainer(folder: Path, tokenizer: Any, **options: Any) -> Any:
+def online_trainer(name: str, folder: Path, tokenizer: Any, **options: Any) -> Any:
     rows = [{"prompt": row["prompt"]} for row in text_rows()]
     model = make_model("llama")
     model.config._name_or_path = str(folder / "model")
     model.save_pretrained(folder / "model")  # the reference is loaded from there
-    return make_trainer("GRPO", folder, model, rows, tokenizer, **(GRPO_OPTIONS | options))
+    return make_trainer(name, folder, model, rows, tokenizer, **(ONLINE_OPTIONS | options))
 
 
-def test_drop_in_grpo(tmp_path, tokenizer, calls):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("GRPO", {"top_entropy_quantile": 0.5, "cast_lm_head_to_fp32": True}), ("RLOO", {})],
+    ids=["GRPO", "RLOO"],
+)
+def test_drop_in_online(tmp_path, tokenizer, calls, name, options):
     entries = []
     for switch in (contextlib.nullcontext(), drop_in.enabled()):
         calls.clear()
-        trainer = grpo_trainer(tmp_path, tokenizer, top_entropy_quantile=0.5)
+        trainer = online_trainer(name, tmp_path, tokenizer, **options)
         with switch:
             trainer.train()
         entries.append([entry for entry in trainer.state.log_history if "loss" in entry])
     assert calls["ours"] > 0 and calls["theirs"] == 0
     for theirs, ours in zip(*entries, strict=True):
-        for name in ("loss", "grad_norm", "entropy", "kl", "reward"):
-            assert ours[name] == pytest.approx(theirs[name], rel=10 * TOLERANCE, abs=10 * TOLERANCE), name
+        for metric in ("loss", "grad_norm", "entropy", "kl", "reward"):
+            assert ours[metric] == pytest.approx(theirs[metric], rel=10 * TOLERANCE, abs=10 * TOLERANCE), metric
 
 
 @pytest.mark.parametrize("options", [{"entropy_coef": 0.1}, {"use_adaptive_entropy": True, "entropy_target": 100.0}])
 def test_drop_in_grpo_entropy_bonus_is_refused(tmp_path, tokenizer, options):
-    trainer = grpo_trainer(tmp_path, tokenizer, **options)
+    trainer = online_trainer("GRPO", tmp_path, tokenizer, **options)
     with drop_in.enabled(), pytest.raises(NotImplementedError, match="entropy_coef=0.0 and use_adaptive_entropy=False"):
         trainer.train()
 
