@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdpo._native import compute_dtype, operand_dtype
+from fastdpo.derivatives import first_derivative, refuse_forward_mode
 from fastdpo.group_plan import Plan, plan_frozen_groups, plan_groups
 from fastdpo.logps import OUTPUTS, OpInputs, backward_op, forward_op, named_outputs
 
@@ -118,15 +118,22 @@ class _GroupedLoss(torch.autograd.Function):
 
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
+        with torch.enable_grad():  # tensors without a number, by which a second derivative finds the way to the inputs
+            ctx.anchors = [None if x is None else x[..., :0].clone() for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(sums, extras)
         losses = losses_of(sums, dict(zip(outputs, extras, strict=True)), 0, pairs)
         return losses.mean().to(gradients.compute), sums, extras
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if g is None else _times(g, grad_loss, dtype) for g, dtype in gradients), *(None,) * 6
+        saved, dtypes = ctx.saved_tensors, ctx.dtypes
+
+        def gradients(grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+            return tuple(None if g is None else _times(g, grad_loss, t) for g, t in zip(saved, dtypes, strict=True))
+
+        return *first_derivative(gradients, grad_loss, *ctx.anchors), *(None,) * 6
+
+    jvp = staticmethod(refuse_forward_mode)
 
 
 class _Gradients:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -358,8 +359,8 @@ class FusedHead:
 
 
 def _apply(transform: _LogitTransform, logit: float) -> float:
-    z = torch.tensor(logit, dtype=torch.float64) * transform.scale
-    return float(z if transform.softcap is None else transform.softcap * torch.tanh(z / transform.softcap))
+    z = logit * transform.scale
+    return z if transform.softcap is None else transform.softcap * math.tanh(z / transform.softcap)
 
 
 def _forward_slot(head: nn.Linear) -> str:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdpo import _native  # noqa: F401  (loads the ops)
+from fastdpo.derivatives import first_derivative, refuse_forward_mode
 from fastdpo.outputs import TokenLogps
+from fastdpo.sharded import gathered, partitioned_by, refuse_sharded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What may be asked for, and the op's output that it comes from.
@@ -49,9 +51,10 @@ def token_logps(
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64.
-        weight: [V, H], the output embedding, of hidden's dtype (under autocast both are cast to its dtype).
+        weight: [V, H], the output embedding, of hidden's dtype (under autocast both are cast to its dtype). A DTensor
+            (as of FSDP2) is gathered, once, and its gradient is the mean over the ranks, as FSDP2's own are.
         targets: [...] int64; targets[...] in [0, V), or ``ignore_index``.
-        bias: [V], of a floating dtype.
+        bias: [V], of a floating dtype; gathered as weight is.
         ignore_index: the target of positions that are not scored: log-probability 0, no gradient, no work.
         logit_scale: factor on the products (Cohere's logit_scale, 1 / Granite's logits_scaling, …).
         softcap: bound of the logits' tanh (Gemma 2's final_logit_softcapping), above 0; None for none.
@@ -68,6 +71,7 @@ def token_logps(
     Raises:
         TypeError, ValueError: an argument's dtype, shape, device or range, by name.
         IndexError: a target outside [0, V). (On CUDA with num_scored given, and in a captured graph, that row is NaN.)
+        NotImplementedError: a second derivative, forward-mode differentiation, or vmap.
     """
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown:
@@ -113,7 +117,9 @@ def op_inputs(
     num_scored: int | None,
 ) -> OpInputs:
     """Arguments, result's values and errors as :func:`token_logps`'s; what is copied on the way is differentiable."""
+    refuse_sharded(hidden=hidden, targets=targets)
     hidden, weight = _autocast(hidden, weight)
+    weight, bias = gathered(weight), gathered(bias)
     _check(hidden, weight, targets, bias, softcap, temperature, logit_scale, num_scored)
     scalars = {
         "ignore_index": ignore_index,
@@ -136,7 +142,11 @@ def differentiable_logps(inputs: OpInputs, retain_bytes: int, outputs: Sequence[
     hidden, weight, targets, bias, scalars = inputs
     grad = torch.is_grad_enabled()
     need_grads = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    return _TokenLogps.apply(hidden, weight, targets, bias, need_grads, scalars, retain_bytes, tuple(outputs))
+    function = _TokenLogps if torch.compiler.is_compiling() else _EagerTokenLogps
+    logps, _, _, _, *extras = function.apply(
+        hidden, weight, targets, bias, need_grads, scalars, retain_bytes, tuple(outputs)
+    )
+    return logps, *extras
 
 
 def forward_op(
@@ -188,9 +198,9 @@ def backward_op(
 
 
 class _TokenLogps(torch.autograd.Function):
+    # What the backward needs is among the outputs: torch.func sees what a Function returns, not what it keeps aside.
     @staticmethod
     def forward(
-        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
@@ -201,43 +211,72 @@ class _TokenLogps(torch.autograd.Function):
         outputs: tuple[str, ...],
     ) -> tuple[Tensor, ...]:
         need_hidden, need_weight, need_bias = need_grads
-        logps, row_state, direction, retained, *extras = forward_op(
+        return forward_op(
             OpInputs(hidden, weight, targets, bias, scalars),
             need_direction=need_hidden,
             retain_bytes=retain_bytes if need_weight or need_bias else 0,
             outputs=outputs,
         )
-        ctx.need_grads, ctx.scalars = need_grads, scalars
-        ctx.save_for_backward(hidden, weight, targets, bias, row_state, direction, retained)
-        ctx.mark_non_differentiable(*extras)
-        return logps, *extras
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        need_hidden, need_weight, need_bias = ctx.need_grads
-        hidden, weight, targets, bias, *state = ctx.saved_tensors
-        grad_hidden, grad_weight, grad_bias = backward_op(
-            OpInputs(hidden, weight, targets, bias, ctx.scalars),
-            grad_logps,
-            state,
-            need_hidden=need_hidden,
-            need_weight=need_weight,
-            need_bias=need_bias,
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, weight, targets, bias, ctx.need_grads, ctx.scalars, *_ = inputs
+        row_state, direction, retained, *_ = output[1:]
+        ctx.save_for_backward(hidden, weight, targets, bias, row_state, direction, retained)
+        ctx.mark_non_differentiable(*output[1:])
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)  # or each output would get a gradient of zeros, as large as itself
+
+    @staticmethod
+    def backward(ctx: Any, grad_logps: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_logps is None:
+            return (None,) * 8
+        compute = partial(_gradients, ctx.need_grads, ctx.scalars)
+        grad_hidden, grad_weight, grad_bias = first_derivative(compute, grad_logps, *ctx.saved_tensors)
+        return grad_hidden, grad_weight, None, grad_bias, *(None,) * 4
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *_: Any) -> None:
+        raise NotImplementedError(
+            "token_logps and dpo_loss cannot be vmapped. token_logps need not be: it takes hidden [..., H] and targets "
+            "[...] with any leading dimensions at once; for losses or gradients of single examples, loop over them"
         )
-        return (
-            grad_hidden if need_hidden else None,
-            grad_weight if need_weight else None,
-            None,
-            grad_bias if need_bias else None,
-            *(None,) * 4,
-        )
+
+
+class _EagerTokenLogps(_TokenLogps):
+    # torch.compile takes no Function that defines it.
+    jvp = staticmethod(refuse_forward_mode)
+
+
+def _gradients(
+    need_grads: Sequence[bool],
+    scalars: dict[str, Any],
+    grad_logps: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    *state: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, weight and bias; None for what needs none."""
+    need_hidden, need_weight, need_bias = need_grads
+    gradients = backward_op(
+        OpInputs(hidden, weight, targets, bias, scalars),
+        grad_logps,
+        state,
+        need_hidden=need_hidden,
+        need_weight=need_weight,
+        need_bias=need_bias,
+    )
+    return tuple(gradient if need else None for gradient, need in zip(gradients, need_grads, strict=True))
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Under autocast an output embedding runs in autocast's dtype; float64 stays what it is, as does the bias."""
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or torch.float64 in (hidden.dtype, weight.dtype):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return hidden, weight
+    if torch.float64 in (hidden.dtype, weight.dtype):
         return hidden, weight
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype)
@@ -265,7 +304,9 @@ def _check(
     if bias is not None and not bias.is_floating_point():
         raise TypeError(f"bias has dtype {bias.dtype}; it should be a floating dtype")
     if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; it should be [V, H] with V of at least 1")
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; it should be [V, H] with V of at least 1{partitioned_by(weight)}"
+        )
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}; it should be [..., H] with H = {weight.shape[1]}, as weight"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastdpo._native import compute_dtype
 from fastdpo.groups import grouped_loss, plan_of, row_bytes
@@ -30,6 +31,7 @@ from fastdpo.objectives import Pairs, pair_losses, rewards
 from fastdpo.outputs import DPOOutput
 from fastdpo.pair_losses import PairLosses
 from fastdpo.sequences import Sequences
+from fastdpo.sharded import gathered, refuse_sharded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -165,7 +167,7 @@ def dpo_loss(
         hidden: [2B, T, H], the B chosen rows first, then the B rejected ones in the same order; or, with
             ``cu_seqlens``, [N, H]: 2B sequences one after another, the chosen ones first. float32, bfloat16, float16
             or float64.
-        weight: [V, H], the output embedding.
+        weight: [V, H], the output embedding. A DTensor is gathered, as in :func:`fastdpo.token_logps`.
         targets: [2B, T] or [N] int64, already shifted: targets[t] is what hidden[t] predicts. ``ignore_index`` where
             nothing is scored (prompt, padding).
         ref_hidden: as ``hidden`` (its H may differ with ``ref_weight``), from the reference model. No gradient.
@@ -195,6 +197,15 @@ def dpo_loss(
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what it should be; among them a
             completion in which nothing is scored (unless ``allow_empty``).
+        NotImplementedError: a second derivative, forward-mode differentiation, or vmap.
+
+    With several processes, call it in the forward of the model that is wrapped, where every wrapper does its part (as
+    :class:`fastdpo.head.FusedHead` does). If it is called outside, on hidden states that the wrapped model's forward
+    returned and on the model's own weight, then DDP averages the gradients as any others (with
+    ``find_unused_parameters=True`` it raises, if that forward had no use for the weight), and so does FSDP2, whose
+    DTensor is gathered once for policy and reference. But what comes from ``ddp.module(...)``, past DDP's forward, has
+    gradients that are never averaged, for any parameter, and nothing says so. A weight that ZeRO-3 or FSDP1 has
+    partitioned is refused.
     """
     o = LossOptions(beta, loss_type, label_smoothing, **options)
     if workspace is None:
@@ -204,6 +215,8 @@ def dpo_loss(
     for name in outputs:
         if name not in METRIC_OUTPUTS:
             raise ValueError(f"outputs names {name!r}; it may name {', '.join(METRIC_OUTPUTS)}")
+    refuse_sharded(hidden=hidden, targets=targets, ref_hidden=ref_hidden)
+    weight, bias = gathered(weight), gathered(bias)
     _check_reference(o, hidden, ref_hidden, ref_weight, ref_logps, ref_bias)
     sequences = Sequences(
         targets,
@@ -412,9 +425,19 @@ def _reference_sums(
     return ref_logps.double().unsqueeze(1)
 
 
+# Private; without it torch.func has token_logps alone.
+_in_transform = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
 def _must_not_wait(tensor: Tensor) -> bool:
-    """Whether the host may not look at the tensor's values: in a graph being compiled or captured."""
-    return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether the host may not look at values: in a graph being compiled or captured, in torch.func, of mere shapes."""
+    return (
+        torch.compiler.is_compiling()
+        or _in_transform()
+        or tensor.is_meta
+        or isinstance(tensor, FakeTensor)
+        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def _names(options: LossOptions) -> str:

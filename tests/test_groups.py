@@ -536,15 +536,6 @@ def test_with_saved_tensors_elsewhere() -> None:
             torch.testing.assert_close(leaf.grad, times * expected[name])
 
 
-def test_function_transforms_are_refused_as_by_the_primitive() -> None:
-    def loss(hidden: Tensor) -> Tensor:
-        return dpo_loss(hidden, BATCH.weight, BATCH.targets).loss
-
-    for min_group in (SMALL, WHOLE):
-        with groups_of(min_group), pytest.raises(RuntimeError, match="setup_context"):
-            torch.func.grad(loss)(BATCH.hidden)
-
-
 def test_compiled_as_one_graph() -> None:
     """There the whole batch is taken at once."""
     _, expected = run(BATCH, min_group=SMALL, workspace=BATCH.room_for(20))
