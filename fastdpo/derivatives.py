@@ -46,8 +46,8 @@ class _FirstDerivative(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *_: Any) -> None:
         raise NotImplementedError(
-            "fastdpo's backward pass cannot be vmapped (as torch.func.jacrev does): call backward "
-            "once for each gradient"
+            "fastdpo's backward pass cannot be vmapped (as torch.func.jacrev does): call backward once "
+            "for each gradient"
         )
 
 

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdpo import DPOLoss, dpo_loss, reference, token_logps
 from fastdpo.head import FusedHead
+from fastdpo.objectives import OBJECTIVES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -261,7 +262,46 @@ def test_the_head_of_a_compiled_model() -> None:
         torch.testing.assert_close(a, b)
 
 
+# What is added up in other ways, compiled as well: pairs sorted, sequences divided, tokens' outputs summed.
+OTHER_SUMS = [{"loss_type": "aot"}, {"ld_alpha": 0.5}, {"use_weighting": True, "outputs": ("entropy", "is_top1")}]
+
+
+def of_options(options: dict[str, Any], *, packed: bool = False) -> Callable[..., Tensor]:
+    """The loss with these options; the reference, if the loss takes one, is the hidden states in another order."""
+
+    def entry(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        layout = {"targets": TARGETS.flatten(), "cu_seqlens": BOUNDS} if packed else {"targets": TARGETS}
+        hidden = hidden.reshape(*layout["targets"].shape, H)
+        alone = options.get("loss_type") in ("sft", "simpo", "orpo", "cpo")
+        ref = {} if alone else {"ref_hidden": hidden.detach().flip(0)}
+        return dpo_loss(hidden, weight, bias=bias, **layout, **ref, **options).loss
+
+    return entry
+
+
+@pytest.mark.parametrize("options", OTHER_SUMS, ids=str)
+def test_compiled_with_other_sums(options: dict[str, Any]) -> None:
+    assert_compiles(of_options(options, packed=True))
+
+
 # -------------------------------------------------------------------------------------------------------- torch.func
+
+
+@pytest.mark.parametrize("loss_type", OBJECTIVES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_func_grad_and_meta_tensors_with_every_loss(
+    loss_type: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = of_options(
+        {"loss_type": loss_type} | ({"label_smoothing": 1e-3} if loss_type == "exo_pair" else {}), packed=packed
+    )
+    grads = value_and_grads(entry, *INPUTS)[1:]
+    for got, grad in zip(torch.func.grad(entry, argnums=(0, 1, 2))(*INPUTS), grads, strict=True):
+        torch.testing.assert_close(got, grad)
+    for name in ("TARGETS", "BOUNDS"):
+        monkeypatch.setitem(globals(), name, globals()[name].to("meta"))
+    shapes = value_and_grads(entry, *(x.to("meta") for x in INPUTS))[1:]
+    assert [shape.shape for shape in shapes] == [x.shape for x in INPUTS]
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
