@@ -22,6 +22,7 @@ class DPOConfig(TrainingArguments):
     - ``bf16``: on where there is an accelerator that computes in it, and off on a CPU (TRL: on everywhere, which
       raises on a CPU unless ``use_cpu`` is given).
     - ``include_num_input_tokens_seen``: ``non_padding``, for the metric ``num_tokens`` to survive a resume.
+    - ``precompute_ref_log_probs``: keeps them on disk, in ``ref_cache``, and reads them from there the next time.
     - ``loss_type``: one loss; ``label_smoothing`` belongs to ``sigmoid`` (cDPO). TRL's ``sigmoid`` ignores it.
 
     An option that has no effect with the others raises ``ValueError``.
@@ -76,7 +77,17 @@ class DPOConfig(TrainingArguments):
 
     precompute_ref_log_probs: bool = field(
         default=False,
-        metadata={"help": "Compute the reference's log-probabilities once, before training, and free the reference."},
+        metadata={
+            "help": "Compute the reference's log-probabilities once, before training, keep them on disk, and free the "
+            "reference."
+        },
+    )
+    ref_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the reference's log-probabilities; turns precompute_ref_log_probs on. Read if they are "
+            "there, refused if they belong to another model or other data. By default _ref_cache in output_dir."
+        },
     )
     precompute_ref_batch_size: int | None = field(
         default=None,
@@ -112,6 +123,8 @@ class DPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it should be at least 1, or None")
+        if self.ref_cache is not None:
+            self.precompute_ref_log_probs = True
         if self.precompute_ref_batch_size is not None and not self.precompute_ref_log_probs:
             raise ValueError(
                 f"precompute_ref_batch_size is {self.precompute_ref_batch_size}, but precompute_ref_log_probs is off: "

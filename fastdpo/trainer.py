@@ -9,11 +9,10 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import tqdm
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -35,8 +34,12 @@ from fastdpo.config import DPOConfig
 from fastdpo.data import REFERENCE_COLUMNS, PreferenceCollator, prepare
 from fastdpo.data_files import TOKEN_COLUMNS
 from fastdpo.data_summary import DataSummary
+from fastdpo.fingerprints import base_weights
 from fastdpo.head import IGNORE_INDEX, FusedHead, HeadOutput
 from fastdpo.loss import preference_loss
+from fastdpo.ref_build import CachedSplit, ReferenceBuilder
+from fastdpo.ref_cache import DEFAULT_FOLDER
+from fastdpo.ref_identity import reference_identity, row_words
 
 # The per-token outputs of the policy that metrics are made of.
 _OUTPUTS = ("entropy", "mean_logits", "is_top1")
@@ -66,7 +69,8 @@ class DPOTrainer(Trainer):
     need no reference model.
 
     Otherwise the reference is ``ref_model``; or, for a PEFT model, the model with its adapters off; or a second copy
-    of ``model`` as it is now. With ``args.precompute_ref_log_probs`` it is asked once, before training, and freed.
+    of ``model`` as it is now. With ``args.precompute_ref_log_probs`` it is asked once, before training, and freed; what
+    it said is kept in ``args.ref_cache``, and read from there the next time.
 
     Logged, under TRL's names, over all that was seen since the last time, and with ``eval_`` before them in
     evaluation: ``rewards/chosen``, ``rewards/rejected``, ``rewards/accuracies``, ``rewards/margins``,
@@ -90,10 +94,13 @@ class DPOTrainer(Trainer):
     Attributes:
         data_summaries: what :func:`fastdpo.data.prepare` said about each dataset that it tokenised, by name.
 
+        reference_splits: with ``args.precompute_ref_log_probs``, what was read and computed for each dataset, by name.
+
     Raises:
         TypeError, ValueError: an argument is not what it should be, or contradicts another.
         NotImplementedError: the model or the setup is not supported; the message names it.
         fastdpo.data_files.DataError: the dataset cannot be used.
+        fastdpo.ref_cache.RefCacheError: the reference cache on disk belongs to another model, other data or settings.
     """
 
     # compute_loss divides by the pairs of the accumulation window.
@@ -178,6 +185,7 @@ class DPOTrainer(Trainer):
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
             # Evaluation before training asks accelerate whether it prepared a model, and means the policy.
             self.accelerator._models.remove(self.ref_model)
+        self.reference_splits: dict[str, CachedSplit] = {}
         if args.precompute_ref_log_probs:
             self._precompute_reference()
 
@@ -243,32 +251,46 @@ class DPOTrainer(Trainer):
                 return _sum_pairs(self._score(self._head, model, inputs))
 
     def _precompute_reference(self) -> None:
-        """Puts the reference's log-probabilities into the datasets, and lets the reference go."""
+        """Puts the reference's log-probabilities into the datasets, by way of the disk, and lets the reference go."""
+        head, model = (self._head, self.model) if self.ref_model is None else (self._ref_head, self.ref_model)
+        # An adapter that changes nothing yet is left aside, so that the key does not depend on its random start.
+        without_adapter = isinstance(model, PeftModel) and _adapters_are_neutral(model)
+        weights = base_weights(model) if without_adapter else model.state_dict()
+        tokenizer = self.processing_class if self.data_summaries else None
+
+        def score(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+            return _sum_pairs(self._score(head, model, self._prepare_inputs(self.data_collator(rows))))
+
+        builder = ReferenceBuilder(
+            root=Path(self.args.ref_cache or Path(self.args.output_dir) / DEFAULT_FOLDER),
+            accelerator=self.accelerator,
+            identity=lambda: reference_identity(
+                model, weights, tokenizer, self.data_collator, self.accelerator.mixed_precision
+            ),
+            score=score,
+            max_length=self.args.max_length,
+            about={"model": model.config._name_or_path or type(model).__name__},
+            describe_row=lambda row: row_words(row, tokenizer),
+            show_progress=not self.args.disable_tqdm,
+        )
         train_size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
         eval_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-        self.train_dataset = self._with_reference_columns(self.train_dataset, "train", train_size)
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {
-                name: self._with_reference_columns(rows, name, eval_size) for name, rows in self.eval_dataset.items()
-            }
-        elif self.eval_dataset is not None:
-            self.eval_dataset = self._with_reference_columns(self.eval_dataset, "eval", eval_size)
+        with (
+            torch.no_grad(),
+            self.accelerator.autocast(),
+            _evaluating(model),
+            model.disable_adapter() if without_adapter else contextlib.nullcontext(),
+        ):
+            self.train_dataset = builder.with_columns(self.train_dataset, "train", train_size)
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = {
+                    name: builder.with_columns(rows, f"eval-{name}", eval_size)
+                    for name, rows in self.eval_dataset.items()
+                }
+            elif self.eval_dataset is not None:
+                self.eval_dataset = builder.with_columns(self.eval_dataset, "eval", eval_size)
+        self.reference_splits = builder.splits
         self.ref_model, self._ref_head = None, None
-
-    def _with_reference_columns(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        loader = self.accelerator.prepare(
-            DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
-        )
-        head, model = (self._head, self.model) if self.ref_model is None else (self._ref_head, self.ref_model)
-        logps: dict[str, list[np.ndarray]] = {column: [] for column in REFERENCE_COLUMNS}
-        with torch.no_grad(), self.accelerator.autocast(), _evaluating(model):
-            for inputs in tqdm(loader, desc=f"Reference log-probabilities of the {name} dataset"):
-                pair = self.accelerator.gather_for_metrics(_sum_pairs(self._score(head, model, inputs)))
-                for column, values in zip(REFERENCE_COLUMNS, pair, strict=True):
-                    logps[column].append(values.cpu().numpy())
-        for column, values in logps.items():
-            dataset = dataset.add_column(column, np.concatenate(values))
-        return dataset
 
     # ----------------------------------------------------------------------------------------------------------------
     # The loss
@@ -533,10 +555,8 @@ def _weights_come_later(args: DPOConfig) -> bool:
     return bool(is_deepspeed_zero3_enabled() or args.fsdp or is_fsdp_enabled())
 
 
-def _check_adapters_are_neutral(model: PeftModel, args: DPOConfig) -> None:
-    """With a trained adapter, the model without it is not where training starts, and so not its reference."""
-    if _weights_come_later(args):
-        return  # the check at the first step finds out
+def _adapters_are_neutral(model: PeftModel) -> bool:
+    """Whether the model with its adapters computes what it computes without them."""
     ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
     with torch.no_grad(), _evaluating(model):
         with_adapters = model(input_ids=ids).logits
@@ -544,7 +564,14 @@ def _check_adapters_are_neutral(model: PeftModel, args: DPOConfig) -> None:
             without = model(input_ids=ids).logits
     # A new adapter may round differently (DoRA divides by a norm that is 1), by some units of the last place.
     tolerance = 64 * torch.finfo(without.dtype).eps * without.abs().max()
-    if (with_adapters - without).abs().max() > tolerance:
+    return bool((with_adapters - without).abs().max() <= tolerance)
+
+
+def _check_adapters_are_neutral(model: PeftModel, args: DPOConfig) -> None:
+    """With a trained adapter, the model without it is not where training starts, and so not its reference."""
+    if _weights_come_later(args):
+        return  # the check at the first step finds out
+    if not _adapters_are_neutral(model):
         raise ValueError(
             "model has an adapter that was trained already, so the model without it is not the policy that this "
             "training starts from. Give ref_model (the base model with a second copy of the adapter), or set "

@@ -1,0 +1,155 @@
+"""Short names for large things: weights, a tokenizer, the token ids of rows. Equal things have equal fingerprints.
+
+Fingerprints are of values, not of files or storage, so that a model is the same model whether it was loaded from one
+file or from ten, in bfloat16 or in float32 with the same values, with an adapter on it or not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from fastdpo.data_files import TOKEN_COLUMNS
+
+ROW_DIGEST_BYTES = 16
+
+_CHUNK = 1 << 24  # elements hashed at a time: 64 MB of float32
+# What a configuration says about the process, the generation or the training, and not about the function computed.
+_IDLE_CONFIG_KEYS = frozenset(
+    (
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    )
+)
+
+
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of ``model`` without those of an adapter, under the names that they have without an adapter."""
+    if not isinstance(model, PeftModel):
+        return dict(model.state_dict())
+    prefix = model.base_model.prefix
+    weights = {}
+    for name, tensor in model.get_base_model().state_dict().items():
+        parts = name.split(".")
+        if any(part == "modules_to_save" or part.startswith(prefix) for part in parts):
+            continue
+        weights[".".join(part for part in parts if part not in ("base_layer", "original_module"))] = tensor
+    return weights
+
+
+def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """sha256, as 64 hex digits, over names, shapes and values.
+
+    Numbers of 16 bits count as the float32 that they are equal to. Tensors that share memory are read once. Reading
+    takes about a second for 2 GB a core.
+    """
+    unique: dict[tuple[Any, ...], Tensor] = {}
+    keys = {}
+    for name, tensor in weights.items():
+        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        keys[name] = key
+        unique.setdefault(key, tensor)
+    # hashlib lets go of the interpreter's lock.
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        digests = dict(zip(unique, pool.map(_tensor_digest, unique.values()), strict=True))
+    whole = hashlib.sha256()
+    for name in sorted(keys):
+        whole.update(f"{name}\0".encode() + digests[keys[name]])
+    return whole.hexdigest()
+
+
+def _tensor_digest(tensor: Tensor) -> bytes:
+    widened = tensor.dtype in (torch.bfloat16, torch.float16)
+    digest = hashlib.sha256(f"{torch.float32 if widened else tensor.dtype} {tuple(tensor.shape)}".encode())
+    for chunk in tensor.detach().reshape(-1).split(_CHUNK):
+        chunk = chunk.cpu()
+        chunk = chunk.float() if widened else chunk
+        digest.update(chunk.contiguous().view(torch.uint8).numpy())
+    return digest.digest()
+
+
+def config_facts(config: Any) -> dict[str, Any]:
+    """What a model's configuration says about the function that it computes in evaluation, as plain JSON values."""
+    values = json.loads(config.to_json_string(use_diff=False))
+    return {
+        name: value
+        for name, value in sorted(values.items())
+        if name not in _IDLE_CONFIG_KEYS and "drop" not in name and value is not None
+    }
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over what turns text into ids: vocabulary, rules, added tokens, and the token that ends a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    else:
+        rules = json.loads(backend.to_str())
+        for state_of_the_last_call in ("truncation", "padding"):
+            rules.pop(state_of_the_last_call, None)
+    return _sha256_of([rules, tokenizer.eos_token])
+
+
+def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """sha256 over the chat template; None if there is none."""
+    template = tokenizer.chat_template
+    return None if template is None else _sha256_of(template)
+
+
+def _sha256_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def row_digests(dataset: Dataset) -> np.ndarray:
+    """uint8 [rows, 16]: a digest of each row's prompt, chosen and rejected ids, before any cut."""
+    digests = []
+    for table in dataset.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(batch_size=1000):
+        columns = [_ids_and_ends(table.column(name)) for name in TOKEN_COLUMNS]
+        for row in range(table.num_rows):
+            parts = [ids[ends[row] : ends[row + 1]] for ids, ends in columns]
+            digest = hashlib.blake2b(np.array([len(part) for part in parts], np.int64), digest_size=ROW_DIGEST_BYTES)
+            for part in parts:
+                digest.update(part)
+            digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, ROW_DIGEST_BYTES)
+
+
+def _ids_and_ends(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """All ids of a column of lists, one after another, and where each row's begin; one entry more than rows."""
+    lists = column.combine_chunks()
+    lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
+    ids = lists.flatten().cast(pa.int64()).to_numpy(zero_copy_only=False)
+    return ids, np.concatenate([[0], np.cumsum(lengths)])
+
+
+def rows_fingerprint(digests: np.ndarray) -> str:
+    """sha256 over the digests of rows, in their order."""
+    return hashlib.sha256(np.ascontiguousarray(digests)).hexdigest()
