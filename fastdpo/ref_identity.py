@@ -32,6 +32,7 @@ def reference_identity(
         mixed_precision: accelerate's name of the type under autocast; ``no`` for none.
     """
     dtype = str(model.dtype).removeprefix("torch.")
+    kind = collator if hasattr(collator, "__qualname__") else type(collator)
     options = dataclasses.asdict(collator) if isinstance(collator, PreferenceCollator) else {}
     return {
         "weights": weights_fingerprint(weights),
@@ -42,7 +43,7 @@ def reference_identity(
         "chat_template": None if tokenizer is None else template_fingerprint(tokenizer),
         "max_length": options.get("max_length"),
         "truncation_mode": options.get("truncation_mode"),
-        "masking": f"{type(collator).__module__}.{type(collator).__qualname__}",
+        "masking": f"{kind.__module__}.{kind.__qualname__}",
     }
 
 

@@ -109,11 +109,9 @@ def run(argv: list[str]) -> int:
     except SystemExit as exit_:  # --help
         return int(exit_.code or 0)
     output_dir = Path(training_args.output_dir)
-    _require(script_args.dataset_name, "--dataset_name", "a Hub dataset, a folder, or a .jsonl file of pairs")
-    _require(model_args.model_name_or_path, "--model_name_or_path", "a Hub model, or a folder with one")
-    _check_model_path(model_args.model_name_or_path)
+    check_sources(script_args, model_args)
     checkpoint = resolve_resume(training_args.resume_from_checkpoint, output_dir)
-    trainer = _make_trainer(script_args, model_args, training_args)
+    trainer = make_trainer(script_args, model_args, training_args)
     if trainer.is_world_process_zero():
         _say_what_it_trains_on(trainer, output_dir)
         _say_where_it_starts(checkpoint, output_dir)
@@ -137,6 +135,13 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def check_sources(script_args: ScriptArguments, model_args: ModelArguments) -> None:
+    """Raises UsageError unless pairs and a model are named."""
+    _require(script_args.dataset_name, "--dataset_name", "a Hub dataset, a folder, or a .jsonl file of pairs")
+    _require(model_args.model_name_or_path, "--model_name_or_path", "a Hub model, or a folder with one")
+    _check_model_path(model_args.model_name_or_path)
+
+
 def _require(value: str | None, flag: str, meaning: str) -> None:
     if not value:
         raise UsageError(f"{flag} is needed: {meaning}.")
@@ -148,7 +153,12 @@ def _check_model_path(name: str) -> None:
         raise UsageError(f"--model_name_or_path {name}: no such folder.")
 
 
-def _make_trainer(script_args: ScriptArguments, model_args: ModelArguments, training_args: DPOConfig) -> DPOTrainer:
+def make_trainer(script_args: ScriptArguments, model_args: ModelArguments, training_args: DPOConfig) -> DPOTrainer:
+    """The trainer that the flags describe, with its data read and its reference's log-probabilities at hand.
+
+    Raises:
+        UsageError: the flags, the data or the model cannot be used.
+    """
     # The pairs first: they are read in a second, where a model may take minutes to load.
     train_dataset = _load_pairs(script_args, script_args.dataset_train_split)
     evaluates = training_args.eval_strategy != "no"
@@ -212,10 +222,19 @@ def make_peft_config(model_args: ModelArguments) -> LoraConfig | None:
     )
 
 
+def say_what_was_cached(trainer: DPOTrainer) -> None:
+    """Print where the reference's log-probabilities are, and how many of them were there before."""
+    for name, split in trainer.reference_splits.items():
+        computed = split.rows - split.rows_read
+        how = f"{split.rows_read} pairs read, {computed} computed" if computed else f"{split.rows_read} pairs read"
+        console.print(f"Reference log-probabilities, {name}: {how}, {split.seconds:.1f} s: {split.folder}")
+
+
 def _say_what_it_trains_on(trainer: DPOTrainer, output_dir: Path) -> None:
     summaries = trainer.data_summaries
     for name, summary in summaries.items():
         console.print(f"\n[bold]{name}[/]", summary.table(), sep="\n")
+    say_what_was_cached(trainer)
     output_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps({name: summary.as_dict() for name, summary in summaries.items()}, indent=2)
     (output_dir / "data_summary.json").write_text(text + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from transformers.hf_argparser import string_to_bool
 from fastdpo.cli import UsageError
 from fastdpo.config import DPOConfig
 from fastdpo.data_files import DataError
+from fastdpo.ref_cache import RefCacheError
 
 EPILOG = """\
 examples:
@@ -81,7 +82,7 @@ def bad_input(what: str = "") -> Iterator[None]:
     """Turn the errors that libraries raise about their input into UsageError, with ``what`` in front."""
     try:
         yield
-    except DataError as error:  # says all there is to say
+    except (DataError, RefCacheError) as error:  # says all there is to say
         raise UsageError(str(error)) from error
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -179,12 +180,18 @@ def _bool_or_word(text: str) -> bool | str:
 
 
 class TrainParser(HfArgumentParser):
-    """The flags of the three dataclasses, with grouped help, and errors that name the nearest flag."""
+    """The flags of the dataclasses, with grouped help, and errors that name the nearest flag."""
+
+    command = "train"
+    summary = "train a model on preference pairs (DPO)."
+    dataclasses: tuple[type, ...] = (ScriptArguments, ModelArguments, DPOConfig)
+    help_epilog = EPILOG
+    others_title = "training, less usual (--help_all describes these)"
 
     def __init__(self) -> None:
         super().__init__(
-            (ScriptArguments, ModelArguments, DPOConfig),
-            prog="fastdpo train",
+            self.dataclasses,
+            prog=f"fastdpo {self.command}",
             formatter_class=_HelpFormatter,
             allow_abbrev=False,  # an abbreviation would accept a misspelt flag as another one
         )
@@ -207,8 +214,8 @@ class TrainParser(HfArgumentParser):
             action.nargs, action.const = "?", True
             self.add_argument(f"--no_{action.dest}", action="store_false", dest=action.dest, default=None)
 
-    def read(self, argv: Sequence[str]) -> tuple[ScriptArguments, ModelArguments, DPOConfig]:
-        """The dataclasses filled from ``--config`` and the command line; UsageError if that is not possible."""
+    def read(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        """The ``dataclasses`` filled from ``--config`` and the command line; UsageError if that is not possible."""
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--config")
         first.add_argument("--help_all", action="store_true")
@@ -225,15 +232,16 @@ class TrainParser(HfArgumentParser):
             return self.parse_dict(values)
 
     def error(self, message: str) -> None:
-        raise UsageError(f"{message}\n  (fastdpo train --help describes the flags.)")
+        raise UsageError(f"{message}\n  (fastdpo {self.command} --help describes the flags.)")
 
     def format_help(self) -> str:
         return self._format_help(everything=False)
 
     def _format_help(self, everything: bool) -> str:
         formatter = self._get_formatter()
-        formatter.add_text("fastdpo train: train a model on preference pairs (DPO).")
-        groups = self._groups()
+        formatter.add_text(f"fastdpo {self.command}: {self.summary}")
+        first = {action.dest: action for action in reversed(self._actions)}  # --x, and not --no_x, which comes later
+        groups = [(title, [first[name] for name in names]) for title, names in self.groups().items()]
         shown = {action.dest for _, actions in groups for action in actions}
         others = {action.dest: action for action in reversed(self._actions) if action.dest not in shown}
         if everything:
@@ -243,17 +251,18 @@ class TrainParser(HfArgumentParser):
             formatter.add_arguments(actions)
             formatter.end_section()
         if not everything:
-            formatter.start_section("training, less usual (--help_all describes these)")
+            formatter.start_section(self.others_title)
             formatter.add_text(", ".join(f"--{name}" for name in sorted(others)))
             formatter.end_section()
-        return f"{formatter.format_help()}\n{EPILOG}"
+        return f"{formatter.format_help()}\n{self.help_epilog}"
 
-    def _groups(self) -> list[tuple[str, list[argparse.Action]]]:
+    def groups(self) -> dict[str, Sequence[str]]:
+        """Titles, and the flags under each, that ``--help`` describes."""
         model = [f.name for f in fields(ModelArguments)]
         lora = [name for name in model if "lora" in name or name in ("use_peft", "use_dora")]
         inherited = {f.name for f in fields(TrainingArguments)}
         dpo = [f.name for f in fields(DPOConfig) if f.name not in inherited]
-        groups = {
+        return {
             "general": ["help", "help_all", "config"],
             "model": [name for name in model if name not in lora],
             "pairs": [f.name for f in fields(ScriptArguments)],
@@ -261,8 +270,6 @@ class TrainParser(HfArgumentParser):
             "LoRA": lora,
             "training": USUAL_TRAINING_FLAGS,
         }
-        first = {action.dest: action for action in reversed(self._actions)}  # --x, and not --no_x, which comes later
-        return [(title, [first[name] for name in names]) for title, names in groups.items()]
 
     def _read_yaml(self, path: Path) -> argparse.Namespace:
         with bad_input(f"--config {path}"):
@@ -298,7 +305,7 @@ class TrainParser(HfArgumentParser):
 
     def _nearest(self, name: str, dashes: str) -> str:
         near = difflib.get_close_matches(name.replace("-", "_"), self._names(), n=1, cutoff=0.5)
-        return f" Did you mean {dashes}{near[0]}?" if near else " `fastdpo train --help` lists them."
+        return f" Did you mean {dashes}{near[0]}?" if near else f" `fastdpo {self.command} --help` lists them."
 
     def _refuse(self, unknown: list[str]) -> None:
         flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
