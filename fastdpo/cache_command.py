@@ -65,6 +65,7 @@ class CacheRefParser(TrainParser):
                 "eval_strategy",
                 "max_length",
                 "truncation_mode",
+                "strict",
                 "dataset_num_proc",
             ],
             "cache": ["ref_cache", "output_dir", "rebuild"],

@@ -68,6 +68,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks; also FASTDPO_TRACEBACK=1")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_command(commands, "train", "train a model on preference pairs", _train)
+    _add_command(commands, "check-data", "what training would make of a file of pairs, without training", _check_data)
     _add_command(commands, "cache-ref", "compute the reference's log-probabilities once, to disk", _cache_ref)
     _add_command(commands, "demo", "a whole run from nothing, to see what preference training does", _demo)
     _add_command(commands, "info", "what was built: kernels, instruction sets, versions", _info)
@@ -83,6 +84,12 @@ def _add_command(commands: argparse._SubParsersAction, name: str, text: str, run
 
 def _train(argv: list[str]) -> int:
     from fastdpo.train_command import run
+
+    return run(argv)
+
+
+def _check_data(argv: list[str]) -> int:
+    from fastdpo.check_command import run
 
     return run(argv)
 

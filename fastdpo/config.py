@@ -73,6 +73,10 @@ class DPOConfig(TrainingArguments):
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Round the length of a batch up to a multiple of this."}
     )
+    strict: bool = field(
+        default=False,
+        metadata={"help": "Stop where a pair would be dropped, or is doubtful, before anything is trained."},
+    )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes to tokenize with."})
 
     precompute_ref_log_probs: bool = field(

@@ -7,33 +7,27 @@ strings or as message lists.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc
 import torch
 
-from fastdpo.data_files import TOKEN_COLUMNS, DataError, check_columns, first_line, type_name
-from fastdpo.data_summary import (
-    DROP_REASONS,
-    DROP_REMEDIES,
-    WARN_EXPLANATIONS,
-    WARN_REASONS,
-    DataSummary,
-    LengthStats,
-)
+from fastdpo.data_account import account, nothing_left_message, strict_message
+from fastdpo.data_files import TOKEN_COLUMNS, USED_COLUMNS, DataError, check_columns
+from fastdpo.data_rows import tokenize_batch
+from fastdpo.data_summary import WARN_EXPLANATIONS, WARN_REASONS, DataSummary
+from fastdpo.truncation import TRUNCATION_MODES, check_truncation, cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-TRUNCATION_MODES = ("keep_start", "keep_end")
+__all__ = ["REFERENCE_COLUMNS", "TRUNCATION_MODES", "PreferenceCollator", "cut", "examine", "prepare"]
+
 # Someone who brings reference log-probabilities of their own keeps them.
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
@@ -45,6 +39,8 @@ def prepare(
     max_length: int | None = 1024,
     truncation_mode: str = "keep_start",
     num_proc: int | None = None,
+    batch_size: int = 8,
+    strict: bool = False,
 ) -> tuple[datasets.Dataset, DataSummary]:
     """Tokenise preference rows once, drop those that cannot teach anything, and account for all of them.
 
@@ -63,45 +59,31 @@ def prepare(
         max_length: most tokens of prompt + completion; None for no limit.
         truncation_mode: ``keep_start`` drops the end of what is too long, ``keep_end`` the beginning.
         num_proc: processes to tokenise with.
+        batch_size: pairs a step, for the summary's estimate of what one costs.
+        strict: whether a row that is dropped or doubtful is an error.
 
     Returns:
         A dataset with ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (lists of int), and the columns
         ``ref_chosen_logps`` and ``ref_rejected_logps`` if they were there; and the summary.
 
     Raises:
-        DataError: columns are missing or of the wrong type, the chat template refuses a row, or no row is left.
+        DataError: columns are missing or of the wrong type, a row is malformed, the chat template refuses one, no row
+            is left, or, with ``strict``, any is dropped or doubtful.
         ValueError: ``max_length`` or ``truncation_mode`` is not valid.
         TypeError: ``dataset`` is not a ``datasets.Dataset``.
     """
-    _check_truncation(max_length, truncation_mode)
-    if not isinstance(dataset, datasets.Dataset):
-        raise TypeError(
-            f"prepare needs a datasets.Dataset, got {type(dataset).__name__}. Pick a split of a DatasetDict; build a "
-            "Dataset from a list with Dataset.from_list, from a stream with Dataset.from_generator."
-        )
-    if len(dataset) == 0:
-        raise DataError("The dataset has no rows.")
-    check_columns(dataset)
-
-    carried = [name for name in REFERENCE_COLUMNS if name in dataset.column_names]
-    token_list = datasets.List(datasets.Value("int32"))
-    tokenised = dataset.map(
-        _tokenize_batch,
-        batched=True,
-        with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "implicit": "prompt" not in dataset.column_names},
-        remove_columns=[name for name in dataset.column_names if name not in carried],
-        features=datasets.Features(
-            {name: dataset.features[name] for name in carried}
-            | dict.fromkeys(TOKEN_COLUMNS, token_list)
-            | {"drop": datasets.Value("string"), "warn": datasets.List(datasets.Value("string"))}
-        ),
+    tokenised, kept, summary = examine(
+        dataset,
+        tokenizer,
+        max_length=max_length,
+        truncation_mode=truncation_mode,
         num_proc=num_proc,
-        desc="Tokenizing preference pairs",
+        batch_size=batch_size,
     )
-    kept, summary = _account(tokenised, max_length, truncation_mode)
     if not len(kept):
-        raise DataError(_nothing_left_message(summary))
+        raise DataError(nothing_left_message(summary))
+    if strict and summary.doubts():
+        raise DataError(strict_message(summary))
     for reason, count in summary.warned.items():
         first = ", ".join(map(str, summary.first_rows[reason]))
         logger.warning(
@@ -115,281 +97,59 @@ def prepare(
     return tokenised.select(kept).remove_columns(["drop", "warn"]), summary
 
 
-def _check_truncation(max_length: int | None, truncation_mode: str) -> None:
-    if truncation_mode not in TRUNCATION_MODES:
-        raise ValueError(f"truncation_mode must be one of {', '.join(TRUNCATION_MODES)}, got {truncation_mode!r}.")
-    # One token has no predecessor to be predicted from.
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length must be at least 2 (or None for no limit), got {max_length}.")
+def examine(
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = 1024,
+    truncation_mode: str = "keep_start",
+    num_proc: int | None = None,
+    batch_size: int = 8,
+) -> tuple[datasets.Dataset, np.ndarray, DataSummary]:
+    """What :func:`prepare` does, with the rows that it drops still there.
 
+    Returns:
+        All rows, tokenised, with the columns ``drop`` (the reason; empty for none) and ``warn`` (reasons) beside those
+        of ``prepare``, except that ``prompt_too_long``, ``identical_after_truncation``, ``duplicate`` and
+        ``contradicted`` are in the summary alone; the numbers of those that are kept; and the summary.
 
-@dataclass
-class _Pair:
-    """One row in the form that is tokenised: either three strings or three message lists."""
-
-    prompt: Any
-    chosen: Any
-    rejected: Any
-    template_kwargs: dict[str, Any]
-    warn: list[str]
-
-
-def _tokenize_batch(
-    batch: dict[str, list[Any]], indices: list[int], tokenizer: PreTrainedTokenizerBase, implicit: bool
-) -> dict[str, list[Any]]:
-    """The function that ``prepare`` maps: columns of rows → columns of ids, with the fate of each row."""
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    out: dict[str, list[Any]] = {name: [[] for _ in rows] for name in TOKEN_COLUMNS}
-    out["drop"], out["warn"] = [""] * len(rows), [[] for _ in rows]
-    pairs: dict[int, _Pair] = {}
-    for i, row in enumerate(rows):
-        pair = _read_row(row, implicit, f"row {indices[i]}")
-        if isinstance(pair, str):
-            out["drop"][i] = pair
-        else:
-            pairs[i] = pair
-    for i, (prompt, whole_chosen, whole_rejected) in _tokenize_pairs(pairs, indices, tokenizer):
-        boundary = min(common_prefix_length(prompt, whole_chosen), common_prefix_length(prompt, whole_rejected))
-        chosen, rejected = whole_chosen[boundary:], whole_rejected[boundary:]
-        # With no prompt the first token has no predecessor, so it is not predicted either.
-        if min(len(chosen), len(rejected)) <= (boundary == 0):
-            out["drop"][i] = "empty_completion"
-            continue
-        out["prompt_ids"][i], out["chosen_ids"][i], out["rejected_ids"][i] = prompt[:boundary], chosen, rejected
-        shortened = ["prompt_shortened"] if boundary < len(prompt) else []
-        identical = ["identical"] if chosen == rejected else []
-        out["warn"][i] = pairs[i].warn + shortened + identical
-    return out
-
-
-def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many leading elements two sequences share."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
-
-
-def _read_row(row: dict[str, Any], implicit: bool, where: str) -> _Pair | str:
-    """A row as a pair, or the reason why it is dropped."""
-    prompt, chosen, rejected = (None if implicit else row["prompt"]), row["chosen"], row["rejected"]
-    if chosen is None or rejected is None or (prompt is None and not implicit):
-        return "missing_value"
-    chat = _is_chat(chosen, f"{where}, chosen")
-    if chat != _is_chat(rejected, f"{where}, rejected"):
-        raise DataError(f"{where}: one of chosen and rejected is a string, the other a message list; make them alike.")
-    if _is_empty(chosen) or _is_empty(rejected):
-        return "empty_completion"
-    warn = []
-    if implicit or (chat and isinstance(prompt, str)):
-        # Some public sets repeat the question as a string beside whole conversations: the conversations are meant.
-        prompt, chosen, rejected = _split_prompt(chosen, rejected)
-        if _is_empty(chosen) or _is_empty(rejected):
-            return "empty_completion"
-    else:
-        if chat != _is_chat(prompt, f"{where}, prompt"):
-            raise DataError(f"{where}: the prompt is a message list but chosen and rejected are strings.")
-        size = len(prompt)
-        if chat and size and chosen[:size] == prompt and rejected[:size] == prompt:
-            warn = ["prompt_repeated"]
-    if chat and not prompt:
-        return "no_prompt"
-    return _Pair(prompt, chosen, rejected, _template_kwargs(row) if chat else {}, warn)
-
-
-def _is_chat(value: Any, where: str) -> bool:
-    """True for a message list, False for a string, DataError for anything else."""
-    if isinstance(value, str):
-        return False
-    if not isinstance(value, list):
-        raise DataError(f"{where}: needed a string or a list of messages, found {type_name(value)}.")
-    for message in value:
-        if not isinstance(message, dict) or "role" not in message:
-            found = f"one with the keys {', '.join(message)}" if isinstance(message, dict) else type_name(message)
-            raise DataError(f'{where}: each message must be {{"role": ..., "content": ...}}, found {found}.')
-    return True
-
-
-def _is_empty(completion: str | list[dict[str, Any]]) -> bool:
-    """No text, and nothing that stands for text (a tool call)."""
-    if isinstance(completion, str):
-        return not completion.strip()
-    return not any(_has_substance(message) for message in completion)
-
-
-def _has_substance(message: dict[str, Any]) -> bool:
-    content = message.get("content")
-    said = bool(content.strip()) if isinstance(content, str) else bool(content)
-    return said or any(value for key, value in message.items() if key not in ("role", "content", "name"))
-
-
-def _split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """The shared beginning of two texts or conversations, and what is left of each.
-
-    The same cut as TRL's: one element is always left to each, and a space before the point where two texts part goes
-    to the completions.
+    Raises:
+        DataError, ValueError, TypeError: as ``prepare``, except that no row need be left.
     """
-    cut = min(common_prefix_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-    parts = chosen[cut] != rejected[cut]
-    if parts and cut > 0 and chosen[cut - 1] == " ":
-        cut -= 1
-    return chosen[:cut], chosen[cut:], rejected[cut:]
+    check_truncation(max_length, truncation_mode)
+    if not isinstance(dataset, datasets.Dataset):
+        raise TypeError(
+            f"prepare needs a datasets.Dataset, got {type(dataset).__name__}. Pick a split of a DatasetDict; build a "
+            "Dataset from a list with Dataset.from_list, from a stream with Dataset.from_generator."
+        )
+    if len(dataset) == 0:
+        raise DataError("The dataset has no rows.")
+    check_columns(dataset)
 
-
-def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
-    tools = row.get("tools")
-    return {"tools": json.loads(tools) if isinstance(tools, str) else tools} | (row.get("chat_template_kwargs") or {})
-
-
-def _tokenize_pairs(
-    pairs: dict[int, _Pair], indices: list[int], tokenizer: PreTrainedTokenizerBase
-) -> Iterable[tuple[int, tuple[list[int], list[int], list[int]]]]:
-    """(prompt, prompt + chosen, prompt + rejected) as ids, for each pair."""
-    texts = [i for i, pair in pairs.items() if isinstance(pair.prompt, str)]
-    yield from _tokenize_texts(texts, pairs, tokenizer)
-    # One call of the template per set of arguments: nearly always one for the whole batch.
-    groups: dict[str, list[int]] = {}
-    for i in pairs.keys() - set(texts):
-        groups.setdefault(repr(pairs[i].template_kwargs), []).append(i)
-    for rows in groups.values():
-        yield from _tokenize_chats(rows, pairs, indices, tokenizer)
-
-
-def _tokenize_texts(rows: list[int], pairs: dict[int, _Pair], tokenizer: PreTrainedTokenizerBase) -> Iterable[Any]:
-    if not rows:
-        return
-    eos = tokenizer.eos_token
-    if eos is None:
-        raise DataError("The tokenizer has no EOS token to end a completion with; set tokenizer.eos_token.")
-    texts = []
-    for i in rows:
-        pair = pairs[i]
-        chosen, rejected = (text if text.endswith(eos) else text + eos for text in (pair.chosen, pair.rejected))
-        texts += [pair.prompt, pair.prompt + chosen, pair.prompt + rejected]
-    ids = tokenizer(text=texts)["input_ids"]
-    yield from zip(rows, zip(ids[0::3], ids[1::3], ids[2::3], strict=True), strict=True)
-
-
-def _tokenize_chats(
-    rows: list[int], pairs: dict[int, _Pair], indices: list[int], tokenizer: PreTrainedTokenizerBase
-) -> Iterable[Any]:
-    kwargs = pairs[rows[0]].template_kwargs
-    prompts = [pairs[i].prompt for i in rows]
-    wholes = [pairs[i].prompt + side for i in rows for side in (pairs[i].chosen, pairs[i].rejected)]
-    try:
-        prompt_ids = _apply_template(tokenizer, prompts, add_generation_prompt=True, **kwargs)
-        whole_ids = _apply_template(tokenizer, wholes, **kwargs)
-    except Exception as error:  # templates raise whatever their authors chose
-        if len(rows) > 1:  # one at a time, to find the row
-            for i in rows:
-                yield from _tokenize_chats([i], pairs, indices, tokenizer)
-            return
-        raise DataError(
-            f"row {indices[rows[0]]}: the chat template refused the messages: {first_line(str(error) or repr(error))} "
-            f"(roles: {', '.join(str(message['role']) for message in wholes[0])})"
-        ) from error
-    yield from zip(rows, zip(prompt_ids, whole_ids[0::2], whole_ids[1::2], strict=True), strict=True)
-
-
-def _apply_template(tokenizer: PreTrainedTokenizerBase, chats: list[Any], **kwargs: Any) -> list[list[int]]:
-    return tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True, **kwargs)["input_ids"]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Accounting
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _account(
-    tokenised: datasets.Dataset, max_length: int | None, truncation_mode: str
-) -> tuple[np.ndarray, DataSummary]:
-    """Which rows stay, and the summary of all."""
-    prompt, chosen, rejected = (_list_lengths(tokenised, name) for name in TOKEN_COLUMNS)
-    drop = np.array(tokenised["drop"][:], dtype=object)
-    if max_length is not None and truncation_mode == "keep_start":
-        drop[(drop == "") & (prompt >= max_length)] = "prompt_too_long"
-    kept = np.flatnonzero(drop == "")
-    summary = DataSummary(len(tokenised), len(kept), max_length, truncation_mode)
-    for reason in DROP_REASONS:
-        _count(summary, summary.dropped, reason, np.flatnonzero(drop == reason))
-    # A row that is too long counts here: these figures are what one chooses max_length by.
-    measured = np.flatnonzero((drop == "") | (drop == "prompt_too_long"))
-    if len(measured):
-        summary.lengths = _length_stats(prompt[measured], chosen[measured], rejected[measured])
-    limit = np.inf if max_length is None else max_length
-    for name, completion in (("chosen", chosen), ("rejected", rejected)):
-        summary.truncated[name] = int(np.sum((prompt + completion)[kept] > limit))
-    for reason, rows in _doubtful_rows(tokenised, kept, prompt, chosen, rejected, summary).items():
-        _count(summary, summary.warned, reason, rows)
-    return kept, summary
-
-
-def _count(summary: DataSummary, counts: dict[str, int], reason: str, rows: Sequence[int]) -> None:
-    if len(rows):
-        counts[reason] = len(rows)
-        summary.first_rows[reason] = [int(row) for row in rows[:3]]
-
-
-def _length_stats(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> dict[str, LengthStats]:
-    named = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    named["longest"] = prompt + np.maximum(chosen, rejected)
-    return {name: LengthStats.of(lengths) for name, lengths in named.items()}
-
-
-def _doubtful_rows(
-    tokenised: datasets.Dataset,
-    kept: np.ndarray,
-    prompt: np.ndarray,
-    chosen: np.ndarray,
-    rejected: np.ndarray,
-    summary: DataSummary,
-) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {reason: [] for reason in WARN_REASONS}
-    warn = tokenised["warn"][:]
-    for row in kept.tolist():
-        for reason in warn[row]:
-            found[reason].append(row)
-        limit = summary.max_length
-        too_long = limit is not None and prompt[row] + max(chosen[row], rejected[row]) > limit
-        if too_long and "identical" not in warn[row]:
-            ids = tokenised[row]
-            sides = [_cut(ids["prompt_ids"], ids[name], limit, summary.truncation_mode) for name in TOKEN_COLUMNS[1:]]
-            if sides[0] == sides[1]:
-                found["identical_after_truncation"].append(row)
-    return found
-
-
-def _list_lengths(dataset: datasets.Dataset, name: str) -> np.ndarray:
-    return pc.list_value_length(dataset.data.column(name)).to_numpy()
-
-
-def _nothing_left_message(summary: DataSummary) -> str:
-    main = max(summary.dropped, key=lambda reason: summary.dropped[reason])
-    others = "".join(
-        f" {count} more: {DROP_REASONS[reason]}." for reason, count in summary.dropped.items() if reason != main
+    carried = [name for name in REFERENCE_COLUMNS if name in dataset.column_names]
+    token_list = datasets.List(datasets.Value("int32"))
+    tokenised = dataset.map(
+        tokenize_batch,
+        batched=True,
+        with_indices=True,
+        fn_kwargs={"tokenizer": tokenizer, "implicit": "prompt" not in dataset.column_names},
+        remove_columns=[name for name in dataset.column_names if name not in carried],
+        features=datasets.Features(
+            {name: dataset.features[name] for name in carried}
+            | dict.fromkeys(TOKEN_COLUMNS, token_list)
+            | {"drop": datasets.Value("string"), "warn": datasets.List(datasets.Value("string"))}
+        ),
+        num_proc=num_proc,
+        desc="Tokenizing preference pairs",
     )
-    limit = f" (max_length is {summary.max_length})" if main == "prompt_too_long" else ""
-    return (
-        f"No row is left of {summary.rows_in}. {summary.dropped[main]} dropped because {DROP_REASONS[main]}{limit}: "
-        f"{DROP_REMEDIES[main]}.{others}"
-    )
+    kept, summary = account(tokenised, max_length, truncation_mode, batch_size)
+    summary.unused_columns = [name for name in dataset.column_names if name not in (*USED_COLUMNS, *carried)]
+    return tokenised, kept, summary
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Batches
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def _cut(
-    prompt: list[int], completion: list[int], max_length: int | None, truncation_mode: str
-) -> tuple[list[int], list[int]]:
-    """(ids, completion mask) of one sequence, at most ``max_length`` long."""
-    ids, mask = prompt + completion, [0] * len(prompt) + [1] * len(completion)
-    if max_length is None or len(ids) <= max_length:
-        return ids, mask
-    if truncation_mode == "keep_start":
-        return ids[:max_length], mask[:max_length]
-    return ids[-max_length:], mask[-max_length:]
 
 
 @dataclass
@@ -419,11 +179,11 @@ class PreferenceCollator:
     pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
-        _check_truncation(self.max_length, self.truncation_mode)
+        check_truncation(self.max_length, self.truncation_mode)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         sequences = [
-            _cut(row["prompt_ids"], row[side], self.max_length, self.truncation_mode)
+            cut(row["prompt_ids"], row[side], self.max_length, self.truncation_mode)
             for side in ("chosen_ids", "rejected_ids")
             for row in rows
         ]

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import gzip
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 
+# Each also with .gz behind it, but for parquet, which is compressed inside.
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+# What rows may have beside the reference's log-probabilities; other columns are left out, and named in the summary.
+USED_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+
+
+# An answer "NA", "None" or "42" is text, and so is an empty cell.
+CSV_OPTIONS = {"keep_default_na": False, "converters": dict.fromkeys(("prompt", "chosen", "rejected"), str)}
+# Columns in which public sets keep the prompt under another name.
+PROMPT_NAMES = ("question", "instruction", "input", "query", "context", "user", "problem")
 
 
 class DataError(ValueError):
@@ -23,7 +34,7 @@ def load_preferences(name: str, *, split: str = "train", config_name: str | None
 
     Args:
         name: a dataset id on the Hugging Face Hub; or a folder, written by ``save_to_disk`` or holding json, jsonl,
-            parquet or csv files; or one such file.
+            parquet or csv files; or one such file, also with .gz (but for parquet).
         split: which split; slices such as ``train[:90%]`` work everywhere. A single file has one split, ``train``.
         config_name: the configuration, where a Hub dataset or a folder has several.
 
@@ -52,7 +63,20 @@ def load_preferences(name: str, *, split: str = "train", config_name: str | None
 
 def _looks_like_a_path(name: str) -> bool:
     """A Hub id is ``name`` or ``owner/name``, with no file extension of ours."""
-    return name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name or Path(name).suffix in FILE_FORMATS
+    return name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name or _format_of(Path(name)) is not None
+
+
+def _format_of(path: Path) -> str | None:
+    """The loader for a file, by its extensions; None if there is none."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".gz"]:
+        file_format = FILE_FORMATS.get("".join(suffixes[-2:-1]))
+        return None if file_format == "parquet" else file_format
+    return FILE_FORMATS.get("".join(suffixes[-1:]))
+
+
+def _open(path: Path) -> BinaryIO:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _missing_path_message(path: Path) -> str:
@@ -64,34 +88,43 @@ def _missing_path_message(path: Path) -> str:
 
 
 def _load_file(path: Path, split: str) -> datasets.Dataset:
-    file_format = FILE_FORMATS.get(path.suffix.lower())
+    file_format = _format_of(path)
     if file_format is None:
         raise DataError(
             f"{path}: unknown extension {path.suffix or '(none)'!r}. Files with the extension "
-            f"{', '.join(FILE_FORMATS)} can be read."
+            f"{', '.join(FILE_FORMATS)}, and these with .gz, can be read."
         )
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes).")
-    if file_format == "json":
-        _check_json(path)
-    return _call_loader(lambda: datasets.load_dataset(file_format, data_files=str(path), split=split), str(path))
+    try:
+        if file_format != "parquet":
+            _check_encoding(path)
+        if file_format == "json":
+            _check_json(path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+    options = CSV_OPTIONS if file_format == "csv" else {}
+    return _call_loader(
+        lambda: datasets.load_dataset(file_format, data_files=str(path), split=split, **options), str(path)
+    )
 
 
 def _load_folder(path: Path, split: str, config_name: str | None) -> datasets.Dataset:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _call_loader(lambda: _load_saved(path, split), str(path))
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in FILE_FORMATS)
+    files = sorted(p for p in path.rglob("*") if _format_of(p) is not None)
     if not files:
         raise DataError(
             f"{path}: nothing to read in this folder. It should have been written by save_to_disk, or hold "
             f"{', '.join(FILE_FORMATS)} files."
         )
+    options = CSV_OPTIONS if all(_format_of(file) == "csv" for file in files) else {}
     try:
-        return _call_loader(lambda: datasets.load_dataset(str(path), config_name, split=split), str(path))
+        return _call_loader(lambda: datasets.load_dataset(str(path), config_name, split=split, **options), str(path))
     except DataError:
         # The loader seldom says which file it stumbled over. If it is the text of one, this raises something better.
         for file in files:
-            if FILE_FORMATS[file.suffix.lower()] == "json":
+            if _format_of(file) == "json":
                 _check_json(file)
         raise
 
@@ -136,18 +169,26 @@ def first_line(text: str) -> str:
     return text.strip().splitlines()[0]
 
 
+def _check_encoding(path: Path) -> None:
+    """Name what a spreadsheet or a Windows editor may have written instead of UTF-8."""
+    with _open(path) as file:
+        start = file.read(4)
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or (len(start) > 1 and start.count(0) * 2 >= len(start)):
+        raise DataError(f"{path} is UTF-16 or UTF-32 text. Save the file as UTF-8.")
+
+
 def _check_json(path: Path) -> None:
     """Parse a file line by line (or whole, when it is one JSON list), to name the line on which it breaks.
 
     The loader's own messages count characters or blocks, and it accepts some things that would surprise later on.
     """
-    with path.open("rb") as file:
+    with _open(path) as file:
         start = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith(b"["):
         _check_json_list(path)
         return
     rows = 0
-    with path.open("rb") as file:
+    with _open(path) as file:
         for number, raw in enumerate(file, 1):
             line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
             if line.strip():
@@ -167,13 +208,24 @@ def _check_json_line(line: bytes, where: str) -> None:
             f"{where}: not valid JSON: {error.msg} at column {error.colno}. Each line must be one whole JSON object; "
             "mend or remove this line."
         ) from error
+    if b"\\ud" in line.lower() and _has_lone_surrogate(row):
+        raise DataError(f"{where}: half of a surrogate pair (\\ud8xx without \\udcxx): a character was cut in two.")
     if not isinstance(row, dict):
         raise DataError(f"{where}: each line must be a JSON object, this one is {type_name(row)}.")
 
 
+def _has_lone_surrogate(row: Any) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def _check_json_list(path: Path) -> None:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        with _open(path) as file:
+            rows = json.loads(file.read().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 (byte {error.start + 1}). Save the file as UTF-8.") from error
     except json.JSONDecodeError as error:
@@ -195,6 +247,15 @@ def check_columns(dataset: datasets.Dataset, source: str = "the dataset") -> Non
             f"{', '.join(map(repr, found))}. Needed: 'chosen' and 'rejected', and 'prompt' unless both begin with it "
             f"(dataset.rename_column renames).{hints}"
         )
+    texts = dataset.features["chosen"]
+    if "prompt" not in found and isinstance(texts, datasets.Value) and texts.dtype != "null":
+        # Without a prompt column, what chosen and rejected share would be the prompt.
+        near = [name for name in found if name.lower() in (*PROMPT_NAMES, "prompts", "prompt")]
+        if near:
+            raise DataError(
+                f"{source}: no column 'prompt', but {', '.join(map(repr, near))}, which would be left out. Rename it "
+                "to 'prompt', or remove it if chosen and rejected begin with the prompt."
+            )
     images = [name for name in ("image", "images") if name in found]
     if images:
         raise DataError(f"{source}: column {images[0]!r} found, but only text pairs can be trained on; remove it.")

@@ -1,4 +1,4 @@
-"""Short names for large things: weights, a tokenizer, the token ids of rows. Equal things have equal fingerprints.
+"""Short names for large things: weights, a tokenizer, a chat template. Equal things have equal fingerprints.
 
 Fingerprints are of values, not of files or storage, so that a model is the same model whether it was loaded from one
 file or from ten, in bfloat16 or in float32 with the same values, with an adapter on it or not.
@@ -13,17 +13,10 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-
-from fastdpo.data_files import TOKEN_COLUMNS
-
-ROW_DIGEST_BYTES = 16
 
 _CHUNK = 1 << 24  # elements hashed at a time: 64 MB of float32
 # What a configuration says about the process, the generation or the training, and not about the function computed.
@@ -126,30 +119,3 @@ def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def _sha256_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def row_digests(dataset: Dataset) -> np.ndarray:
-    """uint8 [rows, 16]: a digest of each row's prompt, chosen and rejected ids, before any cut."""
-    digests = []
-    for table in dataset.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(batch_size=1000):
-        columns = [_ids_and_ends(table.column(name)) for name in TOKEN_COLUMNS]
-        for row in range(table.num_rows):
-            parts = [ids[ends[row] : ends[row + 1]] for ids, ends in columns]
-            digest = hashlib.blake2b(np.array([len(part) for part in parts], np.int64), digest_size=ROW_DIGEST_BYTES)
-            for part in parts:
-                digest.update(part)
-            digests.append(digest.digest())
-    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, ROW_DIGEST_BYTES)
-
-
-def _ids_and_ends(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """All ids of a column of lists, one after another, and where each row's begin; one entry more than rows."""
-    lists = column.combine_chunks()
-    lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
-    ids = lists.flatten().cast(pa.int64()).to_numpy(zero_copy_only=False)
-    return ids, np.concatenate([[0], np.cumsum(lengths)])
-
-
-def rows_fingerprint(digests: np.ndarray) -> str:
-    """sha256 over the digests of rows, in their order."""
-    return hashlib.sha256(np.ascontiguousarray(digests)).hexdigest()

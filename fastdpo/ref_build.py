@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 
 from fastdpo.data import REFERENCE_COLUMNS
 from fastdpo.data_files import TOKEN_COLUMNS
-from fastdpo.fingerprints import row_digests, rows_fingerprint
 from fastdpo.ref_cache import CacheKey, RefCache, RefCacheError
+from fastdpo.row_digests import row_digests, rows_fingerprint
 
 # A kill costs no more than this, and a write is small beside it.
 PART_SECONDS = 20.0

@@ -29,7 +29,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fastdpo.fingerprints import rows_fingerprint
+from fastdpo.row_digests import rows_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -32,6 +32,7 @@ def reference_identity(
         mixed_precision: accelerate's name of the type under autocast; ``no`` for none.
     """
     dtype = str(model.dtype).removeprefix("torch.")
+    collator = getattr(collator, "padded", collator)  # one that packs rows holds the one that cuts them
     kind = collator if hasattr(collator, "__qualname__") else type(collator)
     options = dataclasses.asdict(collator) if isinstance(collator, PreferenceCollator) else {}
     return {

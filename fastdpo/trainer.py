@@ -209,6 +209,8 @@ class DPOTrainer(Trainer):
                 max_length=args.max_length,
                 truncation_mode=args.truncation_mode,
                 num_proc=args.dataset_num_proc,
+                batch_size=args.per_device_train_batch_size,
+                strict=args.strict,
             )
         return dataset
 

@@ -30,8 +30,6 @@ from fastdpo.data_files import TOKEN_COLUMNS
 from fastdpo.fingerprints import (
     base_weights,
     config_facts,
-    row_digests,
-    rows_fingerprint,
     template_fingerprint,
     tokenizer_fingerprint,
     weights_fingerprint,
@@ -39,6 +37,7 @@ from fastdpo.fingerprints import (
 from fastdpo.ref_build import ReferenceBuilder, longer_lengths, sorted_batches
 from fastdpo.ref_cache import LOGPS, MANIFEST, PARTS, ROWS, CacheKey, RefCache, RefCacheError
 from fastdpo.ref_identity import reference_identity, row_words
+from fastdpo.row_digests import row_digests, rows_fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
