@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_ENOUGH_PAIRS = 4096  # in random batches, for a mean of their widths
+# In random batches, for a mean of their widths; few pairs need not be drawn that often.
+_ENOUGH_PAIRS, _ENOUGH_ORDERS = 4096, 32
 
 
 @dataclass
@@ -48,10 +49,9 @@ def estimate_work(
     head = completions[0] + completions[1] - (prompts[0] == 0) - (prompts[1] == 0)
     width = np.maximum(prompts[0] + completions[0], prompts[1] + completions[1])
     size = min(batch_size, len(width))
-    random, widest = np.random.default_rng(0), []
-    while sum(map(len, widest)) * size < _ENOUGH_PAIRS:
-        order = random.permutation(width)
-        widest.append(order[: len(order) // size * size].reshape(-1, size).max(1))
+    random, whole = np.random.default_rng(0), len(width) // size * size
+    orders = min(_ENOUGH_ORDERS, -(-_ENOUGH_PAIRS // whole))
+    widest = [random.permutation(width)[:whole].reshape(-1, size).max(1) for _ in range(orders)]
     return Work(
         batch_size=size,
         padded=2 * size * float(np.concatenate(widest).mean()),
