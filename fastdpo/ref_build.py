@@ -114,13 +114,15 @@ class ReferenceBuilder:
 
     def _complete(self, cache: RefCache, dataset: Dataset, name: str, batch_size: int) -> int:
         """Compute what is missing; returns how many rows were not."""
+        start = time.perf_counter()
         with contextlib.ExitStack() as stack:
             # In the main process alone; that it could not, all hear.
             self._from_main(lambda: stack.enter_context(cache.lock()))
             key, done = self._from_main(lambda: self._begin_or_go_on(cache, dataset, name, batch_size))
             self._compute(cache, key, done, dataset, name, batch_size)
             self.accelerator.wait_for_everyone()
-            self._from_main(lambda: cache.finish(key, self._about(name, batch_size)))
+            seconds = {"seconds_of_the_last_run": round(time.perf_counter() - start, 1)}
+            self._from_main(lambda: cache.finish(key, self._about(name, batch_size) | seconds))
         return int(done.sum())
 
     def _begin_or_go_on(
@@ -187,7 +189,7 @@ class ReferenceBuilder:
 
     def _about(self, name: str, batch_size: int) -> dict[str, Any]:
         return self.about | {
-            "dataset": name,
+            "split": name,
             "batch_size": batch_size,
             "processes": self.accelerator.num_processes,
             "device": str(self.accelerator.device),

@@ -151,7 +151,7 @@ class RefCache:
             return "the same rows in another order"
         first = int(differing[0])
         more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
-        return f"{counts + ', ' if counts else ''}row {first} differs ({describe_row(first)}){more}"
+        return f"{counts + ', ' if counts else ''}kept row {first} differs ({describe_row(first)}){more}"
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """(chosen, rejected), each [rows], of a complete cache.

@@ -18,6 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from tiny_models import make_model
 from toy_data import CHAT_TEMPLATE, chat_rows, make_tokenizer, text_rows, write_jsonl
+from transformers import AutoModelForCausalLM
 
 from fastdpo import ref_build
 from fastdpo.cli import main
@@ -276,14 +277,9 @@ def test_a_batch_size_for_the_reference_needs_no_other_flag(model: Path, pairs: 
 def make_trainer(output_dir: Path, *, model: Any = None, **options: Any) -> DPOTrainer:
     rows = Dataset.from_list(text_rows(9))
     given = {name: options.pop(name) for name in ("ref_model", "peft_config") if name in options}
-    args = DPOConfig(
-        str(output_dir),
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        max_steps=1,
-        **({"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "ref_cache": str(output_dir)} | options),
-    )
+    settings = {"max_steps": 1, "save_strategy": "no", "ref_cache": str(output_dir)}
+    settings |= {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+    args = DPOConfig(str(output_dir), use_cpu=True, disable_tqdm=True, **(settings | options))
     return DPOTrainer(
         model or make_model("llama"),
         args=args,
@@ -305,6 +301,22 @@ def test_evaluation_sets_have_caches_of_their_own(tmp_path: Path) -> None:
     trainer.train()
     assert {"eval_one_loss", "eval_two_loss"} <= trainer.evaluate().keys()
     assert all(split.rows_read == split.rows for split in make_trainer(tmp_path).reference_splits.values())
+
+
+def test_the_reference_is_where_the_run_began_also_when_it_is_resumed(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    first = make_trainer(tmp_path / "run", max_steps=2, **options)
+    first.train()
+    # Its cache is not there any more, and its checkpoint is.
+    resumed = make_trainer(tmp_path / "run", max_steps=3, ref_cache=str(tmp_path / "other"), **options)
+    assert resumed.reference_splits["train"].rows_read == 0
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert resumed.state.global_step == 3
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        assert resumed.train_dataset[name][:] == first.train_dataset[name][:]
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
+    with pytest.raises(RefCacheError, match="the weights differ"):
+        make_trainer(tmp_path / "run", model=trained)
 
 
 def test_the_reference_that_is_given_is_the_one_that_counts(tmp_path: Path) -> None:

@@ -128,7 +128,8 @@ def test_the_manifest_is_for_people(tmp_path: Path) -> None:
     assert manifest["key"] == IDENTITY | {"num_rows": 11, "rows": rows_fingerprint(row_digests(token_rows()))}
     assert manifest["about"]["model"] == "toy"
     assert manifest["about"]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
-    assert {"time", "batch_size", "device", "processes"} <= manifest["about"].keys()
+    assert manifest["about"]["split"] == "train"
+    assert {"time", "seconds_of_the_last_run", "batch_size", "device", "processes"} <= manifest["about"].keys()
 
 
 class Stop(Exception):
@@ -318,7 +319,7 @@ def changed(rows: list[dict[str, Any]], *which: int) -> list[dict[str, Any]]:
         (lambda rows: changed(rows, 7), r"row 7 differs \(the one with prompt \[1, 2, 3\]\)\."),
         (lambda rows: changed(rows, 2, 7, 8), r"row 2 differs \(.*\), and 2 more"),
         (lambda rows: rows[:-1], "11 rows there, 10 here, equal as far as both go"),
-        (lambda rows: rows[1:], r"11 rows there, 10 here, row 0 differs \(.*\), and 9 more"),
+        (lambda rows: rows[1:], r"11 rows there, 10 here, kept row 0 differs \(.*\), and 9 more"),
         (lambda rows: rows[::-1], "the same rows in another order"),
         # A token that changes sides changes the mask, and no concatenation.
         (
