@@ -93,7 +93,6 @@ class DPOTrainer(Trainer):
 
     Attributes:
         data_summaries: what :func:`fastdpo.data.prepare` said about each dataset that it tokenised, by name.
-
         reference_splits: with ``args.precompute_ref_log_probs``, what was read and computed for each dataset, by name.
 
     Raises:
