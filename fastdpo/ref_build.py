@@ -104,6 +104,14 @@ class ReferenceBuilder:
         self.splits[name] = CachedSplit(cache.folder, len(dataset), rows_read, time.perf_counter() - start)
         return dataset
 
+    def with_columns_in_all(
+        self, datasets: Dataset | dict[str, Dataset] | None, name: str, batch_size: int
+    ) -> Dataset | dict[str, Dataset] | None:
+        """The same for what ``Trainer`` takes for evaluation: a dataset, several by name, or None."""
+        if isinstance(datasets, dict):
+            return {key: self.with_columns(rows, f"{name}-{key}", batch_size) for key, rows in datasets.items()}
+        return None if datasets is None else self.with_columns(datasets, name, batch_size)
+
     def _is_complete(self, cache: RefCache, dataset: Dataset) -> bool:
         # Without the lock, which readers need not have: a complete cache does not change.
         manifest = cache.manifest()

@@ -283,13 +283,7 @@ class DPOTrainer(Trainer):
             model.disable_adapter() if without_adapter else contextlib.nullcontext(),
         ):
             self.train_dataset = builder.with_columns(self.train_dataset, "train", train_size)
-            if isinstance(self.eval_dataset, dict):
-                self.eval_dataset = {
-                    name: builder.with_columns(rows, f"eval-{name}", eval_size)
-                    for name, rows in self.eval_dataset.items()
-                }
-            elif self.eval_dataset is not None:
-                self.eval_dataset = builder.with_columns(self.eval_dataset, "eval", eval_size)
+            self.eval_dataset = builder.with_columns_in_all(self.eval_dataset, "eval", eval_size)
         self.reference_splits = builder.splits
         self.ref_model, self._ref_head = None, None
 
