@@ -353,7 +353,7 @@ def _doubtful_rows(
         too_long = limit is not None and prompt[row] + max(chosen[row], rejected[row]) > limit
         if too_long and "identical" not in warn[row]:
             ids = tokenised[row]
-            sides = [_cut(ids["prompt_ids"], ids[name], limit, summary.truncation_mode) for name in TOKEN_COLUMNS[1:]]
+            sides = [cut(ids["prompt_ids"], ids[name], limit, summary.truncation_mode) for name in TOKEN_COLUMNS[1:]]
             if sides[0] == sides[1]:
                 found["identical_after_truncation"].append(row)
     return found
@@ -380,7 +380,7 @@ def _nothing_left_message(summary: DataSummary) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _cut(
+def cut(
     prompt: list[int], completion: list[int], max_length: int | None, truncation_mode: str
 ) -> tuple[list[int], list[int]]:
     """(ids, completion mask) of one sequence, at most ``max_length`` long."""
@@ -400,7 +400,7 @@ class PreferenceCollator:
 
     - ``input_ids``, ``attention_mask``, ``completion_mask``: int64 [2B, T]. ``completion_mask`` is 1 on the tokens of
       the completion, and 0 on prompt and padding.
-    - ``ref_chosen_logps``, ``ref_rejected_logps``: float32 [B], when the rows have them.
+    - ``ref_chosen_logps``, ``ref_rejected_logps``: float64 [B], when the rows have them.
 
     Args:
         pad_token_id: what to pad ``input_ids`` with.
@@ -423,7 +423,7 @@ class PreferenceCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         sequences = [
-            _cut(row["prompt_ids"], row[side], self.max_length, self.truncation_mode)
+            cut(row["prompt_ids"], row[side], self.max_length, self.truncation_mode)
             for side in ("chosen_ids", "rejected_ids")
             for row in rows
         ]
@@ -440,7 +440,7 @@ class PreferenceCollator:
         }
         for name in REFERENCE_COLUMNS:
             if name in rows[0]:
-                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
+                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float64)
         return batch
 
     def _stack(self, lists: list[list[int]], padding: int) -> torch.Tensor:
