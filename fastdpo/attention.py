@@ -173,7 +173,8 @@ class RowAttention:
             if backend == "flash":
                 # One name for each kernel. The word "flash" would make models prepare masks of its own kind.
                 self._name = f"fastdpo_rows_{own.replace('flash', 'fl')}"
-        AttentionInterface.register(self._name, partial(_forward, attend))
+        self._attend = partial(_forward, attend)
+        AttentionInterface.register(self._name, self._attend)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -186,6 +187,22 @@ class RowAttention:
         finally:
             for config, own in zip(self._configs, before, strict=True):
                 config._attn_implementation = own
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[list[int | None]]:
+        """As :meth:`active`, with a list that each call of the attention adds its sliding window to."""
+        windows: list[int | None] = []
+
+        def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+            windows.append(kwargs.get("sliding_window"))
+            return self._attend(*args, **kwargs)
+
+        AttentionInterface.register(self._name, attend)
+        try:
+            with self.active():
+                yield windows
+        finally:
+            AttentionInterface.register(self._name, self._attend)
 
 
 def _forward(

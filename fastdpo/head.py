@@ -247,8 +247,7 @@ class FusedHead:
         """The log-probabilities [B, K] of targets [B, K] at columns [K], the head's result, and the model's."""
         if isinstance(model, nn.DataParallel):
             raise NotImplementedError("nn.DataParallel is not supported; start one process per device (torchrun)")
-        if self._transform is None:
-            self.inspect(model)
+        self.inspect_once(model)
         scoring = _Scoring(targets, columns, input_ids.shape[1], tuple(outputs), self._transform, num_scored)
         if self._has_logits_to_keep:
             model_kwargs = {**model_kwargs, "logits_to_keep": columns}
@@ -286,6 +285,11 @@ class FusedHead:
         if probing.sent is None:
             raise self._not_called()
         self._transform = self._fit(probing.sent.flatten(), logits.flatten())
+
+    def inspect_once(self, model: nn.Module) -> None:
+        """:meth:`inspect`, unless that was done."""
+        if self._transform is None:
+            self.inspect(model)
 
     def _run(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, **model_kwargs: Any) -> Any:
         if self._has_use_cache:
