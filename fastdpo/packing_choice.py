@@ -82,6 +82,7 @@ def choose_packing(
     obstacles: dict[str, str | None],
     max_length: int | None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    unchecked: bool = False,
 ) -> Packing:
     """The layout to use.
 
@@ -92,6 +93,7 @@ def choose_packing(
         obstacles: layout -> why the run's other settings rule it out, or None.
         max_length: most tokens of a sequence.
         autocast: makes the context that the models run in.
+        unchecked: the models cannot be run yet: leave :func:`check_rows` to the caller.
 
     Raises:
         NotImplementedError: the layout that was asked for does not suit; the message says why.
@@ -103,7 +105,7 @@ def choose_packing(
         reason = obstacles.get(layout)
         if reason is None:
             try:
-                backend = [_find_backend(scorer, layout, max_length, autocast) for scorer in scorers][0]
+                backend = _find_backend(scorers, layout, max_length, autocast, unchecked)
                 return Packing(layout, backend, tuple(reasons))
             except RowsNotSupportedError as error:
                 reason = str(error)
@@ -133,22 +135,29 @@ def backends_for(lm: PreTrainedModel, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def _find_backend(
-    scorer: Scorer, layout: str, max_length: int | None, autocast: Callable[[], AbstractContextManager[None]]
+    scorers: Sequence[Scorer],
+    layout: str,
+    max_length: int | None,
+    autocast: Callable[[], AbstractContextManager[None]],
+    unchecked: bool,
 ) -> str:
     """The first back end with which the layout is right; RowsNotSupportedError, for the last one's reason, if none."""
     with autocast():
-        device = scorer.lm.device.type
-        enabled = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if enabled else scorer.lm.dtype
-        *others, last = backends_for(scorer.lm, dtype)
-        for backend in others:
+        lm = scorers[0].lm
+        device = lm.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else lm.dtype
+        candidates = backends_for(lm, dtype)
+        if unchecked:
+            return candidates[0]
+        for backend in candidates:
             try:
-                check_rows(scorer, layout, backend, max_length, dtype)
+                for scorer in scorers:
+                    check_rows(scorer, layout, backend, max_length, dtype)
                 return backend
             except RowsNotSupportedError:
-                continue  # the last one's reason is the one that decides
-        check_rows(scorer, layout, last, max_length, dtype)
-    return last
+                if backend == candidates[-1]:
+                    raise
+    raise AssertionError("there is always a candidate")
 
 
 def check_rows(scorer: Scorer, layout: str, backend: str, max_length: int | None, dtype: torch.dtype) -> None:

@@ -24,7 +24,7 @@ class SequenceScores:
             of four of them, and float32 would round each by more than all its tokens' errors come to.
         tokens: [2B] int64, how many tokens were scored.
         outputs: name -> [2B] float64, detached: sums of those of :class:`fastdpo.head.HeadOutput` that were asked for.
-        model_output: what the model returned beside its logits.
+        model_output: what the model returned beside its logits; None where it ran more than once.
     """
 
     logps: Tensor
@@ -40,9 +40,7 @@ def micro_batches(batch: dict[str, Any]) -> list[dict[str, Any]]:
 
 def count_pairs(batch: dict[str, Any]) -> int:
     """The pairs of a batch, or of a micro-batch."""
-    return sum(
-        part["row"].pairs if "row" in part else part["input_ids"].shape[0] // 2 for part in micro_batches(batch)
-    )
+    return sum(part["row"].pairs if "row" in part else part["input_ids"].shape[0] // 2 for part in micro_batches(batch))
 
 
 def count_tokens(batch: dict[str, Any], *, padding: bool) -> int | Tensor:
@@ -102,6 +100,31 @@ def score_row(
         position_ids=row.position_ids,
         **{SEGMENTS: row.segments},
         **model_kwargs,
+    )
+
+
+def score_batch(
+    head: FusedHead,
+    attention: RowAttention | None,
+    model: nn.Module,
+    batch: dict[str, Any],
+    outputs: Sequence[str] = (),
+    **model_kwargs: Any,
+) -> SequenceScores:
+    """:func:`score_sequences` of all micro-batches, in the order of the batch's pairs."""
+    parts = [score_sequences(head, attention, model, part, outputs, **model_kwargs) for part in micro_batches(batch)]
+    if len(parts) == 1:
+        return parts[0]
+
+    def together(values: list[Tensor]) -> Tensor:
+        sides = zip(*(value.chunk(2) for value in values), strict=True)
+        return torch.cat([in_pair_order(side, batch) for side in sides])
+
+    return SequenceScores(
+        logps=together([part.logps for part in parts]),
+        tokens=together([part.tokens for part in parts]),
+        outputs={name: together([part.outputs[name] for part in parts]) for name in outputs},
+        model_output=None,
     )
 
 
