@@ -201,9 +201,12 @@ class RowCollator:
         if self.max_tokens is None:
             return [list(range(len(pairs)))]
         if self.layout == "padded":
-            widths = [max(len(p.chosen_context + p.chosen), len(p.rejected_context + p.rejected)) for p in pairs]
-            return split_padded(widths, self.max_tokens)
+            return split_padded([self._padded_width(pair) for pair in pairs], self.max_tokens)
         return split_packed([pair.row_tokens(self.layout == "shared") for pair in pairs], self.max_tokens)
+
+    def _padded_width(self, pair: Pair) -> int:
+        width = max(len(pair.chosen_context) + len(pair.chosen), len(pair.rejected_context) + len(pair.rejected))
+        return width + -width % (self.padded.pad_to_multiple_of or 1)
 
     def _collate(self, rows: list[dict[str, Any]], pairs: list[Pair], indices: list[int]) -> dict[str, Any]:
         chosen = [rows[i] for i in indices]

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -22,6 +22,9 @@ from fastdpo.data import PreferenceCollator
 from fastdpo.head import IGNORE_INDEX, FusedHead
 from fastdpo.packing import LAYOUTS, PackedRow, RowCollator
 from fastdpo.scoring import evaluating, score_row
+
+if TYPE_CHECKING:
+    from fastdpo.config import DPOConfig
 
 PACKINGS = ("auto", *LAYOUTS)
 
@@ -73,6 +76,31 @@ class Packing:
     def __str__(self) -> str:
         by = f" (attention: {self.backend})" if self.backend else ""
         return "; ".join([f"{_DESCRIPTIONS[self.layout]}{by}", *self.reasons])
+
+
+def obstacles_in(
+    args: DPOConfig, *, has_own_collator: bool, has_aux_loss: bool, has_dropout: bool
+) -> dict[str, str | None]:
+    """Layout -> why a run with these settings cannot have it, or None.
+
+    Args:
+        args: the run's.
+        has_own_collator: the caller gave a collator.
+        has_aux_loss: the loss has a load-balancing term.
+        has_dropout: the policy has a dropout that is not 0.
+    """
+    packed = shared = None
+    if has_own_collator:
+        packed = "data_collator is given, and makes the batches"
+    elif args.pad_to_multiple_of is not None:
+        packed = f"pad_to_multiple_of is {args.pad_to_multiple_of}, and packed rows are not padded"
+    elif args.torch_compile:
+        packed = "torch_compile is on, and every packed row would be compiled anew"
+    elif has_aux_loss:
+        shared = "the load-balancing loss of a mixture of experts counts a prompt once for each completion"
+    elif has_dropout:
+        shared = "dropout is active, and completions that share a prompt would share its noise"
+    return {"shared": packed or shared, "repeated": packed}
 
 
 def choose_packing(

@@ -20,12 +20,12 @@ _METRICS = {
 }
 
 
-def add(total: dict[str, Tensor] | None, addend: dict[str, Tensor]) -> dict[str, Tensor]:
+def add_sums(total: dict[str, Tensor] | None, addend: dict[str, Tensor]) -> dict[str, Tensor]:
     """The sums so far, and those of one more batch."""
     return addend if total is None else {name: total[name] + value for name, value in addend.items()}
 
 
-def means(sums: dict[str, float]) -> dict[str, float]:
+def means_of(sums: dict[str, float]) -> dict[str, float]:
     """name in the log -> mean, of what there are sums of."""
     return {
         name: sums[over] / sums[weight] for name, (over, weight) in _METRICS.items() if over in sums and sums[weight]

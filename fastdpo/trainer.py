@@ -38,7 +38,8 @@ from fastdpo.data_summary import DataSummary
 from fastdpo.head import FusedHead
 from fastdpo.loss import preference_loss
 from fastdpo.packing import RowCollator
-from fastdpo.packing_choice import Scorer, check_rows, choose_packing
+from fastdpo.packing_choice import Scorer, check_rows, choose_packing, obstacles_in
+from fastdpo.pair_metrics import add_sums, means_of
 from fastdpo.scoring import (
     SequenceScores,
     count_pairs,
@@ -64,21 +65,6 @@ logger = logging.getLogger(__name__)
 
 # The per-token outputs of the policy that metrics are made of.
 _OUTPUTS = ("entropy", "mean_logits", "is_top1")
-
-# name in the log -> (what is summed over pairs, the sum that it is divided by)
-_METRICS = {
-    "rewards/chosen": ("chosen_reward", "pairs"),
-    "rewards/rejected": ("rejected_reward", "pairs"),
-    "rewards/accuracies": ("accuracy", "pairs"),
-    "rewards/margins": ("margin", "pairs"),
-    "logps/chosen": ("chosen_logp", "pairs"),
-    "logps/rejected": ("rejected_logp", "pairs"),
-    "logits/chosen": ("chosen_logits", "chosen_tokens"),
-    "logits/rejected": ("rejected_logits", "rejected_tokens"),
-    "entropy": ("entropy", "tokens"),
-    "mean_token_accuracy": ("chosen_top1", "chosen_tokens"),
-    "aux_loss": ("aux_loss", "pairs"),
-}
 
 
 class DPOTrainer(Trainer):
@@ -165,6 +151,11 @@ class DPOTrainer(Trainer):
                 self._processing_class_source, args, needed=not is_tokenised(train_dataset)
             )
         has_own_collator = data_collator is not None
+        if has_own_collator and args.max_tokens_per_batch is not None:
+            raise ValueError(
+                f"max_tokens_per_batch is {args.max_tokens_per_batch}, but data_collator is given, and makes the "
+                "batches; leave one of them out"
+            )
         if data_collator is None:
             data_collator = PreferenceCollator(
                 pad_token_id=pad_token_id(model, processing_class, args.pad_token),
@@ -269,18 +260,6 @@ class DPOTrainer(Trainer):
     ) -> None:
         """Sets ``packing``, the collator that makes such batches, and the attention that they need."""
         args = self.args
-        either = None
-        if has_own_collator:
-            either = "data_collator is given, and makes the batches"
-        elif args.pad_to_multiple_of is not None:
-            either = f"pad_to_multiple_of is {args.pad_to_multiple_of}, and packed rows are not padded"
-        elif args.torch_compile:
-            either = "torch_compile is on, and every packed row would be compiled anew"
-        shared = None
-        if self._aux_loss_coef:
-            shared = "the load-balancing loss of a mixture of experts counts each prompt as often as it is followed"
-        elif has_dropout(model):
-            shared = "dropout is active, and completions that share a prompt would share its noise"
         scorers = [Scorer(self.model, model, self._head)]
         if ref_model is not None:
             scorers.append(Scorer(self.ref_model, ref_model, self._ref_head))
@@ -288,7 +267,12 @@ class DPOTrainer(Trainer):
         self.packing = choose_packing(
             args.packing,
             scorers,
-            obstacles={"shared": either or shared, "repeated": either},
+            obstacles=obstacles_in(
+                args,
+                has_own_collator=has_own_collator,
+                has_aux_loss=bool(self._aux_loss_coef),
+                has_dropout=has_dropout(model),
+            ),
             max_length=args.max_length,
             autocast=self.accelerator.autocast,
             unchecked=later,
@@ -425,7 +409,7 @@ class DPOTrainer(Trainer):
             self._start_is_checked = True
             if self.state.global_step == 0:
                 self._check_start(per_pair)
-        self._sums = _add(self._sums, {name: values.sum() for name, values in per_pair.items()})
+        self._sums = add_sums(self._sums, {name: values.sum() for name, values in per_pair.items()})
         if num_items_in_batch is None:
             loss = losses.mean()
         else:
@@ -508,7 +492,7 @@ class DPOTrainer(Trainer):
             losses, per_pair = self._pair_losses(model, inputs)
         # Pair by pair, because the last batch repeats pairs to give every process as many, and these are cut off here.
         gathered = self.accelerator.gather_for_metrics(torch.stack(list(per_pair.values()), dim=-1)).sum(0)
-        self._eval_sums = _add(self._eval_sums, dict(zip(per_pair, gathered, strict=True)))
+        self._eval_sums = add_sums(self._eval_sums, dict(zip(per_pair, gathered, strict=True)))
         return losses.mean(), None, None
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -519,7 +503,7 @@ class DPOTrainer(Trainer):
         """As ``Trainer``'s; adds the metrics since the last time to the training loss."""
         if "loss" in logs and self._sums is not None:
             sums = self.accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")
-            logs.update(_means(dict(zip(self._sums, sums.tolist(), strict=True))))
+            logs.update(means_of(dict(zip(self._sums, sums.tolist(), strict=True))))
             if self.args.include_num_input_tokens_seen != "no":
                 logs["num_tokens"] = self.state.num_input_tokens_seen
             self._sums = None
@@ -541,7 +525,7 @@ class DPOTrainer(Trainer):
         if self._eval_sums is not None:
             sums = {name: total.item() for name, total in self._eval_sums.items()}
             # Trainer's own mean counts a short batch of several processes as a full one.
-            metrics = {"loss": sums["loss"] / sums["pairs"], **_means(sums)}
+            metrics = {"loss": sums["loss"] / sums["pairs"], **means_of(sums)}
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
@@ -598,13 +582,3 @@ def _sum_pairs(scores: SequenceScores) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the chosen and of the rejected completions, [B] each."""
     chosen, rejected = scores.logps.chunk(2)
     return chosen, rejected
-
-
-def _add(total: dict[str, Tensor] | None, addend: dict[str, Tensor]) -> dict[str, Tensor]:
-    return addend if total is None else {name: total[name] + value for name, value in addend.items()}
-
-
-def _means(sums: dict[str, float]) -> dict[str, float]:
-    return {
-        name: sums[over] / sums[weight] for name, (over, weight) in _METRICS.items() if over in sums and sums[weight]
-    }
