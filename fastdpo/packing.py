@@ -2,7 +2,7 @@
 
 A row holds whole pairs, ``[prompt | chosen | rejected | prompt | chosen | rejected | …]``. Positions restart, so that
 chosen and rejected both follow the prompt; the prompt's last position predicts the first token of both, so the index
-of scored positions names it twice. What attends to what is said by :class:`fastdpo.attention.Segments`.
+of scored positions names it twice. What attends to what is said by :class:`fastdpo.segments.Segments`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.attention import Segment, Segments
 from fastdpo.data import REFERENCE_COLUMNS, PreferenceCollator, cut
+from fastdpo.segments import Segment, Segments
 
 # How a batch of pairs is laid out. "shared": packed rows, each prompt once. "repeated": packed rows, each completion
 # with its own copy of the prompt. "padded": two padded rows a pair.

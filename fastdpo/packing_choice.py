@@ -17,7 +17,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastdpo.attention import RowAttention, RowsNotSupportedError
+from fastdpo.attention import RowAttention
+from fastdpo.attention_backends import RowsNotSupportedError
 from fastdpo.data import PreferenceCollator
 from fastdpo.head import IGNORE_INDEX, FusedHead
 from fastdpo.packing import LAYOUTS, PackedRow, RowCollator

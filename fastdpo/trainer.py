@@ -30,7 +30,8 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastdpo.attention import RowAttention, RowsNotSupportedError
+from fastdpo.attention import RowAttention
+from fastdpo.attention_backends import RowsNotSupportedError
 from fastdpo.config import DPOConfig
 from fastdpo.data import REFERENCE_COLUMNS, PreferenceCollator, prepare
 from fastdpo.data_files import TOKEN_COLUMNS
