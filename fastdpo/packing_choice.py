@@ -110,6 +110,7 @@ def choose_packing(
     *,
     obstacles: dict[str, str | None],
     max_length: int | None,
+    device: torch.device,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     unchecked: bool = False,
 ) -> Packing:
@@ -121,7 +122,8 @@ def choose_packing(
         scorers: the models that must all suit it: the policy and the reference.
         obstacles: layout -> why the run's other settings rule it out, or None.
         max_length: most tokens of a sequence.
-        autocast: makes the context that the models run in.
+        device: where the models run.
+        autocast: makes the context that they run in.
         unchecked: the models cannot be run yet: leave :func:`check_rows` to the caller.
 
     Raises:
@@ -134,7 +136,7 @@ def choose_packing(
         reason = obstacles.get(layout)
         if reason is None:
             try:
-                backend = _find_backend(scorers, layout, max_length, autocast, unchecked)
+                backend = _find_backend(scorers, layout, max_length, device, autocast, unchecked)
                 return Packing(layout, backend, tuple(reasons))
             except RowsNotSupportedError as error:
                 reason = str(error)
@@ -143,7 +145,7 @@ def choose_packing(
     raise NotImplementedError(f"packing is {packing!r}, but {reasons[0]}. Use packing='auto', or 'padded'")
 
 
-def backends_for(lm: PreTrainedModel, dtype: torch.dtype) -> tuple[str, ...]:
+def backends_for(lm: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """What may compute the attention of packed rows, the fastest first: the kind that the model was loaded with.
 
     A model that was not loaded with one of its own kind (``flash_attention_2`` and the like, ``flex_attention``) gets
@@ -151,6 +153,7 @@ def backends_for(lm: PreTrainedModel, dtype: torch.dtype) -> tuple[str, ...]:
 
     Args:
         lm: the language model.
+        device: where it runs.
         dtype: what it computes in.
     """
     own = lm.config._attn_implementation or "eager"
@@ -158,7 +161,7 @@ def backends_for(lm: PreTrainedModel, dtype: torch.dtype) -> tuple[str, ...]:
         return ("flash", "sdpa")
     if own == "flex_attention":
         return ("flex", "sdpa")
-    if own != "eager" and lm.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+    if own != "eager" and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         return ("varlen", "sdpa")
     return ("sdpa",)
 
@@ -167,21 +170,22 @@ def _find_backend(
     scorers: Sequence[Scorer],
     layout: str,
     max_length: int | None,
+    device: torch.device,
     autocast: Callable[[], AbstractContextManager[None]],
     unchecked: bool,
 ) -> str:
     """The first back end with which the layout is right; RowsNotSupportedError, for the last one's reason, if none."""
     with autocast():
         lm = scorers[0].lm
-        device = lm.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else lm.dtype
-        candidates = backends_for(lm, dtype)
+        kind = device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lm.dtype
+        candidates = backends_for(lm, device, dtype)
         if unchecked:
             return candidates[0]
         for backend in candidates:
             try:
                 for scorer in scorers:
-                    check_rows(scorer, layout, backend, max_length, dtype)
+                    check_rows(scorer, layout, backend, max_length, device, dtype)
                 return backend
             except RowsNotSupportedError:
                 if backend == candidates[-1]:
@@ -189,7 +193,9 @@ def _find_backend(
     raise AssertionError("there is always a candidate")
 
 
-def check_rows(scorer: Scorer, layout: str, backend: str, max_length: int | None, dtype: torch.dtype) -> None:
+def check_rows(
+    scorer: Scorer, layout: str, backend: str, max_length: int | None, device: torch.device, dtype: torch.dtype
+) -> None:
     """Score made-up pairs in packed rows and in padded ones, and see that they agree.
 
     Args:
@@ -197,7 +203,8 @@ def check_rows(scorer: Scorer, layout: str, backend: str, max_length: int | None
         layout: ``shared`` or ``repeated``.
         backend: one of :data:`fastdpo.attention.BACKENDS`.
         max_length: most tokens of a sequence in training; None for no limit.
-        dtype: what the model computes in.
+        device: where the model runs.
+        dtype: what it computes in.
 
     Raises:
         RowsNotSupportedError: they do not agree, or the model cannot do it; the message says why.
@@ -211,7 +218,7 @@ def check_rows(scorer: Scorer, layout: str, backend: str, max_length: int | None
     try:
         attention = RowAttention(scorer.model, backend)
         with torch.no_grad(), evaluating(scorer.root):
-            padded, packed, plain, leak, windows = _score_made_up(scorer, attention, layout)
+            padded, packed, plain, leak, windows = _score_made_up(scorer, attention, layout, device)
     except torch.OutOfMemoryError:
         raise
     except RowsNotSupportedError:
@@ -230,7 +237,9 @@ def check_rows(scorer: Scorer, layout: str, backend: str, max_length: int | None
                 f"{name} has a sliding window of {window} tokens, which it does not pass on to its attention"
             )
     error = float((packed - padded).abs().max())
-    rounding = _ROUNDING * torch.finfo(dtype).eps * float(padded.abs().max())
+    # Models take norms and softmaxes in float32, also in float64.
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    rounding = _ROUNDING * eps * float(padded.abs().max())
     allowed = min(rounding, _SHARE * float((plain - padded).abs().max()))
     # Written so that NaN is refused.
     if not error <= allowed:
@@ -247,13 +256,12 @@ def check_rows(scorer: Scorer, layout: str, backend: str, max_length: int | None
 
 
 def _score_made_up(
-    scorer: Scorer, attention: RowAttention, layout: str
+    scorer: Scorer, attention: RowAttention, layout: str, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, float, list[int | None]]:
     """Log-probabilities [K] from padded rows, from the packed row, and from the row taken for one plain text; how much
     other completions' moved when the first one's tokens changed; the sliding windows that the attention was given."""
     head, root = scorer.head, scorer.root
     head.inspect_once(root)
-    device = scorer.lm.device
     vocabulary = scorer.lm.get_output_embeddings().weight.shape[0]
     rng = random.Random(0)
 

@@ -80,7 +80,7 @@ def score_sequences(
         labels = part["input_ids"].masked_fill(part["completion_mask"] == 0, IGNORE_INDEX)
         out = head(model, part["input_ids"], part["attention_mask"], labels, outputs=outputs, **model_kwargs)
         return _sums(out, outputs, None)
-    row: PackedRow = part["row"].to(next(model.parameters()).device, non_blocking=True)
+    row: PackedRow = part["row"]
     head.inspect_once(model)  # with what is no packed row
     with attention.active():
         out = score_row(head, model, row, outputs, **model_kwargs)

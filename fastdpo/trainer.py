@@ -38,7 +38,7 @@ from fastdpo.data_files import TOKEN_COLUMNS
 from fastdpo.data_summary import DataSummary
 from fastdpo.head import FusedHead
 from fastdpo.loss import preference_loss
-from fastdpo.packing import RowCollator
+from fastdpo.packing import PackedRow, RowCollator
 from fastdpo.packing_choice import Scorer, check_rows, choose_packing, obstacles_in
 from fastdpo.pair_metrics import add_sums, means_of
 from fastdpo.scoring import (
@@ -241,6 +241,9 @@ class DPOTrainer(Trainer):
         pairs = torch.tensor(sum(map(count_pairs, batches)), device=device)
         return batches, self.accelerator.gather(pairs).sum()
 
+    def _prepare_input(self, data: Any) -> Any:
+        return data.to(self.args.device) if isinstance(data, PackedRow) else super()._prepare_input(data)
+
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         # Of the sequences, each with its prompt: as many in every layout.
         if self.args.include_num_input_tokens_seen != "no":
@@ -275,6 +278,7 @@ class DPOTrainer(Trainer):
                 has_dropout=has_dropout(model),
             ),
             max_length=args.max_length,
+            device=self.accelerator.device,
             autocast=self.accelerator.autocast,
             unchecked=later,
         )
@@ -449,6 +453,7 @@ class DPOTrainer(Trainer):
                     self.packing.layout,
                     self.packing.backend,
                     self.args.max_length,
+                    self.accelerator.device,
                     _compute_dtype(self.accelerator.mixed_precision, self.model.dtype),
                 )
             except RowsNotSupportedError as error:
