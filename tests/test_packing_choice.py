@@ -26,9 +26,8 @@ def scorer(model: PreTrainedModel) -> Scorer:
 
 
 def choose(*models: PreTrainedModel, packing: str = "auto", max_length: int | None = 64, **options: Any) -> Packing:
-    return choose_packing(
-        packing, [scorer(m) for m in models], **{"obstacles": {}, "max_length": max_length, "device": CPU} | options
-    )
+    defaults = {"obstacles": {}, "max_length": max_length, "device": CPU}
+    return choose_packing(packing, [scorer(m) for m in models], **(defaults | options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
