@@ -283,7 +283,8 @@ class DPOTrainer(Trainer):
             unchecked=later,
         )
         self._rows_to_check = scorers if later and self.packing.layout != "padded" else []
-        (logger.warning if self.packing.reasons else logger.info)("Batches are laid out in %s.", self.packing)
+        if self.is_world_process_zero():
+            (logger.warning if self.packing.reasons else logger.info)("Batches are laid out in %s.", self.packing)
         self._attention, self._ref_attention = None, None
         if self.packing.layout != "padded":
             self._attention = RowAttention(model, self.packing.backend)
