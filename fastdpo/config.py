@@ -11,6 +11,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from fastdpo.data import TRUNCATION_MODES
 from fastdpo.loss_options import LossOptions
+from fastdpo.packing_choice import PACKINGS
 
 
 @dataclass
@@ -77,6 +78,21 @@ class DPOConfig(TrainingArguments):
         default=False,
         metadata={"help": "Stop where a pair would be dropped, or is doubtful, before anything is trained."},
     )
+    packing: str = field(
+        default="auto",
+        metadata={
+            "help": "How pairs are laid out: shared (packed rows, each prompt once), repeated (packed rows, the prompt "
+            "before each completion), padded (two padded rows a pair); auto: the first that suits the model.",
+            "choices": list(PACKINGS),
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Take the pairs of a batch in parts of at most this many tokens, one after another, to save "
+            "memory. The steps and their gradients are the same."
+        },
+    )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes to tokenize with."})
 
     precompute_ref_log_probs: bool = field(
@@ -123,7 +139,10 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 f"truncation_mode is {self.truncation_mode!r}; it should be one of {', '.join(TRUNCATION_MODES)}"
             )
-        for name in ("max_length", "pad_to_multiple_of", "dataset_num_proc", "precompute_ref_batch_size"):
+        if self.packing not in PACKINGS:
+            raise ValueError(f"packing is {self.packing!r}; it should be one of {', '.join(PACKINGS)}")
+        counts = ("max_length", "max_tokens_per_batch", "pad_to_multiple_of", "dataset_num_proc")
+        for name in (*counts, "precompute_ref_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it should be at least 1, or None")

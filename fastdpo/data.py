@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["REFERENCE_COLUMNS", "TRUNCATION_MODES", "PreferenceCollator", "cut", "examine", "prepare"]
+__all__ = ["REFERENCE_COLUMNS", "TRUNCATION_MODES", "PreferenceCollator", "examine", "prepare"]
 
 # Someone who brings reference log-probabilities of their own keeps them.
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -160,7 +160,7 @@ class PreferenceCollator:
 
     - ``input_ids``, ``attention_mask``, ``completion_mask``: int64 [2B, T]. ``completion_mask`` is 1 on the tokens of
       the completion, and 0 on prompt and padding.
-    - ``ref_chosen_logps``, ``ref_rejected_logps``: float32 [B], when the rows have them.
+    - ``ref_chosen_logps``, ``ref_rejected_logps``: float64 [B], when the rows have them.
 
     Args:
         pad_token_id: what to pad ``input_ids`` with.
@@ -200,7 +200,7 @@ class PreferenceCollator:
         }
         for name in REFERENCE_COLUMNS:
             if name in rows[0]:
-                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
+                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float64)
         return batch
 
     def _stack(self, lists: list[list[int]], padding: int) -> torch.Tensor:

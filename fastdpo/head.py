@@ -39,7 +39,7 @@ _PROBE_TOLERANCE = 1e-5  # float32, through at most a division, a tanh and a pro
 
 @dataclass(frozen=True, slots=True)
 class HeadOutput:
-    """What the fused head says about one batch.
+    """What the fused head says about one batch, or, of shape [K] in place of [B, T - 1], about one packed row.
 
     Attributes:
         logps: [B, T - 1], the log-probability of labels[:, 1:], in nats; 0 where ignored. float32, or float64 for a
@@ -76,6 +76,7 @@ class _Scoring:
     width: int  # T
     outputs: tuple[str, ...]
     transform: _LogitTransform
+    num_scored: int | None = None
     result: TokenLogps | None = None
 
 
@@ -156,39 +157,22 @@ class FusedHead:
             NotImplementedError: the model does to its logits what cannot be expressed by a scale and a softcap, or
                 does not call its output embedding as expected.
         """
-        if isinstance(model, nn.DataParallel):
-            raise NotImplementedError("nn.DataParallel is not supported; start one process per device (torchrun)")
         if labels.shape != input_ids.shape or input_ids.dim() != 2:
             raise ValueError(
                 f"labels has shape {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)}; both should be [B, T]"
             )
-        if self._transform is None:
-            self.inspect(model)
         targets = labels[:, 1:]
         mask = targets != IGNORE_INDEX
         # An index takes the same columns from every row: those in which any row has a target. The rest of the
         # ignored targets is dropped by token_logps.
         columns = mask.any(0).nonzero().squeeze(1)
-        scoring = _Scoring(targets[:, columns], columns, labels.shape[1], tuple(outputs), self._transform)
-        if self._has_logits_to_keep:
-            model_kwargs["logits_to_keep"] = columns
-        with self._arm(scoring):
-            model_output = self._run(model, input_ids, attention_mask, **model_kwargs)
-        if scoring.result is None:
-            raise self._not_called()
-        shrunk = model_output.logits
-        if shrunk.shape != (*scoring.targets.shape, 1) or shrunk.dtype != scoring.result.logps.dtype:
-            raise NotImplementedError(
-                f"{self._name} turned the log-probabilities from {scoring.result.logps.dtype} of shape "
-                f"{(*scoring.targets.shape, 1)} into {shrunk.dtype} of shape {tuple(shrunk.shape)} on their way out"
-            )
-        model_output.logits = None
-        logps = shrunk.squeeze(-1) * (1 / (_SHRINK * self._transform.scale))
+        logps, result, model_output = self._score_columns(
+            model, input_ids, attention_mask, targets[:, columns], columns, outputs, None, model_kwargs
+        )
 
         def spread(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.new_zeros(targets.shape).index_copy(1, columns, values)
 
-        result = scoring.result
         return HeadOutput(
             logps=spread(logps),
             mask=mask,
@@ -198,6 +182,87 @@ class FusedHead:
             is_top1=spread(result.is_top1),
             model_output=model_output,
         )
+
+    def score_row(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        scored: Tensor,
+        targets: Tensor,
+        *,
+        outputs: Sequence[str] = (),
+        **model_kwargs: Any,
+    ) -> HeadOutput:
+        """Score chosen positions of one packed row with one forward of ``model``, which gets no attention mask.
+
+        Args:
+            model: as in a call of this object.
+            input_ids: [1, N] int64.
+            scored: [K] int64, positions of the row. One may be named several times: a prompt's last token predicts the
+                first token of every completion.
+            targets: [K] int64, what each of them predicts.
+            outputs: as in a call of this object.
+            model_kwargs: passed on to ``model``: ``position_ids``, and what its attention needs.
+
+        Returns:
+            :class:`HeadOutput`, fields of shape [K].
+
+        Raises:
+            As a call of this object.
+        """
+        if input_ids.dim() != 2 or input_ids.shape[0] != 1:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it should be [1, N], one packed row")
+        if scored.dim() != 1 or targets.shape != scored.shape:
+            raise ValueError(
+                f"scored has shape {tuple(scored.shape)} and targets {tuple(targets.shape)}; both should be [K]"
+            )
+        logps, result, model_output = self._score_columns(
+            model, input_ids, None, targets[None], scored, outputs, len(scored), model_kwargs
+        )
+
+        def flat(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.squeeze(0)
+
+        return HeadOutput(
+            logps=logps.squeeze(0),
+            mask=torch.ones_like(targets, dtype=torch.bool),
+            entropy=flat(result.entropy),
+            log_sum_sq_probs=flat(result.log_sum_sq_probs),
+            mean_logits=flat(result.mean_logits),
+            is_top1=flat(result.is_top1),
+            model_output=model_output,
+        )
+
+    def _score_columns(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        targets: Tensor,
+        columns: Tensor,
+        outputs: Sequence[str],
+        num_scored: int | None,
+        model_kwargs: dict[str, Any],
+    ) -> tuple[Tensor, TokenLogps, Any]:
+        """The log-probabilities [B, K] of targets [B, K] at columns [K], the head's result, and the model's."""
+        if isinstance(model, nn.DataParallel):
+            raise NotImplementedError("nn.DataParallel is not supported; start one process per device (torchrun)")
+        self.inspect_once(model)
+        scoring = _Scoring(targets, columns, input_ids.shape[1], tuple(outputs), self._transform, num_scored)
+        if self._has_logits_to_keep:
+            model_kwargs = {**model_kwargs, "logits_to_keep": columns}
+        with self._arm(scoring):
+            model_output = self._run(model, input_ids, attention_mask, **model_kwargs)
+        if scoring.result is None:
+            raise self._not_called()
+        shrunk = model_output.logits
+        if shrunk.shape != (*targets.shape, 1) or shrunk.dtype != scoring.result.logps.dtype:
+            raise NotImplementedError(
+                f"{self._name} turned the log-probabilities from {scoring.result.logps.dtype} of shape "
+                f"{(*targets.shape, 1)} into {shrunk.dtype} of shape {tuple(shrunk.shape)} on their way out"
+            )
+        model_output.logits = None
+        return shrunk.squeeze(-1) * (1 / (_SHRINK * self._transform.scale)), scoring.result, model_output
 
     def inspect(self, model: nn.Module) -> None:
         """Find out what the model does to its logits after the output embedding, with a forward of two tokens.
@@ -220,6 +285,11 @@ class FusedHead:
         if probing.sent is None:
             raise self._not_called()
         self._transform = self._fit(probing.sent.flatten(), logits.flatten())
+
+    def inspect_once(self, model: nn.Module) -> None:
+        """:meth:`inspect`, unless that was done."""
+        if self._transform is None:
+            self.inspect(model)
 
     def _run(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, **model_kwargs: Any) -> Any:
         if self._has_use_cache:
@@ -310,6 +380,7 @@ class FusedHead:
             logit_scale=scoring.transform.scale,
             softcap=scoring.transform.softcap,
             outputs=scoring.outputs,
+            num_scored=scoring.num_scored,
         )
         return (scoring.result.logps * _SHRINK).unsqueeze(-1)
 

@@ -235,6 +235,8 @@ def _say_what_it_trains_on(trainer: DPOTrainer, output_dir: Path) -> None:
     for name, summary in summaries.items():
         console.print(f"\n[bold]{name}[/]", summary.table(), sep="\n")
     say_what_was_cached(trainer)
+    if not trainer.packing.reasons:  # a layout that something stood in the way of was announced with the reason
+        console.print(f"Batches are laid out in {trainer.packing}.")
     output_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps({name: summary.as_dict() for name, summary in summaries.items()}, indent=2)
     (output_dir / "data_summary.json").write_text(text + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,6 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     DataCollator,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,34 +29,46 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
+from fastdpo.attention import RowAttention
+from fastdpo.attention_backends import RowsNotSupportedError
 from fastdpo.config import DPOConfig
 from fastdpo.data import REFERENCE_COLUMNS, PreferenceCollator, prepare
 from fastdpo.data_files import TOKEN_COLUMNS
 from fastdpo.data_summary import DataSummary
 from fastdpo.fingerprints import base_weights
-from fastdpo.head import IGNORE_INDEX, FusedHead, HeadOutput
+from fastdpo.head import FusedHead
 from fastdpo.loss import preference_loss
+from fastdpo.packing import PackedRow, RowCollator
+from fastdpo.packing_choice import Scorer, check_rows, choose_packing, obstacles_in
+from fastdpo.pair_metrics import add_sums, means_of
 from fastdpo.ref_build import CachedSplit, ReferenceBuilder
 from fastdpo.ref_cache import DEFAULT_FOLDER
 from fastdpo.ref_identity import reference_identity, row_words
+from fastdpo.scoring import (
+    SequenceScores,
+    count_pairs,
+    count_tokens,
+    evaluating,
+    in_pair_order,
+    micro_batches,
+    model_inputs,
+    score_batch,
+)
+from fastdpo.trainer_setup import (
+    aux_loss_coef,
+    check_arguments,
+    disable_dropout,
+    find_tokenizer,
+    has_dropout,
+    is_tokenised,
+    load_model,
+    pad_token_id,
+)
+
+logger = logging.getLogger(__name__)
 
 # The per-token outputs of the policy that metrics are made of.
 _OUTPUTS = ("entropy", "mean_logits", "is_top1")
-
-# name in the log -> (what is summed over pairs, the sum that it is divided by)
-_METRICS = {
-    "rewards/chosen": ("chosen_reward", "pairs"),
-    "rewards/rejected": ("rejected_reward", "pairs"),
-    "rewards/accuracies": ("accuracy", "pairs"),
-    "rewards/margins": ("margin", "pairs"),
-    "logps/chosen": ("chosen_logp", "pairs"),
-    "logps/rejected": ("rejected_logp", "pairs"),
-    "logits/chosen": ("chosen_logits", "chosen_tokens"),
-    "logits/rejected": ("rejected_logits", "rejected_tokens"),
-    "entropy": ("entropy", "tokens"),
-    "mean_token_accuracy": ("chosen_top1", "chosen_tokens"),
-    "aux_loss": ("aux_loss", "pairs"),
-}
 
 
 class DPOTrainer(Trainer):
@@ -79,7 +90,7 @@ class DPOTrainer(Trainer):
     experts); ``num_tokens`` (in training, all so far).
 
     The loss and its gradient are the mean over all pairs of an optimiser step, however these are split into
-    micro-batches and devices.
+    micro-batches and devices, and however they are laid out (``args.packing``).
 
     Args:
         model: a name or path, or a causal language model, or one with a PEFT adapter.
@@ -94,6 +105,7 @@ class DPOTrainer(Trainer):
     Attributes:
         data_summaries: what :func:`fastdpo.data.prepare` said about each dataset that it tokenised, by name.
         reference_splits: with ``args.precompute_ref_log_probs``, what was read and computed for each dataset, by name.
+        packing: the layout that was chosen, and why.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be, or contradicts another.
@@ -122,11 +134,11 @@ class DPOTrainer(Trainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path or model.config.model_type
             args = DPOConfig(f"{name.rstrip('/').split('/')[-1]}-DPO")
-        _check_arguments(model, ref_model, args, train_dataset, processing_class, peft_config)
+        check_arguments(model, ref_model, args, train_dataset, processing_class, peft_config)
 
         set_seed(args.seed)  # a new adapter is random
         name = model if isinstance(model, str) else None
-        model = _load(name, args) if name else model
+        model = load_model(name, args) if name else model
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         has_reference_columns = set(REFERENCE_COLUMNS) <= set(train_dataset.column_names)
@@ -134,7 +146,7 @@ class DPOTrainer(Trainer):
             if isinstance(model, PeftModel):
                 _check_adapters_are_neutral(model, args)
             else:
-                ref_model = _load(name, args) if name else copy.deepcopy(model)
+                ref_model = load_model(name, args) if name else copy.deepcopy(model)
         for network in (model, ref_model):
             if network is not None and args.disable_dropout:
                 disable_dropout(network)
@@ -142,12 +154,18 @@ class DPOTrainer(Trainer):
         self._processing_class_source = name or model.config._name_or_path
         self.data_summaries: dict[str, DataSummary] = {}
         if processing_class is None:
-            processing_class = _find_tokenizer(
-                self._processing_class_source, args, needed=not _is_tokenised(train_dataset)
+            processing_class = find_tokenizer(
+                self._processing_class_source, args, needed=not is_tokenised(train_dataset)
+            )
+        has_own_collator = data_collator is not None
+        if has_own_collator and args.max_tokens_per_batch is not None:
+            raise ValueError(
+                f"max_tokens_per_batch is {args.max_tokens_per_batch}, but data_collator is given, and makes the "
+                "batches; leave one of them out"
             )
         if data_collator is None:
             data_collator = PreferenceCollator(
-                pad_token_id=_pad_token_id(model, processing_class, args.pad_token),
+                pad_token_id=pad_token_id(model, processing_class, args.pad_token),
                 max_length=args.max_length,
                 truncation_mode=args.truncation_mode,
                 pad_to_multiple_of=args.pad_to_multiple_of,
@@ -172,7 +190,7 @@ class DPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self._check_distribution(ref_model)
-        self._aux_loss_coef = _aux_loss_coef(model, args)
+        self._aux_loss_coef = aux_loss_coef(model, args)
         self._sums: dict[str, Tensor] | None = None
         self._eval_sums: dict[str, Tensor] | None = None
         self._start_is_checked = False
@@ -185,6 +203,7 @@ class DPOTrainer(Trainer):
             # Evaluation before training asks accelerate whether it prepared a model, and means the policy.
             self.accelerator._models.remove(self.ref_model)
         self.reference_splits: dict[str, CachedSplit] = {}
+        self._choose_packing(model, ref_model, has_own_collator)
         if args.precompute_ref_log_probs:
             self._precompute_reference()
 
@@ -197,10 +216,10 @@ class DPOTrainer(Trainer):
     ) -> Dataset:
         if not isinstance(dataset, Dataset):
             raise TypeError(f"the {name} dataset is a {type(dataset).__name__}; it should be a datasets.Dataset")
-        if _is_tokenised(dataset):
+        if is_tokenised(dataset):
             return dataset
         if tokenizer is None:
-            tokenizer = _find_tokenizer(self._processing_class_source, args, needed=True)
+            tokenizer = find_tokenizer(self._processing_class_source, args, needed=True)
         with args.main_process_first(desc=f"tokenizing the {name} dataset"):
             dataset, self.data_summaries[name] = prepare(
                 dataset,
@@ -228,8 +247,60 @@ class DPOTrainer(Trainer):
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """The micro-batches of an optimiser step, and how many pairs all of them have, on all devices."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        pairs = torch.tensor(sum(batch["input_ids"].shape[0] // 2 for batch in batches), device=device)
+        pairs = torch.tensor(sum(map(count_pairs, batches)), device=device)
         return batches, self.accelerator.gather(pairs).sum()
+
+    def _prepare_input(self, data: Any) -> Any:
+        return data.to(self.args.device) if isinstance(data, PackedRow) else super()._prepare_input(data)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        # Of the sequences, each with its prompt: as many in every layout.
+        if self.args.include_num_input_tokens_seen != "no":
+            padding = self.args.include_num_input_tokens_seen == "all"
+            tokens = torch.as_tensor(count_tokens(inputs, padding=padding), device=self.args.device)
+            self.state.num_input_tokens_seen += self.accelerator.gather(tokens).sum().item()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As ``Trainer``'s, of the tokens that go through the model."""
+        return sum(super(DPOTrainer, self).floating_point_ops({"input_ids": ids}) for ids in model_inputs(inputs))
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The layout of batches
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _choose_packing(
+        self, model: PreTrainedModel | PeftModel, ref_model: PreTrainedModel | PeftModel | None, has_own_collator: bool
+    ) -> None:
+        """Sets ``packing``, the collator that makes such batches, and the attention that they need."""
+        args = self.args
+        scorers = [Scorer(self.model, model, self._head)]
+        if ref_model is not None:
+            scorers.append(Scorer(self.ref_model, ref_model, self._ref_head))
+        later = _weights_come_later(args)
+        self.packing = choose_packing(
+            args.packing,
+            scorers,
+            obstacles=obstacles_in(
+                args,
+                has_own_collator=has_own_collator,
+                has_aux_loss=bool(self._aux_loss_coef),
+                has_dropout=has_dropout(model),
+            ),
+            max_length=args.max_length,
+            device=self.accelerator.device,
+            autocast=self.accelerator.autocast,
+            unchecked=later,
+        )
+        self._rows_to_check = scorers if later and self.packing.layout != "padded" else []
+        if self.is_world_process_zero():
+            (logger.warning if self.packing.reasons else logger.info)("Batches are laid out in %s.", self.packing)
+        self._attention, self._ref_attention = None, None
+        if self.packing.layout != "padded":
+            self._attention = RowAttention(model, self.packing.backend)
+            if ref_model is not None:
+                self._ref_attention = RowAttention(ref_model, self.packing.backend)
+        if self.packing.layout != "padded" or args.max_tokens_per_batch is not None:
+            self.data_collator = RowCollator(self.packing.layout, self.data_collator, args.max_tokens_per_batch)
 
     # ----------------------------------------------------------------------------------------------------------------
     # The reference
@@ -248,7 +319,7 @@ class DPOTrainer(Trainer):
         with torch.no_grad():
             if self.ref_model is not None:
                 return _sum_pairs(self._score(self._ref_head, self.ref_model, inputs))
-            with self.accelerator.unwrap_model(model).disable_adapter(), _evaluating(model):
+            with self.accelerator.unwrap_model(model).disable_adapter(), evaluating(model):
                 return _sum_pairs(self._score(self._head, model, inputs))
 
     def _precompute_reference(self) -> None:
@@ -279,7 +350,7 @@ class DPOTrainer(Trainer):
         with (
             torch.no_grad(),
             self.accelerator.autocast(),
-            _evaluating(model),
+            evaluating(model),
             model.disable_adapter() if without_adapter else contextlib.nullcontext(),
         ):
             self.train_dataset = builder.with_columns(self.train_dataset, "train", train_size)
@@ -292,19 +363,24 @@ class DPOTrainer(Trainer):
     # ----------------------------------------------------------------------------------------------------------------
 
     def _score(
-        self, head: FusedHead, model: nn.Module, inputs: dict[str, Tensor], outputs: tuple[str, ...] = (), **kwargs: Any
-    ) -> HeadOutput:
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
-        return head(model, inputs["input_ids"], inputs["attention_mask"], labels, outputs=outputs, **kwargs)
+        self, head: FusedHead, model: nn.Module, inputs: dict[str, Any], outputs: tuple[str, ...] = (), **kwargs: Any
+    ) -> SequenceScores:
+        attention = self._attention if head is self._head else self._ref_attention
+        return score_batch(head, attention, model, inputs, outputs, **kwargs)
 
-    def _pair_losses(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each pair [B], and what metrics are made of, each detached, [B]."""
+    def _pair_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each pair [B] float64, and what metrics are made of, each detached, [B] float64."""
+        parts = [self._losses_of_part(model, part) for part in micro_batches(inputs)]
+        losses = in_pair_order([losses for losses, _ in parts], inputs)
+        return losses, {name: in_pair_order([sums[name] for _, sums in parts], inputs) for name in parts[0][1]}
+
+    def _losses_of_part(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         # The reference goes first: what the policy keeps for its backward is then not yet there.
         ref_chosen, ref_rejected = self._reference_logps(model, inputs)
         kwargs = {"output_router_logits": True} if self._aux_loss_coef else {}
         out = self._score(self._head, model, inputs, _OUTPUTS, **kwargs)
         chosen, rejected = _sum_pairs(out)
-        chosen_tokens, rejected_tokens = out.mask.sum(-1).chunk(2)
+        chosen_tokens, rejected_tokens = out.tokens.chunk(2)
         losses, chosen_rewards, rejected_rewards = preference_loss(
             chosen,
             rejected,
@@ -316,8 +392,8 @@ class DPOTrainer(Trainer):
             chosen_lengths=chosen_tokens,
             rejected_lengths=rejected_tokens,
         )
-        chosen_logits, rejected_logits = out.mean_logits.sum(-1).chunk(2)
-        chosen_entropy, rejected_entropy = out.entropy.sum(-1).chunk(2)
+        chosen_logits, rejected_logits = out.outputs["mean_logits"].chunk(2)
+        chosen_entropy, rejected_entropy = out.outputs["entropy"].chunk(2)
         sums = {
             "pairs": torch.ones_like(chosen),
             "tokens": chosen_tokens + rejected_tokens,
@@ -332,7 +408,7 @@ class DPOTrainer(Trainer):
             "chosen_logits": chosen_logits,
             "rejected_logits": rejected_logits,
             "entropy": chosen_entropy + rejected_entropy,
-            "chosen_top1": out.is_top1.sum(-1).chunk(2)[0],
+            "chosen_top1": out.outputs["is_top1"].chunk(2)[0],
         }
         if self._aux_loss_coef:
             losses = losses + self._aux_loss_coef * out.model_output.aux_loss
@@ -356,17 +432,57 @@ class DPOTrainer(Trainer):
             self._start_is_checked = True
             if self.state.global_step == 0:
                 self._check_start(per_pair)
-        self._sums = _add(self._sums, {name: values.sum() for name, values in per_pair.items()})
+        self._sums = add_sums(self._sums, {name: values.sum() for name, values in per_pair.items()})
         if num_items_in_batch is None:
             loss = losses.mean()
         else:
             # DDP and its kind take the mean of the devices' gradients, where the sum is wanted.
             loss = losses.sum() * (self.accelerator.num_processes / num_items_in_batch)
+        loss = loss.to(torch.promote_types(self.model.dtype, torch.float32))
         return (loss, per_pair) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As ``Trainer``'s, of each micro-batch that the batch is taken in; gradients add up."""
+        parts = micro_batches(inputs)
+        if num_items_in_batch is None:
+            num_items_in_batch = count_pairs(inputs) * self.accelerator.num_processes
+        if self._rows_to_check:
+            self._check_rows_now(model)
+        self._head.inspect_once(model)
+        total = torch.zeros((), device=self.args.device)
+        # Gradient checkpointing runs layers again in the backward, which must find the same attention.
+        with self._attention.active() if self._attention is not None else contextlib.nullcontext():
+            for i, part in enumerate(parts):
+                # Processes may have different numbers of parts: they meet in the last one's backward.
+                is_last = i + 1 == len(parts)
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                    total = total + super().training_step(model, part, num_items_in_batch)
+        return total
+
+    def _check_rows_now(self, model: nn.Module) -> None:
+        """What could not be checked while the weights were not there."""
+        for scorer in self._rows_to_check:
+            try:
+                root = model if scorer.head is self._head else scorer.root
+                check_rows(
+                    scorer._replace(root=root),
+                    self.packing.layout,
+                    self.packing.backend,
+                    self.args.max_length,
+                    self.accelerator.device,
+                    _compute_dtype(self.accelerator.mixed_precision, self.model.dtype),
+                )
+            except RowsNotSupportedError as error:
+                raise NotImplementedError(
+                    f"the batches are laid out in {self.packing}, but {error}. Use packing='padded' (--packing padded)"
+                ) from error
+        self._rows_to_check = []
 
     def _check_start(self, per_pair: dict[str, Tensor]) -> None:
         """Warns unless policy and reference agree, as they should before the first update."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, self.model.dtype)
+        dtype = _compute_dtype(self.accelerator.mixed_precision, self.model.dtype)
         # The same sums over the same numbers; the order may differ where another batch had other padding.
         tolerance = max(4 * torch.finfo(dtype).eps, 1e-5)
         logp = torch.maximum(per_pair["chosen_logp"].abs(), per_pair["rejected_logp"].abs())
@@ -400,7 +516,7 @@ class DPOTrainer(Trainer):
             losses, per_pair = self._pair_losses(model, inputs)
         # Pair by pair, because the last batch repeats pairs to give every process as many, and these are cut off here.
         gathered = self.accelerator.gather_for_metrics(torch.stack(list(per_pair.values()), dim=-1)).sum(0)
-        self._eval_sums = _add(self._eval_sums, dict(zip(per_pair, gathered, strict=True)))
+        self._eval_sums = add_sums(self._eval_sums, dict(zip(per_pair, gathered, strict=True)))
         return losses.mean(), None, None
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -411,7 +527,7 @@ class DPOTrainer(Trainer):
         """As ``Trainer``'s; adds the metrics since the last time to the training loss."""
         if "loss" in logs and self._sums is not None:
             sums = self.accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")
-            logs.update(_means(dict(zip(self._sums, sums.tolist(), strict=True))))
+            logs.update(means_of(dict(zip(self._sums, sums.tolist(), strict=True))))
             if self.args.include_num_input_tokens_seen != "no":
                 logs["num_tokens"] = self.state.num_input_tokens_seen
             self._sums = None
@@ -433,7 +549,7 @@ class DPOTrainer(Trainer):
         if self._eval_sums is not None:
             sums = {name: total.item() for name, total in self._eval_sums.items()}
             # Trainer's own mean counts a short batch of several processes as a full one.
-            metrics = {"loss": sums["loss"] / sums["pairs"], **_means(sums)}
+            metrics = {"loss": sums["loss"] / sums["pairs"], **means_of(sums)}
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
@@ -444,105 +560,17 @@ class DPOTrainer(Trainer):
                 "one process per device (torchrun, accelerate launch), or show it one (CUDA_VISIBLE_DEVICES)"
             )
         kind = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None
+        if kind and self.args.max_tokens_per_batch is not None:
+            raise NotImplementedError(
+                f"max_tokens_per_batch is not supported with {kind}: its processes must run the model equally often. "
+                "Use a smaller per_device_train_batch_size, with gradient_accumulation_steps"
+            )
         if kind and (ref_model is not None or self.args.precompute_ref_log_probs):
             raise NotImplementedError(
                 f"a reference model, or precompute_ref_log_probs, is not supported with {kind} yet. Give the dataset "
                 "the columns ref_chosen_logps and ref_rejected_logps, or train an adapter (peft_config), for which "
                 "the reference is the model without it"
             )
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout in ``model`` to 0: the modules', and what layers keep as numbers."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or "pdrop" in name or "layerdrop" in name):
-                setattr(module, name, 0.0)
-
-
-def _check_arguments(
-    model: Any, ref_model: Any, args: Any, train_dataset: Any, processing_class: Any, peft_config: Any
-) -> None:
-    """Raises for what can be told from the arguments alone, before anything is loaded."""
-    if not isinstance(args, DPOConfig):
-        raise TypeError(f"args is a {type(args).__name__}; it should be a fastdpo DPOConfig")
-    if not isinstance(model, (str, PreTrainedModel, PeftModel)):
-        raise TypeError(
-            f"model is a {type(model).__name__}; it should be a name or path, a PreTrainedModel or a PeftModel"
-        )
-    if not isinstance(model, str) and args.model_init_kwargs is not None:
-        raise ValueError(
-            f"model_init_kwargs is {args.model_init_kwargs}, but model is loaded already; pass its name, or leave "
-            "model_init_kwargs out"
-        )
-    if ref_model is not None and not isinstance(ref_model, (PreTrainedModel, PeftModel)):
-        raise TypeError(f"ref_model is a {type(ref_model).__name__}; it should be a PreTrainedModel or a PeftModel")
-    if ref_model is not None and ref_model is model:
-        raise ValueError(
-            "ref_model is the same object as model, and would be trained with it; leave it out for a copy of model"
-        )
-    if peft_config is not None and not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"peft_config is a {type(peft_config).__name__}; it should be a peft.PeftConfig")
-    if peft_config is not None and isinstance(model, PeftModel):
-        raise ValueError(
-            "peft_config is given, but model has an adapter already; leave peft_config out to train that one, or "
-            "merge it first (merge_and_unload)"
-        )
-    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
-        raise TypeError(f"processing_class is a {type(processing_class).__name__}; it should be a tokenizer")
-    if not isinstance(train_dataset, Dataset):
-        raise TypeError(f"train_dataset is a {type(train_dataset).__name__}; it should be a datasets.Dataset")
-    given = [name for name in REFERENCE_COLUMNS if name in train_dataset.column_names]
-    if len(given) == 1:
-        raise ValueError(f"train_dataset has the column {given[0]} alone; it should have both, or neither")
-    if given and (ref_model is not None or args.precompute_ref_log_probs):
-        raise ValueError(
-            "train_dataset has the columns ref_chosen_logps and ref_rejected_logps, which are the reference; remove "
-            "them, or leave out ref_model and precompute_ref_log_probs"
-        )
-
-
-def _load(name: str, args: DPOConfig) -> PreTrainedModel:
-    # float32 weights: steps of 1e-6 are lost in bfloat16 ones.
-    kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-
-
-def _find_tokenizer(source: str, args: DPOConfig, *, needed: bool) -> PreTrainedTokenizerBase | None:
-    if not source:
-        if needed:
-            raise ValueError(
-                "processing_class is None, and model was not loaded from a folder or the Hub, so that no tokenizer "
-                "can be found; it should be the model's tokenizer"
-            )
-        return None
-    try:
-        revision = (args.model_init_kwargs or {}).get("revision", "main")
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError):
-        if needed:
-            raise
-        return None
-
-
-def _pad_token_id(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, pad_token: str | None) -> int:
-    if tokenizer is None:
-        if pad_token is not None:
-            raise ValueError(f"pad_token is {pad_token!r}, but there is no tokenizer to look it up in")
-        pad_id = model.config.pad_token_id
-        return 0 if pad_id is None else pad_id  # attention_mask hides it, whichever it is
-    if pad_token is None:
-        pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if pad_token not in tokenizer.get_vocab():
-        raise ValueError(f"pad_token is {pad_token!r}, which is not in the tokenizer's vocabulary")
-    tokenizer.pad_token = pad_token
-    return tokenizer.pad_token_id
-
-
-def _is_tokenised(dataset: Dataset) -> bool:
-    return set(TOKEN_COLUMNS) <= set(dataset.column_names)
 
 
 def _weights_come_later(args: DPOConfig) -> bool:
@@ -553,7 +581,7 @@ def _weights_come_later(args: DPOConfig) -> bool:
 def _adapters_are_neutral(model: PeftModel) -> bool:
     """Whether the model with its adapters computes what it computes without them."""
     ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         with_adapters = model(input_ids=ids).logits
         with model.disable_adapter():
             without = model(input_ids=ids).logits
@@ -575,41 +603,11 @@ def _check_adapters_are_neutral(model: PeftModel, args: DPOConfig) -> None:
         )
 
 
-def _aux_loss_coef(model: PreTrainedModel | PeftModel, args: DPOConfig) -> float:
-    config = model.config.get_text_config()
-    if not hasattr(config, "output_router_logits"):
-        if args.router_aux_loss_coef:
-            raise ValueError(
-                f"router_aux_loss_coef is {args.router_aux_loss_coef}, but a {config.model_type} has no load-balancing "
-                "loss; leave it out"
-            )
-        return 0.0
-    if args.router_aux_loss_coef is not None:
-        return args.router_aux_loss_coef
-    return getattr(config, "router_aux_loss_coef", 0.0)
+def _compute_dtype(mixed_precision: str, dtype: torch.dtype) -> torch.dtype:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, dtype)
 
 
-def _sum_pairs(out: HeadOutput) -> tuple[Tensor, Tensor]:
+def _sum_pairs(scores: SequenceScores) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the chosen and of the rejected completions, [B] each."""
-    chosen, rejected = out.logps.sum(-1).chunk(2)
+    chosen, rejected = scores.logps.chunk(2)
     return chosen, rejected
-
-
-def _add(total: dict[str, Tensor] | None, addend: dict[str, Tensor]) -> dict[str, Tensor]:
-    return addend if total is None else {name: total[name] + value for name, value in addend.items()}
-
-
-def _means(sums: dict[str, float]) -> dict[str, float]:
-    return {
-        name: sums[over] / sums[weight] for name, (over, weight) in _METRICS.items() if over in sums and sums[weight]
-    }
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -156,6 +156,12 @@ def test_a_run_says_what_became_of_the_rows(unbroken: tuple[Path, Any]) -> None:
     assert "1 of 19 rows (first: 17): chosen and rejected are identical" in done.stderr
 
 
+def test_a_run_says_once_how_pairs_are_laid_out(unbroken: tuple[Path, Any]) -> None:
+    _, done = unbroken
+    said = "Batches are laid out in packed rows, each prompt once (attention: sdpa)."
+    assert (done.stdout + done.stderr).count(said) == 1
+
+
 def test_a_killed_run_resumes_to_the_same_losses(
     unbroken: tuple[Path, Any], model: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -236,13 +236,13 @@ def test_collator_refuses_a_row_that_truncation_would_empty() -> None:
         PreferenceCollator(0, max_length=3)([row])
 
 
-def test_collator_carries_reference_logps_in_float32() -> None:
+def test_collator_carries_reference_logps_in_float64() -> None:
     row = {"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4]}
     rows = [row | {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2.5}] * 3
     batch = PreferenceCollator(0)(rows)
     assert batch["ref_chosen_logps"].tolist() == [-1.5] * 3
     assert batch["ref_rejected_logps"].tolist() == [-2.5] * 3
-    assert batch["ref_chosen_logps"].dtype == batch["ref_rejected_logps"].dtype == torch.float32
+    assert batch["ref_chosen_logps"].dtype == batch["ref_rejected_logps"].dtype == torch.float64
 
 
 def test_prepare_carries_reference_logps_past_dropped_rows() -> None:

@@ -465,18 +465,19 @@ def _train_on_rank(rank: int, port: int, output_dir: str) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    torch.save(_train_three_epochs(Path(output_dir), 1), f"{output_dir}/rank{rank}.pt")
+    # A process takes its two pairs in one part or in two, as they are long: processes differ in how often they run.
+    torch.save(_train_three_epochs(Path(output_dir), 2, max_tokens_per_batch=200), f"{output_dir}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def _train_three_epochs(output_dir: Path, batch_size: int) -> dict[str, Any]:
+def _train_three_epochs(output_dir: Path, batch_size: int, **options: Any) -> dict[str, Any]:
     recorder = GradientRecorder()
-    rows = Dataset.from_list(text_rows(5))
+    rows = Dataset.from_list(text_rows(8))
     trainer = make_trainer(
         output_dir,
         make_tokenizer(),
-        train_dataset=rows.select(range(4)),
-        eval_dataset=rows,
+        train_dataset=rows,
+        eval_dataset=rows.select(range(5)),
         callbacks=[recorder],
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
@@ -486,6 +487,7 @@ def _train_three_epochs(output_dir: Path, batch_size: int) -> dict[str, Any]:
         max_grad_norm=0.0,
         optim="sgd",
         learning_rate=0.1,
+        **options,
     )
     trainer.train()
     return {"log": trainer.state.log_history, "gradients": recorder.steps}
@@ -496,7 +498,7 @@ def test_two_processes_train_as_one(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(_train_on_rank, (port, str(tmp_path)), nprocs=2)
-    one = _train_three_epochs(tmp_path, 2)
+    one = _train_three_epochs(tmp_path, 4)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for step, expected in enumerate(one["gradients"]):
         for rank in ranks:
@@ -525,6 +527,8 @@ def test_two_processes_train_as_one(tmp_path):
         ({"label_smoothing": 0.1, "loss_type": "hinge"}, "does not define label_smoothing"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
         ({"max_length": 0}, "max_length is 0"),
+        ({"max_tokens_per_batch": 0}, "max_tokens_per_batch is 0"),
+        ({"packing": "dense"}, "packing is 'dense'; it should be one of auto, shared, repeated, padded"),
         ({"truncation_mode": "middle"}, "truncation_mode is 'middle'"),
         ({"precompute_ref_batch_size": 4}, "precompute_ref_batch_size is 4"),
     ],

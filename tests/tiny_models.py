@@ -55,6 +55,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "mamba": {"state_size": 8, "expand": 2, "conv_kernel": 4, "time_step_rank": 4},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},  # attention sinks
     "bert": {"is_decoder": True},  # the output embedding lies deep inside a prediction head
     "trocr": {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
 }

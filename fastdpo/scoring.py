@@ -1,0 +1,161 @@
+"""What a model says about the completions of a batch of pairs, sequence by sequence, however the batch is laid out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo.attention import SEGMENTS, RowAttention
+from fastdpo.head import IGNORE_INDEX, FusedHead, HeadOutput
+from fastdpo.packing import PackedRow
+
+
+@dataclass(frozen=True)
+class SequenceScores:
+    """Sums over each completion's tokens, the B chosen ones first, then the B rejected ones.
+
+    Attributes:
+        logps: [2B] float64, differentiable. Summed in float64: a sum is hundreds of nats, a loss depends on differences
+            of four of them, and float32 would round each by more than all its tokens' errors come to.
+        tokens: [2B] int64, how many tokens were scored.
+        outputs: name -> [2B] float64, detached: sums of those of :class:`fastdpo.head.HeadOutput` that were asked for.
+        model_output: what the model returned beside its logits; None where it ran more than once.
+    """
+
+    logps: Tensor
+    tokens: Tensor
+    outputs: dict[str, Tensor]
+    model_output: Any
+
+
+def micro_batches(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts that a batch is taken in: those of ``RowCollator``, or itself where it came from another collator."""
+    return batch.get("micro_batches", [batch])
+
+
+def count_pairs(batch: dict[str, Any]) -> int:
+    """The pairs of a batch, or of a micro-batch."""
+    return sum(part["row"].pairs if "row" in part else part["input_ids"].shape[0] // 2 for part in micro_batches(batch))
+
+
+def count_tokens(batch: dict[str, Any], *, padding: bool) -> int | Tensor:
+    """The tokens of all sequences, each with its prompt; with ``padding`` also what padded batches are filled with."""
+    name = "input_ids" if padding else "attention_mask"
+    return sum(
+        part["row"].sequence_tokens if "row" in part else part[name].numel() if padding else part[name].sum()
+        for part in micro_batches(batch)
+    )
+
+
+def model_inputs(batch: dict[str, Any]) -> Iterator[Tensor]:
+    """The token ids that go through the model, padding included."""
+    for part in micro_batches(batch):
+        yield part["row"].input_ids if "row" in part else part["input_ids"]
+
+
+def score_sequences(
+    head: FusedHead,
+    attention: RowAttention | None,
+    model: nn.Module,
+    part: dict[str, Any],
+    outputs: Sequence[str] = (),
+    **model_kwargs: Any,
+) -> SequenceScores:
+    """Score a micro-batch with one forward of ``model``.
+
+    Args:
+        head: of the model inside ``model``.
+        attention: of the same; needed for packed rows. See :class:`RowAttention` for where the backward belongs.
+        model: the root module.
+        part: from :func:`micro_batches`.
+        outputs: fields of :class:`fastdpo.head.HeadOutput` to sum as well.
+        model_kwargs: passed on to ``model``.
+    """
+    if "row" not in part:
+        labels = part["input_ids"].masked_fill(part["completion_mask"] == 0, IGNORE_INDEX)
+        out = head(model, part["input_ids"], part["attention_mask"], labels, outputs=outputs, **model_kwargs)
+        return _sums(out, outputs, None)
+    row: PackedRow = part["row"]
+    head.inspect_once(model)  # with what is no packed row
+    with attention.active():
+        out = score_row(head, model, row, outputs, **model_kwargs)
+    return _sums(out, outputs, row.cu_seqlens)
+
+
+def score_row(
+    head: FusedHead, model: nn.Module, row: PackedRow, outputs: Sequence[str] = (), **model_kwargs: Any
+) -> HeadOutput:
+    """Score a packed row, where its attention is active."""
+    return head.score_row(
+        model,
+        row.input_ids,
+        row.scored,
+        row.targets,
+        outputs=outputs,
+        position_ids=row.position_ids,
+        **{SEGMENTS: row.segments},
+        **model_kwargs,
+    )
+
+
+def score_batch(
+    head: FusedHead,
+    attention: RowAttention | None,
+    model: nn.Module,
+    batch: dict[str, Any],
+    outputs: Sequence[str] = (),
+    **model_kwargs: Any,
+) -> SequenceScores:
+    """:func:`score_sequences` of all micro-batches, in the order of the batch's pairs."""
+    parts = [score_sequences(head, attention, model, part, outputs, **model_kwargs) for part in micro_batches(batch)]
+    if len(parts) == 1:
+        return parts[0]
+
+    def together(values: list[Tensor]) -> Tensor:
+        sides = zip(*(value.chunk(2) for value in values), strict=True)
+        return torch.cat([in_pair_order(side, batch) for side in sides])
+
+    return SequenceScores(
+        logps=together([part.logps for part in parts]),
+        tokens=together([part.tokens for part in parts]),
+        outputs={name: together([part.outputs[name] for part in parts]) for name in outputs},
+        model_output=None,
+    )
+
+
+def _sums(out: HeadOutput, outputs: Sequence[str], cu_seqlens: Tensor | None) -> SequenceScores:
+    def over_sequences(values: Tensor) -> Tensor:
+        if cu_seqlens is None:
+            return values.sum(-1, dtype=torch.float64)
+        return torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, unsafe=True)
+
+    return SequenceScores(
+        logps=over_sequences(out.logps),
+        tokens=out.mask.sum(-1) if cu_seqlens is None else cu_seqlens.diff(),
+        outputs={name: over_sequences(getattr(out, name)) for name in outputs},
+        model_output=out.model_output,
+    )
+
+
+def in_pair_order(values: Sequence[Tensor], batch: dict[str, Any]) -> Tensor:
+    """[B]: what was found of each micro-batch's pairs, each [b], in the order of the batch's pairs."""
+    if len(values) == 1:
+        return values[0]
+    order = torch.cat([part["pairs"] for part in micro_batches(batch)]).to(values[0].device)
+    return torch.cat(list(values))[order.argsort()]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, until the block ends."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
