@@ -5,6 +5,7 @@ An option that a loss does not define raises, so that none is dropped in silence
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TypedDict
@@ -123,10 +124,17 @@ class LossOptions:
     @property
     def needs_tokens(self) -> bool:
         """Whether the number of scored tokens of each completion is needed."""
-        if self.average_log_prob or self.sft_weight:
+        if self.average_log_prob or self.has_likelihood:
             return True
         sums = {"ipo"} if self.ipo_reduction == "sum" else set()
         return any(OBJECTIVES[name].needs_tokens for name in self.loss_types if name not in sums)
+
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether the chosen completions' negative log-likelihood is part of the loss."""
+        if "sft" in self.loss_types:
+            return True
+        return any((o.sft_weight if self.sft_weight is None else self.sft_weight) > 0 for o in self.objectives)
 
     def _check_types(self) -> None:
         types = self.loss_types
@@ -137,6 +145,8 @@ class LossOptions:
                 raise ValueError(f"loss_type is {name!r}; it should be one of {', '.join(OBJECTIVES)}")
         if len(set(types)) < len(types):
             raise ValueError(f"loss_type is {list(types)}; it should name each loss once")
+        if not all(math.isfinite(weight) for weight in self.weights):
+            raise ValueError(f"loss_weights is {list(self.weights)}; they should be finite")
         if self.loss_weights is not None and len(self.weights) != len(types):
             raise ValueError(
                 f"loss_weights has {len(self.weights)} numbers; it should have one for each of the {len(types)} losses "
@@ -144,8 +154,8 @@ class LossOptions:
             )
 
     def _check_ranges(self) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"beta is {self.beta}; it should be above 0 (0.1 is usual)")
+        if not 0 < self.beta < float("inf"):
+            raise ValueError(f"beta is {self.beta}; it should be above 0 and finite (0.1 is usual)")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it should be at least 0 and below 0.5")
         choices = {
@@ -184,10 +194,12 @@ class LossOptions:
                     f"loss_type {', '.join(map(repr, names))} does not define {option.name}; it defines "
                     f"{', '.join(defined) or 'no options'}"
                 )
-        for option in ("f_divergence_type", "average_log_prob", "use_weighting"):
+        # These change the log-probabilities that all losses of a mix are made from: all but sft's, which are apart.
+        for option in ("f_divergence_type", "average_log_prob", "ld_alpha", "use_weighting"):
             if getattr(self, option) == LossOptions.__dataclass_fields__[option].default:
                 continue
-            without = [name for name in names if option not in OBJECTIVES[name].options]
+            apart = {"sft"} if option != "use_weighting" else set()
+            without = [name for name in names if option not in OBJECTIVES[name].options and name not in apart]
             if without:
                 raise ValueError(
                     f"{option} would change every loss of the mix, but {', '.join(map(repr, without))} does not define "
@@ -215,9 +227,7 @@ class LossOptions:
                 f"sft_weight is {self.sft_weight} with the losses {', '.join(names)}; of several losses, name 'sft' as "
                 "one and give its factor in loss_weights"
             )
-        if self.sft_reduction is not None and not (
-            "sft" in names or self.sft_weight or any(o.sft_weight for o in self.objectives)
-        ):
+        if self.sft_reduction is not None and not self.has_likelihood:
             raise ValueError(
                 f"sft_reduction is {self.sft_reduction!r}, but no negative log-likelihood is part of the loss: give "
                 "sft_weight, or leave it out"

@@ -202,7 +202,7 @@ OBJECTIVES: dict[str, Objective] = {
     "apo_zero": Objective(_apo_zero, _SUMS),
     "apo_down": Objective(_apo_down, _SUMS),
     "discopop": Objective(_discopop, ("discopop_tau", *_F, *_SUMS)),
-    "sft": Objective(_sft, ("sft_reduction", "use_weighting", *_F), needs_tokens=True),
+    "sft": Objective(_sft, ("sft_reduction", "use_weighting"), needs_tokens=True),
     "simpo": Objective(
         _simpo,
         ("simpo_gamma", "use_weighting", *_SMOOTH, *_SFT),
@@ -218,7 +218,12 @@ OBJECTIVES: dict[str, Objective] = {
         means_as_rewards=True,
         sft_weight=1.0,
     ),
-    "cpo": Objective(_cpo, (*_SMOOTH, *_SUMS), takes_reference=False, needs_tokens=True, sft_weight=1.0),
+    "cpo": Objective(
+        _cpo,
+        ("average_log_prob", "ld_alpha", "use_weighting", *_SMOOTH, *_SFT),
+        takes_reference=False,
+        sft_weight=1.0,
+    ),
 }
 
 
