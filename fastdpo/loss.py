@@ -72,7 +72,8 @@ def preference_loss(
         pair_weights: [B], factors of the pairs' losses, without a gradient (WPO's, say).
 
     Returns:
-        (losses, chosen_rewards, rejected_rewards), each [B]; the rewards are detached.
+        (losses, chosen_rewards, rejected_rewards), each [B], of the log-probabilities' dtype (float32 for 16-bit
+        ones); the rewards are detached.
 
     Raises:
         ValueError: an option out of range, or one that the loss does not define; a missing or misshapen tensor.
@@ -111,7 +112,9 @@ def preference_loss(
                 f"{tuple(policy_chosen_logps.shape)}"
             )
 
-    nll = -policy_chosen_logps
+    # Losses are differences and powers of what 16 bits hold to some three digits.
+    logps = {name: value.float() if value.dtype.itemsize == 2 else value for name, value in logps.items()}
+    nll = -logps["policy_chosen_logps"]
     if o.average_log_prob:
         of_length = (chosen_lengths, rejected_lengths) * 2
         logps = {name: value / n for (name, value), n in zip(logps.items(), of_length, strict=False)}

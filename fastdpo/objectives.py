@@ -109,8 +109,9 @@ def _aot(p: Pairs, o: LossOptions) -> Tensor:
     Sorts over the batch, so that a pair's loss depends on the others.
     """
     policy = (p.chosen_logps - p.rejected_logps).sort().values
-    reference = torch.as_tensor(p.ref_chosen_logps - p.ref_rejected_logps, dtype=policy.dtype, device=policy.device)
-    reference = reference.expand_as(policy).sort().values
+    reference = p.ref_chosen_logps - p.ref_rejected_logps
+    if isinstance(reference, Tensor):
+        reference = reference.sort().values
     return _smoothed_logistic(o.beta * (policy - reference), o.label_smoothing)
 
 
@@ -155,8 +156,8 @@ def _orpo(p: Pairs, o: LossOptions) -> Tensor:
     """ORPO's odds-ratio term (Hong et al. 2024, arXiv 2403.07691, eq. 7), times beta for the paper's lambda (eq. 6)."""
 
     def log_odds(mean_logps: Tensor) -> Tensor:
-        # Probability 1 has no finite odds: it is taken for the nearest number below 1.
-        mean_logps = mean_logps.clamp(max=-torch.finfo(mean_logps.dtype).eps)
+        # Probability 1 has no finite odds: it is taken for the nearest below it whose slope float32 can hold.
+        mean_logps = mean_logps.clamp(max=-torch.finfo(torch.float32).tiny)
         return mean_logps - torch.log(-torch.expm1(mean_logps))
 
     chosen, rejected = p.chosen_logps / p.chosen_tokens, p.rejected_logps / p.rejected_tokens
