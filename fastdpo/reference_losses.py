@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 # A torch scalar, or an mpmath.mpf.
@@ -55,6 +56,14 @@ def losses(
         weights = [_alignment(c) * _alignment(r) for c, r in zip(chosen, rejected, strict=True)]
         total = [t * _constant(w) for t, w in zip(total, weights, strict=True)]
     return total
+
+
+def losses_of_sequences(policy: Tensor, reference: Tensor | None, **options: Any) -> Tensor:
+    """[B] from log-probabilities of sequences, [2B], chosen ones first; for losses that do not look at tokens."""
+    refs = [None] * len(policy) if reference is None else [[logp] for logp in reference]
+    completions = [Completion([logp], ref) for logp, ref in zip(policy, refs, strict=True)]
+    pairs = len(completions) // 2
+    return torch.stack(losses(completions[:pairs], completions[pairs:], **options))
 
 
 def rewards(
