@@ -39,7 +39,7 @@ class LossOptions:
     """Which loss, and how. Every entry point takes these as keywords.
 
     Attributes:
-        beta: strength of the KL constraint, above 0: DPO's beta, IPO's tau, 1 / eta of SPPO, lambda of ORPO.
+        beta: strength of the KL constraint, above 0 and finite: DPO's beta, IPO's tau, 1 / eta of SPPO, lambda of ORPO.
         loss_type: a name of ``fastdpo.objectives.OBJECTIVES``, or several, whose losses are added up.
         label_smoothing: the chance that a label is flipped, in [0, 0.5). With ``sigmoid``, ``sigmoid_norm``, ``cpo``,
             ``simpo``, ``aot`` and ``aot_unpaired`` conservative DPO's (TRL's ``sigmoid`` and ``sigmoid_norm`` ignore
@@ -47,23 +47,24 @@ class LossOptions:
         loss_weights: with several losses, a factor of each (default 1).
         ipo_reduction: ``ipo``: ``mean`` (default) takes log-ratios per token, as TRL does and as IPO's authors
             confirmed to be meant; ``sum`` takes whole sequences, as the DPO authors' code does.
-        f_divergence_type: the divergence from the reference (Wang et al. 2023, arXiv 2309.16240, table 1):
-            ``reverse_kl`` (default: DPO itself), ``forward_kl``, ``js_divergence`` or ``alpha_divergence``. Rewards
-            stay beta times the log-ratio.
+        f_divergence_type: the divergence from the reference (Wang et al. 2023, arXiv 2309.16240): ``reverse_kl``
+            (default: DPO itself), ``forward_kl``, ``js_divergence`` or ``alpha_divergence``. Rewards stay beta times
+            the log-ratio.
         f_alpha_divergence_coef: the alpha of ``alpha_divergence`` (default 0.5), as in TRL; the paper's is 1 minus
             it. At 1 it is the reverse KL, at 0 the forward KL.
         discopop_tau: ``discopop``: temperature of the modulation, above 0 (default 0.05).
         simpo_gamma: ``simpo``: target margin of the rewards, at least 0 (default 0.5).
         sft_weight: factor of the chosen completion's negative log-likelihood, added to the loss. Default: 1 with
-            ``cpo`` and ``orpo``, which have the term in their papers, else 0. RPO (Pang et al. 2024, arXiv 2404.19733,
-            eq. 1) is ``sigmoid`` with ``sft_weight`` alpha. With several losses, name ``sft`` among them instead.
+            ``cpo`` and ``orpo``, which have the term in their papers, else 0. RPO (Pang et al. 2024, arXiv 2404.19733)
+            is ``sigmoid`` with ``sft_weight`` alpha. With several losses, name ``sft`` among them instead.
         sft_reduction: where a negative log-likelihood is part of the loss: ``sequence`` (default) is each completion's
             mean over its tokens, as in the RPO and ORPO papers, so that a batch is the mean of its parts; ``batch`` is
             the mean over all tokens of the batch, as TRL and Liger compute it.
         average_log_prob: takes means over tokens in the place of sums, of the policy and the reference alike (Liger's
             and the DPO authors' switch of this name). Not with ``ipo``, ``sigmoid_norm``, ``simpo`` and ``orpo``, which
-            say themselves where they average, nor with ``ld_alpha``.
-        ld_alpha: LD-DPO (Liu et al. 2024, arXiv 2409.06411, eq. 9): tokens beyond the length of the pair's shorter
+            say themselves where they average, nor with ``ld_alpha``. In a mix ``sft`` is left alone by it, as by
+            ``ld_alpha`` and ``f_divergence_type``.
+        ld_alpha: LD-DPO (Liu et al. 2024, arXiv 2409.06411): tokens beyond the length of the pair's shorter
             completion count this much, in [0, 1]. 1 changes nothing. None for none.
         ld_reference: with ``ld_alpha``: ``both`` (default) weighs the reference's tokens as well, as TRL does and the
             paper writes it; ``policy`` leaves the reference's sums whole.

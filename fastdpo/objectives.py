@@ -55,13 +55,16 @@ def _sigmoid(p: Pairs, o: LossOptions) -> Tensor:
 
 
 def _sigmoid_norm(p: Pairs, o: LossOptions) -> Tensor:
-    """Length-normalised DPO (Lambert et al. 2024, Tülu 3, arXiv 2411.15124, eq. 6): DPO on log-ratios per token."""
+    """Length-normalised DPO (Lambert et al. 2024, Tülu 3, arXiv 2411.15124): DPO on log-ratios per token."""
     margin = o.beta * (p.chosen / p.chosen_tokens - p.rejected / p.rejected_tokens)
     return _smoothed_logistic(margin, o.label_smoothing)
 
 
 def _hinge(p: Pairs, o: LossOptions) -> Tensor:
-    """The hinge of SLiC-HF (Zhao et al. 2023, arXiv 2305.10425, eq. 1) on DPO's rewards, with margin 1."""
+    """SLiC-HF's hinge (Zhao et al. 2023, arXiv 2305.10425) on DPO's rewards, with margin 1.
+
+    On log-ratios it is RSO's hinge-norm loss (Liu et al. 2023, arXiv 2309.06657), beta for its gamma.
+    """
     return F.relu(1 - _margin(p, o))
 
 
@@ -82,13 +85,13 @@ def _exo_pair(p: Pairs, o: LossOptions) -> Tensor:
 
 
 def _nca_pair(p: Pairs, o: LossOptions) -> Tensor:
-    """NCA for pairs (Chen et al. 2024, arXiv 2402.05369, eq. 13 with K = 2 and labels 1 and 0)."""
+    """NCA for pairs (Chen et al. 2024, arXiv 2402.05369): K = 2 responses, the chosen one the optimal one."""
     chosen, rejected = o.beta * p.chosen, o.beta * p.rejected
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
 def _robust(p: Pairs, o: LossOptions) -> Tensor:
-    """Robust DPO (Chowdhury et al. 2024, arXiv 2403.00409, eq. 12): unbiased where labels are flipped at random."""
+    """Robust DPO (Chowdhury et al. 2024, arXiv 2403.00409): unbiased where labels are flipped at random."""
     margin, flipped = _margin(p, o), o.label_smoothing
     return (-(1 - flipped) * F.logsigmoid(margin) + flipped * F.logsigmoid(-margin)) / (1 - 2 * flipped)
 
@@ -104,7 +107,7 @@ def _sppo_hard(p: Pairs, o: LossOptions) -> Tensor:
 
 
 def _aot(p: Pairs, o: LossOptions) -> Tensor:
-    """AOT, paired (Melnyk et al. 2024, arXiv 2406.05882, eq. 8): quantiles of policy margins above the reference's.
+    """AOT, paired (Melnyk et al. 2024, arXiv 2406.05882): quantiles of policy margins above the reference's.
 
     Sorts over the batch, so that a pair's loss depends on the others.
     """
@@ -116,7 +119,7 @@ def _aot(p: Pairs, o: LossOptions) -> Tensor:
 
 
 def _aot_unpaired(p: Pairs, o: LossOptions) -> Tensor:
-    """AOT, unpaired (arXiv 2406.05882, eq. 9): quantiles of the chosen log-ratios above those of the rejected.
+    """AOT, unpaired (arXiv 2406.05882): quantiles of the chosen log-ratios above those of the rejected.
 
     Sorts over the batch, so that a pair's loss depends on the others.
     """
@@ -153,7 +156,7 @@ def _simpo(p: Pairs, o: LossOptions) -> Tensor:
 
 
 def _orpo(p: Pairs, o: LossOptions) -> Tensor:
-    """ORPO's odds-ratio term (Hong et al. 2024, arXiv 2403.07691, eq. 7), times beta for the paper's lambda (eq. 6)."""
+    """ORPO's odds-ratio term (Hong et al. 2024, arXiv 2403.07691, eq. 7), times beta for the paper's lambda."""
 
     def log_odds(mean_logps: Tensor) -> Tensor:
         # Probability 1 has no finite odds: it is taken for the nearest below it whose slope float32 can hold.
@@ -229,7 +232,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def divergence_scores(log_ratios: Tensor, options: LossOptions) -> Tensor:
-    """f'(ratio), up to a constant, of the divergence from the reference (Wang et al. 2023, arXiv 2309.16240, table 1).
+    """f'(ratio) - f'(1) of the divergence from the reference (Wang et al. 2023, arXiv 2309.16240).
 
     The reverse KL's f'(t) = log t + 1 makes it the log-ratio itself. Powers of the ratio end at e^80, beyond which the
     score is flat: two that overflowed would have no difference.

@@ -141,7 +141,7 @@ def _sequence_logp(token_logps: Sequence[Number], shorter: int, alpha: float | N
 
 
 def _score(ratio: Number, divergence: str, coefficient: float | None) -> Number:
-    """f'(u) - f'(1) at u = pi / pi_ref (Wang et al. 2023, arXiv 2309.16240, table 1)."""
+    """f'(u) - f'(1) at u = pi / pi_ref (Wang et al. 2023, arXiv 2309.16240)."""
     if divergence == "reverse_kl":  # f(u) = u log u
         return ratio
     u = _exp(ratio)
@@ -182,7 +182,7 @@ def _sigmoid_norm(p: _Pair) -> Number:
 
 
 def _hinge(p: _Pair) -> Number:
-    """SLiC's hinge (Zhao et al. 2023, arXiv 2305.10425) of DPO's margin."""
+    """RSO's hinge-norm (Liu et al. 2023, arXiv 2309.06657): SLiC's hinge of DPO's margin."""
     short = 1 - p.margin
     return short if short > 0 else 0 * short
 
