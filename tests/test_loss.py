@@ -170,6 +170,29 @@ def test_gradcheck(name: str, grouped: bool) -> None:
     assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_extremes_leave_loss_and_gradients_finite(name: str, dtype: torch.dtype) -> None:
+    """One-token completions that are certain, impossible (e^-2000), or the same; a reference that says the opposite."""
+    weight = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=dtype)
+    logits = torch.tensor([2000.0, -2000.0, 2000.0, -2000.0, 40.0, -2000.0, 2000.0, 2000.0, -2000.0, -40.0])
+    hidden = torch.stack((logits, torch.zeros_like(logits)), dim=1).to(dtype).unsqueeze(1)
+    targets = torch.ones(10, 1, dtype=torch.int64)
+    options = {"loss_type": name} | ({"label_smoothing": 0.1} if name == "exo_pair" else {})
+    for ref_logps in (None, torch.zeros(10), torch.tensor([-2000.0, 0.0] * 5)):
+        if ref_logps is not None and not has_reference(options):
+            continue
+        for min_group in (1, 1 << 62):
+            leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+            with groups_of(min_group):
+                output = dpo_loss(*leaves, targets, ref_logps=ref_logps, outputs=OUTPUTS, **options)
+            assert output.losses.isfinite().all() and all(value.isfinite() for value in output.metrics().values())
+            grads = torch.autograd.grad(output.loss, leaves)
+            if dtype == torch.float16:  # a slope of 400 times a hidden state of 2000 is beyond it
+                grads = [grad.nan_to_num(nan=float("nan"), posinf=0.0, neginf=0.0) for grad in grads]
+            assert all(grad.isfinite().all() for grad in grads)
+
+
 def test_metrics_are_means_over_what_their_names_say() -> None:
     batch = make_batch(8, 3, 9, 16, 11, torch.float64)
     output = dpo_loss(**batch.policy(), ref_logps=batch.ref_logps(), outputs=OUTPUTS)
