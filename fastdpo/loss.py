@@ -72,7 +72,8 @@ def preference_loss(
         pair_weights: [B], factors of the pairs' losses, without a gradient (WPO's, say).
 
     Returns:
-        (losses, chosen_rewards, rejected_rewards), each [B]; the rewards are detached.
+        (losses, chosen_rewards, rejected_rewards), each [B], of the log-probabilities' dtype (float32 for 16-bit
+        ones); the rewards are detached.
 
     Raises:
         ValueError: an option out of range, or one that the loss does not define; a missing or misshapen tensor.
@@ -111,7 +112,9 @@ def preference_loss(
                 f"{tuple(policy_chosen_logps.shape)}"
             )
 
-    nll = -policy_chosen_logps
+    # Losses are differences and powers of what 16 bits hold to some three digits.
+    logps = {name: value.float() if value.dtype.itemsize == 2 else value for name, value in logps.items()}
+    nll = -logps["policy_chosen_logps"]
     if o.average_log_prob:
         of_length = (chosen_lengths, rejected_lengths) * 2
         logps = {name: value / n for (name, value), n in zip(logps.items(), of_length, strict=False)}
@@ -173,7 +176,7 @@ def dpo_loss(
         ref_hidden: as ``hidden`` (its H may differ with ``ref_weight``), from the reference model. No gradient.
         ref_weight, ref_bias: [V, H_ref] and [V]; by default ``weight`` and ``bias``, without their gradient.
         ref_logps: the reference's log-probabilities, in nats: [2B], summed over each completion; or of targets' shape,
-            for each token, as ``ld_alpha`` needs them.
+            for each token, as ``ld_alpha`` needs them (anything where nothing is scored).
         bias: [V].
         cu_seqlens: [2B + 1] int64 or int32, the packed sequences' bounds: 0, …, N.
         beta, loss_type, label_smoothing, options: see :class:`fastdpo.LossOptions`.
@@ -240,7 +243,7 @@ def dpo_loss(
             ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
         with torch.no_grad():
             ref_logps = token_logps(ref_hidden, ref_weight, targets, ref_bias, **head_options).logps
-    ref_sums = _reference_sums(o, ref_logps, sequences, targets)
+    ref_sums = _reference_sums(o, ref_logps, sequences, targets, ignore_index)
     losses_of = PairLosses(o, sequences.lengths, ref_sums, allow_empty=allow_empty)
 
     asked = {*outputs, *(("log_sum_sq_probs",) if o.use_weighting else ())}
@@ -398,6 +401,8 @@ def _check_reference(
 
 
 def _check_has_reference(options: LossOptions, has_reference: bool) -> None:
+    if options.ld_reference is not None and not has_reference:
+        raise ValueError(f"ld_reference is {options.ld_reference!r}, but there is no reference; leave it out")
     if options.f_divergence_type != "reverse_kl" and not has_reference:
         raise ValueError(
             f"f_divergence_type is {options.f_divergence_type!r}, a divergence from a reference, but none is given"
@@ -405,19 +410,20 @@ def _check_has_reference(options: LossOptions, has_reference: bool) -> None:
 
 
 def _reference_sums(
-    options: LossOptions, ref_logps: Tensor | None, sequences: Sequences, targets: Tensor
+    options: LossOptions, ref_logps: Tensor | None, sequences: Sequences, targets: Tensor, ignore_index: int
 ) -> Tensor | None:
     """[2B, S] or [2B, 1] from log-probabilities of tokens or of sequences; ValueError where they will not do."""
     if ref_logps is None:
         return None
-    if ref_logps.shape == targets.shape and ref_logps.shape != sequences.tokens.shape:
-        return sequences.segment_sums(ref_logps)
+    by_segment = options.ld_alpha is not None and options.ld_reference != "policy"
+    if ref_logps.shape == targets.shape and (by_segment or ref_logps.shape != sequences.tokens.shape):
+        return sequences.segment_sums(ref_logps.where(targets != ignore_index, 0))
     if ref_logps.shape != sequences.tokens.shape:
         raise ValueError(
             f"ref_logps has shape {tuple(ref_logps.shape)}; it should be ({sequences.tokens.numel()},), one a "
             f"completion, or targets' shape {tuple(targets.shape)}, one a token"
         )
-    if options.ld_alpha is not None and options.ld_reference != "policy":
+    if by_segment:
         raise ValueError(
             "ref_logps has one number a completion, but ld_alpha weighs the reference's tokens as well: give ref_logps "
             "of targets' shape, or ref_hidden, or ld_reference='policy'"

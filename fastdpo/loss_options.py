@@ -5,6 +5,7 @@ An option that a loss does not define raises, so that none is dropped in silence
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TypedDict
@@ -38,7 +39,7 @@ class LossOptions:
     """Which loss, and how. Every entry point takes these as keywords.
 
     Attributes:
-        beta: strength of the KL constraint, above 0: DPO's beta, IPO's tau, 1 / eta of SPPO, lambda of ORPO.
+        beta: strength of the KL constraint, above 0 and finite: DPO's beta, IPO's tau, 1 / eta of SPPO, lambda of ORPO.
         loss_type: a name of ``fastdpo.objectives.OBJECTIVES``, or several, whose losses are added up.
         label_smoothing: the chance that a label is flipped, in [0, 0.5). With ``sigmoid``, ``sigmoid_norm``, ``cpo``,
             ``simpo``, ``aot`` and ``aot_unpaired`` conservative DPO's (TRL's ``sigmoid`` and ``sigmoid_norm`` ignore
@@ -46,23 +47,24 @@ class LossOptions:
         loss_weights: with several losses, a factor of each (default 1).
         ipo_reduction: ``ipo``: ``mean`` (default) takes log-ratios per token, as TRL does and as IPO's authors
             confirmed to be meant; ``sum`` takes whole sequences, as the DPO authors' code does.
-        f_divergence_type: the divergence from the reference (Wang et al. 2023, arXiv 2309.16240, table 1):
-            ``reverse_kl`` (default: DPO itself), ``forward_kl``, ``js_divergence`` or ``alpha_divergence``. Rewards
-            stay beta times the log-ratio.
+        f_divergence_type: the divergence from the reference (Wang et al. 2023, arXiv 2309.16240): ``reverse_kl``
+            (default: DPO itself), ``forward_kl``, ``js_divergence`` or ``alpha_divergence``. Rewards stay beta times
+            the log-ratio.
         f_alpha_divergence_coef: the alpha of ``alpha_divergence`` (default 0.5), as in TRL; the paper's is 1 minus
             it. At 1 it is the reverse KL, at 0 the forward KL.
         discopop_tau: ``discopop``: temperature of the modulation, above 0 (default 0.05).
         simpo_gamma: ``simpo``: target margin of the rewards, at least 0 (default 0.5).
         sft_weight: factor of the chosen completion's negative log-likelihood, added to the loss. Default: 1 with
-            ``cpo`` and ``orpo``, which have the term in their papers, else 0. RPO (Pang et al. 2024, arXiv 2404.19733,
-            eq. 1) is ``sigmoid`` with ``sft_weight`` alpha. With several losses, name ``sft`` among them instead.
+            ``cpo`` and ``orpo``, which have the term in their papers, else 0. RPO (Pang et al. 2024, arXiv 2404.19733)
+            is ``sigmoid`` with ``sft_weight`` alpha. With several losses, name ``sft`` among them instead.
         sft_reduction: where a negative log-likelihood is part of the loss: ``sequence`` (default) is each completion's
             mean over its tokens, as in the RPO and ORPO papers, so that a batch is the mean of its parts; ``batch`` is
             the mean over all tokens of the batch, as TRL and Liger compute it.
         average_log_prob: takes means over tokens in the place of sums, of the policy and the reference alike (Liger's
             and the DPO authors' switch of this name). Not with ``ipo``, ``sigmoid_norm``, ``simpo`` and ``orpo``, which
-            say themselves where they average, nor with ``ld_alpha``.
-        ld_alpha: LD-DPO (Liu et al. 2024, arXiv 2409.06411, eq. 9): tokens beyond the length of the pair's shorter
+            say themselves where they average, nor with ``ld_alpha``. In a mix ``sft`` is left alone by it, as by
+            ``ld_alpha`` and ``f_divergence_type``.
+        ld_alpha: LD-DPO (Liu et al. 2024, arXiv 2409.06411): tokens beyond the length of the pair's shorter
             completion count this much, in [0, 1]. 1 changes nothing. None for none.
         ld_reference: with ``ld_alpha``: ``both`` (default) weighs the reference's tokens as well, as TRL does and the
             paper writes it; ``policy`` leaves the reference's sums whole.
@@ -123,10 +125,17 @@ class LossOptions:
     @property
     def needs_tokens(self) -> bool:
         """Whether the number of scored tokens of each completion is needed."""
-        if self.average_log_prob or self.sft_weight:
+        if self.average_log_prob or self.has_likelihood:
             return True
         sums = {"ipo"} if self.ipo_reduction == "sum" else set()
         return any(OBJECTIVES[name].needs_tokens for name in self.loss_types if name not in sums)
+
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether the chosen completions' negative log-likelihood is part of the loss."""
+        if "sft" in self.loss_types:
+            return True
+        return any((o.sft_weight if self.sft_weight is None else self.sft_weight) > 0 for o in self.objectives)
 
     def _check_types(self) -> None:
         types = self.loss_types
@@ -137,6 +146,8 @@ class LossOptions:
                 raise ValueError(f"loss_type is {name!r}; it should be one of {', '.join(OBJECTIVES)}")
         if len(set(types)) < len(types):
             raise ValueError(f"loss_type is {list(types)}; it should name each loss once")
+        if not all(math.isfinite(weight) for weight in self.weights):
+            raise ValueError(f"loss_weights is {list(self.weights)}; they should be finite")
         if self.loss_weights is not None and len(self.weights) != len(types):
             raise ValueError(
                 f"loss_weights has {len(self.weights)} numbers; it should have one for each of the {len(types)} losses "
@@ -144,8 +155,8 @@ class LossOptions:
             )
 
     def _check_ranges(self) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"beta is {self.beta}; it should be above 0 (0.1 is usual)")
+        if not 0 < self.beta < float("inf"):
+            raise ValueError(f"beta is {self.beta}; it should be above 0 and finite (0.1 is usual)")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it should be at least 0 and below 0.5")
         choices = {
@@ -184,10 +195,12 @@ class LossOptions:
                     f"loss_type {', '.join(map(repr, names))} does not define {option.name}; it defines "
                     f"{', '.join(defined) or 'no options'}"
                 )
-        for option in ("f_divergence_type", "average_log_prob", "use_weighting"):
+        # These change the log-probabilities that all losses of a mix are made from: all but sft's, which are apart.
+        for option in ("f_divergence_type", "average_log_prob", "ld_alpha", "use_weighting"):
             if getattr(self, option) == LossOptions.__dataclass_fields__[option].default:
                 continue
-            without = [name for name in names if option not in OBJECTIVES[name].options]
+            apart = {"sft"} if option != "use_weighting" else set()
+            without = [name for name in names if option not in OBJECTIVES[name].options and name not in apart]
             if without:
                 raise ValueError(
                     f"{option} would change every loss of the mix, but {', '.join(map(repr, without))} does not define "
@@ -215,9 +228,7 @@ class LossOptions:
                 f"sft_weight is {self.sft_weight} with the losses {', '.join(names)}; of several losses, name 'sft' as "
                 "one and give its factor in loss_weights"
             )
-        if self.sft_reduction is not None and not (
-            "sft" in names or self.sft_weight or any(o.sft_weight for o in self.objectives)
-        ):
+        if self.sft_reduction is not None and not self.has_likelihood:
             raise ValueError(
                 f"sft_reduction is {self.sft_reduction!r}, but no negative log-likelihood is part of the loss: give "
                 "sft_weight, or leave it out"

@@ -55,13 +55,16 @@ def _sigmoid(p: Pairs, o: LossOptions) -> Tensor:
 
 
 def _sigmoid_norm(p: Pairs, o: LossOptions) -> Tensor:
-    """Length-normalised DPO (Lambert et al. 2024, Tülu 3, arXiv 2411.15124, eq. 6): DPO on log-ratios per token."""
+    """Length-normalised DPO (Lambert et al. 2024, Tülu 3, arXiv 2411.15124): DPO on log-ratios per token."""
     margin = o.beta * (p.chosen / p.chosen_tokens - p.rejected / p.rejected_tokens)
     return _smoothed_logistic(margin, o.label_smoothing)
 
 
 def _hinge(p: Pairs, o: LossOptions) -> Tensor:
-    """The hinge of SLiC-HF (Zhao et al. 2023, arXiv 2305.10425, eq. 1) on DPO's rewards, with margin 1."""
+    """SLiC-HF's hinge (Zhao et al. 2023, arXiv 2305.10425) on DPO's rewards, with margin 1.
+
+    On log-ratios it is RSO's hinge-norm loss (Liu et al. 2023, arXiv 2309.06657), beta for its gamma.
+    """
     return F.relu(1 - _margin(p, o))
 
 
@@ -82,13 +85,13 @@ def _exo_pair(p: Pairs, o: LossOptions) -> Tensor:
 
 
 def _nca_pair(p: Pairs, o: LossOptions) -> Tensor:
-    """NCA for pairs (Chen et al. 2024, arXiv 2402.05369, eq. 13 with K = 2 and labels 1 and 0)."""
+    """NCA for pairs (Chen et al. 2024, arXiv 2402.05369): K = 2 responses, the chosen one the optimal one."""
     chosen, rejected = o.beta * p.chosen, o.beta * p.rejected
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
 def _robust(p: Pairs, o: LossOptions) -> Tensor:
-    """Robust DPO (Chowdhury et al. 2024, arXiv 2403.00409, eq. 12): unbiased where labels are flipped at random."""
+    """Robust DPO (Chowdhury et al. 2024, arXiv 2403.00409): unbiased where labels are flipped at random."""
     margin, flipped = _margin(p, o), o.label_smoothing
     return (-(1 - flipped) * F.logsigmoid(margin) + flipped * F.logsigmoid(-margin)) / (1 - 2 * flipped)
 
@@ -104,18 +107,19 @@ def _sppo_hard(p: Pairs, o: LossOptions) -> Tensor:
 
 
 def _aot(p: Pairs, o: LossOptions) -> Tensor:
-    """AOT, paired (Melnyk et al. 2024, arXiv 2406.05882, eq. 8): quantiles of policy margins above the reference's.
+    """AOT, paired (Melnyk et al. 2024, arXiv 2406.05882): quantiles of policy margins above the reference's.
 
     Sorts over the batch, so that a pair's loss depends on the others.
     """
     policy = (p.chosen_logps - p.rejected_logps).sort().values
-    reference = torch.as_tensor(p.ref_chosen_logps - p.ref_rejected_logps, dtype=policy.dtype, device=policy.device)
-    reference = reference.expand_as(policy).sort().values
+    reference = p.ref_chosen_logps - p.ref_rejected_logps
+    if isinstance(reference, Tensor):
+        reference = reference.sort().values
     return _smoothed_logistic(o.beta * (policy - reference), o.label_smoothing)
 
 
 def _aot_unpaired(p: Pairs, o: LossOptions) -> Tensor:
-    """AOT, unpaired (arXiv 2406.05882, eq. 9): quantiles of the chosen log-ratios above those of the rejected.
+    """AOT, unpaired (arXiv 2406.05882): quantiles of the chosen log-ratios above those of the rejected.
 
     Sorts over the batch, so that a pair's loss depends on the others.
     """
@@ -152,11 +156,11 @@ def _simpo(p: Pairs, o: LossOptions) -> Tensor:
 
 
 def _orpo(p: Pairs, o: LossOptions) -> Tensor:
-    """ORPO's odds-ratio term (Hong et al. 2024, arXiv 2403.07691, eq. 7), times beta for the paper's lambda (eq. 6)."""
+    """ORPO's odds-ratio term (Hong et al. 2024, arXiv 2403.07691, eq. 7), times beta for the paper's lambda."""
 
     def log_odds(mean_logps: Tensor) -> Tensor:
-        # Probability 1 has no finite odds: it is taken for the nearest number below 1.
-        mean_logps = mean_logps.clamp(max=-torch.finfo(mean_logps.dtype).eps)
+        # Probability 1 has no finite odds: it is taken for the nearest below it whose slope float32 can hold.
+        mean_logps = mean_logps.clamp(max=-torch.finfo(torch.float32).tiny)
         return mean_logps - torch.log(-torch.expm1(mean_logps))
 
     chosen, rejected = p.chosen_logps / p.chosen_tokens, p.rejected_logps / p.rejected_tokens
@@ -202,7 +206,7 @@ OBJECTIVES: dict[str, Objective] = {
     "apo_zero": Objective(_apo_zero, _SUMS),
     "apo_down": Objective(_apo_down, _SUMS),
     "discopop": Objective(_discopop, ("discopop_tau", *_F, *_SUMS)),
-    "sft": Objective(_sft, ("sft_reduction", "use_weighting", *_F), needs_tokens=True),
+    "sft": Objective(_sft, ("sft_reduction", "use_weighting"), needs_tokens=True),
     "simpo": Objective(
         _simpo,
         ("simpo_gamma", "use_weighting", *_SMOOTH, *_SFT),
@@ -218,12 +222,17 @@ OBJECTIVES: dict[str, Objective] = {
         means_as_rewards=True,
         sft_weight=1.0,
     ),
-    "cpo": Objective(_cpo, (*_SMOOTH, *_SUMS), takes_reference=False, needs_tokens=True, sft_weight=1.0),
+    "cpo": Objective(
+        _cpo,
+        ("average_log_prob", "ld_alpha", "use_weighting", *_SMOOTH, *_SFT),
+        takes_reference=False,
+        sft_weight=1.0,
+    ),
 }
 
 
 def divergence_scores(log_ratios: Tensor, options: LossOptions) -> Tensor:
-    """f'(ratio), up to a constant, of the divergence from the reference (Wang et al. 2023, arXiv 2309.16240, table 1).
+    """f'(ratio) - f'(1) of the divergence from the reference (Wang et al. 2023, arXiv 2309.16240).
 
     The reverse KL's f'(t) = log t + 1 makes it the log-ratio itself. Powers of the ratio end at e^80, beyond which the
     score is flat: two that overflowed would have no difference.

@@ -1,7 +1,8 @@
 """The oracle: the same results as the kernels' from full logits, slow and obvious.
 
 Every test compares with it. Give it float64 inputs for float64 arithmetic; it computes in the dtype that it is given,
-is differentiable by autograd throughout, and holds all N x V logits at once.
+is differentiable by autograd throughout, and holds all N x V logits at once. The losses' own oracle, from these
+log-probabilities, is ``fastdpo.reference_losses``.
 """
 
 from __future__ import annotations
@@ -54,27 +55,3 @@ def token_logps(
         mean_logits=z.mean(-1).where(scored, 0.0).detach(),
         is_top1=(z.amax(-1) <= target_logit) & scored,
     )
-
-
-def dpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    beta: float,
-    *,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """Per-pair losses [B] from sequence log-probabilities [B] (from means over tokens, for IPO on means)."""
-    # Rafailov et al. 2023 (arXiv 2305.18290), eq. 7: the argument of the sigmoid, without beta.
-    h = (policy_chosen_logps - reference_chosen_logps) - (policy_rejected_logps - reference_rejected_logps)
-    if loss_type == "sigmoid":
-        # Eq. 7 with a share of flipped labels: conservative DPO (Mitchell 2023).
-        p = torch.sigmoid(beta * h)
-        return -(1 - label_smoothing) * p.log() - label_smoothing * (1 - p).log()
-    if loss_type == "ipo":
-        return (h - 1 / (2 * beta)) ** 2  # Azar et al. 2023 (arXiv 2310.12036), eq. 17, beta for tau
-    if loss_type == "hinge":
-        return torch.clamp(1 - beta * h, min=0)  # Zhao et al. 2023 (SLiC-HF, arXiv 2305.10425), on DPO's rewards
-    raise ValueError(f"loss_type must be sigmoid, ipo or hinge, not {loss_type!r}")

@@ -13,7 +13,7 @@ class Sequences:
     """2B sequences of scored tokens, the chosen ones first: rows of ``targets``, or packed one after another.
 
     A sequence is one segment, or with ``at_shorter`` two: the tokens within the length of its pair's shorter
-    completion, and those beyond it (LD-DPO, Liu et al. 2024, arXiv 2409.06411, eq. 8).
+    completion, and those beyond it (LD-DPO, Liu et al. 2024, arXiv 2409.06411).
 
     Args:
         targets: [2B, T], or [N] with ``cu_seqlens``.

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdpo import DPOOutput, dpo_loss, group_plan, reference
 from fastdpo._native import operand_dtype
+from fastdpo.reference_losses import losses_of_sequences
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INPUTS = ("hidden", "weight", "bias")
@@ -130,7 +131,7 @@ def is_grouped(output: DPOOutput) -> bool:
 def float64_grads(batch: Batch, factor: float = 1.0, beta: float = 0.1) -> dict[str, Tensor]:
     inputs = [x.double().requires_grad_() for x in (batch.hidden, batch.weight, batch.bias)]
     logps = reference.token_logps(*inputs[:2], batch.targets, inputs[2], **batch.options).logps.sum(1)
-    loss = reference.dpo_loss(*logps.chunk(2), *batch.ref_logps.double().chunk(2), beta).mean()
+    loss = losses_of_sequences(logps, batch.ref_logps.double(), beta=beta).mean()
     return dict(zip(INPUTS, torch.autograd.grad(factor * loss, inputs), strict=True))
 
 

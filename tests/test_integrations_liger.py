@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdpo import reference
 from fastdpo.integrations import liger
 from fastdpo.integrations.liger import FusedLinearDPOLoss, LigerFusedLinearDPOLoss
+from fastdpo.reference_losses import losses_of_sequences
 
 # What Liger's class computes in float32, we may differ from by this: of a value, relative to 1 + its size; of a
 # gradient, relative to its norm.
@@ -228,9 +229,7 @@ def test_drop_in_an_empty_completion_has_mean_0_where_liger_has_nan() -> None:
     leaf = call["_input"].double().requires_grad_()
     tokens = (call["target"] != -100).sum(1).clamp(min=1)
     policy = float64_logps(call | {"_input": leaf}).sum(1) / tokens
-    expected = reference.dpo_loss(
-        *policy.chunk(2), *(float64_logps(call, "ref_").sum(1) / tokens).chunk(2), beta=0.1
-    ).mean()
+    expected = losses_of_sequences(policy, float64_logps(call, "ref_").sum(1) / tokens, beta=0.1).mean()
     expected.backward()
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=AGREE, atol=AGREE)
     assert (grads["_input"].double() - leaf.grad).norm() <= AGREE * leaf.grad.norm()
@@ -252,8 +251,8 @@ def test_drop_in_no_chosen_token_at_all(options: dict[str, Any]) -> None:
 
 def test_drop_in_label_smoothing_is_used_or_raises() -> None:
     call = make_call()
-    policy, ref = (float64_logps(call, prefix).sum(1).chunk(2) for prefix in ("", "ref_"))
-    expected = reference.dpo_loss(*policy, *ref, beta=0.1, label_smoothing=0.3).mean()
+    policy, ref = (float64_logps(call, prefix).sum(1) for prefix in ("", "ref_"))
+    expected = losses_of_sequences(policy, ref, beta=0.1, label_smoothing=0.3).mean()
     loss, _, _ = run(FusedLinearDPOLoss(label_smoothing=0.3), call)
     torch.testing.assert_close(loss.double(), expected, rtol=AGREE, atol=AGREE)
     their_loss, _, _ = run(LigersOwn(label_smoothing=0.3, compiled=False), call)
