@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from fastdpo.data import TRUNCATION_MODES
 from fastdpo.loss_options import LossOptions
+from fastdpo.objectives import F_DIVERGENCES, OBJECTIVES
 from fastdpo.packing_choice import PACKINGS
 
 
@@ -24,7 +25,9 @@ class DPOConfig(TrainingArguments):
       raises on a CPU unless ``use_cpu`` is given).
     - ``include_num_input_tokens_seen``: ``non_padding``, for the metric ``num_tokens`` to survive a resume.
     - ``precompute_ref_log_probs``: keeps them on disk, in ``ref_cache``, and reads them from there the next time.
-    - ``loss_type``: one loss; ``label_smoothing`` belongs to ``sigmoid`` (cDPO). TRL's ``sigmoid`` ignores it.
+    - ``loss_type``: SimPO, ORPO and CPO as well, which need no reference. Options of the losses are those of
+      :class:`fastdpo.LossOptions`, None for its default; ``label_smoothing`` makes ``sigmoid`` cDPO, where TRL ignores
+      it, and ``sft`` is each completion's mean over tokens unless ``sft_reduction`` is ``batch``, as TRL has it.
 
     An option that has no effect with the others raises ``ValueError``.
     """
@@ -53,10 +56,52 @@ class DPOConfig(TrainingArguments):
         default=0.1,
         metadata={"help": "Strength of the KL constraint: higher stays closer to the reference. IPO's tau."},
     )
-    loss_type: str = field(default="sigmoid", metadata={"help": "sigmoid (DPO), hinge (SLiC) or ipo."})
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": f"The loss, or several that are added up: {', '.join(OBJECTIVES)}. sigmoid is DPO."},
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "Factors of several losses, in the order of loss_type. By default 1 each."}
+    )
     label_smoothing: float = field(
         default=0.0,
-        metadata={"help": "sigmoid only: the chance that a label is flipped (conservative DPO), in [0, 0.5)."},
+        metadata={"help": "The chance that a label is flipped, in [0, 0.5): sigmoid (cDPO), robust, exo_pair, ..."},
+    )
+    f_divergence_type: str = field(
+        default="reverse_kl",
+        metadata={"help": "Divergence from the reference, of DPO's relatives.", "choices": list(F_DIVERGENCES)},
+    )
+    f_alpha_divergence_coef: float | None = field(
+        default=None, metadata={"help": "Alpha of alpha_divergence. By default 0.5."}
+    )
+    ipo_reduction: str | None = field(
+        default=None, metadata={"help": "ipo: log-ratios per token (mean, the default) or of sequences (sum)."}
+    )
+    discopop_tau: float | None = field(default=None, metadata={"help": "discopop: temperature. By default 0.05."})
+    simpo_gamma: float | None = field(default=None, metadata={"help": "simpo: target margin. By default 0.5."})
+    sft_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor of the chosen completion's negative log-likelihood, added to the loss (RPO's alpha). By "
+            "default 1 with cpo and orpo, else 0."
+        },
+    )
+    sft_reduction: str | None = field(
+        default=None,
+        metadata={
+            "help": "That likelihood per token of its completion (sequence, the default) or of the batch (batch)."
+        },
+    )
+    average_log_prob: bool = field(default=False, metadata={"help": "Means over tokens in the place of sums."})
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={"help": "LD-DPO: tokens beyond the pair's shorter completion count this much, in [0, 1]."},
+    )
+    ld_reference: str | None = field(
+        default=None, metadata={"help": "LD-DPO: weigh the reference's tokens too (both, the default) or not (policy)."}
+    )
+    use_weighting: bool = field(
+        default=False, metadata={"help": "WPO: weigh pairs by how likely they are under the policy."}
     )
 
     max_length: int | None = field(
@@ -130,11 +175,14 @@ class DPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss_type, (list, tuple)):
-            if len(self.loss_type) != 1:
-                raise ValueError(f"loss_type is {self.loss_type}; it should name one loss: mixes are not available")
-            self.loss_type = self.loss_type[0]
-        LossOptions(self.beta, self.loss_type, self.label_smoothing)
+        self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        options = self.loss_options
+        if self.max_tokens_per_batch is not None and (options.couples_pairs or self.sft_reduction == "batch"):
+            what = f"loss_type {', '.join(self.loss_type)}" if options.couples_pairs else "sft_reduction='batch'"
+            raise ValueError(
+                f"max_tokens_per_batch is {self.max_tokens_per_batch}, which takes a batch in parts, but with {what} a "
+                "pair's loss depends on the whole batch; leave one of them out"
+            )
         if self.truncation_mode not in TRUNCATION_MODES:
             raise ValueError(
                 f"truncation_mode is {self.truncation_mode!r}; it should be one of {', '.join(TRUNCATION_MODES)}"
@@ -166,3 +214,8 @@ class DPOConfig(TrainingArguments):
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing is not False
         super().__post_init__()
+
+    @property
+    def loss_options(self) -> LossOptions:
+        """The options of the loss; ValueError where they do not fit together."""
+        return LossOptions(**{option.name: getattr(self, option.name) for option in fields(LossOptions)})

@@ -11,6 +11,13 @@ from fastdpo.loss_options import LossOptions
 from fastdpo.objectives import Pairs, pair_losses, rewards
 
 
+def combine_segments(sums: Tensor, options: LossOptions, *, of_policy: bool) -> Tensor:
+    """[2n, S] to [2n]: a sequence's log-probability from those of its segments (LD-DPO's weights, if any)."""
+    if sums.shape[1] == 2 and (of_policy or options.ld_reference != "policy"):
+        return sums[:, 0] + options.ld_alpha * sums[:, 1]
+    return sums.sum(1)
+
+
 class PairLosses:
     """The losses of B pairs as a function of their sequences' sums, for all pairs or for some of them.
 
@@ -32,11 +39,13 @@ class PairLosses:
         if allow_empty:  # from here on they divide alone: 0 / 1
             self._batch_tokens = self._batch_tokens.clamp(min=2 / len(self._tokens))
             self._tokens = self._tokens.clamp(min=1)
-        self._ref_logps = None if ref_sums is None else self._combine(ref_sums.detach(), self._tokens, of_policy=False)
+        self._ref_logps = None
+        if ref_sums is not None:
+            self._ref_logps = self._of_sequences(ref_sums.detach(), self._tokens, of_policy=False)
 
     def logps(self, sums: Tensor) -> Tensor:
         """[2B]: the log-probabilities that the losses are functions of, from the segments' [2B, S]."""
-        return self._combine(sums, self._tokens, of_policy=True)
+        return self._of_sequences(sums, self._tokens, of_policy=True)
 
     def __call__(self, sums: Tensor, extras: Mapping[str, Tensor], first: int, last: int) -> Tensor:
         """Losses [n] of the pairs [first, last), n of them.
@@ -64,7 +73,7 @@ class PairLosses:
 
     def _pairs(self, sums: Tensor, first: int, last: int) -> Pairs:
         tokens = self._part(self._tokens, first, last)
-        logps = self._combine(sums, tokens, of_policy=True)
+        logps = self._of_sequences(sums, tokens, of_policy=True)
         ref_logps = None if self._ref_logps is None else self._part(self._ref_logps, first, last)
         ratios = logps if ref_logps is None else logps - ref_logps
         chosen, rejected = ratios.chunk(2)
@@ -84,14 +93,9 @@ class PairLosses:
             batch_tokens=self._batch_tokens,
         )
 
-    def _combine(self, sums: Tensor, tokens: Tensor, *, of_policy: bool) -> Tensor:
-        """[2n, S] to [2n]: a sequence's log-probability from those of its segments."""
-        options = self.options
-        if sums.shape[1] == 2 and (of_policy or options.ld_reference != "policy"):
-            logps = sums[:, 0] + options.ld_alpha * sums[:, 1]
-        else:
-            logps = sums.sum(1)
-        return logps / tokens if options.average_log_prob else logps
+    def _of_sequences(self, sums: Tensor, tokens: Tensor, *, of_policy: bool) -> Tensor:
+        logps = combine_segments(sums, self.options, of_policy=of_policy)
+        return logps / tokens if self.options.average_log_prob else logps
 
     def _part(self, values: Tensor, first: int, last: int) -> Tensor:
         """Of [2B] values those of the pairs [first, last), [2n]."""

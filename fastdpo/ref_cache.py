@@ -8,7 +8,7 @@ A folder holds
     logps.safetensors          when it is complete: chosen_logps and rejected_logps [rows], in the dataset's order
 
 Every file is written beside its place, flushed to the disk, and then renamed, so that a kill leaves it whole or absent.
-The numbers are sums over each completion. A loss that weighs tokens (LD-DPO) needs more than these.
+The numbers are sums over each completion; weighted ones where the loss weighs tokens (LD-DPO).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class CacheKey:
         weights_dtype, compute_dtype: of the weights in memory, and of the products (another under autocast).
         tokenizer, chat_template: fingerprints; None where rows came tokenised, or there is no template.
         max_length, truncation_mode: how sequences are cut.
-        masking: what made the mask of the tokens that count.
+        masking: what made the mask of the tokens that count, and LD-DPO's weight of some of them.
         num_rows, rows: how many rows, and the fingerprint of their token ids before any cut.
     """
 

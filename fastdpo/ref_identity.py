@@ -21,6 +21,7 @@ def reference_identity(
     tokenizer: PreTrainedTokenizerBase | None,
     collator: DataCollator,
     mixed_precision: str,
+    ld_alpha: float | None = None,
 ) -> dict[str, Any]:
     """The fields of :class:`fastdpo.ref_cache.CacheKey` beside those of the rows.
 
@@ -30,6 +31,7 @@ def reference_identity(
         tokenizer: what the rows were tokenised with; None if they came tokenised.
         collator: what cuts and masks.
         mixed_precision: accelerate's name of the type under autocast; ``no`` for none.
+        ld_alpha: what tokens beyond the pair's shorter completion count; None for as much as any.
     """
     dtype = str(model.dtype).removeprefix("torch.")
     collator = getattr(collator, "padded", collator)  # one that packs rows holds the one that cuts them
@@ -44,7 +46,7 @@ def reference_identity(
         "chat_template": None if tokenizer is None else template_fingerprint(tokenizer),
         "max_length": options.get("max_length"),
         "truncation_mode": options.get("truncation_mode"),
-        "masking": f"{kind.__module__}.{kind.__qualname__}",
+        "masking": f"{kind.__module__}.{kind.__qualname__}" + ("" if ld_alpha is None else f", ld_alpha {ld_alpha}"),
     }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastdpo.attention import SEGMENTS, RowAttention
 from fastdpo.head import IGNORE_INDEX, FusedHead, HeadOutput
 from fastdpo.packing import PackedRow
+from fastdpo.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,22 @@ class SequenceScores:
     """Sums over each completion's tokens, the B chosen ones first, then the B rejected ones.
 
     Attributes:
-        logps: [2B] float64, differentiable. Summed in float64: a sum is hundreds of nats, a loss depends on differences
-            of four of them, and float32 would round each by more than all its tokens' errors come to.
-        tokens: [2B] int64, how many tokens were scored.
+        sums: [2B, S] float64, differentiable: log-probabilities of the sequences' segments (see
+            :class:`fastdpo.sequences.Sequences`; S = 1 but for LD-DPO).
+        lengths: [2B, S] int64, how many tokens of them were scored.
         outputs: name -> [2B] float64, detached: sums of those of :class:`fastdpo.head.HeadOutput` that were asked for.
         model_output: what the model returned beside its logits; None where it ran more than once.
     """
 
-    logps: Tensor
-    tokens: Tensor
+    sums: Tensor
+    lengths: Tensor
     outputs: dict[str, Tensor]
     model_output: Any
+
+    @property
+    def tokens(self) -> Tensor:
+        """[2B] int64, the scored tokens of each sequence."""
+        return self.lengths.sum(1)
 
 
 def micro_batches(batch: dict[str, Any]) -> list[dict[str, Any]]:
@@ -64,6 +70,8 @@ def score_sequences(
     model: nn.Module,
     part: dict[str, Any],
     outputs: Sequence[str] = (),
+    *,
+    at_shorter: bool = False,
     **model_kwargs: Any,
 ) -> SequenceScores:
     """Score a micro-batch with one forward of ``model``.
@@ -74,17 +82,19 @@ def score_sequences(
         model: the root module.
         part: from :func:`micro_batches`.
         outputs: fields of :class:`fastdpo.head.HeadOutput` to sum as well.
+        at_shorter: divide sequences at the length of their pair's shorter completion.
         model_kwargs: passed on to ``model``.
     """
     if "row" not in part:
         labels = part["input_ids"].masked_fill(part["completion_mask"] == 0, IGNORE_INDEX)
         out = head(model, part["input_ids"], part["attention_mask"], labels, outputs=outputs, **model_kwargs)
-        return _sums(out, outputs, None)
+        return _sums(out, outputs, Sequences(labels[:, 1:], None, IGNORE_INDEX, at_shorter=at_shorter, look=False))
     row: PackedRow = part["row"]
     head.inspect_once(model)  # with what is no packed row
     with attention.active():
         out = score_row(head, model, row, outputs, **model_kwargs)
-    return _sums(out, outputs, row.cu_seqlens)
+    sequences = Sequences(row.targets, row.cu_seqlens, IGNORE_INDEX, at_shorter=at_shorter, look=False)
+    return _sums(out, outputs, sequences)
 
 
 def score_row(
@@ -121,23 +131,18 @@ def score_batch(
         return torch.cat([in_pair_order(side, batch) for side in sides])
 
     return SequenceScores(
-        logps=together([part.logps for part in parts]),
-        tokens=together([part.tokens for part in parts]),
+        sums=together([part.sums for part in parts]),
+        lengths=together([part.lengths for part in parts]),
         outputs={name: together([part.outputs[name] for part in parts]) for name in outputs},
         model_output=None,
     )
 
 
-def _sums(out: HeadOutput, outputs: Sequence[str], cu_seqlens: Tensor | None) -> SequenceScores:
-    def over_sequences(values: Tensor) -> Tensor:
-        if cu_seqlens is None:
-            return values.sum(-1, dtype=torch.float64)
-        return torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, unsafe=True)
-
+def _sums(out: HeadOutput, outputs: Sequence[str], sequences: Sequences) -> SequenceScores:
     return SequenceScores(
-        logps=over_sequences(out.logps),
-        tokens=out.mask.sum(-1) if cu_seqlens is None else cu_seqlens.diff(),
-        outputs={name: over_sequences(getattr(out, name)) for name in outputs},
+        sums=sequences.segment_sums(out.logps),
+        lengths=sequences.lengths,
+        outputs={name: sequences.sums(getattr(out, name)).double() for name in outputs},
         model_output=out.model_output,
     )
 

@@ -37,9 +37,9 @@ from fastdpo.data_files import TOKEN_COLUMNS
 from fastdpo.data_summary import DataSummary
 from fastdpo.fingerprints import base_weights
 from fastdpo.head import FusedHead
-from fastdpo.loss import preference_loss
 from fastdpo.packing import PackedRow, RowCollator
 from fastdpo.packing_choice import Scorer, check_rows, choose_packing, obstacles_in
+from fastdpo.pair_losses import PairLosses, combine_segments
 from fastdpo.pair_metrics import add_sums, means_of
 from fastdpo.ref_build import CachedSplit, ReferenceBuilder
 from fastdpo.ref_cache import DEFAULT_FOLDER
@@ -76,8 +76,8 @@ class DPOTrainer(Trainer):
 
     Rows have ``chosen``, ``rejected`` and, unless these begin with it, ``prompt``, as strings or as message lists; or
     they are tokenised already (``prompt_ids``, ``chosen_ids``, ``rejected_ids``) and taken as they are. Rows with
-    ``ref_chosen_logps`` and ``ref_rejected_logps`` (the reference's log-probabilities, summed over each completion)
-    need no reference model.
+    ``ref_chosen_logps`` and ``ref_rejected_logps`` (the reference's log-probabilities, summed over each completion,
+    with ``args.ld_alpha`` weighted as the loss has them) need no reference model; nor do losses without a reference.
 
     Otherwise the reference is ``ref_model``; or, for a PEFT model, the model with its adapters off; or a second copy
     of ``model`` as it is now. With ``args.precompute_ref_log_probs`` it is asked once, before training, and freed; what
@@ -142,7 +142,9 @@ class DPOTrainer(Trainer):
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         has_reference_columns = set(REFERENCE_COLUMNS) <= set(train_dataset.column_names)
-        if ref_model is None and not has_reference_columns and not args.precompute_ref_log_probs:
+        self._loss_options = args.loss_options
+        needs_reference = self._loss_options.takes_reference and not has_reference_columns
+        if ref_model is None and needs_reference and not args.precompute_ref_log_probs:
             if isinstance(model, PeftModel):
                 _check_adapters_are_neutral(model, args)
             else:
@@ -306,10 +308,12 @@ class DPOTrainer(Trainer):
     # The reference
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _reference_logps(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """[B] and [B], without a gradient."""
+    def _reference_sums(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor | None:
+        """[2B, S] without a gradient; [2B, 1] from the columns, which have the loss's weights of tokens in them."""
+        if not self._loss_options.takes_reference:
+            return None
         if all(name in inputs for name in REFERENCE_COLUMNS):
-            return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+            return torch.cat([inputs[name] for name in REFERENCE_COLUMNS]).double().unsqueeze(1)
         if self._reference_is_cached:
             raise ValueError(
                 "this dataset has no columns ref_chosen_logps and ref_rejected_logps, and there is no reference model "
@@ -318,9 +322,9 @@ class DPOTrainer(Trainer):
             )
         with torch.no_grad():
             if self.ref_model is not None:
-                return _sum_pairs(self._score(self._ref_head, self.ref_model, inputs))
+                return self._score(self._ref_head, self.ref_model, inputs).sums
             with self.accelerator.unwrap_model(model).disable_adapter(), evaluating(model):
-                return _sum_pairs(self._score(self._head, model, inputs))
+                return self._score(self._head, model, inputs).sums
 
     def _precompute_reference(self) -> None:
         """Puts the reference's log-probabilities into the datasets, by way of the disk, and lets the reference go."""
@@ -331,13 +335,19 @@ class DPOTrainer(Trainer):
         tokenizer = self.processing_class if self.data_summaries else None
 
         def score(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-            return _sum_pairs(self._score(head, model, self._prepare_inputs(self.data_collator(rows))))
+            scores = self._score(head, model, self._prepare_inputs(self.data_collator(rows)))
+            return combine_segments(scores.sums, self._loss_options, of_policy=False).chunk(2)
 
         builder = ReferenceBuilder(
             root=Path(self.args.ref_cache or Path(self.args.output_dir) / DEFAULT_FOLDER),
             accelerator=self.accelerator,
             identity=lambda: reference_identity(
-                model, weights, tokenizer, self.data_collator, self.accelerator.mixed_precision
+                model,
+                weights,
+                tokenizer,
+                self.data_collator,
+                self.accelerator.mixed_precision,
+                None if self.args.ld_reference == "policy" else self.args.ld_alpha,
             ),
             score=score,
             max_length=self.args.max_length,
@@ -366,7 +376,8 @@ class DPOTrainer(Trainer):
         self, head: FusedHead, model: nn.Module, inputs: dict[str, Any], outputs: tuple[str, ...] = (), **kwargs: Any
     ) -> SequenceScores:
         attention = self._attention if head is self._head else self._ref_attention
-        return score_batch(head, attention, model, inputs, outputs, **kwargs)
+        at_shorter = self._loss_options.ld_alpha is not None
+        return score_batch(head, attention, model, inputs, outputs, at_shorter=at_shorter, **kwargs)
 
     def _pair_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each pair [B] float64, and what metrics are made of, each detached, [B] float64."""
@@ -376,22 +387,15 @@ class DPOTrainer(Trainer):
 
     def _losses_of_part(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         # The reference goes first: what the policy keeps for its backward is then not yet there.
-        ref_chosen, ref_rejected = self._reference_logps(model, inputs)
+        ref_sums = self._reference_sums(model, inputs)
         kwargs = {"output_router_logits": True} if self._aux_loss_coef else {}
-        out = self._score(self._head, model, inputs, _OUTPUTS, **kwargs)
-        chosen, rejected = _sum_pairs(out)
+        outputs = (*_OUTPUTS, "log_sum_sq_probs") if self._loss_options.use_weighting else _OUTPUTS
+        out = self._score(self._head, model, inputs, outputs, **kwargs)
+        losses_of = PairLosses(self._loss_options, out.lengths, ref_sums)
+        losses = losses_of(out.sums, out.outputs, 0, len(out.sums) // 2)
+        chosen_rewards, rejected_rewards = losses_of.rewards(out.sums)
+        chosen, rejected = losses_of.logps(out.sums.detach()).chunk(2)
         chosen_tokens, rejected_tokens = out.tokens.chunk(2)
-        losses, chosen_rewards, rejected_rewards = preference_loss(
-            chosen,
-            rejected,
-            ref_chosen,
-            ref_rejected,
-            self.args.beta,
-            self.args.label_smoothing,
-            loss_type=self.args.loss_type,
-            chosen_lengths=chosen_tokens,
-            rejected_lengths=rejected_tokens,
-        )
         chosen_logits, rejected_logits = out.outputs["mean_logits"].chunk(2)
         chosen_entropy, rejected_entropy = out.outputs["entropy"].chunk(2)
         sums = {
@@ -430,7 +434,7 @@ class DPOTrainer(Trainer):
         losses, per_pair = self._pair_losses(model, inputs)
         if not self._start_is_checked:
             self._start_is_checked = True
-            if self.state.global_step == 0:
+            if self.state.global_step == 0 and self._loss_options.takes_reference:
                 self._check_start(per_pair)
         self._sums = add_sums(self._sums, {name: values.sum() for name, values in per_pair.items()})
         if num_items_in_batch is None:
@@ -491,15 +495,16 @@ class DPOTrainer(Trainer):
         if bool((reward <= allowed).all()):
             return
         worst = int((reward / allowed).argmax())
-        expected = {"sigmoid": "ln 2 = 0.6931", "hinge": "1", "ipo": f"1/(2 beta)^2 = {0.25 / self.args.beta**2:g}"}
+        known = {"sigmoid": "ln 2 = 0.6931", "hinge": "1", "ipo": f"1/(2 beta)^2 = {0.25 / self.args.beta**2:g}"}
+        expected = known.get(", ".join(self.args.loss_type))
         warnings.warn(
             "policy and reference do not agree before the first update: a pair has the rewards "
             f"{per_pair['chosen_reward'][worst]:.3g} (chosen) and {per_pair['rejected_reward'][worst]:.3g} (rejected), "
-            f"which should be 0, and the loss is {per_pair['loss'].mean():.4f}, which should be "
-            f"{expected[self.args.loss_type]}. Likely causes: ref_model, or the ref_*_logps columns, belong to another "
-            "model than the one being trained (no fault if you mean it); dropout is active (disable_dropout=False, or "
-            "a model that takes it from its config); policy and reference differ in dtype or attention "
-            "implementation; an adapter that does not start at zero.",
+            f"which should be 0, and the loss is {per_pair['loss'].mean():.4f}"
+            f"{f', which should be {expected}' if expected else ''}. Likely causes: ref_model, or the ref_*_logps "
+            "columns, belong to another model than the one being trained (no fault if you mean it); dropout is active "
+            "(disable_dropout=False, or a model that takes it from its config); policy and reference differ in dtype "
+            "or attention implementation; an adapter that does not start at zero.",
             stacklevel=2,
         )
 
@@ -605,9 +610,3 @@ def _check_adapters_are_neutral(model: PeftModel, args: DPOConfig) -> None:
 
 def _compute_dtype(mixed_precision: str, dtype: torch.dtype) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, dtype)
-
-
-def _sum_pairs(scores: SequenceScores) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the chosen and of the rejected completions, [B] each."""
-    chosen, rejected = scores.logps.chunk(2)
-    return chosen, rejected

@@ -56,6 +56,14 @@ def check_arguments(
             "train_dataset has the columns ref_chosen_logps and ref_rejected_logps, which are the reference; remove "
             "them, or leave out ref_model and precompute_ref_log_probs"
         )
+    if not args.loss_options.takes_reference:
+        named = {"ref_model": ref_model is not None, "precompute_ref_log_probs": args.precompute_ref_log_probs}
+        named |= {"train_dataset has reference log-probabilities": bool(given)}
+        if any(named.values()):
+            raise ValueError(
+                f"loss_type {', '.join(args.loss_type)} has no reference, but a reference is given "
+                f"({', '.join(name for name, is_given in named.items() if is_given)}); leave it out"
+            )
 
 
 def load_model(name: str, args: DPOConfig) -> PreTrainedModel:

@@ -55,7 +55,7 @@ def score(model: nn.Module, part: dict[str, Any], root: nn.Module | None = None)
     head.inspect(model)
     with attention.active() if "row" in part else contextlib.nullcontext():
         scores = score_sequences(head, attention, root or model, part)
-        return scores.logps.detach(), gradients(model, scores.logps)
+        return scores.sums.detach(), gradients(model, scores.sums.sum(1))
 
 
 def assert_same(got: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:

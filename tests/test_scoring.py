@@ -62,7 +62,7 @@ def test_sequences_are_summed_in_float64(layout):
     model = make_model("llama")
     scores = score_sequences(OfFloat32(value, 2 * tokens), RowAttention(model), model, part, ["entropy"])
     exact = tokens * float(torch.tensor(value))
-    for sums in (scores.logps, scores.outputs["entropy"]):
+    for sums in (scores.sums.squeeze(1), scores.outputs["entropy"]):
         assert sums.dtype == torch.float64
         torch.testing.assert_close(sums, torch.full((2,), exact, dtype=torch.float64), rtol=1e-13, atol=0)
     in_float32 = torch.full((tokens,), value).cumsum(0)[-1].item()
@@ -75,7 +75,7 @@ def scores_of(batch: dict[str, Any]) -> dict[str, Tensor]:
     head = FusedHead(model)
     head.inspect(model)
     scores = score_batch(head, RowAttention(model), model, batch, ["entropy", "mean_logits", "is_top1"])
-    return {"logps": scores.logps, "tokens": scores.tokens, **scores.outputs}
+    return {"logps": scores.sums.squeeze(1), "tokens": scores.tokens, **scores.outputs}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -522,7 +522,8 @@ def test_two_processes_train_as_one(tmp_path):
     [
         ({"beta": 0.0}, "beta is 0.0"),
         ({"loss_type": "dpo"}, "loss_type is 'dpo'"),
-        ({"loss_type": ["sigmoid", "ipo"]}, "loss_type is .*one loss"),
+        ({"loss_type": ["sigmoid", "simpo"], "ld_alpha": 0.5}, "'simpo' does not define it"),
+        ({"loss_type": "aot", "max_tokens_per_batch": 64}, "depends on the whole batch"),
         ({"label_smoothing": 0.5}, "label_smoothing is 0.5"),
         ({"label_smoothing": 0.1, "loss_type": "hinge"}, "does not define label_smoothing"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),

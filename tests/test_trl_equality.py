@@ -113,12 +113,31 @@ def test_ten_steps_are_trls(tmp_path, tokenizer, model_type, rows):
     assert_same_run(ours, theirs, PAIR_METRICS + COUNTS + TOKEN_METRICS)
 
 
-@pytest.mark.parametrize("loss_type", ["ipo", "hinge"])
-def test_other_losses_are_trls(tmp_path, tokenizer, loss_type):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "ipo"},
+        {"loss_type": "hinge", "f_divergence_type": "js_divergence"},
+        {"loss_type": "aot", "label_smoothing": 0.1},
+        {"loss_type": ["apo_zero", "sigmoid_norm"], "loss_weights": [1.0, 0.5], "ld_alpha": 0.4},
+        {"loss_type": "robust", "label_smoothing": 0.2, "use_weighting": True},
+        {"loss_type": "discopop", "ld_alpha": 0.2, "precompute_ref_log_probs": True},
+    ],
+    ids=lambda options: "-".join(options["loss_type"]) if isinstance(options["loss_type"], list) else None,
+)
+def test_other_losses_are_trls(tmp_path, tokenizer, options):
     model = make_model("llama", num_hidden_layers=3)
-    options = {"loss_type": loss_type, "max_steps": 4}
+    options = {"max_steps": 4, **options}
     theirs = train(trl, tmp_path, model, text_rows(), tokenizer, **options)
     ours = train(fastdpo, tmp_path, model, text_rows(), tokenizer, **options)
+    assert_same_run(ours, theirs, PAIR_METRICS + COUNTS + TOKEN_METRICS)
+
+
+def test_sft_by_the_batch_is_trls(tmp_path, tokenizer):
+    model = make_model("llama", num_hidden_layers=3)
+    options = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3], "max_steps": 3}
+    theirs = train(trl, tmp_path, model, text_rows(), tokenizer, **options)
+    ours = train(fastdpo, tmp_path, model, text_rows(), tokenizer, sft_reduction="batch", **options)
     assert_same_run(ours, theirs, PAIR_METRICS + COUNTS + TOKEN_METRICS)
 
 
