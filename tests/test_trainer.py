@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from toy_data import chat_rows, make_tokenizer, text_rows
 from transformers import TrainerCallback, TrainingArguments
 
+from fastdpo import reference_losses
 from fastdpo.data import PreferenceCollator, prepare
 from fastdpo.trainer import DPOConfig, DPOTrainer, disable_dropout
 
@@ -153,6 +154,34 @@ def test_first_loss_is_the_one_of_equal_policy_and_reference(tmp_path, tokenizer
     entry = trainer.state.log_history[0]
     assert entry.keys() >= METRICS | {"num_tokens", "grad_norm", "learning_rate"}
     assert entry["rewards/chosen"] == entry["rewards/rejected"] == entry["rewards/margins"] == 0
+
+
+@pytest.mark.parametrize("loss_type", ["simpo", "orpo", "cpo"])
+def test_losses_without_a_reference_have_none(tmp_path, tokenizer, loss_type):
+    rows, beta = text_rows(4), 0.7
+    model = make_model("llama", seed=3)
+    batch = whole_batch(tokenizer, rows)
+    mask = batch["completion_mask"][:, 1:].bool()
+    with torch.no_grad():
+        z = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].double()
+    logps = z.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+    sides = [reference_losses.Completion(row[scored]) for row, scored in zip(logps, mask, strict=True)]
+    expected = sum(reference_losses.losses(sides[:4], sides[4:], beta=beta, loss_type=loss_type)) / 4
+    rewards = reference_losses.rewards(sides[:4], sides[4:], beta=beta, loss_type=loss_type)
+
+    options = {"model": model, "train_dataset": Dataset.from_list(rows), "per_device_train_batch_size": 4}
+    trainer = make_trainer(tmp_path, tokenizer, loss_type=loss_type, beta=beta, max_steps=1, **options)
+    assert trainer.ref_model is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # there is nothing to check at step 0
+        trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert entry["rewards/chosen"] == pytest.approx(float(sum(chosen for chosen, _ in rewards)) / 4, rel=1e-5)
+    with pytest.raises(
+        ValueError, match=f"loss_type {loss_type} has no reference, but a reference is given .ref_model"
+    ):
+        make_trainer(tmp_path, tokenizer, loss_type=loss_type, ref_model=make_model("llama"))
 
 
 def test_metrics_are_those_of_full_logits(tmp_path, tokenizer):
