@@ -22,6 +22,9 @@ class ForwardBlocks {
         size_(problem.hidden_size()),
         stride_(round_up(size_, kPanel)),
         need_direction_(results.direction.numel() > 0),
+        need_entropy_(results.entropy.numel() > 0),
+        need_squares_(results.log_sum_sq_probs.numel() > 0),
+        need_mean_(results.mean_logits.numel() > 0),
         hidden_rows_(problem.hidden, kTileTokens),
         weight_rows_(problem.weight, kTileEntries),
         columns_(block_tokens * size_),
@@ -31,6 +34,7 @@ class ForwardBlocks {
         direction_(need_direction_ ? block_tokens * stride_ : 0),
         sums_(block_tokens),
         exponents_(block_tokens),
+        targets_(block_tokens),
         weight_pointers_(kTileEntries) {}
 
   // Scored tokens [task * block_tokens, ...).
@@ -64,6 +68,7 @@ class ForwardBlocks {
     for (int64_t i = 0; i < count_; ++i) {
       sums_[i] = start_row(problem_, begin_ + i);
       exponents_[i] = static_cast<float>(sums_[i].exponent);
+      targets_[i] = problem_.target(begin_ + i);
     }
   }
 
@@ -78,7 +83,7 @@ class ForwardBlocks {
       tiles_.transform(logits, rows, width, bias, problem_.transform);
     }
     alignas(64) std::array<float, kTileTokens> lanes;
-    if (results_.mean_logits.numel() > 0) {
+    if (need_mean_) {
       set_targets(logits, t, v, rows, width, 0.0f);
       tiles_.lane_sum(logits, rows, width, lanes.data());
       for (int64_t i = 0; i < count; ++i) sums_[t + i].logit_sum += lanes[i];
@@ -96,13 +101,12 @@ class ForwardBlocks {
   void set_targets(float* logits, int64_t t, int64_t v, int64_t rows, int64_t width, float value) const {
     const int64_t count = std::min(kTileTokens, count_ - t);
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = problem_.target(begin_ + t + i) - v;
+      const int64_t row = targets_[t + i] - v;
       if (row >= 0 && row < rows) logits[row * width + i] = value;
     }
   }
 
   void add_exponentials(int64_t t, int64_t rows, int64_t v, int64_t width, int64_t count) {
-    const bool extras = results_.entropy.numel() > 0 || results_.log_sum_sq_probs.numel() > 0;
     alignas(64) std::array<float, kTileTokens> sum, weighted, squares;
     ExponentialTile<O> tile{};
     tile.logits = logits_.data();
@@ -121,16 +125,13 @@ class ForwardBlocks {
       tile.by_entry_width = count;
     }
     tile.sum = sum.data();
-    if (extras) {
-      tile.weighted = weighted.data();
-      tile.squares = squares.data();
-    }
+    if (need_entropy_) tile.weighted = weighted.data();
+    if (need_squares_) tile.squares = squares.data();
     kernels_.exponentials(tile);
     for (int64_t i = 0; i < count; ++i) {
       sums_[t + i].sum += sum[i];
-      if (!extras) continue;
-      sums_[t + i].weighted_sum += weighted[i];
-      sums_[t + i].square_sum += squares[i];
+      if (need_entropy_) sums_[t + i].weighted_sum += weighted[i];
+      if (need_squares_) sums_[t + i].square_sum += squares[i];
     }
   }
 
@@ -178,7 +179,7 @@ class ForwardBlocks {
   Results<float>& results_;
   const Retained<O>& retained_;
   const int64_t block_tokens_, size_, stride_;
-  const bool need_direction_;
+  const bool need_direction_, need_entropy_, need_squares_, need_mean_;
   int64_t begin_ = 0, count_ = 0;
   OperandRows<O> hidden_rows_, weight_rows_;
   Buffer<O> columns_;        // hidden^T: for each tile of tokens [H / kPair, width, kPair]
@@ -188,6 +189,7 @@ class ForwardBlocks {
   Buffer<float> direction_;  // [tokens, stride]: the sum over j of operand_j w_j
   std::vector<RowSums<double>> sums_;
   std::vector<float> exponents_;
+  std::vector<int64_t> targets_;
   std::vector<const O*> weight_pointers_;
 };
 

@@ -50,7 +50,7 @@ struct ExponentialTile {
   O* by_entry;          // [rows, by_entry_stride], of the first by_entry_width lanes
   int64_t by_entry_stride;
   int64_t by_entry_width;
-  // [width] each: sum of exp(z - exponent); where weighted is not null, of exp * (z - exponent) and of exp^2.
+  // [width] each: sum of exp(z - exponent), and, null if not wanted, of exp * (z - exponent) and of exp^2.
   float* sum;
   float* weighted;
   float* squares;

@@ -125,23 +125,30 @@ void transform_tile(float* values, int64_t rows, int64_t width, const float* bia
   }
 }
 
-void lane_max(const float* values, int64_t rows, int64_t width, float* max) {
+// Each lane's fold over the rows, in four parts: one alone would wait for itself at every step.
+template <typename Fold>
+inline void fold_rows(const float* values, int64_t rows, int64_t width, float start, float* result, const Fold& fold) {
+  constexpr int64_t kParts = 4;
   for (int64_t t = 0; t < width; t += kLanes) {
-    Value most = WideFloat::set(-std::numeric_limits<float>::infinity());
-    for (int64_t v = 0; v < rows; ++v) {
-      const Value z = WideFloat::load(values + v * width + t);
-      most = WideFloat::if_less(most, z, z, most);
+    Value part[kParts];
+    for (int64_t i = 0; i < kParts; ++i) part[i] = WideFloat::set(start);
+    int64_t v = 0;
+    for (; v + kParts <= rows; v += kParts) {
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kParts; ++i) part[i] = fold(part[i], WideFloat::load(values + (v + i) * width + t));
     }
-    WideFloat::store(max + t, most);
+    for (; v < rows; ++v) part[0] = fold(part[0], WideFloat::load(values + v * width + t));
+    WideFloat::store(result + t, fold(fold(part[0], part[1]), fold(part[2], part[3])));
   }
 }
 
+void lane_max(const float* values, int64_t rows, int64_t width, float* max) {
+  fold_rows(values, rows, width, -std::numeric_limits<float>::infinity(), max,
+            [](Value most, Value z) { return WideFloat::if_less(most, z, z, most); });
+}
+
 void lane_sum(const float* values, int64_t rows, int64_t width, float* sum) {
-  for (int64_t t = 0; t < width; t += kLanes) {
-    Value total = WideFloat::set(0.0f);
-    for (int64_t v = 0; v < rows; ++v) total = total + WideFloat::load(values + v * width + t);
-    WideFloat::store(sum + t, total);
-  }
+  fold_rows(values, rows, width, 0.0f, sum, [](Value total, Value z) { return total + z; });
 }
 
 // The target's exponential is 0, and its slope, at -inf, no number.
@@ -149,7 +156,7 @@ inline Value times_slope(Value e, Value z, const LogitTransform<float>& transfor
   return WideFloat::if_less(WideFloat::set(0.0f), e, e * slope_factor<WideFloat>(z, transform), e);
 }
 
-template <typename O, bool kExtras, bool kCapped>
+template <typename O, bool kWeighted, bool kSquares, bool kCapped>
 void exponentials_of(const ExponentialTile<O>& tile) {
   const int64_t end = tile.by_token == nullptr ? tile.rows : tile.padded_rows;
   constexpr int64_t kGroups = kPanel / kLanes;
@@ -165,11 +172,12 @@ void exponentials_of(const ExponentialTile<O>& tile) {
         const Value z = WideFloat::load(tile.logits + (v + i) * tile.width + t);
         const Value gap = z - exponent;
         e[i] = exponential<WideFloat>(gap, 0.0f);
-        if constexpr (kExtras) {
+        if constexpr (kWeighted) {
           // A masked entry has e = 0 and gap = -inf, and counts for nothing.
-          weighted[g] = weighted[g] + e[i] * WideFloat::if_less(gap, WideFloat::set(-1e30f), WideFloat::set(0.0f), gap);
-          squares[g] = squares[g] + e[i] * e[i];
+          const Value lowest = WideFloat::set(-1e30f);
+          weighted[g] = weighted[g] + e[i] * WideFloat::if_less(lowest, gap, gap, lowest);
         }
+        if constexpr (kSquares) squares[g] = squares[g] + e[i] * e[i];
       };
       if (rows == kLanes) {
 #pragma GCC unroll 16
@@ -203,21 +211,21 @@ void exponentials_of(const ExponentialTile<O>& tile) {
   }
   for (int64_t t = 0, g = 0; t < tile.width; t += kLanes, ++g) {
     WideFloat::store(tile.sum + t, sum[g]);
-    if constexpr (kExtras) {
-      WideFloat::store(tile.weighted + t, weighted[g]);
-      WideFloat::store(tile.squares + t, squares[g]);
-    }
+    if constexpr (kWeighted) WideFloat::store(tile.weighted + t, weighted[g]);
+    if constexpr (kSquares) WideFloat::store(tile.squares + t, squares[g]);
   }
 }
 
 template <typename O>
 void exponentials(const ExponentialTile<O>& tile) {
-  const bool extras = tile.weighted != nullptr, capped = tile.transform.softcap != 0;
-  if (extras) {
-    capped ? exponentials_of<O, true, true>(tile) : exponentials_of<O, true, false>(tile);
-  } else {
-    capped ? exponentials_of<O, false, true>(tile) : exponentials_of<O, false, false>(tile);
-  }
+  constexpr void (*kOf[])(const ExponentialTile<O>&) = {
+      exponentials_of<O, false, false, false>, exponentials_of<O, true, false, false>,
+      exponentials_of<O, false, true, false>,  exponentials_of<O, true, true, false>,
+      exponentials_of<O, false, false, true>,  exponentials_of<O, true, false, true>,
+      exponentials_of<O, false, true, true>,   exponentials_of<O, true, true, true>,
+  };
+  const bool weighted = tile.weighted != nullptr, squares = tile.squares != nullptr;
+  kOf[weighted | squares << 1 | (tile.transform.softcap != 0) << 2](tile);
 }
 
 template <typename O>
