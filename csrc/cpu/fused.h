@@ -31,7 +31,7 @@ namespace fastdpo::cpu {
 // A block of tokens visits the whole weight at a time: so many tokens that packing and streaming the weight cost little
 // beside the products, so few that the block's direction stays in cache. Also the unit in which exponentials are kept.
 constexpr int64_t kBlockTokens = 256;
-// Tokens in a tile.
+// Tokens in a tile, at most.
 constexpr int64_t kTileTokens = kPanel;
 static_assert(kBlockTokens % kTileTokens == 0 && kTileTokens % kLaneGroup == 0);
 

@@ -14,11 +14,12 @@ template <typename O>
 class ForwardBlocks {
  public:
   ForwardBlocks(const Problem<float>& problem, Results<float>& results, const Retained<O>& retained,
-                int64_t block_tokens)
+                int64_t block_tokens, int64_t tile_tokens)
       : problem_(problem),
         results_(results),
         retained_(retained),
         block_tokens_(block_tokens),
+        tile_tokens_(tile_tokens),
         size_(problem.hidden_size()),
         stride_(round_up(size_, kPanel)),
         need_direction_(results.direction.numel() > 0),
@@ -45,7 +46,7 @@ class ForwardBlocks {
     for (int64_t v = 0; v < problem_.vocabulary(); v += kTileEntries) {
       const int64_t rows = std::min(kTileEntries, problem_.vocabulary() - v);
       for (int64_t j = 0; j < rows; ++j) weight_pointers_[j] = weight_rows_.row(v + j, j);
-      for (int64_t t = 0; t < count_; t += kTileTokens) add_tile(t, v, rows);
+      for (int64_t t = 0; t < count_; t += tile_tokens_) add_tile(t, v, rows);
       if (need_direction_) add_direction(v, rows);
     }
     finish();
@@ -55,12 +56,13 @@ class ForwardBlocks {
   // float32's operand is read as the weight lies.
   static constexpr bool kPacksWeight = OperandLayout<O>::kPair > 1;
 
-  int64_t width_of(int64_t t) const { return std::min(kTileTokens, round_up(count_ - t, kLaneGroup)); }
+  int64_t count_of(int64_t t) const { return std::min(tile_tokens_, count_ - t); }
+  int64_t width_of(int64_t t) const { return round_up(count_of(t), kLaneGroup); }
 
   void pack_hidden() {
     std::array<const O*, kTileTokens> rows;
-    for (int64_t t = 0; t < count_; t += kTileTokens) {
-      const int64_t count = std::min(kTileTokens, count_ - t);
+    for (int64_t t = 0; t < count_; t += tile_tokens_) {
+      const int64_t count = count_of(t);
       for (int64_t i = 0; i < count; ++i) rows[i] = hidden_rows_.row(problem_.rows()[begin_ + t + i], i);
       kernels_.pack_columns(rows.data(), count, size_, width_of(t), columns_.data() + t * size_);
     }
@@ -74,7 +76,7 @@ class ForwardBlocks {
 
   // Tokens [t, t + width) of the block against entries [v, v + rows).
   void add_tile(int64_t t, int64_t v, int64_t rows) {
-    const int64_t width = width_of(t), count = std::min(kTileTokens, count_ - t);
+    const int64_t width = width_of(t), count = count_of(t);
     float* const logits = logits_.data();
     multiply({rows, width, size_, size_, width, width, false}, weight_pointers_[0], columns_.data() + t * size_,
              logits);
@@ -99,8 +101,7 @@ class ForwardBlocks {
   }
 
   void set_targets(float* logits, int64_t t, int64_t v, int64_t rows, int64_t width, float value) const {
-    const int64_t count = std::min(kTileTokens, count_ - t);
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < count_of(t); ++i) {
       const int64_t row = targets_[t + i] - v;
       if (row >= 0 && row < rows) logits[row * width + i] = value;
     }
@@ -178,7 +179,7 @@ class ForwardBlocks {
   const Problem<float>& problem_;
   Results<float>& results_;
   const Retained<O>& retained_;
-  const int64_t block_tokens_, size_, stride_;
+  const int64_t block_tokens_, tile_tokens_, size_, stride_;
   const bool need_direction_, need_entropy_, need_squares_, need_mean_;
   int64_t begin_ = 0, count_ = 0;
   OperandRows<O> hidden_rows_, weight_rows_;
@@ -193,6 +194,17 @@ class ForwardBlocks {
   std::vector<const O*> weight_pointers_;
 };
 
+// Tokens in a tile: few make an even number of tiles that are much alike, for threads to share. A function of the call
+// and not of the threads, and so are the products' bits.
+template <typename O>
+int64_t tile_tokens(const Problem<float>& problem, const Retained<O>& retained) {
+  const int64_t count = problem.count();
+  const bool keeps_some = retained.tokens() > 0 && retained.tokens() < count;
+  if (count == 0 || count > kBlockTokens || keeps_some) return kTileTokens;
+  const int64_t tiles = round_up(count, 2 * kTileTokens) / kTileTokens;
+  return round_up((count + tiles - 1) / tiles, kLaneGroup);
+}
+
 template <typename O>
 void run(const Problem<float>& problem, Results<float>& results) {
   const Retained<O> retained(results.retained, problem.count(), problem.vocabulary());
@@ -201,10 +213,11 @@ void run(const Problem<float>& problem, Results<float>& results) {
   const int64_t used = retained.elements() * static_cast<int64_t>(sizeof(O));
   std::fill(bytes + used, bytes + results.retained.numel() * results.retained.element_size(), 0);
   // Few tokens are spread over all threads. A token's arithmetic is the same whatever block it is in.
-  const int64_t share = round_up((problem.count() + at::get_num_threads() - 1) / at::get_num_threads(), kTileTokens);
-  const int64_t block = std::clamp(share, kTileTokens, kBlockTokens);
+  const int64_t tile = tile_tokens(problem, retained);
+  const int64_t share = round_up((problem.count() + at::get_num_threads() - 1) / at::get_num_threads(), tile);
+  const int64_t block = std::clamp(share, tile, kBlockTokens);
   for_each_task((problem.count() + block - 1) / block,
-                [&] { return ForwardBlocks<O>(problem, results, retained, block); });
+                [&] { return ForwardBlocks<O>(problem, results, retained, block, tile); });
 }
 
 }  // namespace
