@@ -11,7 +11,20 @@ from typing import Any
 
 import torch
 
+import fastdpo
+
 _PACKAGES = ("torch", "triton", "transformers", "fastdpo", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+
+
+def facts_of_run(command: list[str], device: str) -> dict[str, Any]:
+    """What every file of results begins with."""
+    return {
+        "command": command,
+        "commit": commit(),
+        "machine": machine(device),
+        "versions": versions(),
+        "build_info": fastdpo.build_info(),
+    }
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -147,15 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    report: dict[str, Any] = {
-        "command": sys.argv if arguments is None else ["bench/run.py", *arguments],
-        "commit": machine.commit(),
-        "machine": machine.machine(args.device),
-        "versions": machine.versions(),
-        "build_info": fastdpo.build_info(),
-        "cases": [],
-        "sweeps": {},
-    }
+    command = sys.argv if arguments is None else ["bench/run.py", *arguments]
+    report = machine.facts_of_run(command, args.device) | {"cases": [], "sweeps": {}}
     print(f"{machine.describe(report['machine'])}, torch {torch.__version__}, fastdpo {fastdpo.__version__}\n")
     if warning := machine.warn_of_load(report["machine"]):
         print(f"{warning}\n")

@@ -46,6 +46,20 @@ def sweep_tables(axis: str, points: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts) + "".join(f"\n{note}" for note in notes)
 
 
+def outputs_table(found: dict[str, Any]) -> str:
+    """What outputs.py found of a case: extra time in percent, of a forward and of a whole step."""
+    passes = found["passes"]
+    times = ", ".join(f"{name} {_number(one['seconds'] * 1e3)} ms" for name, one in passes.items())
+    sizes = (
+        f"H {found['hidden_size']:,}, V {found['vocab_size']:,}, {found['scored_tokens']:,} tokens, {found['dtype']}"
+    )
+    rows = [
+        [name, *(f"{100 * one['extra'][name]:+.1f}" for one in passes.values())] for name in passes["step"]["extra"]
+    ]
+    header = ["", *(f"% {name}" for name in passes)]
+    return f"{found['name']}: {sizes}\nwithout: {times}\n\n{_align([header, *rows])}"
+
+
 def _title(found: dict[str, Any]) -> str:
     line = f"{found['name']}: {_shape(found)}"
     floor = found["peers"].get("floor", {})

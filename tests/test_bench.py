@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import outputs
 import pytest
 import run
 import runner
@@ -28,6 +29,7 @@ from torch import Tensor
 from truth import compute_truth, errors
 
 from fastdpo import reference
+from fastdpo.logps import OUTPUTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -309,6 +311,38 @@ def test_sweeps_are_printed_and_drawn(fake_jobs, tmp_path):
     assert "microseconds per token\ntokens     512  1,024\nfloor    1,953  1,953\n" in text
     plot_sweeps(sweeps, "a machine", tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cost_of_outputs_from_end_to_end(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    arguments = ["--case", "tiny", "--pairs", "1", "--length", "8", "--device", "cpu", "--rounds", "2"]
+    outputs.main([*arguments, "--json", str(out)])
+    lines = capsys.readouterr().out.splitlines()
+    assert "tiny: H 128, V 4,096, 16 tokens, float32" in lines
+    names = list(outputs.VARIANTS)
+    assert {"all", "none", *OUTPUTS} < set(names)
+    assert [line.split("  ")[0] for line in lines[-9:-1]] == ["", *names]
+    report = json.loads(out.read_text())
+    assert set(report) == {"command", "commit", "machine", "versions", "build_info", "cases"}
+    assert report["machine"]["threads"] == 1
+    for found in report["cases"][0]["passes"].values():
+        assert found["seconds"] > 0 and list(found["extra"]) == names
+        assert [len(rounds) for rounds in found["rounds"].values()] == [2] * 7
+
+
+def test_outputs_are_compared_with_the_calls_without():
+    """Where others disturb every second round."""
+    cost = {(): 1.0, ("entropy",): 1.1, tuple(OUTPUTS): 1.5}
+    asked: list[tuple[str, ...]] = []
+
+    def seconds(_: Problem, wanted: tuple[str, ...]) -> float:
+        asked.append(wanted)
+        disturbed = (len(asked) // len(outputs.VARIANTS)) % 2
+        return cost.get(wanted, 1.0) * (3 if disturbed else 1)
+
+    found = outputs.measure(None, seconds, rounds=4)
+    assert found["seconds"] == 1
+    assert found["extra"] == pytest.approx(dict.fromkeys(outputs.VARIANTS, 0.0) | {"entropy": 0.1, "all": 0.5})
 
 
 @pytest.mark.slow
