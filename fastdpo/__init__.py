@@ -6,6 +6,7 @@ from importlib.metadata import version as _version
 from typing import Any
 
 from fastdpo._native import build_info
+from fastdpo.distributed import sum_over_group
 from fastdpo.logps import token_logps
 from fastdpo.loss import DPOLoss, dpo_loss, preference_loss
 from fastdpo.loss_options import LossOptions
@@ -23,6 +24,7 @@ __all__ = [
     "build_info",
     "dpo_loss",
     "preference_loss",
+    "sum_over_group",
     "token_logps",
 ]
 
