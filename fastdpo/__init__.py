@@ -10,6 +10,7 @@ from fastdpo.distributed import sum_over_group
 from fastdpo.logps import token_logps
 from fastdpo.loss import DPOLoss, dpo_loss, preference_loss
 from fastdpo.loss_options import LossOptions
+from fastdpo.low_rank import LowRankUpdate
 from fastdpo.outputs import DPOOutput, TokenLogps
 
 __version__ = _version("fastdpo")
@@ -20,6 +21,7 @@ __all__ = [
     "DPOOutput",
     "DPOTrainer",
     "LossOptions",
+    "LowRankUpdate",
     "TokenLogps",
     "build_info",
     "dpo_loss",

@@ -1,7 +1,8 @@
 """token_logps: log-probabilities of targets from hidden states and the output embedding, without their logits.
 
 The one differentiable primitive: every loss of the family is a function of what it returns. The arithmetic stands in
-csrc/fastdpo.h; this file connects the ops to autograd.
+csrc/fastdpo.h; this file connects the ops to autograd, and chooses who does for an output embedding that is not one
+tensor.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastdpo.derivatives import first_derivative, refuse_forward_mode
+from fastdpo.low_rank import LowRankUpdate, low_rank_logps
 from fastdpo.ops import OUTPUTS, OpInputs, backward_op, forward_op, named_outputs, op_inputs
 from fastdpo.outputs import TokenLogps
+from fastdpo.sharded import refuse_sharded_parts
+from fastdpo.vocab_parallel import vocab_parallel_logps
 
 DEFAULT_RETAIN_BYTES = 256 << 20
 
@@ -33,6 +38,8 @@ def token_logps(
     outputs: Sequence[str] = (),
     retain_bytes: int = DEFAULT_RETAIN_BYTES,
     num_scored: int | None = None,
+    low_rank: LowRankUpdate | Sequence[LowRankUpdate] = (),
+    group: dist.ProcessGroup | None = None,
 ) -> TokenLogps:
     """log p(targets), p = softmax(z), z = softcap * tanh(logit_scale * (hidden.weight + bias) / softcap) / temperature.
 
@@ -54,6 +61,17 @@ def token_logps(
             gradient; tokens beyond it cost one more matrix product in the backward.
         num_scored: the number of targets that are not ``ignore_index``, where the caller knows it: on CUDA it saves
             the host's waiting for the device. A wrong number raises on the CPU and gives NaN on CUDA.
+        low_rank: what is added to ``weight``, as products of small matrices that are never multiplied out: LoRA on
+            the output embedding. See :class:`fastdpo.LowRankUpdate`.
+        group: the ranks over which the vocabulary is cut. ``weight`` and ``bias`` are then this rank's part of it, as
+            plain tensors: the first rank has the first entries, and so on; parts need not be of one size. Everything
+            else is the same on every rank, also what requires a gradient, and so are the results: ``targets`` count
+            through the whole vocabulary, and every rank goes on to the same loss and calls backward. The gradients of
+            weight and bias are those of the rank's part; hidden's is the whole, summed over the ranks in the backward
+            (one number of the compute type for each of a scored token's H; in the forward, 16 bytes a scored token,
+            and 8 to 16 for each of ``outputs``).
+
+    Under torch.compile a call with ``low_rank`` or ``group`` is left to eager mode, at a graph break.
 
     Returns:
         :class:`fastdpo.TokenLogps`, fields of targets' shape.
@@ -61,13 +79,19 @@ def token_logps(
     Raises:
         TypeError, ValueError: an argument's dtype, shape, device or range, by name.
         IndexError: a target outside [0, V). (On CUDA with num_scored given, and in a captured graph, that row is NaN.)
-        NotImplementedError: a second derivative, forward-mode differentiation, or vmap.
+        NotImplementedError: a second derivative, forward-mode differentiation, or vmap; both low_rank and group.
+        RuntimeError: low_rank or group in a captured CUDA graph, without num_scored.
     """
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown:
         raise ValueError(f"outputs names {', '.join(map(repr, unknown))}; it may name {', '.join(OUTPUTS)}")
     if retain_bytes < 0:
         raise ValueError(f"retain_bytes is {retain_bytes}; it should be at least 0")
+    updates = (low_rank,) if isinstance(low_rank, LowRankUpdate) else tuple(low_rank)
+    if updates and group is not None:
+        raise NotImplementedError("low_rank and group are both given; a sharded vocabulary takes no low-rank update")
+    if group is not None:
+        refuse_sharded_parts(weight=weight, bias=bias)
     inputs = op_inputs(
         hidden,
         weight,
@@ -79,7 +103,12 @@ def token_logps(
         temperature=temperature,
         num_scored=num_scored,
     )
-    logps, *extras = differentiable_logps(inputs, retain_bytes, outputs)
+    if updates:
+        logps, *extras = low_rank_logps(inputs, updates, retain_bytes, outputs)
+    elif group is not None:
+        logps, *extras = vocab_parallel_logps(inputs, group, retain_bytes, outputs)
+    else:
+        logps, *extras = differentiable_logps(inputs, retain_bytes, outputs)
     fields = named_outputs(extras, outputs, inputs)
     return TokenLogps(logps.view(targets.shape), **{name: x.view(targets.shape) for name, x in fields.items()})
 
