@@ -101,7 +101,8 @@ struct RowSums {
 
   FASTDPO_HD static RowSums start(T target_logit) {
     // A target masked by a bias of -inf would make z_j - k undefined where z_j is masked too; the comparison keeps NaN.
-    const T lowest = std::numeric_limits<T>::lowest();
+    // float's lowest for all T: sums of float32 rows may be kept in float64, but z_j - k is formed in float32.
+    const T lowest = std::numeric_limits<float>::lowest();
     const T infinity = std::numeric_limits<T>::infinity();
     return {target_logit, target_logit < lowest ? lowest : target_logit, T(0), T(0), T(0), T(0), -infinity};
   }

@@ -6,9 +6,11 @@ from importlib.metadata import version as _version
 from typing import Any
 
 from fastdpo._native import build_info
+from fastdpo.distributed import sum_over_group
 from fastdpo.logps import token_logps
 from fastdpo.loss import DPOLoss, dpo_loss, preference_loss
 from fastdpo.loss_options import LossOptions
+from fastdpo.low_rank import LowRankUpdate
 from fastdpo.outputs import DPOOutput, TokenLogps
 
 __version__ = _version("fastdpo")
@@ -19,10 +21,12 @@ __all__ = [
     "DPOOutput",
     "DPOTrainer",
     "LossOptions",
+    "LowRankUpdate",
     "TokenLogps",
     "build_info",
     "dpo_loss",
     "preference_loss",
+    "sum_over_group",
     "token_logps",
 ]
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from fastdpo.head_adapters import LoraLinear, active_updates, why_not_supported
 from fastdpo.logps import token_logps
 from fastdpo.outputs import TokenLogps
 
@@ -102,6 +103,7 @@ class FusedHead:
 
     Args:
         model: the bare model or the PEFT model, before DDP and the like are put around it. Not an encoder-decoder.
+            LoRA on the output embedding itself is scored without putting its weight and the adapter's together.
 
     Raises:
         TypeError: ``model`` is neither a ``PreTrainedModel`` nor a ``PeftModel``.
@@ -318,8 +320,8 @@ class FusedHead:
     # The output embedding
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _find_heads(self) -> list[nn.Linear]:
-        """The linear layers that may be called as output embedding: several where PEFT keeps a trained copy."""
+    def _find_heads(self) -> list[nn.Linear | LoraLinear]:
+        """The layers that may be called as output embedding: several where PEFT keeps a trained copy."""
         embedding = self._lm.get_output_embeddings()
         if embedding is None:
             raise NotImplementedError(f"{self._name} has no output embedding (get_output_embeddings() gives None)")
@@ -330,11 +332,8 @@ class FusedHead:
         for head in heads:
             kind = f"{type(head).__module__}.{type(head).__name__}"
             if type(head).__module__.startswith("peft."):
-                raise NotImplementedError(
-                    f"{self._name} has a PEFT adapter on its output embedding ({kind}), which is not supported: take "
-                    "it out of target_modules, or name it in modules_to_save to train it whole"
-                )
-            if type(head).forward is not nn.Linear.forward:
+                self._check_adapter(head)
+            elif type(head).forward is not nn.Linear.forward:
                 raise NotImplementedError(
                     f"the output embedding of {self._name} is a {kind}; only nn.Linear is supported"
                 )
@@ -345,23 +344,37 @@ class FusedHead:
                 )
         return heads
 
-    def _make_forward(self) -> Callable[[nn.Linear, Tensor], Tensor]:
-        def forward(module: nn.Linear, hidden: Tensor) -> Tensor:
+    def _check_adapter(self, head: nn.Module) -> None:
+        reason = why_not_supported(head)
+        if reason is not None:
+            raise NotImplementedError(
+                f"{self._name} has a PEFT adapter on its output embedding ({type(head).__module__}."
+                f"{type(head).__name__}), {reason}: take it out of target_modules, or name it in modules_to_save to "
+                "train it whole"
+            )
+
+    def _make_forward(self) -> Callable[[nn.Linear | LoraLinear, Tensor], Tensor]:
+        def forward(module: nn.Linear | LoraLinear, hidden: Tensor, **kwargs: Any) -> Tensor:
+            if kwargs:
+                raise NotImplementedError(
+                    f"the output embedding of {self._name} is called with {', '.join(kwargs)}, which is not supported"
+                )
             if isinstance(self._armed, _Probing):
                 return self._send_probes(module, self._armed)
             return self._score(module, hidden, self._armed)
 
         return forward
 
-    def _score(self, head: nn.Linear, hidden: Tensor, scoring: _Scoring) -> Tensor:
+    def _score(self, head: nn.Linear | LoraLinear, hidden: Tensor, scoring: _Scoring) -> Tensor:
         """[B, K, H] or [B, T, H] to [B, K, 1]: log-probabilities, shrunk to where any transform is linear."""
         if scoring.result is not None:
             raise NotImplementedError(f"{self._name} calls its output embedding more than once in a forward")
-        if isinstance(head.weight, DTensor):
-            raise NotImplementedError(
-                f"the output embedding of {self._name} is sharded ({head.weight.placements}) inside its own forward; "
-                "tensor parallelism is not supported"
-            )
+        for parameter in head.parameters():
+            if isinstance(parameter, DTensor):
+                raise NotImplementedError(
+                    f"the output embedding of {self._name} is sharded ({parameter.placements}) inside its own "
+                    "forward; tensor parallelism is not supported"
+                )
         batch, kept = scoring.targets.shape
         expected = kept if self._has_logits_to_keep else scoring.width
         if hidden.shape[:-1] != (batch, expected):
@@ -371,6 +384,10 @@ class FusedHead:
             )
         if not self._has_logits_to_keep:
             hidden = hidden[:, scoring.columns]
+        updates = ()
+        if isinstance(head, LoraLinear):
+            self._check_adapter(head)  # another adapter may have come since
+            updates = active_updates(head, hidden)
         scoring.result = token_logps(
             hidden,
             head.weight,
@@ -381,6 +398,7 @@ class FusedHead:
             softcap=scoring.transform.softcap,
             outputs=scoring.outputs,
             num_scored=scoring.num_scored,
+            low_rank=updates,
         )
         return (scoring.result.logps * _SHRINK).unsqueeze(-1)
 
@@ -388,7 +406,7 @@ class FusedHead:
     # What the model does to its logits
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _send_probes(self, head: nn.Linear, probing: _Probing) -> Tensor:
+    def _send_probes(self, head: nn.Linear | LoraLinear, probing: _Probing) -> Tensor:
         dtype = torch.promote_types(head.weight.dtype, torch.float32)
         index = torch.arange(head.out_features, device=head.weight.device) % len(_PROBES)
         probing.sent = torch.tensor(_PROBES, dtype=dtype, device=index.device)[index]
@@ -434,6 +452,6 @@ def _apply(transform: _LogitTransform, logit: float) -> float:
     return z if transform.softcap is None else transform.softcap * math.tanh(z / transform.softcap)
 
 
-def _forward_slot(head: nn.Linear) -> str:
+def _forward_slot(head: nn.Module) -> str:
     """accelerate's device hooks keep a module's own forward under another name, and call it from theirs."""
     return "_old_forward" if hasattr(head, "_hf_hook") else "forward"

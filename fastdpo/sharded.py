@@ -30,6 +30,17 @@ def refuse_sharded(**inputs: Tensor | None) -> None:
             )
 
 
+def refuse_sharded_parts(**parameters: Tensor | None) -> None:
+    """TypeError if one is a DTensor: a part of the vocabulary is a plain tensor."""
+    for name, value in parameters.items():
+        if hasattr(value, "full_tensor"):
+            raise TypeError(
+                f"{name} is a DTensor ({value.placements}), and group is given; it should be a plain tensor, this "
+                f"rank's part of the vocabulary: {name}.to_local() where the placement is Shard(0) over group; or "
+                "leave out group, and it is gathered"
+            )
+
+
 def partitioned_by(parameter: Tensor) -> str:
     """What leaves a parameter without its entries outside of its module's forward, as the end of an error message."""
     if hasattr(parameter, "ds_id"):

@@ -23,6 +23,8 @@ from op_calls import (
     tied_case,
 )
 from oracle import ROUNDING, SMALLEST
+from test_vocab_shards import assert_matches as assert_shards_match
+from test_vocab_shards import cut, in_shards, logits_case
 from torch import Tensor
 
 MIB = 1 << 20
@@ -441,3 +443,27 @@ def test_retained_rows_hold_the_operand(ops: Any) -> None:
     expected = torch.exp(z - exponent).scatter(1, case.targets[rows].unsqueeze(1), -target_weight * norm)
     torch.testing.assert_close(forward.retained, expected)
     assert forward.retained.dtype == operand_dtype(case.hidden.dtype)
+
+
+# ------------------------------------------------------------------------------------------- shards of a vocabulary
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("retained_rows", [0, 11, 30])
+def test_a_vocabulary_in_shards(ops: Any, dtype: torch.dtype, retained_rows: int) -> None:
+    """What is kept at a target is brought in line with the whole vocabulary."""
+    options = {"logit_scale": 0.7, "softcap": 9.0, "temperature": 1.3}
+    case = random_case(3, 30, 16, 127, dtype, bias=dtype, spread=3.0, ignored=0.0, **options)
+    sizes = cut(127, 3, seed=0)
+    assert_shards_match(case, sizes, in_shards(case, sizes, retained_rows=retained_rows, ops=ops))
+
+
+@pytest.mark.parametrize("retained_rows", [0, 64])
+@pytest.mark.parametrize("gap", [-1000.0, -90.0, -70.0, -40.0, 0.0, 40.0, 90.0, 1000.0])
+def test_shards_that_lie_far_apart(ops: Any, retained_rows: int, gap: float) -> None:
+    """The target's weight is in one product with exponentials relative to a shard far below the whole."""
+    logits = torch.randn(40, 10, generator=torch.Generator().manual_seed(0))
+    logits[:, :4] += gap
+    case = logits_case(logits, torch.arange(40) % 4, torch.float32)
+    case.grad_logps *= 1e-6
+    assert_shards_match(case, [4, 6], in_shards(case, [4, 6], retained_rows=retained_rows, ops=ops))

@@ -397,6 +397,20 @@ def test_masked_vocabulary() -> None:
     assert token_logps(hidden, weight, targets, bias).logps[3] == float("-inf")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_target_before_the_first_entry_that_is_not(dtype: torch.dtype) -> None:
+    """Neither has a logit to compare with, over more than a tile and a chunk of the vocabulary."""
+    hidden, weight, targets, bias = make_inputs(11, 5, 8, 9000, dtype, bias=True, ignored=0.0)
+    bias[:8999] = float("-inf")
+    targets[:] = 3
+    targets[4] = 8999
+    result, grads = run(
+        hidden, weight, targets, bias, torch.ones(5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    )
+    assert result.logps.tolist() == [float("-inf")] * 4 + [0.0]
+    assert bool(grads["hidden"].isfinite().all())
+
+
 def test_autocast_casts_both_inputs() -> None:
     hidden, weight, targets, bias = make_inputs(12, 10, 8, 100, torch.float32, bias=True)
     weight.requires_grad_()
