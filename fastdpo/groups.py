@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdpo._native import compute_dtype, operand_dtype
 from fastdpo.derivatives import first_derivative, refuse_forward_mode
 from fastdpo.group_plan import Plan, plan_frozen_groups, plan_groups
-from fastdpo.logps import OUTPUTS, OpInputs, backward_op, forward_op, named_outputs
+from fastdpo.ops import OUTPUTS, OpInputs, backward_op, forward_op, named_outputs
 
 # Losses [n] of the pairs [first, last), n of them, from the log-probabilities [2n, S] of their sequences' segments and
 # the sums [2n] of token-wise outputs, the chosen ones first.

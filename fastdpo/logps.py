@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -87,11 +87,7 @@ def token_logps(
         raise ValueError(f"outputs names {', '.join(map(repr, unknown))}; it may name {', '.join(OUTPUTS)}")
     if retain_bytes < 0:
         raise ValueError(f"retain_bytes is {retain_bytes}; it should be at least 0")
-    updates = (low_rank,) if isinstance(low_rank, LowRankUpdate) else tuple(low_rank)
-    if updates and group is not None:
-        raise NotImplementedError("low_rank and group are both given; a sharded vocabulary takes no low-rank update")
-    if group is not None:
-        refuse_sharded_parts(weight=weight, bias=bias)
+    vocabulary = vocabulary_of(weight, bias, low_rank, group)
     inputs = op_inputs(
         hidden,
         weight,
@@ -103,18 +99,46 @@ def token_logps(
         temperature=temperature,
         num_scored=num_scored,
     )
-    if updates:
-        logps, *extras = low_rank_logps(inputs, updates, retain_bytes, outputs)
-    elif group is not None:
-        logps, *extras = vocab_parallel_logps(inputs, group, retain_bytes, outputs)
-    else:
-        logps, *extras = differentiable_logps(inputs, retain_bytes, outputs)
+    logps, *extras = differentiable_logps(inputs, retain_bytes, outputs, vocabulary)
     fields = named_outputs(extras, outputs, inputs)
     return TokenLogps(logps.view(targets.shape), **{name: x.view(targets.shape) for name, x in fields.items()})
 
 
-def differentiable_logps(inputs: OpInputs, retain_bytes: int, outputs: Sequence[str] = ()) -> tuple[Tensor, ...]:
+class Vocabulary(NamedTuple):
+    """What the output embedding is made of beside the weight and the bias that are at hand."""
+
+    updates: tuple[LowRankUpdate, ...] = ()
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether weight and bias are all there is."""
+        return not self.updates and self.group is None
+
+
+def vocabulary_of(
+    weight: Tensor,
+    bias: Tensor | None,
+    low_rank: LowRankUpdate | Sequence[LowRankUpdate],
+    group: dist.ProcessGroup | None,
+) -> Vocabulary:
+    """From :func:`token_logps`'s arguments; raises where they do not go together."""
+    updates = (low_rank,) if isinstance(low_rank, LowRankUpdate) else tuple(low_rank)
+    if updates and group is not None:
+        raise NotImplementedError("low_rank and group are both given; a sharded vocabulary takes no low-rank update")
+    if group is not None:
+        refuse_sharded_parts(weight=weight, bias=bias)
+    return Vocabulary(updates, group)
+
+
+def differentiable_logps(
+    inputs: OpInputs, retain_bytes: int, outputs: Sequence[str] = (), vocabulary: Vocabulary | None = None
+) -> tuple[Tensor, ...]:
     """The log-probabilities [N], connected to autograd, and the op's extra outputs, with ``outputs`` among them."""
+    if vocabulary is not None and vocabulary.updates:
+        return low_rank_logps(inputs, vocabulary.updates, retain_bytes, outputs)
+    if vocabulary is not None and vocabulary.group is not None:
+        return vocab_parallel_logps(inputs, vocabulary.group, retain_bytes, outputs)
     hidden, weight, targets, bias, scalars = inputs
     grad = torch.is_grad_enabled()
     need_grads = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]

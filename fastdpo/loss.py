@@ -12,22 +12,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastdpo._native import compute_dtype
 from fastdpo.groups import grouped_loss, plan_of, row_bytes
-from fastdpo.logps import (
-    DEFAULT_RETAIN_BYTES,
-    OUTPUTS,
-    OpInputs,
-    differentiable_logps,
-    named_outputs,
-    op_inputs,
-    token_logps,
-)
+from fastdpo.logps import DEFAULT_RETAIN_BYTES, Vocabulary, differentiable_logps, token_logps, vocabulary_of
 from fastdpo.loss_options import LossKeywords, LossOptions
+from fastdpo.low_rank import LowRankUpdate
 from fastdpo.objectives import Pairs, pair_losses, rewards
+from fastdpo.ops import OUTPUTS, OpInputs, named_outputs, op_inputs
 from fastdpo.outputs import DPOOutput
 from fastdpo.pair_losses import PairLosses
 from fastdpo.sequences import Sequences
@@ -159,6 +154,9 @@ def dpo_loss(
     workspace: int | None = None,
     outputs: Sequence[str] = (),
     allow_empty: bool = False,
+    low_rank: LowRankUpdate | Sequence[LowRankUpdate] = (),
+    group: dist.ProcessGroup | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
     **options: Unpack[LossKeywords],
 ) -> DPOOutput:
     """The preference loss of B pairs from hidden states, without their logits in memory.
@@ -192,6 +190,15 @@ def dpo_loss(
         outputs: any of ``entropy``, ``mean_logits``, ``is_top1``: metrics of the policy from the same pass.
         allow_empty: take a completion in which nothing is scored for one of log-probability 0, and its means over
             tokens for 0, in the place of raising. The pair's other completion is trained on as ever.
+        low_rank: LoRA on the policy's output embedding, as in :func:`fastdpo.token_logps`. Where ``ref_weight`` is not
+            given, the reference's is ``weight`` without it.
+        group: the ranks over which the vocabulary is cut, as in :func:`fastdpo.token_logps`; ``ref_weight`` and
+            ``ref_bias`` are then cut likewise.
+        sequence_group: the ranks over which the tokens are cut (sequence parallelism): each has some of every
+            sequence's, in ``hidden`` and ``targets`` (and token-wise ``ref_logps``), maybe none of one. Sums over the
+            sequences are exchanged, 2B numbers a kind, and every rank has the whole loss and calls backward; hidden's
+            gradient is that of the rank's own tokens, and weight's their share, to be summed over the group. Not with
+            ``ld_alpha``. With any of these three a batch is not taken in groups.
 
     Returns:
         :class:`fastdpo.DPOOutput`. Where policy and reference agree, the sigmoid loss is ln 2 and every reward is 0.
@@ -200,7 +207,8 @@ def dpo_loss(
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what it should be; among them a
             completion in which nothing is scored (unless ``allow_empty``).
-        NotImplementedError: a second derivative, forward-mode differentiation, or vmap.
+        NotImplementedError: a second derivative, forward-mode differentiation, or vmap; ``low_rank`` with ``group``, or
+            ``ld_alpha`` with ``sequence_group``.
 
     With several processes, call it in the forward of the model that is wrapped, where every wrapper does its part (as
     :class:`fastdpo.head.FusedHead` does). If it is called outside, on hidden states that the wrapped model's forward
@@ -218,7 +226,10 @@ def dpo_loss(
     for name in outputs:
         if name not in METRIC_OUTPUTS:
             raise ValueError(f"outputs names {name!r}; it may name {', '.join(METRIC_OUTPUTS)}")
+    if sequence_group is not None and o.ld_alpha is not None:
+        raise NotImplementedError("ld_alpha counts a sequence's tokens from its start, which sequence_group divides")
     refuse_sharded(hidden=hidden, targets=targets, ref_hidden=ref_hidden)
+    vocabulary = vocabulary_of(weight, bias, low_rank, group)
     weight, bias = gathered(weight), gathered(bias)
     _check_reference(o, hidden, ref_hidden, ref_weight, ref_logps, ref_bias)
     sequences = Sequences(
@@ -228,27 +239,28 @@ def dpo_loss(
         at_shorter=o.ld_alpha is not None,
         look=not _must_not_wait(hidden),
         allow_empty=allow_empty,
+        group=sequence_group,
     )
-    counts = sequences.counts
     head_options = {
         "ignore_index": ignore_index,
         "logit_scale": logit_scale,
         "softcap": softcap,
         "temperature": temperature,
-        "num_scored": None if counts is None else sum(counts),
+        "num_scored": None if sequences.counts is None else sum(sequences.counts),
     }
     inputs = op_inputs(hidden, weight, targets, bias, **head_options)
     if ref_hidden is not None:
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
         with torch.no_grad():
-            ref_logps = token_logps(ref_hidden, ref_weight, targets, ref_bias, **head_options).logps
+            ref_logps = token_logps(ref_hidden, ref_weight, targets, ref_bias, group=group, **head_options).logps
     ref_sums = _reference_sums(o, ref_logps, sequences, targets, ignore_index)
     losses_of = PairLosses(o, sequences.lengths, ref_sums, allow_empty=allow_empty)
 
     asked = {*outputs, *(("log_sum_sq_probs",) if o.use_weighting else ())}
+    names = [name for name in OUTPUTS if name in asked]
     sums, extras, loss = _policy_sums(
-        (hidden, weight, bias), inputs, sequences, targets, losses_of, workspace, [n for n in OUTPUTS if n in asked]
+        (hidden, weight, bias), inputs, vocabulary, sequences, targets, losses_of, workspace, names
     )
     pairs = len(sequences.tokens) // 2
     losses = losses_of(sums, extras, 0, pairs)
@@ -324,6 +336,9 @@ class DPOLoss(nn.Module):
         bias: Tensor | None = None,
         ref_bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        low_rank: LowRankUpdate | Sequence[LowRankUpdate] = (),
+        group: dist.ProcessGroup | None = None,
+        sequence_group: dist.ProcessGroup | None = None,
     ) -> DPOOutput:
         """Shapes, result and errors as in :func:`dpo_loss`."""
         return dpo_loss(
@@ -336,6 +351,9 @@ class DPOLoss(nn.Module):
             bias=bias,
             ref_bias=ref_bias,
             cu_seqlens=cu_seqlens,
+            low_rank=low_rank,
+            group=group,
+            sequence_group=sequence_group,
             **self.options,
         )
 
@@ -346,6 +364,7 @@ class DPOLoss(nn.Module):
 def _policy_sums(
     differentiable: tuple[Tensor, Tensor, Tensor | None],
     inputs: OpInputs,
+    vocabulary: Vocabulary,
     sequences: Sequences,
     targets: Tensor,
     losses_of: PairLosses,
@@ -359,9 +378,11 @@ def _policy_sums(
     hidden, weight, bias = differentiable
     trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
     # One group is the primitive itself, which also goes where groups cannot: without a gradient, where pairs' losses
-    # depend on each other, and where the host may not look at the lengths that groups are made from.
+    # depend on each other, where the host may not look at the lengths that groups are made from, and where other ranks
+    # or updates have a part in them.
     plan = None
-    if trains and sequences.counts is not None:
+    is_here = vocabulary.is_here and sequences.group is None
+    if trains and is_here and sequences.counts is not None:
         plan = plan_of(inputs, weight, bias, sequences.counts, workspace)
     if plan is not None and len(plan.groups) > 1 and not losses_of.options.couples_pairs:
         loss, sums, extras = grouped_loss(
@@ -369,7 +390,7 @@ def _policy_sums(
         )
         return sums, extras, loss
     retain_bytes = plan.kept * row_bytes(inputs) if plan is not None and len(plan.groups) == 1 else workspace
-    logps, *extras = differentiable_logps(inputs, retain_bytes, outputs)
+    logps, *extras = differentiable_logps(inputs, retain_bytes, outputs, vocabulary)
     fields = named_outputs(extras, outputs, inputs)
     extras = {name: sequences.sums(value.view(targets.shape)).double() for name, value in fields.items()}
     return sequences.segment_sums(logps.view(targets.shape)), extras, None

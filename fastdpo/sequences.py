@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastdpo.distributed import sum_over_group
 
 
 class Sequences:
@@ -22,11 +25,12 @@ class Sequences:
         at_shorter: divide the sequences.
         look: whether the host may look at the tensors' values, which on a device it waits for.
         allow_empty: whether a sequence may have no scored token.
+        group: the ranks that have a part of every sequence each; sums are then over all of them.
 
     Attributes:
         tokens: [2B] int64, the scored tokens of each sequence.
         lengths: [2B, S] int64, the scored tokens of each segment, S = 1 or 2.
-        counts: ``tokens`` on the host; None unless ``look``.
+        counts: on the host, the scored tokens of each sequence that are here; None unless ``look``.
 
     Raises:
         TypeError, ValueError: the layout is neither of the two; a sequence in which nothing is scored, unless
@@ -42,16 +46,19 @@ class Sequences:
         at_shorter: bool,
         look: bool,
         allow_empty: bool = False,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         _check_layout(targets, cu_seqlens, look=look)
         self._cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
         self._tokens_in_all = targets.numel()
+        self.group = group
         scored = targets != ignore_index
-        self.tokens = self.sums(scored.to(torch.int64))
+        here = self._sums_here(scored)
+        self.tokens = here if group is None else sum_over_group(here, group)
         self.lengths = self.tokens.unsqueeze(1)
-        self.counts: Sequence[int] | None = self.tokens.tolist() if look else None
-        if self.counts is not None and not allow_empty:
-            _refuse_empty(self.counts, ignore_index)
+        self.counts: Sequence[int] | None = here.tolist() if look else None
+        if look and not allow_empty:
+            _refuse_empty(self.counts if group is None else self.tokens.tolist(), ignore_index)
         self._within: Tensor | None = None
         if at_shorter:
             shorter = torch.minimum(*self.tokens.chunk(2)).repeat(2)
@@ -65,6 +72,10 @@ class Sequences:
         of nats, a loss depends on differences of four of them, and float32 would round each by more than all the
         tokens' errors come to.
         """
+        sums = self._sums_here(values)
+        return sums if self.group is None else sum_over_group(sums, self.group)
+
+    def _sums_here(self, values: Tensor) -> Tensor:
         if values.is_floating_point():
             values = values.double()
         elif values.dtype == torch.bool:

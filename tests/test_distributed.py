@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from ranks import on_ranks
 from torch import Tensor
 
-from fastdpo import preference_loss, sum_over_group, token_logps
+from fastdpo import dpo_loss, preference_loss, sum_over_group, token_logps
 
 B, T, H, V = 3, 12, 8, 40
 
@@ -29,6 +30,39 @@ def loss_of(sums: Tensor, ref: Tensor) -> Tensor:
     return preference_loss(*sums.chunk(2), *ref.to(sums.dtype).chunk(2), beta=0.3)[0].mean()
 
 
+# What sums over sequences go into: losses of sums, of means, of the batch's tokens, weights, and metrics.
+LOSSES: list[dict[str, Any]] = [
+    {},
+    {"loss_type": "ipo"},
+    {"loss_type": ["hinge", "sft"], "sft_reduction": "batch"},
+    {"loss_type": "aot"},
+    {"use_weighting": True, "outputs": ("entropy", "mean_logits", "is_top1")},
+]
+
+
+def dpo_inputs() -> tuple[dict[str, Tensor], Tensor]:
+    hidden, weight, targets, ref = batch(torch.float64)
+    inputs = {"hidden": hidden, "weight": weight, "targets": targets, "ref_hidden": hidden.flip(0)}
+    inputs["targets"][0, 3:9] = -100  # nothing of this sequence is on the first of two ranks
+    return inputs, ref
+
+
+def dpo_on_rank(options: dict[str, Any], columns: Tensor | None) -> tuple[Any, Tensor, Tensor]:
+    """The output and the gradients of hidden and weight; of some columns, or of some of the vocabulary."""
+    inputs, _ = dpo_inputs()
+    group = dist.group.WORLD
+    if columns is None:
+        part = torch.arange(V).tensor_split((5, 20)[: dist.get_world_size() - 1])[dist.get_rank()]
+        inputs["weight"], where = inputs["weight"][part], {"group": group}
+    else:
+        inputs = {name: x if name == "weight" else x[:, columns] for name, x in inputs.items()}
+        where = {"sequence_group": group}
+    hidden, weight = (inputs[name].requires_grad_() for name in ("hidden", "weight"))
+    output = dpo_loss(**inputs, **where, **options)
+    output.loss.backward()
+    return replace(output, loss=output.loss.detach()), hidden.grad, weight.grad
+
+
 def losses_on_rank() -> dict[str, Any]:
     """The DPO loss of this rank's columns of the batch: a third of them, say, where there are three ranks."""
     results: dict[str, Any] = {}
@@ -43,6 +77,11 @@ def losses_on_rank() -> dict[str, Any]:
         loss = loss_of(sums, ref)
         loss.backward()
         results[str(dtype)] = (loss.detach(), sums.detach(), tokens, mine, part.grad, weight.grad)
+
+    results["dpo"] = [dpo_on_rank(options, mine) for options in LOSSES]
+    results["dpo, vocabulary"] = [dpo_on_rank(options, None) for options in LOSSES]
+    with pytest.raises(NotImplementedError, match="ld_alpha counts a sequence's tokens from its start"):
+        dpo_on_rank({"ld_alpha": 0.5}, mine)
 
     x = torch.randn(4, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(sum_over_group(x, group).square().sum(), x, create_graph=True)
@@ -81,6 +120,27 @@ def test_sequences_in_parts(world_size: int, tmp_path: Path) -> None:
             of_weight += rank_of_weight
         # Data-parallel sums of parameters' gradients are the caller's, as for any part of a batch.
         torch.testing.assert_close(of_weight, weight.grad, rtol=10 * rtol, atol=rtol)
+
+    for case, options in enumerate(LOSSES):
+        inputs, _ = dpo_inputs()
+        hidden, weight = (inputs[name].requires_grad_() for name in ("hidden", "weight"))
+        whole = dpo_loss(**inputs, **options)
+        whole.loss.backward()
+        for kind in ("dpo", "dpo, vocabulary"):
+            outputs, of_hidden, of_weight = zip(*(rank[kind][case] for rank in ranks), strict=True)
+            for output in outputs:
+                for field in fields(output):
+                    expected = getattr(whole, field.name)
+                    torch.testing.assert_close(
+                        getattr(output, field.name), None if expected is None else expected.detach(), msg=field.name
+                    )
+            if kind == "dpo":
+                torch.testing.assert_close(torch.cat(of_hidden, 1), hidden.grad)
+                torch.testing.assert_close(sum(of_weight), weight.grad)
+            else:
+                for gradient in of_hidden:
+                    torch.testing.assert_close(gradient, hidden.grad)
+                torch.testing.assert_close(torch.cat(of_weight), weight.grad)
 
     total = sum(rank["second"][0] for rank in ranks)
     for rank in ranks:
