@@ -13,6 +13,8 @@ from fastdpo.objectives import OBJECTIVES
 from fastdpo.reference_losses import Completion, losses, rewards
 
 LOSSES = tuple(OBJECTIVES)
+# In the place of a loss's name: one of MIXES.
+MIX = "mix"
 # Losses whose mean is over ranks of the batch, not over pairs.
 SORTED = ("aot", "aot_unpaired")
 
@@ -34,11 +36,11 @@ VALUES: dict[str, Any] = {
 
 
 @st.composite
-def loss_options(draw: st.DrawFn, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Keywords of LossOptions: one loss with any of its options, or a mix."""
-    if draw(st.integers(0, 4)) == 0:
+def loss_options(draw: st.DrawFn, name: str | None = None, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Keywords of LossOptions: this loss (default: any) with any of its options, or a ``mix``."""
+    name = draw(st.sampled_from((*LOSSES, MIX))) if name is None else name
+    if name == MIX:
         return draw(mixes(without=without))
-    name = draw(st.sampled_from(LOSSES))
     defined = [option for option in OBJECTIVES[name].options if option not in without]
     options = {option: draw(VALUES[option]) for option in defined if draw(st.booleans())}
     return {"loss_type": name, "beta": draw(st.sampled_from([0.05, 0.1, 0.5])), **_consistent(name, options, draw)}

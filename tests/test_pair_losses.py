@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import expected_losses, expected_rewards, has_reference, loss_options, make_tokens
+from loss_cases import LOSSES, MIX, expected_losses, expected_rewards, has_reference, loss_options, make_tokens
 from torch import Tensor
 
 from fastdpo.loss_options import LossOptions
@@ -15,15 +14,17 @@ from fastdpo.pair_losses import PairLosses
 from fastdpo.sequences import Sequences
 
 
-@settings(max_examples=150)
+@pytest.mark.parametrize("name", (*LOSSES, MIX))
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**31),
     pairs=st.integers(1, 5),
     length=st.integers(1, 6),
-    options=loss_options(),
+    data=st.data(),
     split=st.integers(0, 5),
 )
-def test_matches_the_papers(seed: int, pairs: int, length: int, options: dict[str, Any], split: int) -> None:
+def test_matches_the_papers(name: str, seed: int, pairs: int, length: int, data: st.DataObject, split: int) -> None:
+    options = data.draw(loss_options(name))
     tokens = make_tokens(seed, pairs, length)
     reference = has_reference(options)
     policy = tokens.policy.clone().requires_grad_()
