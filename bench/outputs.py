@@ -31,7 +31,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "none": (),
     **{name: (name,) for name in OUTPUTS},
     "none again": (),
-    "all": OUTPUTS,
+    "all": tuple(OUTPUTS),
 }
 
 Timed = Callable[[Problem, tuple[str, ...]], float]
