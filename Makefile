@@ -6,6 +6,8 @@ PYTHON ?= python3
 # torch comes first and pinned: whatever depends on a bare torch would bring another build of it.
 TORCH ?= torch==2.13.0
 BUILD_TOOLS = setuptools wheel ninja pybind11
+# Test files that run at a time; a file stays together, for what its tests share.
+WORKERS ?= 2
 PYTEST_FLAGS ?=
 
 ifeq ($(VENV),none)
@@ -30,7 +32,7 @@ demo: venv
 	$(RUN) -m fastdpo demo
 
 test: venv
-	$(RUN) -m pytest $(PYTEST_FLAGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_FLAGS)
 
 lint: venv
 	$(RUN) -m ruff check .
