@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import machine
 import torch
 from cases import HEADS, Case, is_large, named_case
 from peers import PEERS, load_peer_file
-from rich.console import Console
+from progress import Progress
 from runner import Options, run_case
 from tables import LEGEND, case_table, sweep_tables
 
@@ -121,26 +120,6 @@ def sweep_cases(axis: str, case: Case, points: list[int], length: int | None) ->
     if wrong:
         sys.exit(f"tokens come in pairs of rows of {length}: {wrong[0]} is no multiple of {2 * length} (see --length)")
     return [dataclasses.replace(case, length=length, pairs=point // (2 * length)) for point in points]
-
-
-class Progress:
-    """One line on stderr: overwritten on a terminal, one after another in a file."""
-
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, markup=False)
-        self.status = self.console.status("")
-        self.start = time.monotonic()
-
-    def say(self, what: str) -> None:
-        line = f"{time.monotonic() - self.start:6.0f} s  {what}"
-        if self.console.is_terminal:
-            self.status.update(line)
-            self.status.start()
-        else:
-            self.console.print(line, soft_wrap=True)
-
-    def stop(self) -> None:
-        self.status.stop()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import Case
+from jobs import run_job
 from peers import PEERS
 
 Say = Callable[[str], None]
@@ -50,20 +48,7 @@ class Jobs:
             "threads": self.options.threads,
             "peer_file": self.options.peer_file,
         }
-        result = Path(self.folder, "result.json")
-        result.unlink(missing_ok=True)
-        command = [sys.executable, str(Path(__file__).with_name("measure.py")), json.dumps(job)]
-        try:
-            ended = subprocess.run(command, capture_output=True, text=True, timeout=self.options.timeout)
-        except subprocess.TimeoutExpired:
-            return {"failed": f"took longer than {self.options.timeout:,.0f} s"}
-        if result.exists():
-            return json.loads(result.read_text())
-        if ended.returncode < 0:
-            killed = f"killed by signal {-ended.returncode}"
-            return {"failed": f"{killed} (out of memory?)" if ended.returncode == -9 else killed}
-        last = next((line for line in reversed(ended.stderr.splitlines()) if line.strip()), "no message")
-        return {"failed": f"exit status {ended.returncode}: {last.strip()}"}
+        return run_job(Path(__file__).with_name("measure.py"), job, self.options.timeout)
 
 
 def run_case(case: Case, options: Options, say: Say) -> dict[str, Any]:
