@@ -19,7 +19,7 @@ def case_table(found: dict[str, Any]) -> str:
     if with_errors:
         columns += ["logps", "loss", "dhidden", "dweight"]
     rows = [_row(name, entry, with_errors) for name, entry in found["peers"].items() if entry["status"] == "measured"]
-    return "\n".join([_title(found), "", _align([columns, *rows]), *_excuses(found)])
+    return "\n".join([_title(found), "", align([columns, *rows]), *_excuses(found)])
 
 
 def sweep_tables(axis: str, points: list[dict[str, Any]]) -> str:
@@ -41,7 +41,7 @@ def sweep_tables(axis: str, points: list[dict[str, Any]]) -> str:
             if any(entry["status"] == "measured" for _, entry in entries):
                 cells = (figure(point, entry) if entry["status"] == "measured" else "-" for point, entry in entries)
                 rows.append([name, *cells])
-        parts.append(f"{title}\n{_align([header, *rows])}")
+        parts.append(f"{title}\n{align([header, *rows])}")
     notes = dict.fromkeys(note for point in points for note in _excuses(point))
     return "\n\n".join(parts) + "".join(f"\n{note}" for note in notes)
 
@@ -113,8 +113,8 @@ def _error(value: float | None) -> str:
     return "-" if value is None else f"{value:.1e}"
 
 
-def _align(rows: list[list[str]]) -> str:
-    """The first column to the left, the others to the right; a mark after a figure sticks out."""
+def align(rows: list[list[str]], left: bool = False) -> str:
+    """The first column to the left, the others to the right unless ``left``; a mark after a figure sticks out."""
     widths = [max(len(row[i].removesuffix(" s")) for row in rows) for i in range(len(rows[0]))]
     marked = [any(row[i].endswith(" s") for row in rows[1:]) for i in range(len(rows[0]))]
     lines = []
@@ -122,6 +122,7 @@ def _align(rows: list[list[str]]) -> str:
         cells = [row[0].ljust(widths[0])]
         for cell, width, has_marks in zip(row[1:], widths[1:], marked[1:], strict=True):
             figure = cell.removesuffix(" s")
-            cells.append(figure.rjust(width) + (cell[len(figure) :].ljust(2) if has_marks else ""))
+            padded = figure.ljust(width) if left else figure.rjust(width)
+            cells.append(padded + (cell[len(figure) :].ljust(2) if has_marks else ""))
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

@@ -1,0 +1,163 @@
+"""The benchmark end to end: pairs per second and peak memory of DPO training, fastdpo and TRL's DPOTrainer.
+
+    python bench/train.py --quick                      a look, under 2 minutes on 2 cores
+    python bench/train.py --json out.json --plot out.png
+    python bench/train.py --show out.json              the tables of a run that was kept
+
+All arms train the same model on the same pairs, and a run whose losses or gradient norms differ from TRL's has no
+figures. Every run is a process of its own, the arms in turn round after round. bench/README.md tells the method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+from progress import Progress
+from train_arms import ARMS
+from train_cases import MODELS, TrainCase, named_cases
+from train_runner import Options, run_case
+from train_tables import LEGEND, PROFILE_LEGEND, all_tables, bars
+
+import fastdpo
+
+DATA = Path(__file__).resolve().parents[2] / "shared/data/preferences_en.jsonl"
+_QUICK_ARMS = ("trl", "trl-best", "trl-best+head", "fastdpo-cached")
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--case", choices=MODELS, help="the model (default: llama-34m on the CPU, llama-1b on CUDA)")
+    what.add_argument("--dtype", help="float32, bfloat16, or both with a comma (default: what suits the case)")
+    what.add_argument("--data", help=f"a file of preference pairs, or made-up (default: {DATA.name}, if it is there)")
+    what.add_argument("--arms", help=f"names with commas, of {', '.join(ARMS)} (default: all)")
+    what.add_argument("--pairs", type=int, help="pairs of an optimiser step (default: 4)")
+    what.add_argument("--max_length", type=int, help="most tokens of a sequence (default: 1024)")
+    what.add_argument("--steps", type=int, help="optimiser steps that count")
+    what.add_argument("--learning_rate", type=float)
+    how = parser.add_argument_group("how")
+    how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    how.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
+    how.add_argument("--rounds", type=int, help="default: 3; 1 with --quick")
+    how.add_argument("--tune", choices=("on", "off"), help="try the arms' settings (default: on; off with --quick)")
+    how.add_argument("--profile", choices=("on", "off"), help="a run of each arm with hooks (default: on)")
+    how.add_argument("--timeout", type=float, default=3_600, help="seconds for one run (default: 3600)")
+    how.add_argument("--quick", action="store_true", help="a tiny model on made-up pairs, some arms, one round")
+    out = parser.add_argument_group("what is written")
+    out.add_argument("--json", type=Path, help="everything: every round, machine, versions, commit")
+    out.add_argument("--plot", type=Path, metavar="FILE.png", help="bars: speed, memory, where the time goes")
+    out.add_argument("--show", type=Path, metavar="FILE.json", help="measure nothing: print (and --plot) what is kept")
+    args = parser.parse_args(arguments)
+    _check(parser, args)
+    return args
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fills in what depends on other flags; ends with a message where they do not fit."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    args.case = args.case or ("tiny" if args.quick else "llama-1b" if args.device == "cuda" else "llama-34m")
+    args.arms = args.arms.split(",") if args.arms else list(_QUICK_ARMS if args.quick else ARMS)
+    args.dtype = args.dtype.split(",") if args.dtype else None
+    for name, values, known in (("arms", args.arms, ARMS), ("dtype", args.dtype or (), ("float32", "bfloat16"))):
+        for value in values:
+            if value not in known:
+                parser.error(f"--{name} names {value!r}; it may name {', '.join(known)}")
+    for name in ("pairs", "max_length", "steps", "rounds", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}; it should be at least 1")
+    if args.pairs is not None and args.pairs % 4:
+        parser.error(f"--pairs is {args.pairs}; it should be a multiple of 4: micro-batches of 4, 2 and 1 are tried")
+    if args.data is None:
+        args.data = DATA if DATA.is_file() and not args.quick else None
+    elif args.data == "made-up":
+        args.data = None
+    else:
+        args.data = Path(args.data)
+        if not args.data.is_file():
+            parser.error(f"--data {args.data}: there is no such file")
+    if args.show and not args.show.is_file():
+        parser.error(f"--show {args.show}: there is no such file")
+
+
+def options_for(args: argparse.Namespace) -> Options:
+    return Options(
+        arms=args.arms,
+        rounds=args.rounds or (1 if args.quick else 3),
+        tune=args.tune == "on" if args.tune else not args.quick,
+        profile=args.profile != "off",
+        threads=args.threads,
+        data=args.data,
+        timeout=args.timeout,
+    )
+
+
+def cases_for(args: argparse.Namespace) -> list[TrainCase]:
+    flags = ("pairs", "max_length", "steps", "learning_rate")
+    return named_cases(args.case, args.device, args.dtype, **{flag: getattr(args, flag) for flag in flags})
+
+
+def measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
+    """Prints the tables case by case; returns what stands in the JSON file."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    report: dict[str, Any] = {
+        "command": command,
+        "commit": machine.commit(),
+        "machine": machine.machine(args.device),
+        "versions": machine.versions(),
+        "build_info": fastdpo.build_info(),
+        "cases": [],
+    }
+    print(_title(report))
+    if warning := machine.warn_of_load(report["machine"]):
+        print(f"{warning}\n")
+    if args.data is None:
+        print("The pairs are made up, and their lengths nobody's: for figures, give --data.\n")
+    progress = Progress()
+    for case in cases_for(args):
+        try:
+            found = run_case(case, options_for(args), lambda what, case=case: progress.say(f"{case.dtype}: {what}"))
+        finally:
+            progress.stop()
+        found["bars"] = bars(found)
+        report["cases"].append(found)
+        if args.json:  # after every case: a run that is broken off leaves what it has
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+        print(all_tables(found), end="\n\n", flush=True)
+    return report
+
+
+def _title(report: dict[str, Any]) -> str:
+    versions = report["versions"]
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "trl", "fastdpo"))
+    return f"{machine.describe(report['machine'])}, {packages}\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    if args.show:
+        report = json.loads(args.show.read_text())
+        print(_title(report))
+        for found in report["cases"]:
+            print(all_tables(found), end="\n\n")
+    else:
+        report = measure(args, sys.argv if arguments is None else ["bench/train.py", *arguments])
+    print(f"{LEGEND}\n\n{PROFILE_LEGEND}")
+    if args.plot:
+        from train_plot import plot_cases
+
+        plot_cases(report["cases"], machine.describe(report["machine"]), args.plot)
+    return int(any(arm["status"] == "failed" for found in report["cases"] for arm in found["arms"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
