@@ -57,7 +57,7 @@ def outputs_table(found: dict[str, Any]) -> str:
         [name, *(f"{100 * one['extra'][name]:+.1f}" for one in passes.values())] for name in passes["step"]["extra"]
     ]
     header = ["", *(f"% {name}" for name in passes)]
-    return f"{found['name']}: {sizes}\nwithout: {times}\n\n{_align([header, *rows])}"
+    return f"{found['name']}: {sizes}\nwithout: {times}\n\n{align([header, *rows])}"
 
 
 def _title(found: dict[str, Any]) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 from train_cases import TrainCase
 
-# What ten float32 updates by programs that add in different orders may differ by, relative.
+# In float32, relative. A completion's log-probability is thousands of nats with random weights, and TRL sums it in
+# float32, to some 2e-4: with beta, four of them, and the mean over pairs, 1e-5 of a loss. The rest is for the updates.
 _FLOAT32 = 1e-4
 
 
@@ -25,16 +26,16 @@ def tolerance(case: TrainCase) -> Tolerance:
 
     In bfloat16 each of a layer's seven products, forward and backward, rounds what it passes on by u = 2^-9 of its
     size, and independently. After L layers hidden states, and with them a token's log-probability, are off by about
-    sqrt(7 L) u of what logits spread by, which is below a nat in a model with random weights, and gradients by
+    sqrt(7 L) u of what logits spread by, which is half a nat in a model with random weights, and gradients by
     sqrt(14 L) u of themselves. The loss takes beta times the sum over T tokens, sqrt(T) times as much, of four such
-    sums (chosen and rejected, policy and reference: twice as much), at a slope of at most 1, and is a mean over pairs.
-    Three standard deviations of that.
+    sums (chosen and rejected, policy and reference: twice as much), at a slope of about a half, and is a mean over
+    pairs. Three standard deviations of that.
     """
     if case.dtype == "float32":
         return Tolerance(_FLOAT32 * math.log(2), _FLOAT32)
     unit, layers = 2.0**-9, case.config["num_hidden_layers"]
-    token = math.sqrt(7 * layers) * unit
-    loss = case.beta * 2 * math.sqrt(case.max_length) * token / math.sqrt(case.pairs)
+    token = 0.5 * math.sqrt(7 * layers) * unit
+    loss = 0.5 * case.beta * 2 * math.sqrt(case.max_length) * token / math.sqrt(case.pairs)
     return Tolerance(3 * loss, 3 * math.sqrt(14 * layers) * unit)
 
 

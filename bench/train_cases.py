@@ -82,7 +82,7 @@ class TrainCase:
 # name -> dtypes that are measured, dtype of the weights, optimiser, tokens, steps
 _DEFAULTS: dict[str, tuple[tuple[str, ...], str, str, int, int]] = {
     "tiny": (("float32",), "float32", "adamw_torch_fused", 256, 3),
-    "llama-34m": (("float32", "bfloat16"), "float32", "adamw_torch_fused", 1_024, 12),
+    "llama-34m": (("float32", "bfloat16"), "float32", "adamw_torch_fused", 1_024, 6),
     "llama-1b": (("bfloat16",), "float32", "adamw_torch_fused", 1_024, 30),
     # Policy, gradients, a reference and AdamW's state do not fit on one device.
     "llama-8b": (("bfloat16",), "bfloat16", "sgd", 1_024, 20),

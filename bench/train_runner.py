@@ -18,6 +18,9 @@ from train_data import describe, orders, read_rows, sample, save_rows, sequence_
 
 Say = Callable[[str], None]
 
+_TUNE_STEPS = 2  # of pairs that are as long as those of the whole run
+_OTHER_WORK = "IT COMPUTES SOMETHING ELSE"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -55,7 +58,7 @@ class Runs:
             return found
         first, expected = self._first.setdefault(ARMS[arm].order, (arm, found))
         if wrong := disagreement(found, expected, first, self.case):
-            return {"failed": f"IT COMPUTES SOMETHING ELSE: {wrong}"}
+            return {"failed": f"{_OTHER_WORK}: {wrong}"}
         return found | {"differences": differences(found, expected), "compared_with": first}
 
 
@@ -89,10 +92,9 @@ def run_case(case: TrainCase, options: Options, say: Say) -> dict[str, Any]:
         found["data"] = prepare(case, options.data, Path(folder))
         runs = Runs(case, options, folder)
         for name, entry in found["arms"].items():
-            settings = ARMS[name].settings()
-            entry["setting"] = settings[0]
-            if options.tune and len(settings) > 1:
-                _tune(runs, name, settings, entry, say)
+            entry["setting"] = ARMS[name].settings()[0]
+        if options.tune:
+            _tune(case, options, found["arms"], say)
         for number in range(options.rounds):
             for name, entry in found["arms"].items():
                 if entry["status"] == "measured":
@@ -102,7 +104,10 @@ def run_case(case: TrainCase, options: Options, say: Say) -> dict[str, Any]:
             if options.profile and entry["status"] == "measured":
                 say(f"where {name}'s time goes")
                 profiled = runs.run(name, entry["setting"], profiled=True)
-                _fail(entry, profiled) if "failed" in profiled else entry.update(profile=profiled["profile"])
+                if "failed" in profiled:
+                    _fail(entry, profiled)
+                else:
+                    entry["profile"] = profiled["profile"]
     measured = {name: entry for name, entry in found["arms"].items() if entry["status"] == "measured"}
     for entry in measured.values():
         _summarise(entry, measured, case.pairs)
@@ -120,19 +125,30 @@ def _fail(entry: dict[str, Any], result: dict[str, Any]) -> None:
     entry |= {"status": "failed", "reason": result["failed"]}
 
 
-def _tune(runs: Runs, name: str, settings: list[Setting], entry: dict[str, Any], say: Say) -> None:
-    """Tries every setting once and keeps the fastest. The arm has failed if all of them have, or one disagrees."""
-    tried = []
-    for setting in settings:
-        say(f"best setting of {name}: {setting}")
-        tried.append({"setting": setting} | runs.run(name, setting))
-    entry["tried"] = tried
-    worked = [one for one in tried if "failed" not in one]
-    wrong = next((one for one in tried if "COMPUTES SOMETHING ELSE" in one.get("failed", "")), None)
+def _tune(case: TrainCase, options: Options, arms: dict[str, Any], say: Say) -> None:
+    """Gives each arm its fastest setting, every one tried once in a short run. An arm has failed if all of its settings
+    have, or one computes something else."""
+    short = dataclasses.replace(case, steps=min(_TUNE_STEPS, case.steps))
+    with tempfile.TemporaryDirectory(prefix="fastdpo-bench-") as folder:
+        prepare(short, options.data, Path(folder))
+        runs = Runs(short, options, folder)
+        for name, entry in arms.items():
+            settings = ARMS[name].settings()
+            if len(settings) > 1:
+                entry["tried"] = []
+                for setting in settings:
+                    say(f"best setting of {name}: {setting}")
+                    entry["tried"].append({"setting": setting} | runs.run(name, setting))
+                _choose(entry)
+
+
+def _choose(entry: dict[str, Any]) -> None:
+    worked = [one for one in entry["tried"] if "failed" not in one]
+    wrong = next((one for one in entry["tried"] if one.get("failed", "").startswith(_OTHER_WORK)), None)
     if worked and wrong is None:
         entry["setting"] = min(worked, key=lambda one: one["seconds"])["setting"]
     else:
-        _fail(entry, wrong or tried[0])
+        _fail(entry, wrong or entry["tried"][0])
 
 
 def _summarise(entry: dict[str, Any], measured: dict[str, Any], pairs: int) -> None:
