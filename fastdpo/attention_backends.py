@@ -38,10 +38,11 @@ def attend_by_segment(
 ) -> Tensor:
     """One call a segment. A prompt with its chosen completion, which follows it, is a plain causal sequence."""
     groups = query.shape[1] // key.shape[1]
+    # Split, not sliced: in the backward every slice would fill a tensor of the whole row and add it to the others.
+    key_pieces, value_pieces = (x.split(segments.piece_sizes, dim=2) for x in (key, value))
     outputs = []
-    for begin, end, prefix_begin, prefix_end in segments.bounds:
-        q = query[:, :, begin:end]
-        k, v = (_with_prefix(x, begin, end, prefix_begin, prefix_end) for x in (key, value))
+    for q, indices in zip(query.split(segments.query_sizes, dim=2), segments.key_pieces, strict=True):
+        k, v = (_join([pieces[i] for i in indices]) for pieces in (key_pieces, value_pieces))
         queries, keys = q.shape[2], k.shape[2]
         plain = window is None or window >= keys
         if softcap is not None or sinks is not None:
@@ -68,9 +69,8 @@ def attend_by_segment(
     return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].contiguous()
 
 
-def _with_prefix(x: Tensor, begin: int, end: int, prefix_begin: int, prefix_end: int) -> Tensor:
-    own = x[:, :, begin:end]
-    return own if prefix_begin == prefix_end else torch.cat([x[:, :, prefix_begin:prefix_end], own], dim=2)
+def _join(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
 def _operand_dtype(query: Tensor) -> torch.dtype:

@@ -38,6 +38,9 @@ class Segments:
         key_index: [K] int64, the keys of all segments one after another, as positions in the row; None where these are
             the row itself.
         max_q, max_k: the most queries, and the most keys, of a segment.
+        query_sizes: the segments' lengths.
+        piece_sizes: the lengths of pieces of the row, such that the keys of every segment are whole pieces.
+        key_pieces: for each segment, which pieces its keys are, in order.
 
     Raises:
         ValueError: the segments leave a gap, or a prefix does not come before its segment.
@@ -52,7 +55,15 @@ class Segments:
         self.length = ends[-1]
         prefixes = [s.prefix_end - s.prefix_begin for s in self.bounds]
         keys = [s.end - s.begin + prefix for s, prefix in zip(self.bounds, prefixes, strict=True)]
-        self.max_q = max(s.end - s.begin for s in self.bounds)
+        self.query_sizes = [s.end - s.begin for s in self.bounds]
+        cuts = sorted({0, *(cut for s in self.bounds for cut in s)})
+        self.piece_sizes = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+        piece_at = {cut: i for i, cut in enumerate(cuts)}
+        self.key_pieces = [
+            [*range(piece_at[s.prefix_begin], piece_at[s.prefix_end]), *range(piece_at[s.begin], piece_at[s.end])]
+            for s in self.bounds
+        ]
+        self.max_q = max(self.query_sizes)
         self.max_k = max(keys)
         self.cu_q = torch.tensor(ends, dtype=torch.int32)
         self.cu_k = torch.tensor([0, *accumulate(keys)], dtype=torch.int32)

@@ -58,6 +58,16 @@ def test_bounds_for_one_call_over_all_segments(segments):
     assert segments.max_k == max(b - a for a, b in zip(cu_k, cu_k[1:], strict=False))
 
 
+@given(rows())
+def test_keys_are_whole_pieces(segments):
+    pieces = torch.arange(segments.length).split(segments.piece_sizes)
+    for (begin, end, prefix_begin, prefix_end), indices in zip(segments.bounds, segments.key_pieces, strict=True):
+        keys = torch.cat([pieces[i] for i in indices])
+        assert keys.tolist() == [*range(prefix_begin, prefix_end), *range(begin, end)]
+    queries = torch.arange(segments.length).split(segments.query_sizes)
+    assert [(q[0], q[-1] + 1) for q in queries] == [(s.begin, s.end) for s in segments.bounds]
+
+
 @pytest.mark.parametrize(
     "segments",
     [
