@@ -16,6 +16,12 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted(filter(_is_whole, found), key=_step_of)
 
 
+def find_torn(folder: Path) -> list[Path]:
+    """The checkpoints in a folder whose writing was broken off, in the order of their steps."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(path) is not None]
+    return sorted((path for path in found if not _is_whole(path)), key=_step_of)
+
+
 def _step_of(path: Path) -> int | None:
     step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
     return int(step) if step.isdigit() and path.is_dir() else None
@@ -53,13 +59,21 @@ def resolve_resume(value: str | None, output_dir: Path) -> Path | None:
     return checkpoint
 
 
-def set_aside(output_dir: Path) -> Path | None:
-    """Move the checkpoints of an earlier run into a folder beside them, and return it; None if there are none.
+def set_aside(output_dir: Path, resumed: Path | None = None) -> Path | None:
+    """Move the checkpoints that a run would write over to a folder beside them, and return it; None if there are none.
 
     Left where they are, they would be overwritten step by step, and "the last checkpoint" would be a mixture of two
-    runs.
+    runs; or, after a kill in the middle of it, of the files of two checkpoints.
+
+    Args:
+        output_dir: the run's folder.
+        resumed: the checkpoint that the run goes on from. It and those before it stay, if it is one of this folder.
     """
-    old = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(path) is not None]
+    first = 0
+    if resumed is not None and resumed.resolve().parent == output_dir.resolve():
+        first = (_step_of(resumed) or 0) + 1
+    steps = {path: _step_of(path) for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    old = [path for path, step in steps.items() if step is not None and step >= first]
     if not old:
         return None
     number = 1

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer, ProgressCallback, TrainerCallback, TrainingArguments
 
-from fastdpo.checkpoints import find_checkpoints, resolve_resume, set_aside
+from fastdpo.checkpoints import find_checkpoints, find_torn, resolve_resume, set_aside
 from fastdpo.cli import INTERRUPTED, UsageError
 from fastdpo.config import DPOConfig
 from fastdpo.data_files import load_preferences
@@ -243,10 +243,14 @@ def _say_what_it_trains_on(trainer: DPOTrainer, output_dir: Path) -> None:
 
 
 def _say_where_it_starts(checkpoint: Path | None, output_dir: Path) -> None:
+    folder = set_aside(output_dir, checkpoint)
     if checkpoint is not None:
         console.print(f"Going on from {checkpoint}.")
+        if folder is not None:
+            torn = [path.name for path in find_torn(folder)]
+            which = f" ({', '.join(torn)} had not been written to the end)" if torn else ""
+            console.print(f"The other checkpoints that this run comes to were moved to {folder}{which}.")
         return
-    folder = set_aside(output_dir)
     if folder is None:
         return
     last = find_checkpoints(folder)[-1:]
