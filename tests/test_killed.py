@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +101,12 @@ def assert_same_tensors(got: Path, expected: Path) -> None:
         assert left[name].numpy().tobytes() == tensor.numpy().tobytes(), name
 
 
-def assert_same_run(got: Path, expected: Path, steps: int = STEPS) -> None:
-    assert [entry["step"] for entry in log_of(expected)] == list(range(1, steps + 1))
+def assert_same_run(got: Path, expected: Path) -> None:
+    assert [entry["step"] for entry in log_of(expected)] == list(range(1, STEPS + 1))
     assert log_of(got) == log_of(expected)
     for path in ("run/model.safetensors", f"ref/train/{LOGPS}"):
         assert_same_tensors(got / path, expected / path)
-    moments = [torch.load(folder / f"run/checkpoint-{steps}/optimizer.pt") for folder in (got, expected)]
+    moments = [torch.load(folder / f"run/checkpoint-{STEPS}/optimizer.pt") for folder in (got, expected)]
     torch.testing.assert_close(*moments, rtol=0, atol=0)
 
 
@@ -167,41 +164,6 @@ def test_going_on_from_an_earlier_checkpoint_tears_no_later_one(
     assert find_checkpoints(moved.parent) == [moved]
     assert run_process([*words, "--resume_from_checkpoint", "last"], log) == 0, log.read_text()
     assert_same_run(tmp_path, unbroken)
-
-
-@pytest.mark.slow
-def test_three_kills_by_the_clock_leave_the_unbroken_run(model: Path, pairs: Path, tmp_path: Path) -> None:
-    """The command as it is, killed from outside, at moments that nothing in it knows of."""
-    steps, chance = 60, random.Random(0)
-    folders = {name: tmp_path / name for name in ("unbroken", "killed")}
-    for folder in folders.values():
-        folder.mkdir()
-    command = {
-        name: train_words(model, pairs, folder, "--max_steps", str(steps), "--save_steps", "2")
-        for name, folder in folders.items()
-    }
-    start = time.monotonic()
-    subprocess.run([sys.executable, "-m", "fastdpo", *command["unbroken"]], check=True, capture_output=True)
-    seconds = time.monotonic() - start
-    kills, tries = 0, 0
-    while kills < 3:
-        tries += 1
-        assert tries < 20
-        words = going_on(command["killed"], folders["killed"] / "run")
-        process = subprocess.Popen([sys.executable, "-m", "fastdpo", *words], stdout=subprocess.DEVNULL)
-        try:
-            # Most of a run this short is imports.
-            process.wait(timeout=seconds * chance.uniform(0.4, 0.9))
-            assert process.returncode == 0
-            break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-    assert kills == 3
-    words = going_on(command["killed"], folders["killed"] / "run")
-    subprocess.run([sys.executable, "-m", "fastdpo", *words], check=True, capture_output=True)
-    assert_same_run(folders["killed"], folders["unbroken"], steps)
 
 
 # --------------------------------------------------------------------------------------------------------------------

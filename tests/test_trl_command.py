@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 from tiny_models import make_model
-from toy_data import chat_rows, make_tokenizer, text_rows, write_jsonl
+from toy_data import make_tokenizer, text_rows, write_jsonl
 
 from fastdpo.cli import main
 
@@ -44,13 +44,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of each kind of rows, which both commands read."""
-    rows = {"text": text_rows(40), "chat": chat_rows(40)}
-    folders = {kind: tmp_path_factory.mktemp(kind) for kind in rows}
-    for kind, folder in folders.items():
-        write_jsonl(folder / "train.jsonl", rows[kind])
-    return folders
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder, which both commands read."""
+    return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", text_rows(40)).parent
 
 
 def flags(model: Path, pairs: Path, output_dir: Path, *more: str) -> list[str]:
@@ -87,12 +83,12 @@ def assert_same_steps(ours: Path, theirs: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trl_script(model: Path, pairs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trl_script(model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `trl dpo` runs, without the processes that start it."""
     from trl.scripts import dpo
 
     output_dir = tmp_path_factory.mktemp("trl")
-    dpo.main(*dpo.make_parser().parse_args_and_config(flags(model, pairs["text"], output_dir)))
+    dpo.main(*dpo.make_parser().parse_args_and_config(flags(model, pairs, output_dir)))
     return output_dir
 
 
@@ -101,34 +97,22 @@ def test_fifty_steps_are_trls(
     layout: str,
     trl_script: Path,
     model: Path,
-    pairs: dict[str, Path],
+    pairs: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["train", *flags(model, pairs["text"], tmp_path, *LAYOUTS[layout])]) == 0
+    assert main(["train", *flags(model, pairs, tmp_path, *LAYOUTS[layout])]) == 0
     assert f"Batches are laid out in {SAID[layout]}" in capsys.readouterr().out
     assert_same_steps(tmp_path, trl_script)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "more"),
-    [
-        ("text", []),
-        ("chat", ["--optim", "sgd", "--learning_rate", "1e-3"]),
-        ("chat", ["--gradient_accumulation_steps", "2", "--lr_scheduler_type", "cosine", "--warmup_steps", "5"]),
-        ("text", ["--precompute_ref_log_probs", "--max_length", "56", "--truncation_mode", "keep_start"]),
-    ],
-    ids=["text", "sgd", "accumulated", "truncated"],
-)
-def test_fifty_steps_of_the_commands(
-    kind: str, more: list[str], model: Path, pairs: dict[str, Path], tmp_path: Path
-) -> None:
+def test_fifty_steps_of_the_commands(model: Path, pairs: Path, tmp_path: Path) -> None:
     """In processes of their own, as they are typed."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}  # no settings of accelerate
 
     def run(words: list[str], output_dir: Path, layout: list[str]) -> None:
-        command = [*words, *flags(model, pairs[kind], output_dir, *more, *layout)]
+        command = [*words, *flags(model, pairs, output_dir, *layout)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
         assert done.returncode == 0, done.stderr
 
