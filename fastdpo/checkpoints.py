@@ -9,6 +9,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastdpo.cli import UsageError
 
+# The record of what the policy was like before the first step; see fastdpo.run_snapshot.
+START_FILE = "report_start.json"
+
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder that were written to their end, in the order of their steps."""
@@ -57,7 +60,7 @@ def set_aside(output_dir: Path) -> Path | None:
     """Move the checkpoints of an earlier run into a folder beside them, and return it; None if there are none.
 
     Left where they are, they would be overwritten step by step, and "the last checkpoint" would be a mixture of two
-    runs.
+    runs. With them goes the record of that run's start, which a report of its continuation needs.
     """
     old = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(path) is not None]
     if not old:
@@ -66,6 +69,7 @@ def set_aside(output_dir: Path) -> Path | None:
     while (folder := output_dir / f"previous-{number}").exists():
         number += 1
     folder.mkdir()
-    for path in old:
+    start = output_dir / START_FILE
+    for path in [*old, start] if start.exists() else old:
         path.rename(folder / path.name)
     return folder
