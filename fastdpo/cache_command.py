@@ -94,7 +94,7 @@ def run(argv: list[str]) -> int:
         UsageError: the flags, the data, the model or the cache that is there cannot be used.
     """
     try:
-        script_args, model_args, training_args, cache_args = CacheRefParser().read(argv)
+        script_args, model_args, training_args, *_, cache_args = CacheRefParser().read(argv)
     except SystemExit as exit_:  # --help
         return int(exit_.code or 0)
     check_sources(script_args, model_args)

@@ -9,6 +9,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastdpo.cli import UsageError
 
+# The record of what the policy was like before the first step; see fastdpo.run_snapshot.
+START_FILE = "report_start.json"
+
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder that were written to their end, in the order of their steps."""
@@ -63,7 +66,8 @@ def set_aside(output_dir: Path, resumed: Path | None = None) -> Path | None:
     """Move the checkpoints that a run would write over to a folder beside them, and return it; None if there are none.
 
     Left where they are, they would be overwritten step by step, and "the last checkpoint" would be a mixture of two
-    runs; or, after a kill in the middle of it, of the files of two checkpoints.
+    runs; or, after a kill in the middle of it, of the files of two checkpoints. With them goes the record of that run's
+    start, which a report of its continuation needs, unless the run goes on from one that stays.
 
     Args:
         output_dir: the run's folder.
@@ -80,6 +84,9 @@ def set_aside(output_dir: Path, resumed: Path | None = None) -> Path | None:
     while (folder := output_dir / f"previous-{number}").exists():
         number += 1
     folder.mkdir()
+    start = output_dir / START_FILE
+    if first == 0 and start.exists():
+        old.append(start)
     for path in old:
         path.rename(folder / path.name)
     return folder

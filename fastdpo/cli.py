@@ -70,6 +70,8 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_command(commands, "train", "train a model on preference pairs", _train)
     _add_command(commands, "check-data", "what training would make of a file of pairs, without training", _check_data)
     _add_command(commands, "cache-ref", "compute the reference's log-probabilities once, to disk", _cache_ref)
+    _add_command(commands, "compare", "completions of several models side by side, for given prompts", _compare)
+    _add_command(commands, "chat", "talk to a model, or to several side by side", _chat)
     _add_command(commands, "demo", "a whole run from nothing, to see what preference training does", _demo)
     _add_command(commands, "info", "what was built: kernels, instruction sets, versions", _info)
     return parser
@@ -96,6 +98,18 @@ def _check_data(argv: list[str]) -> int:
 
 def _cache_ref(argv: list[str]) -> int:
     from fastdpo.cache_command import run
+
+    return run(argv)
+
+
+def _compare(argv: list[str]) -> int:
+    from fastdpo.compare_command import run
+
+    return run(argv)
+
+
+def _chat(argv: list[str]) -> int:
+    from fastdpo.chat_command import run
 
     return run(argv)
 

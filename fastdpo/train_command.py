@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-import shlex
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
-from transformers import AutoTokenizer, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, ProgressCallback
 
 from fastdpo.checkpoints import find_checkpoints, find_torn, resolve_resume, set_aside
 from fastdpo.cli import INTERRUPTED, UsageError
 from fastdpo.config import DPOConfig
 from fastdpo.data_files import load_preferences
-from fastdpo.report import draw_training
-from fastdpo.train_flags import ModelArguments, ScriptArguments, TrainParser, bad_input
+from fastdpo.gentle_stop import GentleStop
+from fastdpo.model_card import CARD_FILE
+from fastdpo.progress import OneLineProgress, format_metrics
+from fastdpo.run_facts import all_settings, changed_settings
+from fastdpo.run_report import PICTURE_FILE, REPORT_FILE, RunReport, resume_command
+from fastdpo.train_flags import ModelArguments, ReportArguments, ScriptArguments, TrainParser, bad_input
 from fastdpo.trainer import DPOTrainer
 
 if TYPE_CHECKING:
@@ -29,67 +28,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 console = Console(highlight=False, soft_wrap=True)
-
-
-class OneLineProgress(ProgressCallback):
-    """The progress bar, with one short line per log instead of a dict of everything."""
-
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        line = format_metrics(logs or {})  # nothing of this is in the totals that end a run
-        if line and state.is_world_process_zero and self.training_bar is not None:
-            self.training_bar.write(f"step {state.global_step:>5}  {line}")
-
-
-def format_metrics(logs: dict[str, Any]) -> str:
-    """The metrics that a person follows, from one entry of a log."""
-    shown = {
-        "loss": "loss",
-        "rewards/margins": "margin",
-        "rewards/accuracies": "accuracy",
-        "rewards/chosen": "chosen",
-        "rewards/rejected": "rejected",
-        "grad_norm": "grad",
-        "learning_rate": "lr",
-    }
-    prefix = "eval_" if any(key.startswith("eval_") for key in logs) else ""
-    words = [f"{text} {float(logs[prefix + key]):.4g}" for key, text in shown.items() if prefix + key in logs]
-    return "  ".join(["eval", *words] if prefix else words)
-
-
-class GentleStop(TrainerCallback):
-    """The first Ctrl-C lets the step end and saves a checkpoint; the second stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.stopped_at: int | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take Ctrl-C over for the duration of the run."""
-        before = signal.signal(signal.SIGINT, self._on_signal)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def _on_signal(self, *_: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nStopping after this step, with a checkpoint. Ctrl-C again stops at once.", file=sys.stderr)
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        if self._anyone_asked(args):
-            control.should_log = control.should_save = control.should_training_stop = True
-            self.stopped_at = state.global_step
-
-    def _anyone_asked(self, args: TrainingArguments) -> bool:
-        if args.world_size == 1:
-            return self.asked
-        # Processes hear of the signal at different moments; all must leave after the same step.
-        asked = torch.tensor(float(self.asked), device=args.device)
-        torch.distributed.all_reduce(asked)
-        return bool(asked.item())
 
 
 def run(argv: list[str]) -> int:
@@ -105,9 +43,12 @@ def run(argv: list[str]) -> int:
         UsageError: the flags, the data or the model cannot be used.
     """
     try:
-        script_args, model_args, training_args = TrainParser().read(argv)
+        parser = TrainParser()
+        arguments = parser.read(argv)
     except SystemExit as exit_:  # --help
         return int(exit_.code or 0)
+    script_args, model_args, training_args, report_args = arguments
+    settings = all_settings(arguments)  # as they were asked for: making the trainer fills some in
     output_dir = Path(training_args.output_dir)
     check_sources(script_args, model_args)
     checkpoint = resolve_resume(training_args.resume_from_checkpoint, output_dir)
@@ -115,6 +56,7 @@ def run(argv: list[str]) -> int:
     if trainer.is_world_process_zero():
         _say_what_it_trains_on(trainer, output_dir)
         _say_where_it_starts(checkpoint, output_dir)
+    report = _start_report(trainer, report_args, settings, parser, argv, checkpoint)
 
     stop = GentleStop()
     trainer.add_callback(stop)
@@ -124,15 +66,47 @@ def run(argv: list[str]) -> int:
         with stop.listening():
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
+        if report is not None:
+            report.write(look=False)
         _say_how_to_resume(argv, output_dir)
         return INTERRUPTED
     if stop.stopped_at is not None and stop.stopped_at < trainer.state.max_steps:
-        if trainer.is_world_process_zero():
-            _draw(trainer, script_args, model_args, output_dir)
+        if report is not None:
             _say_how_to_resume(argv, output_dir)
+            print(f"Writing {output_dir / REPORT_FILE}; Ctrl-C makes it short.", file=sys.stderr)
+            report.write(result.metrics["train_runtime"])
         return INTERRUPTED
-    _finish(trainer, result.metrics, script_args, model_args, output_dir)
+    _finish(trainer, result.metrics, script_args, model_args, report)
     return 0
+
+
+def _start_report(
+    trainer: DPOTrainer,
+    report_args: ReportArguments,
+    settings: dict[str, Any],
+    parser: TrainParser,
+    argv: list[str],
+    checkpoint: Path | None,
+) -> RunReport | None:
+    """The report, with the policy's start on record; None on all processes but the main one."""
+    if not trainer.is_world_process_zero():
+        return None
+    size = report_args.size()
+    if checkpoint is None and (size.pairs or size.samples):
+        console.print(
+            f"For the report: rewards of {size.pairs} pairs and {size.samples} completions, before and after "
+            "(--report_pairs, --report_samples)."
+        )
+    names = (settings["model_name_or_path"], settings["dataset_name"])
+    return RunReport(
+        trainer,
+        size,
+        title=" · ".join(Path(name).name for name in names),
+        settings=settings,
+        changed=changed_settings(parser.asked),
+        argv=argv,
+        checkpoint=checkpoint,
+    )
 
 
 def check_sources(script_args: ScriptArguments, model_args: ModelArguments) -> None:
@@ -267,22 +241,26 @@ def _finish(
     metrics: dict[str, float],
     script_args: ScriptArguments,
     model_args: ModelArguments,
-    output_dir: Path,
+    report: RunReport | None,
 ) -> None:
     """Save everything, and say where it is."""
+    output_dir = Path(trainer.args.output_dir)
     trainer.save_model(str(output_dir))
     trainer.save_metrics("train", metrics)
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        _draw(trainer, script_args, model_args, output_dir)
+    trainer.create_model_card(dataset_name=script_args.dataset_name)
+    if report is not None:
+        report.write(metrics["train_runtime"])
         what = "LoRA adapter and tokenizer" if model_args.use_peft else "model and tokenizer"
         last = [entry for entry in trainer.state.log_history if "loss" in entry][-1:]
         console.print(f"\n[bold]Done: {trainer.state.global_step} steps.[/]  {''.join(map(format_metrics, last))}")
         for label, path in (
             (what, output_dir),
-            ("picture of the run", output_dir / "training.png"),
+            ("report, for a browser", output_dir / REPORT_FILE),
+            ("picture of the run", output_dir / PICTURE_FILE),
             ("metrics, step by step", output_dir / "trainer_state.json"),
             ("totals and speed", output_dir / "train_results.json"),
+            ("model card", output_dir / CARD_FILE),
             ("what became of the rows", output_dir / "data_summary.json"),
         ):
             console.print(f"  {label:<27} {path}")
@@ -290,29 +268,9 @@ def _finish(
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
 
 
-def _draw(trainer: DPOTrainer, script_args: ScriptArguments, model_args: ModelArguments, output_dir: Path) -> None:
-    names = (model_args.model_name_or_path, script_args.dataset_name)
-    title = " · ".join(Path(name).name for name in names)
-    draw_training(trainer.state.log_history, output_dir / "training.png", title=title)
-
-
 def _say_how_to_resume(argv: list[str], output_dir: Path) -> None:
     there = find_checkpoints(output_dir)
     if not there:
         print("Stopped. No checkpoint had been written, so there is nothing to resume from.", file=sys.stderr)
         return
-    command = shlex.join(["fastdpo", "train", *_without_resume(argv), "--resume_from_checkpoint", "last"])
-    print(f"Stopped. The last checkpoint is {there[-1]}. To go on:\n  {command}", file=sys.stderr)
-
-
-def _without_resume(argv: list[str]) -> list[str]:
-    words, skip = [], False
-    for word in argv:
-        name = word.split("=")[0].replace("-", "_").strip("_")
-        if name == "resume_from_checkpoint" and word.startswith("--"):
-            skip = "=" not in word
-        elif skip:
-            skip = False
-        else:
-            words.append(word)
-    return words
+    print(f"Stopped. The last checkpoint is {there[-1]}. To go on:\n  {resume_command(argv)}", file=sys.stderr)

@@ -21,6 +21,7 @@ from fastdpo.cli import UsageError
 from fastdpo.config import DPOConfig
 from fastdpo.data_files import DataError
 from fastdpo.ref_cache import RefCacheError
+from fastdpo.run_snapshot import SnapshotSize
 
 EPILOG = """\
 examples:
@@ -72,7 +73,7 @@ USUAL_TRAINING_FLAGS = (
 # Where what we do with a flag is more than what transformers says of it.
 HELP = {
     "logging_first_step": "Log the first step too, where policy and reference agree and the loss is known.",
-    "output_dir": "Folder for the model, the checkpoints and the picture of the run (default: trainer_output).",
+    "output_dir": "Folder for the model, the checkpoints and the report of the run (default: trainer_output).",
     "resume_from_checkpoint": "'last' for the last checkpoint in output_dir, or the folder of a checkpoint.",
 }
 
@@ -145,6 +146,29 @@ class ModelArguments:
             self.lora_target_modules = self.lora_target_modules[0]
 
 
+@dataclass
+class ReportArguments:
+    """What report.html shows of the policy, before and after training."""
+
+    report_pairs: int = field(
+        default=SnapshotSize.pairs, metadata={"help": "Pairs whose implicit rewards are drawn; 0 for none."}
+    )
+    report_samples: int = field(
+        default=SnapshotSize.samples, metadata={"help": "Prompts that are completed, greedily; 0 for none."}
+    )
+    report_max_new_tokens: int = field(
+        default=SnapshotSize.max_new_tokens, metadata={"help": "Most tokens of such a completion."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (("report_pairs", 0), ("report_samples", 0), ("report_max_new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it should be at least {least}")
+
+    def size(self) -> SnapshotSize:
+        return SnapshotSize(self.report_pairs, self.report_samples, self.report_max_new_tokens)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Flags
 # --------------------------------------------------------------------------------------------------------------------
@@ -180,11 +204,15 @@ def _bool_or_word(text: str) -> bool | str:
 
 
 class TrainParser(HfArgumentParser):
-    """The flags of the dataclasses, with grouped help, and errors that name the nearest flag."""
+    """The flags of the dataclasses, with grouped help, and errors that name the nearest flag.
+
+    Attributes:
+        asked: after :meth:`read`: name -> (value, default) of every flag, before anything is derived from it.
+    """
 
     command = "train"
     summary = "train a model on preference pairs (DPO)."
-    dataclasses: tuple[type, ...] = (ScriptArguments, ModelArguments, DPOConfig)
+    dataclasses: tuple[type, ...] = (ScriptArguments, ModelArguments, DPOConfig, ReportArguments)
     help_epilog = EPILOG
     others_title = "training, less usual (--help_all describes these)"
 
@@ -228,6 +256,7 @@ class TrainParser(HfArgumentParser):
         if unknown:
             self._refuse(unknown)
         values = {name: value for name, value in vars(namespace).items() if name not in ("config", "help_all")}
+        self.asked = {name: (value, self.get_default(name)) for name, value in values.items()}
         with bad_input():
             return self.parse_dict(values)
 
@@ -269,6 +298,7 @@ class TrainParser(HfArgumentParser):
             "DPO": dpo,
             "LoRA": lora,
             "training": USUAL_TRAINING_FLAGS,
+            "report": [f.name for f in fields(ReportArguments)],
         }
 
     def _read_yaml(self, path: Path) -> argparse.Namespace:

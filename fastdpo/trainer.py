@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from fastdpo.data_files import TOKEN_COLUMNS
 from fastdpo.data_summary import DataSummary
 from fastdpo.fingerprints import base_weights
 from fastdpo.head import FusedHead
+from fastdpo.model_card import write_model_card
 from fastdpo.packing import PackedRow, RowCollator
 from fastdpo.packing_choice import Scorer, check_rows, choose_packing, obstacles_in
 from fastdpo.pair_losses import PairLosses, combine_segments
@@ -54,6 +54,8 @@ from fastdpo.scoring import (
     model_inputs,
     score_batch,
 )
+from fastdpo.start_check import check_start
+from fastdpo.throughput import Throughput
 from fastdpo.trainer_setup import (
     aux_loss_coef,
     check_arguments,
@@ -87,7 +89,8 @@ class DPOTrainer(Trainer):
     evaluation: ``rewards/chosen``, ``rewards/rejected``, ``rewards/accuracies``, ``rewards/margins``,
     ``logps/chosen``, ``logps/rejected`` (means over pairs); ``logits/chosen``, ``logits/rejected``, ``entropy``
     (means over completion tokens); ``mean_token_accuracy`` (over the chosen tokens); ``aux_loss`` (mixtures of
-    experts); ``num_tokens`` (in training, all so far).
+    experts); in training, ``num_tokens`` (all so far), ``pairs_per_second``, ``tokens_per_second`` and
+    ``peak_memory_gib`` (see :mod:`fastdpo.throughput`).
 
     The loss and its gradient are the mean over all pairs of an optimiser step, however these are split into
     micro-batches and devices, and however they are laid out (``args.packing``).
@@ -191,6 +194,8 @@ class DPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._throughput = Throughput()
+        self.add_callback(self._throughput)
         self._check_distribution(ref_model)
         self._aux_loss_coef = aux_loss_coef(model, args)
         self._sums: dict[str, Tensor] | None = None
@@ -379,8 +384,11 @@ class DPOTrainer(Trainer):
         at_shorter = self._loss_options.ld_alpha is not None
         return score_batch(head, attention, model, inputs, outputs, at_shorter=at_shorter, **kwargs)
 
-    def _pair_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each pair [B] float64, and what metrics are made of, each detached, [B] float64."""
+    def pair_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each pair of a batch [B] float64, and what metrics are made of, each detached, [B] float64.
+
+        ``inputs`` come from ``data_collator``, on the device; ``model`` may be wrapped.
+        """
         parts = [self._losses_of_part(model, part) for part in micro_batches(inputs)]
         losses = in_pair_order([losses for losses, _ in parts], inputs)
         return losses, {name: in_pair_order([sums[name] for _, sums in parts], inputs) for name in parts[0][1]}
@@ -431,11 +439,12 @@ class DPOTrainer(Trainer):
 
         With ``return_outputs`` also what metrics are made of, each [B].
         """
-        losses, per_pair = self._pair_losses(model, inputs)
+        losses, per_pair = self.pair_losses(model, inputs)
         if not self._start_is_checked:
             self._start_is_checked = True
             if self.state.global_step == 0 and self._loss_options.takes_reference:
-                self._check_start(per_pair)
+                dtype = _compute_dtype(self.accelerator.mixed_precision, self.model.dtype)
+                check_start(per_pair, beta=self.args.beta, loss_types=self.args.loss_type, dtype=dtype)
         self._sums = add_sums(self._sums, {name: values.sum() for name, values in per_pair.items()})
         if num_items_in_batch is None:
             loss = losses.mean()
@@ -484,30 +493,6 @@ class DPOTrainer(Trainer):
                 ) from error
         self._rows_to_check = []
 
-    def _check_start(self, per_pair: dict[str, Tensor]) -> None:
-        """Warns unless policy and reference agree, as they should before the first update."""
-        dtype = _compute_dtype(self.accelerator.mixed_precision, self.model.dtype)
-        # The same sums over the same numbers; the order may differ where another batch had other padding.
-        tolerance = max(4 * torch.finfo(dtype).eps, 1e-5)
-        logp = torch.maximum(per_pair["chosen_logp"].abs(), per_pair["rejected_logp"].abs())
-        reward = torch.maximum(per_pair["chosen_reward"].abs(), per_pair["rejected_reward"].abs())
-        allowed = self.args.beta * tolerance * logp.clamp(min=1)
-        if bool((reward <= allowed).all()):
-            return
-        worst = int((reward / allowed).argmax())
-        known = {"sigmoid": "ln 2 = 0.6931", "hinge": "1", "ipo": f"1/(2 beta)^2 = {0.25 / self.args.beta**2:g}"}
-        expected = known.get(", ".join(self.args.loss_type))
-        warnings.warn(
-            "policy and reference do not agree before the first update: a pair has the rewards "
-            f"{per_pair['chosen_reward'][worst]:.3g} (chosen) and {per_pair['rejected_reward'][worst]:.3g} (rejected), "
-            f"which should be 0, and the loss is {per_pair['loss'].mean():.4f}"
-            f"{f', which should be {expected}' if expected else ''}. Likely causes: ref_model, or the ref_*_logps "
-            "columns, belong to another model than the one being trained (no fault if you mean it); dropout is active "
-            "(disable_dropout=False, or a model that takes it from its config); policy and reference differ in dtype "
-            "or attention implementation; an adapter that does not start at zero.",
-            stacklevel=2,
-        )
-
     def prediction_step(
         self,
         model: nn.Module,
@@ -518,7 +503,7 @@ class DPOTrainer(Trainer):
         """The loss of an evaluation batch. There are no logits to return."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses, per_pair = self._pair_losses(model, inputs)
+            losses, per_pair = self.pair_losses(model, inputs)
         # Pair by pair, because the last batch repeats pairs to give every process as many, and these are cut off here.
         gathered = self.accelerator.gather_for_metrics(torch.stack(list(per_pair.values()), dim=-1)).sum(0)
         self._eval_sums = add_sums(self._eval_sums, dict(zip(per_pair, gathered, strict=True)))
@@ -531,10 +516,12 @@ class DPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As ``Trainer``'s; adds the metrics since the last time to the training loss."""
         if "loss" in logs and self._sums is not None:
-            sums = self.accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")
-            logs.update(means_of(dict(zip(self._sums, sums.tolist(), strict=True))))
-            if self.args.include_num_input_tokens_seen != "no":
-                logs["num_tokens"] = self.state.num_input_tokens_seen
+            totals = self.accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")
+            sums = dict(zip(self._sums, totals.tolist(), strict=True))
+            tokens = None if self.args.include_num_input_tokens_seen == "no" else self.state.num_input_tokens_seen
+            logs.update(means_of(sums) | self._throughput.rates(sums["pairs"], tokens))
+            if tokens is not None:
+                logs["num_tokens"] = tokens
             self._sums = None
         super().log(logs, start_time)
 
@@ -557,6 +544,17 @@ class DPOTrainer(Trainer):
             metrics = {"loss": sums["loss"] / sums["pairs"], **means_of(sums)}
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **metadata: str | None,
+    ) -> None:
+        """Writes README.md; see :func:`fastdpo.model_card.write_model_card`."""
+        if self.is_world_process_zero():
+            write_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags, **metadata)
 
     def _check_distribution(self, ref_model: nn.Module | None) -> None:
         if self.args.n_gpu > 1:
