@@ -9,6 +9,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from fastdpo.data_files import TOKEN_COLUMNS
 from fastdpo.data_summary import DataSummary
 from fastdpo.fingerprints import base_weights
 from fastdpo.head import FusedHead
+from fastdpo.memory_advice import advising
 from fastdpo.model_card import write_model_card
 from fastdpo.packing import PackedRow, RowCollator
 from fastdpo.packing_choice import Scorer, check_rows, choose_packing, obstacles_in
@@ -466,13 +468,23 @@ class DPOTrainer(Trainer):
         self._head.inspect_once(model)
         total = torch.zeros((), device=self.args.device)
         # Gradient checkpointing runs layers again in the backward, which must find the same attention.
-        with self._attention.active() if self._attention is not None else contextlib.nullcontext():
+        attention = self._attention.active() if self._attention is not None else contextlib.nullcontext()
+        with self._advising(training=True), attention:
             for i, part in enumerate(parts):
                 # Processes may have different numbers of parts: they meet in the last one's backward.
                 is_last = i + 1 == len(parts)
                 with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
                     total = total + super().training_step(model, part, num_items_in_batch)
         return total
+
+    def _advising(self, *, training: bool) -> AbstractContextManager[None]:
+        return advising(
+            self.args,
+            training=training,
+            has_reference_model=self.ref_model is not None,
+            has_adapter=isinstance(self.model, PeftModel),
+            is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+        )
 
     def _check_rows_now(self, model: nn.Module) -> None:
         """What could not be checked while the weights were not there."""
@@ -502,7 +514,7 @@ class DPOTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         """The loss of an evaluation batch. There are no logits to return."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), self._advising(training=False):
             losses, per_pair = self.pair_losses(model, inputs)
         # Pair by pair, because the last batch repeats pairs to give every process as many, and these are cut off here.
         gathered = self.accelerator.gather_for_metrics(torch.stack(list(per_pair.values()), dim=-1)).sum(0)
