@@ -97,7 +97,7 @@ def make_trainer(
     case: TrainCase,
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
+    output: Path,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
     """The arm's trainer for the case; with a cached reference, that is computed here."""
@@ -109,7 +109,7 @@ def make_trainer(
     options = {"per_device_train_batch_size": case.pairs, **arm.options, **setting}
     options["gradient_accumulation_steps"] = case.pairs // options["per_device_train_batch_size"]
     args = config_class(
-        str(folder / "run"),
+        str(output),
         max_steps=case.steps + case.warmup,
         learning_rate=case.learning_rate,
         lr_scheduler_type="constant",

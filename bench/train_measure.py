@@ -8,6 +8,7 @@ model was made, over all of the run.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -53,10 +54,12 @@ def train(arm: Arm, setting: Setting, case: TrainCase, folder: Path, profiled: b
     clock = Clock(case.device)
     memory = memory_of(case.device)
     held = memory.mark()
-    trainer = make_trainer(arm, setting, case, rows, tokenizer, folder, [clock])
-    profile = Profile(trainer, arm.library, case) if profiled else None
-    trainer.train()
-    peak = None if held is None else memory.peak() - held
+    # A folder of its own: fastdpo keeps the cached reference there, and would read that of the run before.
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        trainer = make_trainer(arm, setting, case, rows, tokenizer, Path(output), [clock])
+        profile = Profile(trainer, arm.library, case) if profiled else None
+        trainer.train()
+        peak = None if held is None else memory.peak() - held
     steps = [b - a for a, b in pairwise(clock.ends[case.warmup - 1 :])]
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {

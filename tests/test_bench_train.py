@@ -27,7 +27,7 @@ from train_data import ORDERS, load_rows, load_tokenizer, orders, read_rows, sam
 from train_tables import all_tables, bars
 from trl.trainer import utils as trl_utils
 
-from fastdpo import head
+from fastdpo import DPOTrainer, head
 from fastdpo.data import prepare
 from fastdpo.integrations import trl as our_head
 
@@ -195,6 +195,23 @@ def test_cached_arms_do_the_same_work(folder, in_this_process):
             assert disagreement(ours, theirs, "trl-best+head", case) is None
             assert ours["profile"]["policy_tokens"] == counted(name, folder, layout)
             assert ours["profile"]["reference_tokens"] == 0 and ours["build_seconds"] > 0
+
+
+def test_no_run_reads_the_cache_of_another(folder, in_this_process, monkeypatch):
+    before = sorted(folder.iterdir())
+    asked = []
+    score = DPOTrainer._score
+
+    def counting(self: DPOTrainer, *args: Any, **kwargs: Any) -> Any:
+        asked[-1] += self.state.global_step == 0 and not torch.is_grad_enabled()
+        return score(self, *args, **kwargs)
+
+    monkeypatch.setattr(DPOTrainer, "_score", counting)
+    for _ in range(2):
+        asked.append(0)
+        run("fastdpo-cached", folder)
+    assert asked[0] == asked[1] > 0
+    assert sorted(folder.iterdir()) == before
 
 
 def test_every_part_of_a_step_is_found(folder, in_this_process):
