@@ -1,6 +1,6 @@
 """The benchmark end to end: pairs per second and peak memory of DPO training, fastdpo and TRL's DPOTrainer.
 
-    python bench/train.py --quick                      a look, under 2 minutes on 2 cores
+    python bench/train.py --quick                      a look, some 2 minutes on 2 cores
     python bench/train.py --json out.json --plot out.png
     python bench/train.py --show out.json              the tables of a run that was kept
 

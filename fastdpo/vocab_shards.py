@@ -51,7 +51,7 @@ def stand_in_entry(bias: Tensor | None) -> Tensor | int:
     """An entry that is not masked by the bias, if the shard has one.
 
     Any such will do. A row whose stand-in lies far below its greatest logit has its exponent raised, within the first
-    tile or chunk of the vocabulary as a rule, where that costs nothing that could be measured.
+    tile or chunk of the vocabulary as a rule, where that costs little.
     """
     return 0 if bias is None else bias.argmax()
 
