@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -60,6 +62,29 @@ def resolve_resume(value: str | None, output_dir: Path) -> Path | None:
         known = f" In {output_dir}: {', '.join(path.name for path in there)}." if there else ""
         raise UsageError(f"--resume_from_checkpoint {value}: not a checkpoint (no trainer_state.json there).{known}")
     return checkpoint
+
+
+def is_end(checkpoint: Path, *, max_steps: int, num_train_epochs: float) -> bool:
+    """Whether a run of this length (in epochs where ``max_steps`` is not above 0) has nothing left to do there."""
+    state = read_state(checkpoint)
+    step = state.get("global_step", 0)
+    if max_steps > 0:
+        return step >= max_steps
+    return step >= state.get("max_steps", math.inf) and state.get("epoch", 0) >= num_train_epochs
+
+
+def came_from(output_dir: Path, checkpoint: Path) -> bool:
+    """Whether what lies in ``output_dir`` is what a run left that went on from the checkpoint, or ended there."""
+    history = read_state(checkpoint).get("log_history", [])
+    return read_state(output_dir).get("log_history", [])[: len(history)] == history != []
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """trainer_state.json; empty where it is not there, or broken."""
+    try:
+        return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def set_aside(output_dir: Path, resumed: Path | None = None) -> Path | None:

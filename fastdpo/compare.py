@@ -13,15 +13,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text as RichText
 
-from fastdpo.generation import (
-    Drawing,
-    LoadedModel,
-    Prompt,
-    Text,
-    base_of_adapter,
-    complete,
-    encode_prompt,
-)
+from fastdpo.adapters import base_of_adapter
+from fastdpo.generation import Drawing, LoadedModel, Prompt, Text, complete, encode_prompt
 
 
 @dataclass(frozen=True)

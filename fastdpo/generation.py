@@ -5,20 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import find_adapter_config_file
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from fastdpo.adapters import base_of_adapter, load_tokenizer
 
 Prompt = str | list[dict[str, Any]]
 
@@ -71,13 +65,6 @@ class LoadedModel:
     base_name: str | None
 
 
-def base_of_adapter(name: str, *, revision: str | None = None) -> str | None:
-    """The name of the model that an adapter was trained on; None where ``name`` is no adapter."""
-    if find_adapter_config_file(name, revision=revision) is None:
-        return None
-    return PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
-
-
 def load_for_generation(
     name: str, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
 ) -> LoadedModel:
@@ -94,18 +81,12 @@ def load_for_generation(
     """
     base = base_of_adapter(name)
     model = AutoModelForCausalLM.from_pretrained(base or name, dtype=dtype, trust_remote_code=trust_remote_code)
-    tokenizer = _load_tokenizer(name, base, trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     if base is not None:
         model = PeftModel.from_pretrained(model, name)
     if device is None:
         device = str(torch.accelerator.current_accelerator() or "cpu")
     return LoadedModel(name, model.to(device).eval(), tokenizer, base)
-
-
-def _load_tokenizer(name: str, base: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    # An adapter's folder may come without a tokenizer; the base's is then the one that it was trained with.
-    own = base is None or not Path(name).is_dir() or (Path(name) / "tokenizer_config.json").exists()
-    return AutoTokenizer.from_pretrained(name if own else base, trust_remote_code=trust_remote_code)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, as_chat: bool) -> list[int]:

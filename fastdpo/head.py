@@ -37,6 +37,11 @@ _SHRINK = 2.0**-24
 _PROBES = (2.0**-12, 2.0**40, 0.5, -0.5, 4.0, -4.0, 60.0, -60.0)
 _PROBE_TOLERANCE = 1e-5  # float32, through at most a division, a tanh and a product
 
+_HOW_NOT_TO_QUANTIZE = (
+    ". Leave it out when the model is quantised: by default BitsAndBytesConfig does; where llm_int8_skip_modules is "
+    "given, that must name it"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class HeadOutput:
@@ -336,6 +341,7 @@ class FusedHead:
             elif type(head).forward is not nn.Linear.forward:
                 raise NotImplementedError(
                     f"the output embedding of {self._name} is a {kind}; only nn.Linear is supported"
+                    f"{_HOW_NOT_TO_QUANTIZE if _is_quantized(head) else ''}"
                 )
             if "forward" in vars(head) and _forward_slot(head) == "forward":
                 raise NotImplementedError(
@@ -450,6 +456,10 @@ class FusedHead:
 def _apply(transform: _LogitTransform, logit: float) -> float:
     z = logit * transform.scale
     return z if transform.softcap is None else transform.softcap * math.tanh(z / transform.softcap)
+
+
+def _is_quantized(head: nn.Module) -> bool:
+    return type(head).__module__.startswith("bitsandbytes.")
 
 
 def _forward_slot(head: nn.Module) -> str:

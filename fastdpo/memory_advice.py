@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
-from fastdpo.config import DPOConfig
+if TYPE_CHECKING:
+    from fastdpo.config import DPOConfig
 
 # What torch says where there is no error of its own: the allocator of the CPU raises a RuntimeError.
 _CPU_MESSAGES = ("DefaultCPUAllocator", "can't allocate memory")

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from fastdpo.data import REFERENCE_COLUMNS
 from fastdpo.data_files import TOKEN_COLUMNS
+from fastdpo.memory_advice import is_out_of_memory
 from fastdpo.ref_cache import CacheKey, RefCache, RefCacheError
 from fastdpo.row_digests import row_digests, rows_fingerprint
 
@@ -179,7 +180,9 @@ class ReferenceBuilder:
     def _score(self, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
         try:
             return self.score(rows)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             longest = max(len(row["prompt_ids"]) + max(len(row[side]) for side in TOKEN_COLUMNS[1:]) for row in rows)
             raise torch.OutOfMemoryError(
                 f"{error}\nThe reference was scoring {len(rows)} pairs of up to {longest} tokens (before any cut). "

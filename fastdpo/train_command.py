@@ -8,16 +8,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from peft import PeftModel
 from rich.console import Console
-from transformers import AutoTokenizer, ProgressCallback
+from transformers import ProgressCallback
 
-from fastdpo.checkpoints import find_checkpoints, find_torn, resolve_resume, set_aside
+from fastdpo.adapters import load_tokenizer
+from fastdpo.checkpoints import came_from, find_checkpoints, find_torn, is_end, resolve_resume, set_aside
 from fastdpo.cli import INTERRUPTED, UsageError
 from fastdpo.config import DPOConfig
 from fastdpo.data_files import load_preferences
 from fastdpo.gentle_stop import GentleStop
 from fastdpo.model_card import CARD_FILE
 from fastdpo.progress import OneLineProgress, format_metrics
+from fastdpo.quantization import make_quantization_config
 from fastdpo.run_facts import all_settings, changed_settings
 from fastdpo.run_report import PICTURE_FILE, REPORT_FILE, RunReport, resume_command
 from fastdpo.train_flags import ModelArguments, ReportArguments, ScriptArguments, TrainParser, bad_input
@@ -52,6 +56,13 @@ def run(argv: list[str]) -> int:
     output_dir = Path(training_args.output_dir)
     check_sources(script_args, model_args)
     checkpoint = resolve_resume(training_args.resume_from_checkpoint, output_dir)
+    if checkpoint is not None and _is_done(checkpoint, training_args):
+        if training_args.process_index == 0:
+            console.print(
+                f"Nothing to do: this run ends at {checkpoint}, and what came of it is in {output_dir}. To train "
+                "further, give more steps (--max_steps, --num_train_epochs)."
+            )
+        return 0
     trainer = make_trainer(script_args, model_args, training_args)
     if trainer.is_world_process_zero():
         _say_what_it_trains_on(trainer, output_dir)
@@ -76,8 +87,15 @@ def run(argv: list[str]) -> int:
             print(f"Writing {output_dir / REPORT_FILE}; Ctrl-C makes it short.", file=sys.stderr)
             report.write(result.metrics["train_runtime"])
         return INTERRUPTED
-    _finish(trainer, result.metrics, script_args, model_args, report)
+    _finish(trainer, result.metrics, script_args, report)
     return 0
+
+
+def _is_done(checkpoint: Path, args: DPOConfig) -> bool:
+    """Whether the run ends at the checkpoint, and its results were written, of which the report is the last."""
+    output_dir = Path(args.output_dir)
+    at_end = is_end(checkpoint, max_steps=args.max_steps, num_train_epochs=args.num_train_epochs)
+    return at_end and came_from(output_dir, checkpoint) and (output_dir / REPORT_FILE).exists()
 
 
 def _start_report(
@@ -142,9 +160,10 @@ def make_trainer(script_args: ScriptArguments, model_args: ModelArguments, train
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         "trust_remote_code": training_args.trust_remote_code,
+        **_quantization_kwargs(model_args, training_args),
     } | (training_args.model_init_kwargs or {})
     with bad_input(f"--model_name_or_path {model_args.model_name_or_path}"):
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = load_tokenizer(
             model_args.model_name_or_path,
             revision=model_args.model_revision,
             trust_remote_code=training_args.trust_remote_code,
@@ -196,6 +215,30 @@ def make_peft_config(model_args: ModelArguments) -> LoraConfig | None:
     )
 
 
+def _quantization_kwargs(model_args: ModelArguments, training_args: DPOConfig) -> dict[str, Any]:
+    """What ``from_pretrained`` takes for the flags of 4 and 8 bits."""
+    if not model_args.load_in_4bit:
+        defaults = ModelArguments()
+        names = ("bnb_4bit_quant_type", "use_bnb_nested_quant")
+        idle = [f"--{name}" for name in names if getattr(model_args, name) != getattr(defaults, name)]
+        if idle:
+            raise UsageError(f"{', '.join(idle)} would have no effect without --load_in_4bit.")
+    if not (model_args.load_in_4bit or model_args.load_in_8bit):
+        return {}
+    if "quantization_config" in (training_args.model_init_kwargs or {}):
+        raise UsageError("--model_init_kwargs has a quantization_config, beside --load_in_4bit or --load_in_8bit.")
+    # Products in the run's precision, where TRL has that of --dtype: float32, unless it is given.
+    dtype = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else model_args.dtype
+    with bad_input():
+        config = make_quantization_config(
+            4 if model_args.load_in_4bit else 8,
+            compute_dtype=None if dtype in (None, "auto") else getattr(torch, dtype),
+            quant_type=model_args.bnb_4bit_quant_type,
+            nested=model_args.use_bnb_nested_quant,
+        )
+    return {"quantization_config": config}
+
+
 def say_what_was_cached(trainer: DPOTrainer) -> None:
     """Print where the reference's log-probabilities are, and how many of them were there before."""
     for name, split in trainer.reference_splits.items():
@@ -240,7 +283,6 @@ def _finish(
     trainer: DPOTrainer,
     metrics: dict[str, float],
     script_args: ScriptArguments,
-    model_args: ModelArguments,
     report: RunReport | None,
 ) -> None:
     """Save everything, and say where it is."""
@@ -251,7 +293,7 @@ def _finish(
     trainer.create_model_card(dataset_name=script_args.dataset_name)
     if report is not None:
         report.write(metrics["train_runtime"])
-        what = "LoRA adapter and tokenizer" if model_args.use_peft else "model and tokenizer"
+        what = "adapter and tokenizer" if isinstance(trainer.model, PeftModel) else "model and tokenizer"
         last = [entry for entry in trainer.state.log_history if "loss" in entry][-1:]
         console.print(f"\n[bold]Done: {trainer.state.global_step} steps.[/]  {''.join(map(format_metrics, last))}")
         for label, path in (

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -110,10 +111,14 @@ class ScriptArguments:
 
 @dataclass
 class ModelArguments:
-    """Which model, and LoRA."""
+    """Which model, LoRA, and weights in 4 or 8 bits under it."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model to start from: a Hub id, or a folder written by save_pretrained."}
+        default=None,
+        metadata={
+            "help": "Model to start from: a Hub id, or a folder written by save_pretrained. An adapter's is trained "
+            "further, with what it was as the reference."
+        },
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     dtype: str | None = field(
@@ -139,11 +144,27 @@ class ModelArguments:
     lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "Task type in the adapter's configuration."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) instead."})
     use_dora: bool = field(default=False, metadata={"help": "DoRA: magnitude and direction learnt apart."})
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "QLoRA: the model's weights in 4 bits, under an adapter. Needs bitsandbytes."},
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "The model's weights in 8 bits, under an adapter."})
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "Which numbers 4 bits stand for.", "choices": ["fp4", "nf4"]}
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata={"help": "4 bits: the scales of the weights in 8 bits as well."}
+    )
 
     def __post_init__(self) -> None:
-        # One value may be a pattern or "all-linear", which PEFT takes as a string only.
+        # A pattern, or "all-linear", PEFT takes as a string only; and a string for a pattern, which a bare name as
+        # one is not: it would have to be the whole of the module's name.
         if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:
-            self.lora_target_modules = self.lora_target_modules[0]
+            (target,) = self.lora_target_modules
+            if not re.fullmatch(r"[\w.]+", target):
+                self.lora_target_modules = target
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit are both given; leave one of them out")
 
 
 @dataclass
@@ -289,14 +310,16 @@ class TrainParser(HfArgumentParser):
         """Titles, and the flags under each, that ``--help`` describes."""
         model = [f.name for f in fields(ModelArguments)]
         lora = [name for name in model if "lora" in name or name in ("use_peft", "use_dora")]
+        quantized = [name for name in model if "bit" in name or "bnb" in name]
         inherited = {f.name for f in fields(TrainingArguments)}
         dpo = [f.name for f in fields(DPOConfig) if f.name not in inherited]
         return {
             "general": ["help", "help_all", "config"],
-            "model": [name for name in model if name not in lora],
+            "model": [name for name in model if name not in (*lora, *quantized)],
             "pairs": [f.name for f in fields(ScriptArguments)],
             "DPO": dpo,
             "LoRA": lora,
+            "QLoRA": quantized,
             "training": USUAL_TRAINING_FLAGS,
             "report": [f.name for f in fields(ReportArguments)],
         }

@@ -22,13 +22,13 @@ from transformers import (
     DataCollator,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
+from fastdpo.adapters import copy_of_what_is_trained
 from fastdpo.attention import RowAttention
 from fastdpo.attention_backends import RowsNotSupportedError
 from fastdpo.config import DPOConfig
@@ -37,6 +37,7 @@ from fastdpo.data_files import TOKEN_COLUMNS
 from fastdpo.data_summary import DataSummary
 from fastdpo.fingerprints import base_weights
 from fastdpo.head import FusedHead
+from fastdpo.hub import HubUploads
 from fastdpo.memory_advice import advising
 from fastdpo.model_card import write_model_card
 from fastdpo.packing import PackedRow, RowCollator
@@ -61,6 +62,7 @@ from fastdpo.throughput import Throughput
 from fastdpo.trainer_setup import (
     aux_loss_coef,
     check_arguments,
+    check_trainable,
     disable_dropout,
     find_tokenizer,
     has_dropout,
@@ -75,7 +77,7 @@ logger = logging.getLogger(__name__)
 _OUTPUTS = ("entropy", "mean_logits", "is_top1")
 
 
-class DPOTrainer(Trainer):
+class DPOTrainer(HubUploads):
     """Trains ``model`` on preference pairs with a DPO loss.
 
     Rows have ``chosen``, ``rejected`` and, unless these begin with it, ``prompt``, as strings or as message lists; or
@@ -83,9 +85,10 @@ class DPOTrainer(Trainer):
     ``ref_chosen_logps`` and ``ref_rejected_logps`` (the reference's log-probabilities, summed over each completion,
     with ``args.ld_alpha`` weighted as the loss has them) need no reference model; nor do losses without a reference.
 
-    Otherwise the reference is ``ref_model``; or, for a PEFT model, the model with its adapters off; or a second copy
-    of ``model`` as it is now. With ``args.precompute_ref_log_probs`` it is asked once, before training, and freed; what
-    it said is kept in ``args.ref_cache``, and read from there the next time.
+    Otherwise the reference is ``ref_model``, or ``model`` as it is now: of a PEFT model with a new adapter, that is the
+    model with the adapter off; with an adapter that was trained before, a frozen copy of the adapter on the same base;
+    of any other model, a second one. With ``args.precompute_ref_log_probs`` it is asked once, before training, and
+    freed; what it said is kept in ``args.ref_cache``, and read from there the next time.
 
     Logged, under TRL's names, over all that was seen since the last time, and with ``eval_`` before them in
     evaluation: ``rewards/chosen``, ``rewards/rejected``, ``rewards/accuracies``, ``rewards/margins``,
@@ -98,7 +101,8 @@ class DPOTrainer(Trainer):
     micro-batches and devices, and however they are laid out (``args.packing``).
 
     Args:
-        model: a name or path, or a causal language model, or one with a PEFT adapter.
+        model: a name or path, or a causal language model, or one with a PEFT adapter. The name of an adapter stands for
+            the adapter on its base, to be trained further.
         ref_model: the reference. By default see above.
         args: by default ``DPOConfig("<model>-DPO")``.
         data_collator: by default ``fastdpo.data.PreferenceCollator``, whose batches another one must also make.
@@ -146,14 +150,22 @@ class DPOTrainer(Trainer):
         model = load_model(name, args) if name else model
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
+        check_trainable(model, args, is_sharded=_weights_come_later(args))
         has_reference_columns = set(REFERENCE_COLUMNS) <= set(train_dataset.column_names)
         self._loss_options = args.loss_options
         needs_reference = self._loss_options.takes_reference and not has_reference_columns
         if ref_model is None and needs_reference and not args.precompute_ref_log_probs:
-            if isinstance(model, PeftModel):
-                _check_adapters_are_neutral(model, args)
-            else:
+            if not isinstance(model, PeftModel):
                 ref_model = load_model(name, args) if name else copy.deepcopy(model)
+            elif _weights_come_later(args):
+                # Whether an adapter that was given is new cannot be seen yet: the check at the first step finds out.
+                if name and peft_config is None:
+                    raise NotImplementedError(
+                        f"{name} is an adapter, whose reference would be a copy of it, which is not supported with "
+                        "FSDP or DeepSpeed ZeRO-3 yet. Merge it into its base (merge_and_unload), and give peft_config"
+                    )
+            elif not _adapters_are_neutral(model):
+                ref_model = copy_of_what_is_trained(model)
         for network in (model, ref_model):
             if network is not None and args.disable_dropout:
                 disable_dropout(network)
@@ -258,6 +270,19 @@ class DPOTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         pairs = torch.tensor(sum(map(count_pairs, batches)), device=device)
         return batches, self.accelerator.gather(pairs).sum()
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        # The epoch and the batch to begin with. Trainer asks whether it is at the end after a step: one too many.
+        begin = super()._init_training_state(*args, **kwargs)
+        if self.state.global_step < self.state.max_steps:
+            return begin
+        if self.is_world_process_zero():
+            logger.warning(
+                "No step is made: the checkpoint is of step %d, and the run ends at step %d.",
+                self.state.global_step,
+                self.state.max_steps,
+            )
+        return self.state.num_train_epochs, 0
 
     def _prepare_input(self, data: Any) -> Any:
         return data.to(self.args.device) if isinstance(data, PackedRow) else super()._prepare_input(data)
@@ -603,19 +628,6 @@ def _adapters_are_neutral(model: PeftModel) -> bool:
     # A new adapter may round differently (DoRA divides by a norm that is 1), by some units of the last place.
     tolerance = 64 * torch.finfo(without.dtype).eps * without.abs().max()
     return bool((with_adapters - without).abs().max() <= tolerance)
-
-
-def _check_adapters_are_neutral(model: PeftModel, args: DPOConfig) -> None:
-    """With a trained adapter, the model without it is not where training starts, and so not its reference."""
-    if _weights_come_later(args):
-        return  # the check at the first step finds out
-    if not _adapters_are_neutral(model):
-        raise ValueError(
-            "model has an adapter that was trained already, so the model without it is not the policy that this "
-            "training starts from. Give ref_model (the base model with a second copy of the adapter), or set "
-            "precompute_ref_log_probs=True (the reference is then the policy as it is now), or merge the adapter "
-            "(merge_and_unload) and give a new peft_config"
-        )
 
 
 def _compute_dtype(mixed_precision: str, dtype: torch.dtype) -> torch.dtype:

@@ -9,11 +9,13 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastdpo.adapters import HAS_ADAPTER, is_adapter, load_adapter, load_tokenizer
 from fastdpo.config import DPOConfig
 from fastdpo.data import REFERENCE_COLUMNS
 from fastdpo.data_files import TOKEN_COLUMNS
+from fastdpo.quantization import make_trainable, refuse_quantized_alone
 
 
 def check_arguments(
@@ -39,10 +41,20 @@ def check_arguments(
         )
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config is a {type(peft_config).__name__}; it should be a peft.PeftConfig")
-    if peft_config is not None and isinstance(model, PeftModel):
-        raise ValueError(
-            "peft_config is given, but model has an adapter already; leave peft_config out to train that one, or "
-            "merge it first (merge_and_unload)"
+    if isinstance(model, str):
+        has_adapter = is_adapter(model, revision=_revision(args))
+        quantized = isinstance((args.model_init_kwargs or {}).get("quantization_config"), BitsAndBytesConfig)
+        if quantized and not has_adapter and peft_config is None:
+            refuse_quantized_alone()
+    else:
+        has_adapter = isinstance(model, PeftModel) or _has_transformers_adapter(model)
+    if peft_config is not None and has_adapter:
+        raise ValueError(HAS_ADAPTER)
+    if isinstance(model, PeftModel) and len(model.active_adapters) > 1:
+        raise NotImplementedError(
+            f"model has {len(model.active_adapters)} active adapters ({', '.join(model.active_adapters)}), of which "
+            "transformers.Trainer would bring back one alone from a checkpoint. Merge those that are not trained into "
+            "the base (merge_and_unload), and give peft_config for a new one; or train the one that is there further"
         )
     if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class is a {type(processing_class).__name__}; it should be a tokenizer")
@@ -66,11 +78,42 @@ def check_arguments(
             )
 
 
-def load_model(name: str, args: DPOConfig) -> PreTrainedModel:
-    """The model of this name or path, with ``args.model_init_kwargs``."""
+def load_model(name: str, args: DPOConfig) -> PreTrainedModel | PeftModel:
+    """The model or adapter of this name or path, with ``args.model_init_kwargs``; an adapter to be trained further."""
     # float32 weights: steps of 1e-6 are lost in bfloat16 ones.
     kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if kwargs.get("quantization_config") is not None and args.device.type == "cpu":
+        kwargs.setdefault("device_map", {"": "cpu"})  # by itself, it goes to the accelerator that use_cpu rules out
+    if is_adapter(name, revision=kwargs.get("revision")):
+        return load_adapter(name, **kwargs)
     return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+
+
+def check_trainable(model: PreTrainedModel | PeftModel, args: DPOConfig, *, is_sharded: bool) -> None:
+    """Raises where the model, as it was given or loaded, has nothing that can be trained.
+
+    Raises:
+        ValueError: nothing in it requires a gradient, or its weights are quantised and it has no adapter.
+        NotImplementedError: see :func:`fastdpo.quantization.make_trainable`.
+    """
+    has_adapter = isinstance(model, PeftModel) or _has_transformers_adapter(model)
+    make_trainable(model, has_adapter=has_adapter, device=args.device, is_sharded=is_sharded)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        how = "see requires_grad_"
+        if isinstance(model, PeftModel):
+            how = "load the adapter with is_trainable=True"
+        elif _has_transformers_adapter(model):
+            how = "load it by AutoPeftModelForCausalLM.from_pretrained(adapter, is_trainable=True), or give its name"
+        raise ValueError(f"no parameter of model requires a gradient, so there is nothing to train; {how}")
+
+
+def _has_transformers_adapter(model: nn.Module) -> bool:
+    """Whether transformers itself put an adapter into the model: ``from_pretrained`` of an adapter's name does."""
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def _revision(args: DPOConfig) -> str | None:
+    return (args.model_init_kwargs or {}).get("revision")
 
 
 def find_tokenizer(source: str, args: DPOConfig, *, needed: bool) -> PreTrainedTokenizerBase | None:
@@ -83,8 +126,7 @@ def find_tokenizer(source: str, args: DPOConfig, *, needed: bool) -> PreTrainedT
             )
         return None
     try:
-        revision = (args.model_init_kwargs or {}).get("revision", "main")
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
+        return load_tokenizer(source, revision=_revision(args), trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError):
         if needed:
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before any test imports a library that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -41,3 +42,28 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def quiet_and_uncached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No rows that another module's tests prepared, here and in processes that tests start; short error messages."""
+    import datasets
+
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        patch.setenv("HF_DATASETS_CACHE", str(cache))
+        patch.delenv("FASTDPO_TRACEBACK", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Llama and its tokenizer, as save_pretrained writes them."""
+    from tiny_models import make_model
+    from toy_data import make_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    make_model("llama", len(make_tokenizer())).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from datasets import Dataset
@@ -44,23 +43,7 @@ ref_build.ReferenceBuilder._score = score
 sys.exit(cli.main(sys.argv[2:]))
 """
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def quiet_and_uncached(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))  # for subprocesses
-    monkeypatch.delenv("FASTDPO_TRACEBACK", raising=False)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    make_model("llama", len(make_tokenizer())).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,7 +20,7 @@ from toy_data import make_tokenizer, text_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fastdpo import train_command
-from fastdpo.checkpoints import find_checkpoints, resolve_resume, set_aside
+from fastdpo.checkpoints import came_from, find_checkpoints, is_end, resolve_resume, set_aside
 from fastdpo.cli import UsageError, main
 from fastdpo.train_flags import TrainParser
 
@@ -41,15 +40,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.fixture(autouse=True)
-def quiet_and_uncached(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))  # for subprocesses
-    monkeypatch.delenv("FASTDPO_TRACEBACK", raising=False)
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +260,7 @@ def test_lora_with_evaluation_from_a_file_of_flags(
     assert adapter["r"] == 2 and sorted(adapter["target_modules"]) == ["q_proj", "v_proj"]
     summaries = json.loads((tmp_path / "run" / "data_summary.json").read_text())
     assert {name: summary["rows_in"] for name, summary in summaries.items()} == {"train": 12, "eval": 4}
-    assert "LoRA adapter and tokenizer" in capsys.readouterr().out
+    assert "adapter and tokenizer" in capsys.readouterr().out
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "of 4 pairs of the evaluation set, which is not trained on" in page
     assert "AutoPeftModelForCausalLM" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
@@ -328,6 +319,82 @@ def test_a_run_over_an_earlier_one_says_so(
     assert f"--resume_from_checkpoint {tmp_path / 'run' / 'previous-1' / 'checkpoint-4'}" in said
     assert said.index("holds checkpoints") < said.index("Done")
     assert (tmp_path / "run" / "previous-1" / "checkpoint-4" / "trainer_state.json").read_text() == "{}"
+
+
+def test_a_run_that_is_finished_is_left_as_it_is(
+    model: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = train_words(model, pairs, tmp_path / "run")
+    words[words.index("--max_steps") + 1] = "3"  # in the middle of an epoch
+    assert main(words) == 0
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    before = contents()
+    capsys.readouterr()
+    assert main([*words, "--resume_from_checkpoint", "last"]) == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert f"Nothing to do: this run ends at {tmp_path / 'run' / 'checkpoint-3'}" in said
+    assert contents() == before
+
+
+def test_a_run_whose_results_were_not_written_makes_no_step_and_writes_them(
+    model: Path, pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = train_words(model, pairs, tmp_path / "run")
+    words[words.index("--max_steps") + 1] = "3"
+    assert main(words) == 0
+    expected = load_file(tmp_path / "run" / "model.safetensors")
+    steps = [
+        entry["step"] for entry in json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    ]
+    for path in (tmp_path / "run").iterdir():  # as if killed after the last checkpoint
+        if path.is_file() and path.name != "report_start.json":
+            path.unlink()
+    assert main([*words, "--resume_from_checkpoint", "last"]) == 0
+    assert "the checkpoint is of step 3, and the run ends at step 3" in caplog.text
+    got = load_file(tmp_path / "run" / "model.safetensors")
+    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3 and [entry["step"] for entry in state["log_history"]] == steps
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "length", "expected"),
+    [
+        ({"global_step": 9, "max_steps": 10, "epoch": 2.25}, {"max_steps": 10, "num_train_epochs": 3.0}, False),
+        ({"global_step": 10, "max_steps": 10, "epoch": 2.5}, {"max_steps": 10, "num_train_epochs": 3.0}, True),
+        ({"global_step": 10, "max_steps": 10, "epoch": 2.5}, {"max_steps": 12, "num_train_epochs": 1.0}, False),
+        ({"global_step": 10, "max_steps": 10, "epoch": 2.5}, {"max_steps": -1, "num_train_epochs": 3.0}, False),
+        ({"global_step": 12, "max_steps": 12, "epoch": 3.0}, {"max_steps": -1, "num_train_epochs": 3.0}, True),
+        ({"global_step": 8, "max_steps": 12, "epoch": 2.0}, {"max_steps": -1, "num_train_epochs": 2.0}, False),
+        ({}, {"max_steps": 1, "num_train_epochs": 3.0}, False),
+    ],
+)
+def test_where_a_run_ends(state: dict[str, Any], length: dict[str, Any], expected: bool, tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert is_end(tmp_path, **length) is expected
+
+
+def test_results_of_another_run_are_told_apart(tmp_path: Path) -> None:
+    for name, history in {"run": [1, 2, 3], "mine": [1, 2], "other": [1, 4], "empty": []}.items():
+        (tmp_path / name).mkdir()
+        text = json.dumps({"log_history": [{"loss": value} for value in history]})
+        (tmp_path / name / "trainer_state.json").write_text(text)
+    found = {name: came_from(tmp_path / "run", tmp_path / name) for name in ("mine", "other", "empty", "nowhere")}
+    assert found == {"mine": True, "other": False, "empty": False, "nowhere": False}
+
+
+def test_one_target_module_is_a_name_unless_it_is_a_pattern(model: Path, pairs: Path, tmp_path: Path) -> None:
+    words = [*train_words(model, pairs, tmp_path / "run"), "--use_peft", "--lora_target_modules"]
+    words[words.index("--max_steps") + 1] = "1"
+    for given, kept in (("q_proj", ["q_proj"]), ("self_attn.q_proj", ["self_attn.q_proj"])):
+        assert main([*words, given]) == 0
+        assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["target_modules"] == kept
+    for given in ("all-linear", r".*\.q_proj", "(q|v)_proj"):
+        assert TrainParser().read(["--use_peft", "--lora_target_modules", given])[1].lora_target_modules == given
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -427,7 +494,7 @@ def test_yaml_values_are_defaults_and_the_command_line_wins(tmp_path: Path, monk
     assert args.lr_scheduler_type == "cosine"
     assert args.model_init_kwargs == {"a": 1}
     assert model_args.use_peft is True
-    assert model_args.lora_target_modules == "q_proj"
+    assert model_args.lora_target_modules == ["q_proj"]
     assert os.environ["ANOTHER_ONE"] == "new"
 
 

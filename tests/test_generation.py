@@ -13,7 +13,8 @@ from tiny_models import make_model
 from toy_data import assistant, make_tokenizer, user
 from transformers import GenerationConfig, PreTrainedModel
 
-from fastdpo.generation import Drawing, Text, base_of_adapter, complete, encode_prompt, load_for_generation
+from fastdpo.adapters import base_of_adapter
+from fastdpo.generation import Drawing, Text, complete, encode_prompt, load_for_generation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENIZER = make_tokenizer()

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import random
 import signal
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from kills import CHECKPOINT_WRITERS, Moment, run_process
 from safetensors.torch import load_file
-from tiny_models import make_model
-from toy_data import make_tokenizer, text_rows, write_jsonl
+from toy_data import text_rows, write_jsonl
 
 from fastdpo.checkpoints import find_checkpoints
 from fastdpo.ref_cache import LOGPS, MANIFEST, PARTS
@@ -21,21 +20,15 @@ from fastdpo.ref_cache import LOGPS, MANIFEST, PARTS
 STEPS, SAVE_STEPS = 10, 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet_and_uncached(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("OMP_NUM_THREADS", "1")  # sums in the same order everywhere
-        patch.delenv("FASTDPO_TRACEBACK", raising=False)
-        yield
+pytestmark = pytest.mark.usefixtures("quiet_and_uncached", "one_thread_in_processes")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    make_model("llama", len(make_tokenizer())).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+def one_thread_in_processes() -> Iterator[None]:
+    """Sums in the same order everywhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.fixture(scope="module")

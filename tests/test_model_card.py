@@ -9,13 +9,12 @@ from typing import Any
 
 import datasets
 import pytest
-import transformers.trainer
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from tiny_models import make_model
 from toy_data import make_tokenizer, text_rows
 
-from fastdpo import DPOConfig, DPOTrainer
+from fastdpo import DPOConfig, DPOTrainer, hub
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,7 +105,7 @@ def test_it_goes_along_to_the_hub(lora: bool, tmp_path: Path, monkeypatch: pytes
     def upload(**kwargs: Any) -> None:
         sent.update(kwargs, card=ModelCard.load(Path(kwargs["folder_path"]) / "README.md"))
 
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: SimpleNamespace(upload_folder=upload))
+    monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(upload_folder=upload))
     trainer.hub_model_id = "me/my-model"
     trainer.args.hub_model_id = "me/my-model"
     trainer.push_to_hub(dataset_name="some-lab/pairs")

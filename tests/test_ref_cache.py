@@ -252,14 +252,24 @@ def test_two_builders_do_not_write_into_one_folder(tmp_path: Path) -> None:
     assert (tmp_path / "train" / LOGPS).exists()
 
 
-def test_running_out_of_memory_names_the_flags_and_keeps_what_was_computed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:128] DefaultCPUAllocator: can't allocate memory. Tried to allocate"
+        ),
+    ],
+    ids=["device", "cpu"],
+)
+def test_running_out_of_memory_names_the_flags_and_keeps_what_was_computed(error: RuntimeError, tmp_path: Path) -> None:
     calls = iter([score, score])
 
     def full(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
         try:
             return next(calls)(rows)
         except StopIteration:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate") from None
+            raise error from None
 
     with pytest.raises(
         torch.OutOfMemoryError, match=r"(?s)Tried to allocate.*3 pairs of up to 8 tokens.*precompute_ref_batch"
@@ -268,6 +278,14 @@ def test_running_out_of_memory_names_the_flags_and_keeps_what_was_computed(tmp_p
     resumed = builder(tmp_path)
     resumed.with_columns(token_rows(), "train", 1)
     assert resumed.splits["train"].rows_read == 6
+
+
+def test_other_errors_of_the_reference_pass(tmp_path: Path) -> None:
+    def broken(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="^mat1 and mat2 shapes cannot be multiplied$"):
+        builder(tmp_path, broken).with_columns(token_rows(), "train", 3)
 
 
 def test_float64_is_kept(tmp_path: Path) -> None:

@@ -351,7 +351,7 @@ def test_adapter_is_trained_against_the_model_without_it(tmp_path, tokenizer, ex
         )
 
 
-def test_trained_adapter_is_not_compared_with_the_model_without_it(tmp_path, tokenizer):
+def test_a_trained_adapter_begins_as_its_own_reference(tmp_path, tokenizer):
     def trained() -> nn.Module:
         model = get_peft_model(make_model("llama"), LORA)
         torch.manual_seed(0)
@@ -360,9 +360,7 @@ def test_trained_adapter_is_not_compared_with_the_model_without_it(tmp_path, tok
                 nn.init.normal_(parameter, std=0.1)
         return model
 
-    with pytest.raises(ValueError, match="adapter that was trained already"):
-        make_trainer(tmp_path, tokenizer, model=trained())
-    for options in ({"precompute_ref_log_probs": True}, {"ref_model": trained()}):
+    for options in ({}, {"precompute_ref_log_probs": True}, {"ref_model": trained()}):
         trainer = make_trainer(tmp_path, tokenizer, model=trained(), **options)
         trainer.train()
         assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)

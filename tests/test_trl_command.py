@@ -8,10 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
-from tiny_models import make_model
-from toy_data import make_tokenizer, text_rows, write_jsonl
+from toy_data import text_rows, write_jsonl
 
 from fastdpo.cli import main
 
@@ -22,25 +20,7 @@ ATOL = 1e-4
 LAYOUTS = {"packed": [], "repeated": ["--packing", "repeated"], "padded": ["--packing", "padded"]}
 SAID = {"packed": "packed rows, each prompt once", "padded": "padded rows, two a pair"}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet_and_uncached(tmp_path_factory: pytest.TempPathFactory):
-    cache = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-        patch.setenv("HF_DATASETS_CACHE", str(cache))  # for subprocesses
-        patch.delenv("FASTDPO_TRACEBACK", raising=False)
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    make_model("llama", len(make_tokenizer())).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 
 
 @pytest.fixture(scope="module")
