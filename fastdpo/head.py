@@ -406,7 +406,8 @@ class FusedHead:
             num_scored=scoring.num_scored,
             low_rank=updates,
         )
-        return (scoring.result.logps * _SHRINK).unsqueeze(-1)
+        # Not a view: FSDP2 warns of those, whose hooks are lost where a model writes into its logits.
+        return scoring.result.logps.unsqueeze(-1) * _SHRINK
 
     # ----------------------------------------------------------------------------------------------------------------
     # What the model does to its logits

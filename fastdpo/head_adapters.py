@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fastdpo.low_rank import LowRankUpdate
 
 
 def why_not_supported(layer: nn.Module) -> str | None:
     """What of a layer of PEFT's does not amount to low-rank updates of an ``nn.Linear``; None if all of it does."""
-    if type(layer) is not LoraLinear:
+    # fully_shard gives a module a class of its own, made of FSDPModule and the class that it had.
+    kind = type(layer).__mro__[2] if isinstance(layer, FSDPModule) else type(layer)
+    if kind is not LoraLinear:
         return "of which only plain LoRA (peft.tuners.lora.layer.Linear) is supported"
     base = layer.base_layer
     if type(base).forward is not nn.Linear.forward:

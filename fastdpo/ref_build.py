@@ -71,6 +71,7 @@ class ReferenceBuilder:
         about: facts for the manifest that are not compared.
         describe_row: words by which a person knows a row, for messages.
         show_progress: a progress bar, in the main process.
+        in_step: the processes must call ``score`` equally often, as with a model that is sharded over them.
 
     Attributes:
         splits: what was done, by the dataset's name.
@@ -84,6 +85,7 @@ class ReferenceBuilder:
     about: dict[str, Any] = field(default_factory=dict)
     describe_row: Callable[[dict[str, Any]], str] = str
     show_progress: bool = True
+    in_step: bool = False
     splits: dict[str, CachedSplit] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -162,13 +164,16 @@ class ReferenceBuilder:
             postfix=[0, sum(map(len, share))],
             disable=not (self.show_progress and self.accelerator.is_main_process),
         )
+
+        def score(batch: np.ndarray) -> tuple[Tensor, Tensor]:
+            columns = dataset[batch.tolist()]
+            return self._score([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+
         with bar, contextlib.ExitStack() as stack:
             # However this ends, short of a kill.
             stack.callback(lambda: scored and cache.write_part(key, *_joined(scored)))
             for batch in share:
-                columns = dataset[batch.tolist()]
-                rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-                chosen, rejected = self._score(rows)
+                chosen, rejected = score(batch)
                 scored.append((batch, chosen.cpu().numpy(), rejected.cpu().numpy()))
                 if time.monotonic() - written >= PART_SECONDS:
                     cache.write_part(key, *_joined(scored))
@@ -176,6 +181,9 @@ class ReferenceBuilder:
                 if not bar.disable:
                     bar.postfix[0] += len(batch)
                 bar.update(int(lengths[batch].sum()))
+            # The main process has the most batches: one more than others, or as many.
+            if self.in_step and len(share) < len(batches[:: self.accelerator.num_processes]):
+                score(batches[-1])
 
     def _score(self, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
         try:

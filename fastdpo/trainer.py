@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -36,6 +39,7 @@ from fastdpo.data import REFERENCE_COLUMNS, PreferenceCollator, prepare
 from fastdpo.data_files import TOKEN_COLUMNS
 from fastdpo.data_summary import DataSummary
 from fastdpo.fingerprints import base_weights
+from fastdpo.fsdp2 import keep_output_dtypes, keep_requires_grad, shard_frozen, whole_weights
 from fastdpo.head import FusedHead
 from fastdpo.hub import HubUploads
 from fastdpo.memory_advice import advising
@@ -211,6 +215,8 @@ class DPOTrainer(HubUploads):
         self._throughput = Throughput()
         self.add_callback(self._throughput)
         self._check_distribution(ref_model)
+        if self.accelerator.is_fsdp2:
+            keep_output_dtypes(self.accelerator)
         self._aux_loss_coef = aux_loss_coef(model, args)
         self._sums: dict[str, Tensor] | None = None
         self._eval_sums: dict[str, Tensor] | None = None
@@ -218,11 +224,8 @@ class DPOTrainer(HubUploads):
         self._reference_is_cached = has_reference_columns or args.precompute_ref_log_probs
         self.ref_model, self._ref_head = None, None
         if ref_model is not None:
-            ref_model.requires_grad_(False).eval()
-            self._ref_head = FusedHead(ref_model)
-            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-            # Evaluation before training asks accelerate whether it prepared a model, and means the policy.
-            self.accelerator._models.remove(self.ref_model)
+            self._ref_head = FusedHead(ref_model.requires_grad_(False).eval())
+            self.ref_model = self._prepare_reference(ref_model)
         self.reference_splits: dict[str, CachedSplit] = {}
         self._choose_packing(model, ref_model, has_own_collator)
         if args.precompute_ref_log_probs:
@@ -310,7 +313,8 @@ class DPOTrainer(HubUploads):
         scorers = [Scorer(self.model, model, self._head)]
         if ref_model is not None:
             scorers.append(Scorer(self.ref_model, ref_model, self._ref_head))
-        later = _weights_come_later(args)
+        # FSDP leaves the model where it was loaded until the training loop shards it.
+        later = _weights_come_later(args) or self.is_fsdp_enabled
         self.packing = choose_packing(
             args.packing,
             scorers,
@@ -325,7 +329,9 @@ class DPOTrainer(HubUploads):
             autocast=self.accelerator.autocast,
             unchecked=later,
         )
-        self._rows_to_check = scorers if later and self.packing.layout != "padded" else []
+        # A reference for the cache is asked before the training, and checked then.
+        waiting = scorers[:1] if args.precompute_ref_log_probs else scorers
+        self._rows_to_check = waiting if later and self.packing.layout != "padded" else []
         if self.is_world_process_zero():
             (logger.warning if self.packing.reasons else logger.info)("Batches are laid out in %s.", self.packing)
         self._attention, self._ref_attention = None, None
@@ -339,6 +345,16 @@ class DPOTrainer(HubUploads):
     # ----------------------------------------------------------------------------------------------------------------
     # The reference
     # ----------------------------------------------------------------------------------------------------------------
+
+    def _prepare_reference(self, ref_model: PreTrainedModel | PeftModel) -> nn.Module:
+        """The reference on its device; or sharded as the policy will be."""
+        if self.accelerator.is_fsdp2:
+            # One for the cache is whole until the cache turns out to lack something.
+            return ref_model if self.args.precompute_ref_log_probs else shard_frozen(self.accelerator, ref_model)
+        prepared = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        # Evaluation before training asks accelerate whether it prepared a model, and means the policy.
+        self.accelerator._models.remove(prepared)
+        return prepared
 
     def _reference_sums(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor | None:
         """[2B, S] without a gradient; [2B, 1] from the columns, which have the loss's weights of tokens in them."""
@@ -355,19 +371,26 @@ class DPOTrainer(HubUploads):
         with torch.no_grad():
             if self.ref_model is not None:
                 return self._score(self._ref_head, self.ref_model, inputs).sums
-            with self.accelerator.unwrap_model(model).disable_adapter(), evaluating(model):
+            adapted = self.accelerator.unwrap_model(model)
+            with keep_requires_grad(adapted), adapted.disable_adapter(), evaluating(model):
                 return self._score(self._head, model, inputs).sums
 
     def _precompute_reference(self) -> None:
         """Puts the reference's log-probabilities into the datasets, by way of the disk, and lets the reference go."""
-        head, model = (self._head, self.model) if self.ref_model is None else (self._ref_head, self.ref_model)
+        model = self.model if self.ref_model is None else self.ref_model
         # An adapter that changes nothing yet is left aside, so that the key does not depend on its random start.
-        without_adapter = isinstance(model, PeftModel) and _adapters_are_neutral(model)
+        without_adapter = isinstance(model, PeftModel) and self._in_main_process(lambda: _adapters_are_neutral(model))
         weights = base_weights(model) if without_adapter else model.state_dict()
         tokenizer = self.processing_class if self.data_summaries else None
 
+        @functools.cache
+        def scorer() -> tuple[FusedHead, nn.Module]:
+            if self.accelerator.is_fsdp2:
+                self._shard_reference()
+            return (self._head, model) if self.ref_model is None else (self._ref_head, self.ref_model)
+
         def score(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-            scores = self._score(head, model, self._prepare_inputs(self.data_collator(rows)))
+            scores = self._score(*scorer(), self._prepare_inputs(self.data_collator(rows)))
             return combine_segments(scores.sums, self._loss_options, of_policy=False).chunk(2)
 
         builder = ReferenceBuilder(
@@ -386,19 +409,44 @@ class DPOTrainer(HubUploads):
             about={"model": model.config._name_or_path or type(model).__name__},
             describe_row=lambda row: row_words(row, tokenizer),
             show_progress=not self.args.disable_tqdm,
+            in_step=self.accelerator.is_fsdp2,
         )
         train_size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
         eval_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
         with (
             torch.no_grad(),
-            self.accelerator.autocast(),
+            # FSDP2 casts the weights themselves, the policy's as well.
+            contextlib.nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.autocast(),
             evaluating(model),
             model.disable_adapter() if without_adapter else contextlib.nullcontext(),
         ):
             self.train_dataset = builder.with_columns(self.train_dataset, "train", train_size)
             self.eval_dataset = builder.with_columns_in_all(self.eval_dataset, "eval", eval_size)
         self.reference_splits = builder.splits
-        self.ref_model, self._ref_head = None, None
+        self.ref_model, self._ref_head, self._ref_attention = None, None, None
+        scorer.cache_clear()
+        gc.collect()  # what FSDP has sharded is held by circles
+
+    def _shard_reference(self) -> None:
+        """Makes ``ref_model`` one that is sharded: the one that was given, or a copy of the policy as it is now.
+
+        The policy itself is sharded later, with its optimizer.
+        """
+        ref_model = self.ref_model
+        if ref_model is None:
+            ref_model = copy.deepcopy(self.model).requires_grad_(False)  # its modes too: evaluation, adapters off
+            self._ref_head = FusedHead(ref_model)
+            if self._attention is not None:
+                self._ref_attention = RowAttention(ref_model, self.packing.backend)
+        self.ref_model = shard_frozen(self.accelerator, ref_model)
+        if self.packing.layout != "padded":
+            self._check_rows(Scorer(self.ref_model, ref_model, self._ref_head))
+
+    def _in_main_process(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives in the main process, in all; the others may hold no weights yet."""
+        outcome = [work() if self.accelerator.is_main_process else None]
+        broadcast_object_list(outcome)
+        return outcome[0]
 
     # ----------------------------------------------------------------------------------------------------------------
     # The loss
@@ -488,9 +536,7 @@ class DPOTrainer(HubUploads):
         parts = micro_batches(inputs)
         if num_items_in_batch is None:
             num_items_in_batch = count_pairs(inputs) * self.accelerator.num_processes
-        if self._rows_to_check:
-            self._check_rows_now(model)
-        self._head.inspect_once(model)
+        self._look_at_model_once(model)
         total = torch.zeros((), device=self.args.device)
         # Gradient checkpointing runs layers again in the backward, which must find the same attention.
         attention = self._attention.active() if self._attention is not None else contextlib.nullcontext()
@@ -511,24 +557,28 @@ class DPOTrainer(HubUploads):
             is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
         )
 
-    def _check_rows_now(self, model: nn.Module) -> None:
-        """What could not be checked while the weights were not there."""
+    def _look_at_model_once(self, model: nn.Module) -> None:
+        """What could not be looked at while the weights were not there."""
+        # First of all with its adapters: FSDP2 notes at the first forward which parameters are trained.
+        self._head.inspect_once(model)
         for scorer in self._rows_to_check:
-            try:
-                root = model if scorer.head is self._head else scorer.root
-                check_rows(
-                    scorer._replace(root=root),
-                    self.packing.layout,
-                    self.packing.backend,
-                    self.args.max_length,
-                    self.accelerator.device,
-                    _compute_dtype(self.accelerator.mixed_precision, self.model.dtype),
-                )
-            except RowsNotSupportedError as error:
-                raise NotImplementedError(
-                    f"the batches are laid out in {self.packing}, but {error}. Use packing='padded' (--packing padded)"
-                ) from error
+            self._check_rows(scorer._replace(root=model) if scorer.head is self._head else scorer)
         self._rows_to_check = []
+
+    def _check_rows(self, scorer: Scorer) -> None:
+        try:
+            check_rows(
+                scorer,
+                self.packing.layout,
+                self.packing.backend,
+                self.args.max_length,
+                self.accelerator.device,
+                _compute_dtype(self.accelerator.mixed_precision, self.model.dtype),
+            )
+        except RowsNotSupportedError as error:
+            raise NotImplementedError(
+                f"the batches are laid out in {self.packing}, but {error}. Use packing='padded' (--packing padded)"
+            ) from error
 
     def prediction_step(
         self,
@@ -539,6 +589,7 @@ class DPOTrainer(HubUploads):
     ) -> tuple[Tensor, None, None]:
         """The loss of an evaluation batch. There are no logits to return."""
         inputs = self._prepare_inputs(inputs)
+        self._look_at_model_once(model)
         with torch.no_grad(), self.compute_loss_context_manager(), self._advising(training=False):
             losses, per_pair = self.pair_losses(model, inputs)
         # Pair by pair, because the last batch repeats pairs to give every process as many, and these are cut off here.
@@ -582,6 +633,12 @@ class DPOTrainer(HubUploads):
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As ``Trainer``'s; where FSDP shards the model, whole weights also if checkpoints hold shards."""
+        whole = self.is_fsdp_enabled and not _internal_call
+        with whole_weights(self.accelerator) if whole else contextlib.nullcontext():
+            super().save_model(output_dir, _internal_call)
+
     def create_model_card(
         self,
         model_name: str | None = None,
@@ -605,11 +662,12 @@ class DPOTrainer(HubUploads):
                 f"max_tokens_per_batch is not supported with {kind}: its processes must run the model equally often. "
                 "Use a smaller per_device_train_batch_size, with gradient_accumulation_steps"
             )
-        if kind and (ref_model is not None or self.args.precompute_ref_log_probs):
+        has_reference = ref_model is not None or self.args.precompute_ref_log_probs
+        if kind and has_reference and not self.accelerator.is_fsdp2:
             raise NotImplementedError(
-                f"a reference model, or precompute_ref_log_probs, is not supported with {kind} yet. Give the dataset "
-                "the columns ref_chosen_logps and ref_rejected_logps, or train an adapter (peft_config), for which "
-                "the reference is the model without it"
+                f"a reference model, or precompute_ref_log_probs, is not supported with {kind}. Use FSDP2 "
+                "(fsdp_version: 2 in accelerate's configuration), or give the dataset the columns ref_chosen_logps and "
+                "ref_rejected_logps, or train an adapter (peft_config), for which the reference is the model without it"
             )
 
 
