@@ -1,0 +1,91 @@
+"""What one process of the RLHF benchmark does: make the model, label pairs, run an arm, or look at its memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jobs import Job, serve
+from memory import CPUMemory
+from rlhf_arms import ARMS
+from rlhf_evaluate import TARGETS, Watcher
+from rlhf_ledger import Ledger
+from rlhf_run import Run, Settings
+from rlhf_task import Task, sample_pairs
+from rlhf_text import load_text_task, make_text_model
+
+from fastdpo.demo import DemoConfig
+from fastdpo.demo.preferences import Preference
+
+_MEMORY_STEPS = 3
+
+
+def work(job: Job) -> dict[str, Any]:
+    config = DemoConfig(**job["demo"])
+    return _KINDS[job["kind"]](job, config, Path(job["shared"]))
+
+
+def _make_model(job: Job, config: DemoConfig, shared: Path) -> dict[str, Any]:
+    make_text_model(config, shared)
+    return {"parameters": load_text_task(config, shared).model.num_parameters()}
+
+
+def _label(job: Job, config: DemoConfig, shared: Path) -> dict[str, Any]:
+    """The pairs of a seed; all arms take them, and owe what they cost."""
+    ledger = Ledger()
+    task = load_text_task(config, shared)
+    with ledger.part("labelling"):
+        pairs = sample_pairs(task, job["pairs"], job["seed"])
+    pairs_file(shared, job["seed"]).write_text(json.dumps([dataclasses.asdict(pair) for pair in pairs]))
+    return {
+        "seconds": ledger.parts["labelling"].seconds,
+        "agreement": sum(pair.is_right for pair in pairs) / len(pairs),
+    }
+
+
+def _run(job: Job, config: DemoConfig, shared: Path) -> dict[str, Any]:
+    task, settings, ledger = load_text_task(config, shared), Settings(**job["settings"]), Ledger()
+    watcher = Watcher(task, ledger, TARGETS, settings.seed)
+    ARMS[job["arm"]].train(Run(task, _pairs(job, shared), settings, ledger, watcher))
+    return {"looks": watcher.looks}
+
+
+def _memory(job: Job, config: DemoConfig, shared: Path) -> dict[str, Any]:
+    """The peak of a few steps beyond what was there before, the policy's own copy of the weights included."""
+    task, pairs = load_text_task(config, shared), _pairs(job, shared)
+    settings = dataclasses.replace(Settings(**job["settings"]), steps=_MEMORY_STEPS)
+    before = CPUMemory.mark()
+    ARMS[job["arm"]].train(Run(task, pairs, settings, Ledger(), lambda step, policy: False))
+    return {"peak_bytes": None if before is None else CPUMemory.peak() - before}
+
+
+def _exact(job: Job, config: DemoConfig, shared: Path) -> dict[str, Any]:
+    from rlhf_exact import approach, frontier, make_exact_task
+
+    task = make_exact_task()
+    return {
+        "points": approach(ARMS[job["arm"]].train, task, Settings(**job["settings"]), job["pairs"]),
+        "frontier": frontier(task),
+    }
+
+
+def _pairs(job: Job, shared: Path) -> list[Preference]:
+    if not ARMS[job["arm"]].has_pairs:
+        return []
+    rows = json.loads(pairs_file(shared, job["settings"]["seed"]).read_text())
+    return [Preference(**row) for row in rows]
+
+
+def pairs_file(shared: Path, seed: int) -> Path:
+    return shared / f"pairs-{seed}.json"
+
+
+_KINDS = {"model": _make_model, "label": _label, "run": _run, "memory": _memory, "exact": _exact}
+
+
+if __name__ == "__main__":
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    serve(work, __doc__)
