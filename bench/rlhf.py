@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     if warning := machine.warn_of_load(report["machine"]):
         print(f"{warning}\n")
     tune = args.tune == "on" if args.tune else not args.quick
-    plan = Plan(arms=args.arms, seeds=args.seeds, tune=tune, pairs=args.pairs)
+    plan = Plan(arms=args.arms, seeds=args.seeds, tune=tune, pairs=args.pairs, quick=args.quick)
     demo = dataclasses.asdict(DemoConfig(**(_QUICK_BASE if args.quick else {}))) | {"output_dir": ""}
     progress = Progress()
     with tempfile.TemporaryDirectory(prefix="fastdpo-bench-") as scratch:
@@ -87,18 +87,12 @@ def measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
         )
         try:
             for tier in args.tiers:
-                report[tier] = _measure_tier(tier, plan, workshop, args.quick)
+                report[tier] = (run_text_tier if tier == "text" else run_exact_tier)(plan, workshop)
                 if args.json:  # after every tier: a run that is broken off leaves what it has
                     args.json.write_text(json.dumps(report, indent=1) + "\n")
         finally:
             progress.stop()
     return report
-
-
-def _measure_tier(tier: str, plan: Plan, workshop: Workshop, quick: bool) -> dict[str, Any]:
-    if tier == "text":
-        return run_text_tier(plan, workshop)
-    return run_exact_tier(plan, workshop, quick)
 
 
 def _title(report: dict[str, Any]) -> str:

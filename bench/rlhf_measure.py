@@ -14,7 +14,7 @@ from rlhf_arms import ARMS
 from rlhf_evaluate import TARGETS, Watcher
 from rlhf_ledger import Ledger
 from rlhf_run import Run, Settings
-from rlhf_task import Task, sample_pairs
+from rlhf_task import sample_pairs
 from rlhf_text import load_text_task, make_text_model
 
 from fastdpo.demo import DemoConfig

@@ -29,13 +29,21 @@ COMPARISONS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """``arms`` by name; ``pairs`` are labelled for each seed. ``tune``: every setting of an arm is tried once, with a seed of its own; otherwise its first one is taken."""
+    """What is run.
+
+    Attributes:
+        arms: by name.
+        seeds: runs of each arm, each with pairs of its own.
+        tune: whether every setting of an arm is tried once, with a seed of its own; otherwise its first one is taken.
+        pairs: that are labelled for each seed.
+        quick: the exact tier in short.
+    """
 
     arms: list[str]
     seeds: int
     tune: bool
     pairs: int
-    steps: int | None = None  # at most; None for the arms' own
+    quick: bool
 
 
 def run_text_tier(plan: Plan, workshop: Workshop) -> dict[str, Any]:
@@ -62,15 +70,15 @@ def run_text_tier(plan: Plan, workshop: Workshop) -> dict[str, Any]:
     return found
 
 
-def run_exact_tier(plan: Plan, workshop: Workshop, settings: dict[str, dict[str, Any]], pairs: int) -> dict[str, Any]:
+def run_exact_tier(plan: Plan, workshop: Workshop) -> dict[str, Any]:
     """Each arm on the task whose frontier is known: where it stands as training goes on."""
-    jobs = [{"kind": "exact", "arm": name, "settings": settings[name], "pairs": pairs} for name in plan.arms]
+    jobs = [{"kind": "exact", "arm": name, "quick": plan.quick} for name in plan.arms]
     return dict(zip(plan.arms, workshop.run(jobs), strict=True))
 
 
 def _trials(plan: Plan, workshop: Workshop) -> dict[str, list[dict[str, Any]]]:
     """What each arm may choose from; with looks, if tried."""
-    trials = {name: [{"settings": one} for one in _settings(plan, name, TUNING_SEED)] for name in plan.arms}
+    trials = {name: [{"settings": one} for one in _settings(name, TUNING_SEED)] for name in plan.arms}
     if not plan.tune:
         return {name: entries[:1] for name, entries in trials.items()}
     jobs = [_run_job(name, entry["settings"]) for name, entries in trials.items() for entry in entries]
@@ -105,7 +113,7 @@ def _runs(
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """arm -> trial -> a run for each seed, of the trials that were chosen for any target."""
     wanted = [(name, trial, seed) for seed in seeds for name in plan.arms for trial in sorted(set(chosen[name]))]
-    results = workshop.run([_run_job(name, _settings(plan, name, seed)[trial]) for name, trial, seed in wanted])
+    results = workshop.run([_run_job(name, _settings(name, seed)[trial]) for name, trial, seed in wanted])
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in plan.arms}
     for (name, trial, _), result in zip(wanted, results, strict=True):
         runs[name].setdefault(str(trial), []).append(result)
@@ -124,13 +132,12 @@ def endpoints(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def _memory(plan: Plan, workshop: Workshop) -> dict[str, dict[str, Any]]:
-    jobs = [{"kind": "memory", "arm": name, "settings": _settings(plan, name, 0)[0]} for name in plan.arms]
+    jobs = [{"kind": "memory", "arm": name, "settings": _settings(name, 0)[0]} for name in plan.arms]
     return dict(zip(plan.arms, workshop.run(jobs), strict=True))
 
 
-def _settings(plan: Plan, name: str, seed: int) -> list[dict[str, Any]]:
-    limit = {} if plan.steps is None else {"steps": plan.steps}
-    return [dataclasses.asdict(one) | limit for one in ARMS[name].settings(seed)]
+def _settings(name: str, seed: int) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(one) for one in ARMS[name].settings(seed)]
 
 
 def _run_job(name: str, settings: dict[str, Any]) -> Job:

@@ -7,17 +7,17 @@ import statistics
 from typing import Any
 
 from rlhf_arms import ARMS
-from rlhf_evaluate import TARGETS
+from rlhf_evaluate import TARGETS, reached
 from rlhf_ledger import PARTS
 from rlhf_results import TOTALS, costs, spent_at
 from tables import align
 
 LEGEND = """\
-s: CPU seconds of one thread, medians over the seeds that met the target; training: rollout, scoring, value, update; with
-models: and the reward model's fit, or the reference's pass; with tuning: and the training of every trial of the arm.
-Labelling is apart: all arms with pairs owe the same. TFLOP: operations of the second total, counted from shapes.
-Ratios are of the same seed's runs: median, and a 95 % bootstrap interval over the seeds. A run that never meets a target
-has infinite cost."""
+s: CPU seconds of one thread, medians over the seeds that met the target; training: rollout, scoring, value, update;
+with models: and the reward model's fit, or the reference's pass; with tuning: and the training of every trial of the
+arm. Labelling is apart: all arms with pairs owe the same. TFLOP: operations of the second total, counted from shapes.
+Ratios are of the same seed's runs: median, and a 95 % bootstrap interval over the seeds. A run that never meets a
+target has infinite cost."""
 
 
 def text_tables(found: dict[str, Any]) -> str:
@@ -85,8 +85,6 @@ def ratio_table(found: dict[str, Any]) -> str:
 def trial_table(found: dict[str, Any]) -> str:
     """Every setting that was tried, and at which step it met each target."""
     rows = [["tried once", "learning rate", "beta", *(f"step of {target}" for target in TARGETS), "last reward", "KL"]]
-    from rlhf_evaluate import reached
-
     for name, trials in found["trials"].items():
         for trial in trials:
             if looks := trial.get("looks"):
