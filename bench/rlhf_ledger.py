@@ -71,6 +71,11 @@ class Ledger:
         self.parts[self._open].seconds += self._now() - self._start
         self._open = None
 
+    @property
+    def open_part(self) -> str | None:
+        """The part that is going on: what hooks ask, which run in evaluations too."""
+        return self._open
+
     def count(self, part: str, model: str, *, tokens: int, flops: float) -> None:
         """Adds tokens that went through ``model``, one of ``MODELS``, and operations, to ``part``."""
         if model not in MODELS:
