@@ -53,23 +53,46 @@ def _dpo_fastdpo(run: Run) -> LlamaForCausalLM:
     return train_dpo_fastdpo(run)
 
 
+# Of the exact tier: far enough from the start to matter, near enough for every arm to come to.
+EXACT_BETA = 1.0
+EXACT_PAIRS = 30_000
+
+
 @dataclass(frozen=True)
 class Arm:
-    """``has_pairs``: whether it learns from labelled pairs, and so owes their price; ``rates``: learning rates."""
+    """A way to train, and with which settings.
+
+    Attributes:
+        about: for the reader of a table.
+        train: returns the policy.
+        has_pairs: whether it learns from labelled pairs, and so owes their price.
+        rates, betas: what is tried in the text tier.
+        batch_size, steps, look_every: see ``Settings``.
+        exact_rate, exact_batch_size, exact_steps: the exact tier's.
+    """
 
     about: str
     train: Callable[[Run], LlamaForCausalLM]
-    is_rlhf: bool
     has_pairs: bool
     rates: tuple[float, ...]
     betas: tuple[float, ...]
     batch_size: int
     steps: int
     look_every: int
+    exact_rate: float
+    exact_batch_size: int
+    exact_steps: int
 
     def settings(self, seed: int) -> list[Settings]:
         """Every combination of learning rate and beta; the first is what is taken where nothing is tried."""
         return [self._with(rate, beta, seed) for rate, beta in itertools.product(self.rates, self.betas)]
+
+    def exact(self, quick: bool) -> tuple[Settings, int]:
+        """What the arm converges with in the exact tier, and from how many pairs."""
+        part = 4 if quick else 1
+        steps = self.exact_steps // part
+        settings = Settings(self.exact_rate, EXACT_BETA, self.exact_batch_size, steps, steps // 20, seed=0, decay=True)
+        return settings, EXACT_PAIRS // part
 
     def _with(self, rate: float, beta: float, seed: int) -> Settings:
         return Settings(rate, beta, self.batch_size, self.steps, self.look_every, seed)
@@ -77,21 +100,34 @@ class Arm:
 
 def _rl(about: str, train: Callable[[Run], LlamaForCausalLM], **options: Any) -> Arm:
     # A step samples 128 completions, as many as a DPO step of 32 pairs trains on twice over.
-    shape = {"rates": (3e-4, 1e-3, 1e-4), "betas": (0.1, 0.3), "batch_size": 128, "steps": 60, "look_every": 2}
-    return Arm(about, train, is_rlhf=True, **(shape | options))
+    return Arm(
+        about,
+        train,
+        rates=(3e-4, 1e-3, 1e-4),
+        betas=(0.1, 0.3),
+        batch_size=128,
+        steps=60,
+        look_every=2,
+        exact_rate=1e-3,
+        exact_batch_size=256,
+        exact_steps=400,
+        **options,
+    )
 
 
 def _dpo(about: str, train: Callable[[Run], LlamaForCausalLM]) -> Arm:
     return Arm(
         about,
         train,
-        is_rlhf=False,
         has_pairs=True,
         rates=(5e-4, 1e-3, 2e-4),
         betas=(0.1, 0.3),
         batch_size=32,
         steps=100,
         look_every=5,
+        exact_rate=1e-3,
+        exact_batch_size=128,
+        exact_steps=600,
     )
 
 

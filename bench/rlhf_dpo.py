@@ -1,7 +1,6 @@
 """DPO three times over: a plain loop with full logits, TRL's trainer, and fastdpo's.
 
-All take the same steps: the same pairs in the same batches and order, AdamW, a warm-up and then half a cosine down to
-0, gradients clipped at norm 1. The reference's log-probabilities are computed once, before training.
+All take the same steps: the same pairs in the same batches and order, AdamW, a warm-up, gradients clipped at norm 1. The reference's log-probabilities are computed once, before training.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import datasets
 import torch
 from datasets import Dataset
 from rlhf_forwards import counted
-from rlhf_run import Run
+from rlhf_run import Run, Settings
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -29,12 +28,16 @@ from transformers import LlamaForCausalLM, PrinterCallback, Trainer, TrainerCall
 from fastdpo.demo.language_model import IGNORED, encode_completions
 from fastdpo.demo.preferences import Preference
 
-SCHEDULE = "cosine"
 REFERENCE_BATCH = 32  # pairs
 _POOL = 16  # batches
 
 # Token ids of prompt, chosen and rejected; the completions with their end token.
 TokenRow = tuple[list[int], list[int], list[int]]
+
+
+def schedule(settings: Settings) -> str:
+    """After the warm-up, by transformers' names: half a cosine down to 0, or a constant."""
+    return "cosine" if settings.decay else "constant_with_warmup"
 
 
 def warmup_steps(steps: int) -> int:
@@ -80,7 +83,7 @@ def train_dpo_eager(run: Run) -> LlamaForCausalLM:
         with ledger.part("reference"):
             reference = _reference_logps(policy, rows)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True)
-        scheduler = get_scheduler(SCHEDULE, optimizer, warmup_steps(settings.steps), settings.steps)
+        scheduler = get_scheduler(schedule(settings), optimizer, warmup_steps(settings.steps), settings.steps)
         stop = run.look(0, policy)
         for step in range(settings.steps):
             if stop:
@@ -163,7 +166,7 @@ def _train_dpo(library: str, run: Run, **options: Any) -> LlamaForCausalLM:
             max_steps=settings.steps,
             per_device_train_batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
-            lr_scheduler_type=SCHEDULE,
+            lr_scheduler_type=schedule(settings),
             warmup_steps=warmup_steps(settings.steps),
             optim="adamw_torch_fused",
             max_grad_norm=1.0,

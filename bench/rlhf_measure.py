@@ -12,6 +12,8 @@ from jobs import Job, serve
 from memory import CPUMemory
 from rlhf_arms import ARMS
 from rlhf_evaluate import TARGETS, Watcher
+from rlhf_exact import ExactTier, approach
+from rlhf_exact_task import make_exact_task
 from rlhf_ledger import Ledger
 from rlhf_run import Run, Settings
 from rlhf_task import sample_pairs
@@ -21,6 +23,7 @@ from fastdpo.demo import DemoConfig
 from fastdpo.demo.preferences import Preference
 
 _MEMORY_STEPS = 3
+_FRONTIER_BETAS = [10 ** (2 - place / 20) for place in range(81)]  # from 100 to 0.01
 
 
 def work(job: Job) -> dict[str, Any]:
@@ -63,12 +66,17 @@ def _memory(job: Job, config: DemoConfig, shared: Path) -> dict[str, Any]:
 
 
 def _exact(job: Job, config: DemoConfig, shared: Path) -> dict[str, Any]:
-    from rlhf_exact import approach, frontier, make_exact_task
-
-    task = make_exact_task()
+    """Where an arm stands as training goes on, in the task whose frontier is known, and that frontier."""
+    arm, settings = ARMS[job["arm"]], Settings(**job["settings"])
+    tier = ExactTier(make_exact_task(seed=0))
+    pairs = sample_pairs(tier.task, job["pairs"], seed=0) if arm.has_pairs else []
+    frontier = [tier.start, *tier.frontier(_FRONTIER_BETAS), tier.best]
     return {
-        "points": approach(ARMS[job["arm"]].train, task, Settings(**job["settings"]), job["pairs"]),
-        "frontier": frontier(task),
+        "points": [
+            {"step": one.steps, "reward": one.point.reward, "kl": one.point.kl, "gap": one.gap}
+            for one in approach(tier, arm.train, settings, pairs)
+        ],
+        "frontier": [{"reward": point.reward, "kl": point.kl} for point in frontier],
     }
 
 

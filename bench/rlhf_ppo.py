@@ -51,7 +51,8 @@ def train_ppo(run: Run, *, reward: Literal["learned", "true"], options: PPOOptio
     rollouts = Rollouts(run, reward_model)
     policy = copy.deepcopy(run.task.model)
     value_model = ScalarModel(policy) if reward_model is None else copy.deepcopy(reward_model)
-    policy_optimizer = Optimizer(policy, settings.learning_rate)
+    updates = settings.steps * options.epochs * options.minibatches if settings.decay else None
+    policy_optimizer = Optimizer(policy, settings.learning_rate, updates)
     value_optimizer = Optimizer(value_model, options.value_learning_rate)
     generator = torch.Generator().manual_seed(settings.seed)
 

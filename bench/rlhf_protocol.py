@@ -72,7 +72,10 @@ def run_text_tier(plan: Plan, workshop: Workshop) -> dict[str, Any]:
 
 def run_exact_tier(plan: Plan, workshop: Workshop) -> dict[str, Any]:
     """Each arm on the task whose frontier is known: where it stands as training goes on."""
-    jobs = [{"kind": "exact", "arm": name, "quick": plan.quick} for name in plan.arms]
+    jobs = []
+    for name in plan.arms:
+        settings, pairs = ARMS[name].exact(quick=plan.quick)
+        jobs.append({"kind": "exact", "arm": name, "settings": dataclasses.asdict(settings), "pairs": pairs})
     return dict(zip(plan.arms, workshop.run(jobs), strict=True))
 
 

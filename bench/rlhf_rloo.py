@@ -27,7 +27,8 @@ def train_rloo(run: Run, *, reward: Literal["learned", "true"], minibatches: int
     settings, ledger = run.settings, run.ledger
     rollouts = Rollouts(run, fit_reward_model(run) if reward == "learned" else None, each=EACH)
     policy = copy.deepcopy(run.task.model)
-    optimizer = Optimizer(policy, settings.learning_rate)
+    updates = settings.steps * minibatches if settings.decay else None
+    optimizer = Optimizer(policy, settings.learning_rate, updates)
     generator = torch.Generator().manual_seed(settings.seed)
 
     def step() -> None:

@@ -27,6 +27,8 @@ class Settings:
         steps: at most.
         look_every: steps between looks.
         seed: of everything that is random in the arm.
+        decay: whether the learning rate falls to 0 over ``steps``, for what a run converges to. Otherwise it stays
+            where the warm-up brought it, so that a policy on the way does not depend on when the run would end.
     """
 
     learning_rate: float
@@ -35,6 +37,7 @@ class Settings:
     steps: int
     look_every: int
     seed: int
+    decay: bool = False
 
 
 @dataclass(frozen=True)
