@@ -1,6 +1,7 @@
 """DPO three times over: a plain loop with full logits, TRL's trainer, and fastdpo's.
 
-All take the same steps: the same pairs in the same batches and order, AdamW, a warm-up, gradients clipped at norm 1. The reference's log-probabilities are computed once, before training.
+All take the same steps: the same pairs in the same batches and order, AdamW, a warm-up, gradients clipped at norm 1.
+The reference's log-probabilities are computed once, before training.
 """
 
 from __future__ import annotations
