@@ -11,6 +11,7 @@ import copy
 import os
 import random
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ def _train_dpo(library: str, run: Run, **options: Any) -> LlamaForCausalLM:
             max_length=None,
             precompute_ref_log_probs=True,
             precompute_ref_batch_size=REFERENCE_BATCH,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             bf16=False,
             use_cpu=policy.device.type == "cpu",
             train_sampling_strategy="sequential",  # the pairs come in their order
@@ -245,12 +246,14 @@ def _timing_its_reference(trainer_class: type[Trainer], method: str, run: Run) -
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars: neither of ``datasets``, nor that of TRL's reference pass, which asks the environment."""
+    """No progress bars, of ``datasets`` and of TRL's reference pass, which asks the environment; no old names."""
     before, shown = os.environ.get("TQDM_DISABLE"), datasets.are_progress_bars_disabled() is False
     os.environ["TQDM_DISABLE"] = "1"
     datasets.disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # TRL's own
+            yield
     finally:
         os.environ.pop("TQDM_DISABLE")
         if before is not None:

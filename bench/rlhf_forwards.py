@@ -1,4 +1,4 @@
-"""Counts what goes through a model that a trainer owns, by hooks on its forwards, padded batches and packed rows alike."""
+"""Counts what goes through a model that is in a trainer's hands, by hooks: padded batches and packed rows alike."""
 
 from __future__ import annotations
 
