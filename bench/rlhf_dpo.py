@@ -30,6 +30,7 @@ from transformers import LlamaForCausalLM, PrinterCallback, Trainer, TrainerCall
 from fastdpo.demo.language_model import IGNORED, encode_completions
 from fastdpo.demo.preferences import Preference
 
+WARMUP = 10  # steps
 REFERENCE_BATCH = 32  # pairs
 _POOL = 16  # batches
 
@@ -40,11 +41,6 @@ TokenRow = tuple[list[int], list[int], list[int]]
 def schedule(settings: Settings) -> str:
     """After the warm-up, by transformers' names: half a cosine down to 0, or a constant."""
     return "cosine" if settings.decay else "constant_with_warmup"
-
-
-def warmup_steps(steps: int) -> int:
-    """A tenth."""
-    return steps // 10
 
 
 def training_pairs(run: Run) -> list[Preference]:
@@ -85,7 +81,7 @@ def train_dpo_eager(run: Run) -> LlamaForCausalLM:
         with ledger.part("reference"):
             reference = _reference_logps(policy, rows)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True)
-        scheduler = get_scheduler(schedule(settings), optimizer, warmup_steps(settings.steps), settings.steps)
+        scheduler = get_scheduler(schedule(settings), optimizer, WARMUP, settings.steps)
         stop = run.look(0, policy)
         for step in range(settings.steps):
             if stop:
@@ -169,7 +165,7 @@ def _train_dpo(library: str, run: Run, **options: Any) -> LlamaForCausalLM:
             per_device_train_batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=schedule(settings),
-            warmup_steps=warmup_steps(settings.steps),
+            warmup_steps=WARMUP,
             optim="adamw_torch_fused",
             max_grad_norm=1.0,
             seed=settings.seed,
