@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-_WARMUP = 10
+WARMUP = 10
 _MAX_GRAD_NORM = 1.0
 
 
@@ -32,6 +32,6 @@ class Optimizer:
 def _schedule(updates: int | None):
     def factor(done: int) -> float:
         falling = 1.0 if updates is None else max(0.0, 1 - done / updates)
-        return min(1.0, (done + 1) / _WARMUP) * falling
+        return min(1.0, (done + 1) / WARMUP) * falling
 
     return factor

@@ -16,17 +16,17 @@ from fastdpo.demo.sampling import Completion
 from fastdpo.demo.stages import make_base_model
 
 HELD_OUT, TRAINING = 256, 3_200
-_MODEL = "base_model"
+MODEL = "base_model"
 
 
 def make_text_model(config: DemoConfig, folder: Path) -> None:
     """Trains the model that all arms start from, unless ``folder`` has it; it never sees a held-out prompt."""
-    if not (folder / _MODEL).exists():
+    if not (folder / MODEL).exists():
         model, tokenizer, _ = make_base_model(config, held_out=_held_out())
-        unfinished = folder / f"{_MODEL}-unfinished"
+        unfinished = folder / f"{MODEL}-unfinished"
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        unfinished.rename(folder / _MODEL)
+        unfinished.rename(folder / MODEL)
 
 
 def load_text_task(config: DemoConfig, folder: Path) -> Task:
@@ -34,8 +34,8 @@ def load_text_task(config: DemoConfig, folder: Path) -> Task:
     held_out = _held_out()
     return Task(
         name="text",
-        model=LlamaForCausalLM.from_pretrained(folder / _MODEL).eval(),
-        tokenizer=AutoTokenizer.from_pretrained(folder / _MODEL),
+        model=LlamaForCausalLM.from_pretrained(folder / MODEL).eval(),
+        tokenizer=AutoTokenizer.from_pretrained(folder / MODEL),
         prompts=draw_prompts(TRAINING, random.Random("training prompts"), exclude=held_out),
         held_out=held_out,
         reward=_reward,
