@@ -22,7 +22,7 @@ PROMPTS = tuple(END + letter for letter in LETTERS)
 LONGEST = 4  # letters of a completion
 REWARD_SD = 1.75  # over what the language says, in log-odds of preference
 
-_ENDS = (0.15, 0.45, 0.8, 1.0)  # chance that a text ends after its first letter, the second, ...
+_ENDS = (0.1, 0.2, 0.3, 1.0)  # chance that a text ends after its first letter, the second, ...
 _SPREAD = 0.8  # sd of the logarithms of the language's weights
 
 
