@@ -36,7 +36,7 @@ class PPOOptions:
         value_learning_rate: of the value model.
     """
 
-    epochs: int = 2
+    epochs: int = 1
     minibatches: int = 4
     clip: float = 0.2
     value_clip: float = 0.5

@@ -389,8 +389,9 @@ def test_advantages_loss_and_gradient_are_those_of_trl(task, tmp_path):
         use_cpu=True,
         report_to="none",
     )
+    task.model.save_pretrained(tmp_path / "model")  # TRL reads the reference from there
     trainer = RLOOTrainer(
-        copy.deepcopy(task.model),
+        str(tmp_path / "model"),
         lambda prompts, completions, **_: task.reward([Completion("", text, True) for text in completions]),
         args,
         train_dataset=Dataset.from_dict({"prompt": task.prompts}),
