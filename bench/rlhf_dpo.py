@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import os
 import random
 import tempfile
@@ -32,7 +33,7 @@ from fastdpo.demo.preferences import Preference
 
 WARMUP = 10  # steps
 REFERENCE_BATCH = 32  # pairs
-_POOL = 16  # batches
+_POOL = 4  # batches
 
 # Token ids of prompt, chosen and rejected; the completions with their end token.
 TokenRow = tuple[list[int], list[int], list[int]]
@@ -46,8 +47,8 @@ def schedule(settings: Settings) -> str:
 def training_pairs(run: Run) -> list[Preference]:
     """The pairs of the run's steps, batch after batch: as many as it needs, or all, to be taken again and again.
 
-    They are drawn at random. Batches hold texts of about the same length, which saves the padded arms most of their
-    padding, and come in a random order.
+    They are drawn at random, and every few batches sorted by length among themselves: that saves the padded arms much
+    of their padding, and the optimiser's momentum still sees all lengths.
 
     Raises:
         ValueError: there is less than a batch.
@@ -57,12 +58,12 @@ def training_pairs(run: Run) -> list[Preference]:
         raise ValueError(f"there are {len(run.pairs)} pairs, less than one batch of {size}")
     rng = random.Random(f"{run.settings.seed}/pairs")
     drawn = rng.sample(run.pairs, size * min(run.settings.steps, len(run.pairs) // size))
-    batches = []
+    taken: list[Preference] = []
     for start in range(0, len(drawn), _POOL * size):
         pool = sorted(drawn[start : start + _POOL * size], key=lambda pair: max(len(pair.chosen), len(pair.rejected)))
-        batches += [pool[place : place + size] for place in range(0, len(pool), size)]
-    rng.shuffle(batches)
-    return [pair for batch in batches for pair in batch]
+        batches = [pool[place : place + size] for place in range(0, len(pool), size)]
+        taken += itertools.chain(*rng.sample(batches, len(batches)))
+    return taken
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from fastdpo.demo.preferences import Preference
 from fastdpo.demo.sampling import Completion
 
 # Between these, beta goes from picking the best sequences to changing nothing.
-_BETAS = (1e-3, 1e6)
+_BETAS = (1e-3, 1e9)
 _HALVINGS = 60
 
 

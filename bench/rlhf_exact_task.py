@@ -19,10 +19,12 @@ from fastdpo.demo.sampling import Completion
 LETTERS = "abcd"
 # The end token parts texts, as in a stream of them; without it a model can hardly tell a prompt from a text's letter.
 PROMPTS = tuple(END + letter for letter in LETTERS)
-LONGEST = 4  # letters of a completion
+LONGEST = 4  # letters of a completion that is not cut
 REWARD_SD = 1.75  # over what the language says, in log-odds of preference
 
-_ENDS = (0.15, 0.45, 0.8, 1.0)  # chance that a text ends after its first letter, the second, ...
+# Chance that a text of the language ends after its first letter, the second, the third. The limit is a letter further:
+# a completion is cut where it misses two ends. Pairs hold no cut text, so DPO cannot learn how rare these should be.
+_ENDS = (0.2, 0.3, 1.0)
 _SPREAD = 0.8  # sd of the logarithms of the language's weights
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TypeVar
 
 import pytest
@@ -112,9 +113,10 @@ def test_pairs_are_drawn_once_and_grouped_by_length(task, pairs):
     assert len(training_pairs(make_run(task, pairs, dataclasses.replace(SETTINGS, steps=3)))) == 24
     other = training_pairs(make_run(task, pairs, dataclasses.replace(SETTINGS, seed=1)))
     assert other != taken
+    # Of four batches, each holds what is longer than all of another.
     longest = [[max(len(p.chosen), len(p.rejected)) for p in batch] for batch in batched(taken, SETTINGS.batch_size)]
-    longest.sort()
-    assert all(max(a) <= min(b) for a, b in zip(longest, longest[1:], strict=False))
+    pool = sorted(longest[:4])
+    assert all(max(a) <= min(b) for a, b in pairwise(pool))
     with pytest.raises(ValueError, match="there are 7 pairs, less than one batch of 8"):
         training_pairs(make_run(task, pairs[:7]))
 
@@ -136,7 +138,7 @@ def test_dpo_approaches_the_frontier(task):
     settings = Settings(learning_rate=2e-3, beta=1.0, batch_size=64, steps=60, look_every=30, seed=0)
     reached = approach(tier, train_dpo_eager, settings, sample_pairs(task, 3840, seed=1))
     assert [one.steps for one in reached] == [0, 30, 60]
-    assert reached[0].gap == pytest.approx(0, abs=1e-9)
+    assert reached[0].gap == pytest.approx(0, abs=1e-6)
     end = reached[-1].point
     # Most of what can be had for this divergence, long before the end of a full run.
     assert end.kl > 0.3
