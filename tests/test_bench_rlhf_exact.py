@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rlhf_exact import ExactTier, Point
 from rlhf_exact_task import LETTERS, LONGEST, PROMPTS, REWARD_SD, letter_tokenizer, make_exact_task
@@ -155,6 +155,7 @@ def test_the_ends_of_the_frontier(task, tier):
     assert far.reward == pytest.approx(tier.best.reward) and far.kl == pytest.approx(tier.best.kl, rel=1e-6)
 
 
+@settings(max_examples=20)  # each takes some hundred optima
 @given(st.floats(0.02, 100))
 def test_an_optimum_has_no_gap(tier, beta):
     point = tier.optimum(beta)
