@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from fastdpo.demo.language_model import encode_completions
 from fastdpo.demo.sampling import TokenSamples
 
-_LEARNING_RATE = 3e-4
+_LEARNING_RATE = 1e-3
 _PASSES = 1
 _PAIRS = 32  # of an update
 _CENTRING = 128  # pairs

@@ -18,7 +18,7 @@ EACH = 4  # completions of a prompt
 _CLIP = 0.2
 
 
-def train_rloo(run: Run, *, reward: Literal["learned", "true"], minibatches: int = 1) -> LlamaForCausalLM:
+def train_rloo(run: Run, *, reward: Literal["learned", "true"], minibatches: int = 4) -> LlamaForCausalLM:
     """Trains a copy of the task's model on the true reward, or on one that is fitted to the run's pairs first.
 
     The loss is that of TRL's RLOO trainer, with the ratio of whole completions clipped. With one update a step the
