@@ -83,7 +83,11 @@ def measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     progress = Progress()
     with tempfile.TemporaryDirectory(prefix="fastdpo-bench-") as scratch:
         workshop = Workshop(
-            args.work or Path(scratch), {"demo": demo}, processes=args.jobs, timeout=args.timeout, say=progress.say
+            args.work or Path(scratch),
+            {"demo": demo, "commit": report["commit"]},  # what another commit has found is not mixed in
+            processes=args.jobs,
+            timeout=args.timeout,
+            say=progress.say,
         )
         try:
             for tier in args.tiers:

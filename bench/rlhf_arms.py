@@ -54,8 +54,8 @@ def _dpo_fastdpo(run: Run) -> LlamaForCausalLM:
 
 
 # Of the exact tier: far enough from the start to matter, near enough for every arm to come to.
-EXACT_BETA = 1.0
-EXACT_PAIRS = 30_000
+EXACT_BETA = 2.0
+EXACT_PAIRS = 76_800
 
 
 @dataclass(frozen=True)

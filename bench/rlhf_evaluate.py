@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,14 +53,28 @@ def reached(looks: Sequence[dict[str, Any]], target: Target) -> int | None:
 
 
 class Watcher:
-    """A run's looks: evaluates, notes what was spent, and ends the run when nothing is left to be found out."""
+    """A run's looks: evaluates, notes what was spent, and ends the run when nothing is left to be found out.
 
-    def __init__(self, task: Task, ledger: Ledger, targets: Sequence[Target], seed: int) -> None:
+    Args:
+        task, ledger, seed: the run's.
+        targets: what is to be met.
+        pairs_of_step: the share of the run's pairs that a step trains on.
+    """
+
+    def __init__(
+        self, task: Task, ledger: Ledger, targets: Sequence[Target], seed: int, pairs_of_step: float = math.inf
+    ) -> None:
         self.looks: list[dict[str, Any]] = []
         self._task, self._ledger, self._targets, self._seed = task, ledger, targets, seed
+        self._pairs_of_step = pairs_of_step
 
     def __call__(self, step: int, policy: LlamaForCausalLM) -> bool:
         spent = self._ledger.snapshot()
+        # All pairs were taken through the reference before the first step; a run that ends here needed so many of them.
+        used = min(1.0, step * self._pairs_of_step) if step else 0.0
+        passed = spent["reference"]
+        passed |= {unit: used * passed[unit] for unit in ("seconds", "flops")}
+        passed["tokens"] = {model: round(used * tokens) for model, tokens in passed["tokens"].items()}
         was_training = policy.training
         policy.eval()
         # Another seed each time: the same luck shall not count twice.

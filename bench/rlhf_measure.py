@@ -51,8 +51,9 @@ def _label(job: Job, config: DemoConfig, shared: Path) -> dict[str, Any]:
 
 def _run(job: Job, config: DemoConfig, shared: Path) -> dict[str, Any]:
     task, settings, ledger = load_text_task(config, shared), Settings(**job["settings"]), Ledger()
-    watcher = Watcher(task, ledger, TARGETS, settings.seed)
-    ARMS[job["arm"]].train(Run(task, _pairs(job, shared), settings, ledger, watcher))
+    pairs = _pairs(job, shared)
+    watcher = Watcher(task, ledger, TARGETS, settings.seed, settings.batch_size / max(1, len(pairs)))
+    ARMS[job["arm"]].train(Run(task, pairs, settings, ledger, watcher))
     return {"looks": watcher.looks}
 
 

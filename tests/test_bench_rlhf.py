@@ -169,6 +169,17 @@ def test_watcher_ends_when_all_is_known(task, monkeypatch):
     assert [watcher(step, task.model) for step in range(3)] == [False, False, True]
     assert [one["step"] for one in watcher.looks] == [0, 1, 2]
 
+    # Of a reference's pass over all pairs, a look has the share that the steps so far have used.
+    ledger.parts["reference"].seconds = 8.0
+    ledger.count("reference", "reference", tokens=100, flops=40.0)
+    sparing = Watcher(task, ledger, TARGETS, seed=0, pairs_of_step=0.25)
+    monkeypatch.setattr("rlhf_evaluate.evaluate", lambda *_, **__: {"reward": 0.0, "kl": 0.0})
+    for step in (0, 1, 3, 9):
+        sparing(step, task.model)
+    assert [one["spent"]["reference"]["seconds"] for one in sparing.looks] == [0, 2, 6, 8]
+    assert sparing.looks[1]["spent"]["reference"] == {"seconds": 2, "flops": 10, "tokens": {"reference": 25}}
+    assert ledger.parts["reference"].seconds == 8
+
     lost = Watcher(task, ledger, TARGETS, seed=0)
     monkeypatch.setattr("rlhf_evaluate.evaluate", lambda *_, **__: {"reward": 0.0, "kl": 100.0})
     assert lost(0, task.model)
