@@ -18,7 +18,7 @@ from fastdpo.demo.sampling import TokenSamples
 
 _LEARNING_RATE = 1e-3
 _PASSES = 1
-_PAIRS = 32  # of an update
+_PAIRS = 8  # of an update: many small ones; after 50 of 32 pairs the model had learned next to nothing
 _CENTRING = 128  # pairs
 
 
