@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import rlhf
 import rlhf_jobs
+import rlhf_measure
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -306,13 +307,18 @@ def test_what_is_done_is_not_done_again_and_what_failed_is(tmp_path, monkeypatch
 
 
 def test_a_whole_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    def in_this_process(_: Any, job: dict[str, Any], timeout: float) -> dict[str, Any]:
+        return json.loads(json.dumps(rlhf_measure.work(json.loads(json.dumps(job)))))
+
+    monkeypatch.setattr(rlhf_jobs, "run_job", in_this_process)
+    monkeypatch.setattr(rlhf.machine, "warn_of_load", lambda _: None)
     small = {"corpus_size": 300, "hidden_size": 64, "layers": 1, "base_steps": 20, "max_new_tokens": 64, "threads": 1}
     monkeypatch.setattr(rlhf, "_QUICK_BASE", small)
     for name in ("ppo", "dpo-eager", "dpo-fastdpo"):
         quick = dataclasses.replace(ARMS[name], steps=2, look_every=1, batch_size=8)
         monkeypatch.setitem(ARMS, name, quick)
     flags = ["--quick", "--tiers", "text", "--arms", "ppo,dpo-eager,dpo-fastdpo", "--pairs", "16"]
-    flags += ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "out.json")]
+    flags += ["--jobs", "1", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "out.json")]
     assert rlhf.main(flags) == 0
     first = json.loads((tmp_path / "out.json").read_text())
     for name in ("ppo", "dpo-eager", "dpo-fastdpo"):
