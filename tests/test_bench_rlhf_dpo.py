@@ -133,16 +133,18 @@ def test_a_look_can_end_the_run(task, pairs, name):
     assert seen == [0, 2, 4]
 
 
-def test_dpo_approaches_the_frontier(task):
+def test_dpo_approaches_the_frontier():
+    # The benchmark's own task: a model that has learned less lets texts run into the limit, of which no pair tells.
+    task = make_exact_task(seed=0)
     tier = ExactTier(task)
-    settings = Settings(learning_rate=2e-3, beta=1.0, batch_size=64, steps=60, look_every=30, seed=0)
-    reached = approach(tier, train_dpo_eager, settings, sample_pairs(task, 3840, seed=1))
-    assert [one.steps for one in reached] == [0, 30, 60]
+    settings = Settings(learning_rate=1e-3, beta=2.0, batch_size=128, steps=100, look_every=50, seed=0, decay=True)
+    reached = approach(tier, train_dpo_eager, settings, sample_pairs(task, 12_800, seed=1))
+    assert [one.steps for one in reached] == [0, 50, 100]
     assert reached[0].gap == pytest.approx(0, abs=1e-6)
     end = reached[-1].point
     # Most of what can be had for this divergence, long before the end of a full run.
-    assert end.kl > 0.3
-    assert end.reward - tier.start.reward > 0.75 * (tier.reward_at(end.kl) - tier.start.reward)
+    assert end.kl > 0.25 * tier.optimum(settings.beta).kl
+    assert end.reward - tier.start.reward > 0.6 * (tier.reward_at(end.kl) - tier.start.reward)
 
 
 # --------------------------------------------------------------------------------------------------------------------
