@@ -415,9 +415,11 @@ class FusedHead:
 
     def _send_probes(self, head: nn.Linear | LoraLinear, probing: _Probing) -> Tensor:
         dtype = torch.promote_types(head.weight.dtype, torch.float32)
-        index = torch.arange(head.out_features, device=head.weight.device) % len(_PROBES)
+        positions = math.ceil(len(_PROBES) / head.out_features)  # more than one where entries are fewer than probes
+        index = torch.arange(positions * head.out_features, device=head.weight.device) % len(_PROBES)
         probing.sent = torch.tensor(_PROBES, dtype=dtype, device=index.device)[index]
-        return probing.sent.clone()[None, None]  # a clone: some models write into their logits
+        # A clone: some models write into their logits.
+        return probing.sent.clone().view(1, positions, head.out_features)
 
     def _fit(self, sent: Tensor, received: Tensor) -> _LogitTransform:
         if sent.shape != received.shape:

@@ -132,6 +132,11 @@ def test_scale_and_softcap_are_found_out(model_type, scale, softcap):
     assert head._transform.softcap == softcap
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "cohere"])
+def test_vocabulary_smaller_than_the_values_that_are_sent_through(model_type):
+    assert_agrees(make_model(model_type, vocab_size=5), make_batch(5))
+
+
 def test_scale_within_a_softcap_is_found_out():
     model = after_head(make_model("llama"), lambda z: 2.0 * torch.tanh(z * 0.25 / 2.0))
     batch = make_batch()
