@@ -22,6 +22,7 @@ import torch
 from datasets import Dataset
 from rlhf_forwards import counted
 from rlhf_run import Run, Settings
+from rlhf_task import batches_of_pairs
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -33,7 +34,6 @@ from fastdpo.demo.preferences import Preference
 
 WARMUP = 10  # steps
 REFERENCE_BATCH = 32  # pairs
-_POOL = 4  # batches
 
 # Token ids of prompt, chosen and rejected; the completions with their end token.
 TokenRow = tuple[list[int], list[int], list[int]]
@@ -47,8 +47,7 @@ def schedule(settings: Settings) -> str:
 def training_pairs(run: Run) -> list[Preference]:
     """The pairs of the run's steps, batch after batch: as many as it needs, or all, to be taken again and again.
 
-    They are drawn at random, and every few batches sorted by length among themselves: that saves the padded arms much
-    of their padding, and the optimiser's momentum still sees all lengths.
+    They are drawn at random, and put into batches by length.
 
     Raises:
         ValueError: there is less than a batch.
@@ -58,12 +57,7 @@ def training_pairs(run: Run) -> list[Preference]:
         raise ValueError(f"there are {len(run.pairs)} pairs, less than one batch of {size}")
     rng = random.Random(f"{run.settings.seed}/pairs")
     drawn = rng.sample(run.pairs, size * min(run.settings.steps, len(run.pairs) // size))
-    taken: list[Preference] = []
-    for start in range(0, len(drawn), _POOL * size):
-        pool = sorted(drawn[start : start + _POOL * size], key=lambda pair: max(len(pair.chosen), len(pair.rejected)))
-        batches = [pool[place : place + size] for place in range(0, len(pool), size)]
-        taken += itertools.chain(*rng.sample(batches, len(batches)))
-    return taken
+    return list(itertools.chain(*batches_of_pairs(drawn, size, rng)))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 
 import torch
 from rlhf_optimizer import Optimizer
 from rlhf_rows import Rows, by_length, count_scalars
 from rlhf_run import Run
+from rlhf_task import batches_of_pairs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from fastdpo.demo.language_model import encode_completions
+from fastdpo.demo.preferences import Preference
 from fastdpo.demo.sampling import TokenSamples
 
 _LEARNING_RATE = 1e-3
-_PASSES = 1
 _PAIRS = 8  # of an update: many small ones; after 50 of 32 pairs the model had learned next to nothing
 _CENTRING = 128  # pairs
 
@@ -38,11 +40,17 @@ class ScalarModel(nn.Module):
 
 
 class RewardModel(ScalarModel):
-    """A completion's reward, in log-odds of preference, is the number at its last token."""
+    """A completion's reward, in log-odds of preference, is the mean of its tokens' numbers.
+
+    The number at the last token alone is more usual and does worse here: on unseen pairs, after 3,200 others, it is
+    right about the labels in 63 % of cases, and the mean in 68 %.
+    """
 
     def of_rows(self, rows: Rows) -> Tensor:
         """float32 [B]."""
-        return self(rows.ids).gather(1, rows.lengths[:, None] - 1)[:, 0]
+        numbers, place = self(rows.ids), torch.arange(rows.ids.shape[1], device=rows.ids.device)
+        inside = (place >= rows.prompts[:, None]) & (place < rows.lengths[:, None])
+        return (numbers * inside).sum(dim=1) / inside.sum(dim=1)
 
     @torch.no_grad()
     def score(self, samples: TokenSamples) -> Tensor:
@@ -51,24 +59,22 @@ class RewardModel(ScalarModel):
 
 
 def fit_reward_model(run: Run) -> RewardModel:
-    """Fits -log sigmoid(r(chosen) - r(rejected)) over the run's pairs; each is seen ``_PASSES`` times.
+    """Fits -log sigmoid(r(chosen) - r(rejected)) over the run's pairs; each is seen once.
 
     Rewards are then centred, as by Stiennon et al. (2020, arXiv 2009.01325, section 3.4): the mean over the texts of
     ``_CENTRING`` pairs is taken off.
     """
     model = RewardModel(run.task.model)
     with run.ledger.part("reward model"):
-        pairs = _encoded(run)
         rng = random.Random(run.settings.seed)
-        order = [i for _ in range(_PASSES) for i in rng.sample(range(len(pairs)), len(pairs))]
-        batches = [order[start : start + _PAIRS] for start in range(0, len(order), _PAIRS)]
+        pairs = rng.sample(run.pairs, len(run.pairs))
+        batches = [_rows(run, batch) for batch in batches_of_pairs(pairs, _PAIRS, rng)]
         optimizer = Optimizer(model, _LEARNING_RATE, updates=len(batches))
-        for batch in batches:
-            rows = _rows([pairs[i] for i in batch])
+        for rows in batches:
             optimizer.update(pair_loss(by_length(model.of_rows, rows)))
             _count(run, rows, trained=True)
         with torch.no_grad():
-            rows = _rows(pairs[:_CENTRING])
+            rows = _rows(run, pairs[:_CENTRING])
             model.head.bias -= by_length(model.of_rows, rows).mean()
             _count(run, rows, trained=False)
     return model
@@ -80,19 +86,11 @@ def pair_loss(rewards: Tensor) -> Tensor:
     return -F.logsigmoid(chosen - rejected).mean()
 
 
-_Text = tuple[list[int], list[int]]  # prompt and completion
-
-
-def _encoded(run: Run) -> list[tuple[_Text, _Text]]:
-    """Each pair's chosen and rejected text."""
-    prompts = [pair.prompt for pair in run.pairs]
-    chosen = encode_completions(run.task.tokenizer, prompts, [pair.chosen for pair in run.pairs])
-    rejected = encode_completions(run.task.tokenizer, prompts, [pair.rejected for pair in run.pairs])
-    return list(zip(chosen, rejected, strict=True))
-
-
-def _rows(pairs: list[tuple[_Text, _Text]]) -> Rows:
-    return Rows.of_ids([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs])
+def _rows(run: Run, pairs: Sequence[Preference]) -> Rows:
+    """The chosen texts, then the rejected ones."""
+    prompts = [pair.prompt for pair in pairs] * 2
+    texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    return Rows.of_ids(encode_completions(run.task.tokenizer, prompts, texts))
 
 
 def _count(run: Run, rows: Rows, *, trained: bool) -> None:

@@ -12,6 +12,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from fastdpo.demo.preferences import Preference, prefers_first
 from fastdpo.demo.sampling import Completion, TokenSamples, decode, sample_batches
 
+_POOL = 4  # batches
+
 RewardFunction = Callable[[Sequence[Completion]], list[float]]
 
 
@@ -76,3 +78,14 @@ def _labelled(a: Completion, b: Completion, a_reward: float, b_reward: float, rn
     if prefers_first(a_reward, b_reward, rng):
         return Preference(a.prompt, a.text, b.text, a_reward, b_reward)
     return Preference(a.prompt, b.text, a.text, b_reward, a_reward)
+
+
+def batches_of_pairs(pairs: Sequence[Preference], size: int, rng: random.Random) -> list[list[Preference]]:
+    """``pairs`` in batches of ``size``, the last one maybe less; every few batches were sorted by length among
+    themselves: that saves padding, and an optimiser's momentum still sees all lengths."""
+    taken: list[list[Preference]] = []
+    for start in range(0, len(pairs), _POOL * size):
+        pool = sorted(pairs[start : start + _POOL * size], key=lambda pair: max(len(pair.chosen), len(pair.rejected)))
+        batches = [pool[place : place + size] for place in range(0, len(pool), size)]
+        taken += rng.sample(batches, len(batches))
+    return taken
