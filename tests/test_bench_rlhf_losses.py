@@ -68,7 +68,8 @@ def test_scores_do_not_depend_on_padding(task):
     rows = Rows.of_samples(samples)
     scores = model.score(samples)
     with torch.no_grad():
-        alone = [model(rows.ids[i : i + 1, : rows.lengths[i]])[0, -1] for i in range(len(rows))]
+        numbers = [model(rows.ids[i : i + 1, : rows.lengths[i]])[0] for i in range(len(rows))]
+    alone = [of_row[prompt:].mean() for of_row, prompt in zip(numbers, rows.prompts, strict=True)]
     torch.testing.assert_close(scores, torch.stack(alone), atol=1e-5, rtol=1e-5)
     assert scores.std() > 0.1
 
