@@ -29,12 +29,6 @@ def _rloo(run: Run) -> LlamaForCausalLM:
     return train_rloo(run, reward="learned")
 
 
-def _rloo_true(run: Run) -> LlamaForCausalLM:
-    from rlhf_rloo import train_rloo
-
-    return train_rloo(run, reward="true")
-
-
 def _dpo_eager(run: Run) -> LlamaForCausalLM:
     from rlhf_dpo import train_dpo_eager
 
@@ -103,7 +97,7 @@ def _rl(about: str, train: Callable[[Run], LlamaForCausalLM], **options: Any) ->
     return Arm(
         about,
         train,
-        rates=(3e-4, 1e-3, 1e-4),
+        rates=(1e-3, 3e-4),
         betas=(0.1, 0.3),
         batch_size=128,
         steps=30,
@@ -120,7 +114,7 @@ def _dpo(about: str, train: Callable[[Run], LlamaForCausalLM]) -> Arm:
         about,
         train,
         has_pairs=True,
-        rates=(5e-4, 1e-3, 2e-4),
+        rates=(5e-4, 2e-4),
         betas=(0.1, 0.3),
         batch_size=32,
         steps=200,
@@ -135,7 +129,6 @@ ARMS: dict[str, Arm] = {
     "ppo": _rl("RLHF: a reward model fitted to the pairs, then PPO", _ppo, has_pairs=True),
     "ppo-true": _rl("PPO with the true reward: no reward model, no pairs", _ppo_true, has_pairs=False),
     "rloo": _rl("a reward model fitted to the pairs, then RLOO", _rloo, has_pairs=True),
-    "rloo-true": _rl("RLOO with the true reward", _rloo_true, has_pairs=False),
     "dpo-eager": _dpo("DPO in a plain loop, with full logits", _dpo_eager),
     "dpo-trl": _dpo("DPO by TRL's trainer", _dpo_trl),
     "dpo-fastdpo": _dpo("DPO by fastdpo's trainer", _dpo_fastdpo),

@@ -1,6 +1,6 @@
 """Is our RLOO as good as a public one? It and TRL's RLOO trainer, on the text task with the true reward.
 
-    python bench/rlhf_crosscheck.py --model FOLDER        FOLDER: what bench/rlhf.py was given as --work
+    python bench/rlhf_crosscheck.py --model FOLDER        the one named shared-… in what bench/rlhf.py had as --work
 
 Both start from the same model and take the same settings; TRL samples by ``model.generate``. Printed are reward and KL
 on the held-out prompts after as many completions, and the seconds of CPU time until then. That advantages, loss and

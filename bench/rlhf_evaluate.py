@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from rlhf_task import Task, sample_from
 from transformers import LlamaForCausalLM
 
 from fastdpo.demo.measures import Mean
-from fastdpo.demo.sampling import sequence_kl
+from fastdpo.demo.sampling import TokenSamples, sequence_kl
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,33 @@ class Target:
 TARGETS = (Target(0.8, 2.0), Target(1.35, 4.0), Target(1.85, 6.0))
 
 _LONGEST_LEASH = 2.0
+_TOGETHER = 32
 
 
 def evaluate(task: Task, policy: LlamaForCausalLM, seed: int) -> dict[str, float]:
     """Mean true reward and KL on the held-out prompts, one completion each, with their standard errors."""
     generator = torch.Generator().manual_seed(seed)
-    completions, batches = sample_from(task, policy, task.held_out, generator, batch_size=128)
+    completions, batches = sample_from(task, policy, task.held_out, generator)
     reward = Mean.of(task.reward(completions))
-    kl = Mean.of(torch.cat([sequence_kl(policy, task.model, batch) for batch in batches]).tolist())
+    parts = [part for batch in batches for part in _by_length(batch)]
+    kl = Mean.of(torch.cat([sequence_kl(policy, task.model, part) for part in parts]).tolist())
     return {"reward": reward.value, "reward_error": reward.error, "kl": kl.value, "kl_error": kl.error}
+
+
+def _by_length(samples: TokenSamples) -> Iterator[TokenSamples]:
+    """The samples in parts of similar length, without the padding of longer ones."""
+    lengths = samples.mask.sum(dim=1)
+    for part in lengths.argsort(stable=True).split(_TOGETHER):
+        longest = int(lengths[part].max())
+        prompts = int(samples.prompt_mask[part].sum(dim=1).max())
+        yield TokenSamples(
+            samples.prompt_ids[part, -prompts:],
+            samples.prompt_mask[part, -prompts:],
+            samples.tokens[part, :longest],
+            samples.mask[part, :longest],
+            samples.logps[part, :longest],
+            samples.ended[part],
+        )
 
 
 def reached(looks: Sequence[dict[str, Any]], target: Target) -> int | None:

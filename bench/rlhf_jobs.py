@@ -28,8 +28,9 @@ class Workshop:
     def __init__(self, root: Path, common: Job, *, processes: int, timeout: float, say: Callable[[str], None]) -> None:
         self._root, self._common = root, common
         self._processes, self._timeout, self._say = processes, timeout, say
-        self._done = 0
-        (root / "shared").mkdir(parents=True, exist_ok=True)
+        # Models and pairs that jobs share are those of the same configuration and commit.
+        self._shared = root / f"shared-{_digest(common)}"
+        self._shared.mkdir(parents=True, exist_ok=True)
 
     def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """What each found, in their order; with a key failed if it did not come to that, and then tried again by the
@@ -39,9 +40,7 @@ class Workshop:
 
     def _run_one(self, job: Job) -> dict[str, Any]:
         whole = self._common | job
-        folder = (
-            self._root / f"{job['kind']}-{hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]}"
-        )
+        folder = self._root / f"{job['kind']}-{_digest(whole)}"
         kept = folder / "found.json"
         if kept.exists():
             return json.loads(kept.read_text())["found"]
@@ -49,7 +48,7 @@ class Workshop:
         self._say(_describe(job))
         found = run_job(
             _SCRIPT,
-            whole | {"folder": str(folder), "shared": str(self._root / "shared"), "threads": 1},
+            whole | {"folder": str(folder), "shared": str(self._shared), "threads": 1},
             self._timeout,
         )
         if "failed" not in found:
@@ -57,6 +56,10 @@ class Workshop:
             unfinished.write_text(json.dumps({"job": whole, "found": found}))
             unfinished.rename(kept)
         return found
+
+
+def _digest(job: Job) -> str:
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _describe(job: Job) -> str:

@@ -83,6 +83,13 @@ class Ledger:
         self.parts[part].tokens[model] += tokens
         self.parts[part].flops += flops
 
+    def owe(self, part: str, cost: dict[str, Any]) -> None:
+        """Adds what another run's :meth:`snapshot` has for ``part``: this one would have spent it as well."""
+        self.parts[part].seconds += cost["seconds"]
+        self.parts[part].flops += cost["flops"]
+        for model, tokens in cost["tokens"].items():
+            self.parts[part].tokens[model] += tokens
+
     def snapshot(self) -> dict[str, dict[str, Any]]:
         """What has been spent so far, for JSON."""
         return {

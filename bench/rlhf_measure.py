@@ -53,7 +53,7 @@ def _run(job: Job, config: DemoConfig, shared: Path) -> dict[str, Any]:
     task, settings, ledger = load_text_task(config, shared), Settings(**job["settings"]), Ledger()
     pairs = _pairs(job, shared)
     watcher = Watcher(task, ledger, TARGETS, settings.seed, settings.batch_size / max(1, len(pairs)))
-    ARMS[job["arm"]].train(Run(task, pairs, settings, ledger, watcher))
+    ARMS[job["arm"]].train(Run(task, pairs, settings, ledger, watcher, shared))
     return {"looks": watcher.looks}
 
 

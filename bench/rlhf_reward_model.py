@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 from collections.abc import Sequence
 
@@ -59,12 +60,28 @@ class RewardModel(ScalarModel):
 
 
 def fit_reward_model(run: Run) -> RewardModel:
+    """The reward model of a run's pairs. Where runs share it, the first one fits it, and every one owes its cost."""
+    model = RewardModel(run.task.model)
+    kept = None if run.shared is None else run.shared / f"reward-model-{run.settings.seed}.pt"
+    if kept is not None and kept.exists():
+        weights, cost = torch.load(kept)
+        model.load_state_dict(weights)
+        run.ledger.owe("reward model", cost)
+        return model
+    _fit(model, run)
+    if kept is not None:
+        unfinished = kept.with_suffix(f".{os.getpid()}")
+        torch.save((model.state_dict(), run.ledger.snapshot()["reward model"]), unfinished)
+        unfinished.rename(kept)
+    return model
+
+
+def _fit(model: RewardModel, run: Run) -> None:
     """Fits -log sigmoid(r(chosen) - r(rejected)) over the run's pairs; each is seen once.
 
     Rewards are then centred, as by Stiennon et al. (2020, arXiv 2009.01325, section 3.4): the mean over the texts of
     ``_CENTRING`` pairs is taken off.
     """
-    model = RewardModel(run.task.model)
     with run.ledger.part("reward model"):
         rng = random.Random(run.settings.seed)
         pairs = rng.sample(run.pairs, len(run.pairs))
@@ -77,7 +94,6 @@ def fit_reward_model(run: Run) -> RewardModel:
             rows = _rows(run, pairs[:_CENTRING])
             model.head.bias -= by_length(model.of_rows, rows).mean()
             _count(run, rows, trained=False)
-    return model
 
 
 def pair_loss(rewards: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from rlhf_ledger import Ledger
 from rlhf_task import Task
@@ -42,10 +43,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """``pairs`` are empty for arms that learn from the true reward."""
+    """What an arm trains with.
+
+    Attributes:
+        pairs: empty for arms that learn from the true reward.
+        shared: where runs with the same seed find one reward model, and what it cost; None: each fits its own.
+    """
 
     task: Task
     pairs: list[Preference]
     settings: Settings
     ledger: Ledger
     look: Look
+    shared: Path | None = None

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import rlhf
+import rlhf_evaluate
 import rlhf_jobs
 import rlhf_measure
 import torch
@@ -87,6 +88,19 @@ def test_the_start_is_at_no_distance_from_itself(task):
     found = evaluate(task, task.model, seed=5)
     assert found["kl"] == pytest.approx(0, abs=1e-6)
     assert found == evaluate(task, task.model, seed=5)
+
+
+def test_divergence_does_not_depend_on_what_is_evaluated_together(task, monkeypatch):
+    policy = copy.deepcopy(task.model)
+    with torch.no_grad():
+        policy.model.norm.weight.mul_(8)
+    monkeypatch.setattr(rlhf_evaluate, "_TOGETHER", 3)
+    apart = evaluate(task, policy, seed=5)
+    monkeypatch.setattr(rlhf_evaluate, "_TOGETHER", 10_000)
+    together = evaluate(task, policy, seed=5)
+    assert apart["kl"] == pytest.approx(together["kl"], rel=1e-4)
+    assert apart["reward"] == together["reward"]
+    assert together["kl"] > 1e-3
 
 
 # --------------------------------------------------------------------------------------------------------------------

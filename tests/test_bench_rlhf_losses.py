@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -95,6 +96,18 @@ def test_the_reward_model_learns_the_reward_and_is_centred(task):
     assert torch.corrcoef(torch.stack([found, true]))[0, 1] > 0.3
     assert abs(found.mean()) < 0.2
     assert {name for name, cost in run.ledger.parts.items() if cost.flops} == {"reward model"}
+
+
+def test_runs_of_a_seed_share_a_reward_model_and_each_owes_its_cost(task, tmp_path):
+    first, second, other = (
+        dataclasses.replace(make_run(task, pairs=40, seed=seed), shared=tmp_path) for seed in (0, 0, 1)
+    )
+    models = [fit_reward_model(run) for run in (first, second, other)]
+    assert first.ledger.snapshot() == second.ledger.snapshot()
+    assert second.ledger.parts["reward model"].seconds > 0
+    for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(models[0].head.weight, models[2].head.weight)
 
 
 # --------------------------------------------------------------------------------------------------------------------
