@@ -199,6 +199,14 @@ def test_watcher_ends_when_all_is_known(task, monkeypatch):
     monkeypatch.setattr("rlhf_evaluate.evaluate", lambda *_, **__: {"reward": 0.0, "kl": 100.0})
     assert lost(0, task.model)
 
+    # Once it has met the targets further off, a policy that is too far away for the nearest one is done.
+    standings = iter([(5, 3), (5, 3), (5, 5), (5, 3), (5, 5), (5, 5)])
+    monkeypatch.setattr(
+        "rlhf_evaluate.evaluate", lambda *_, **__: dict(zip(("reward", "kl"), next(standings), strict=True))
+    )
+    beyond = Watcher(task, ledger, TARGETS, seed=0)
+    assert [beyond(step, task.model) for step in range(6)] == [False] * 5 + [True]
+
 
 def trial(*points: tuple[float, float, float]) -> dict[str, Any]:
     """Looks of (reward, KL, seconds), the last one seen twice."""
