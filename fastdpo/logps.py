@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdpo.derivatives import first_derivative, refuse_forward_mode
 from fastdpo.low_rank import LowRankUpdate, low_rank_logps
 from fastdpo.ops import OUTPUTS, OpInputs, backward_op, forward_op, named_outputs, op_inputs
+from fastdpo.out_of_memory import in_less_memory
 from fastdpo.outputs import TokenLogps
 from fastdpo.sharded import refuse_sharded_parts
 from fastdpo.vocab_parallel import vocab_parallel_logps
@@ -81,6 +82,8 @@ def token_logps(
         IndexError: a target outside [0, V). (On CUDA with num_scored given, and in a captured graph, that row is NaN.)
         NotImplementedError: a second derivative, forward-mode differentiation, or vmap; both low_rank and group.
         RuntimeError: low_rank or group in a captured CUDA graph, without num_scored.
+        torch.OutOfMemoryError: memory did not suffice, with half of ``retain_bytes`` either (which is tried, with a
+            warning, unless there is a ``group``).
     """
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown:
@@ -99,7 +102,14 @@ def token_logps(
         temperature=temperature,
         num_scored=num_scored,
     )
-    logps, *extras = differentiable_logps(inputs, retain_bytes, outputs, vocabulary)
+
+    def compute(room: int) -> tuple[Tensor, ...]:
+        return differentiable_logps(inputs, room, outputs, vocabulary)
+
+    if group is None:
+        logps, *extras = in_less_memory(compute, retain_bytes, "retain_bytes", inputs)
+    else:  # a rank that tries again would leave the others waiting
+        logps, *extras = compute(retain_bytes)
     fields = named_outputs(extras, outputs, inputs)
     return TokenLogps(logps.view(targets.shape), **{name: x.view(targets.shape) for name, x in fields.items()})
 

@@ -23,6 +23,7 @@ from fastdpo.loss_options import LossKeywords, LossOptions
 from fastdpo.low_rank import LowRankUpdate
 from fastdpo.objectives import Pairs, pair_losses, rewards
 from fastdpo.ops import OUTPUTS, OpInputs, named_outputs, op_inputs
+from fastdpo.out_of_memory import in_less_memory
 from fastdpo.outputs import DPOOutput
 from fastdpo.pair_losses import PairLosses
 from fastdpo.sequences import Sequences
@@ -209,6 +210,8 @@ def dpo_loss(
             completion in which nothing is scored (unless ``allow_empty``).
         NotImplementedError: a second derivative, forward-mode differentiation, or vmap; ``low_rank`` with ``group``, or
             ``ld_alpha`` with ``sequence_group``.
+        torch.OutOfMemoryError: memory did not suffice, with half of ``workspace`` either (which is tried, with a
+            warning, unless there is a group of ranks).
 
     With several processes, call it in the forward of the model that is wrapped, where every wrapper does its part (as
     :class:`fastdpo.head.FusedHead` does). If it is called outside, on hidden states that the wrapped model's forward
@@ -259,9 +262,14 @@ def dpo_loss(
 
     asked = {*outputs, *(("log_sum_sq_probs",) if o.use_weighting else ())}
     names = [name for name in OUTPUTS if name in asked]
-    sums, extras, loss = _policy_sums(
-        (hidden, weight, bias), inputs, vocabulary, sequences, targets, losses_of, workspace, names
-    )
+
+    def policy_sums(room: int) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        return _policy_sums((hidden, weight, bias), inputs, vocabulary, sequences, targets, losses_of, room, names)
+
+    if group is None and sequence_group is None:
+        sums, extras, loss = in_less_memory(policy_sums, workspace, "workspace", inputs)
+    else:  # a rank that tries again would leave the others waiting
+        sums, extras, loss = policy_sums(workspace)
     pairs = len(sequences.tokens) // 2
     losses = losses_of(sums, extras, 0, pairs)
     if loss is None:

@@ -8,16 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastdpo.out_of_memory import is_out_of_memory
+
 if TYPE_CHECKING:
     from fastdpo.config import DPOConfig
-
-# What torch says where there is no error of its own: the allocator of the CPU raises a RuntimeError.
-_CPU_MESSAGES = ("DefaultCPUAllocator", "can't allocate memory")
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch could not allocate, on a device or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _CPU_MESSAGES)
 
 
 def memory_advice(

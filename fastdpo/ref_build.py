@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from fastdpo.data import REFERENCE_COLUMNS
 from fastdpo.data_files import TOKEN_COLUMNS
-from fastdpo.memory_advice import is_out_of_memory
+from fastdpo.out_of_memory import is_out_of_memory
 from fastdpo.ref_cache import CacheKey, RefCache, RefCacheError
 from fastdpo.row_digests import row_digests, rows_fingerprint
 

@@ -27,6 +27,8 @@ from test_vocab_shards import assert_matches as assert_shards_match
 from test_vocab_shards import cut, in_shards, logits_case
 from torch import Tensor
 
+from fastdpo.out_of_memory import is_out_of_memory
+
 MIB = 1 << 20
 
 
@@ -467,3 +469,11 @@ def test_shards_that_lie_far_apart(ops: Any, retained_rows: int, gap: float) -> 
     case = logits_case(logits, torch.arange(40) % 4, torch.float32)
     case.grad_logps *= 1e-6
     assert_shards_match(case, [4, 6], in_shards(case, [4, 6], retained_rows=retained_rows, ops=ops))
+
+
+def test_an_allocation_that_fails_says_so_in_words_that_the_front_end_knows(ops: Any) -> None:
+    """Through the stable ABI alone the error would name a line of torch's headers."""
+    case = random_case(0, 1 << 23, 1, 1 << 23, torch.float32, ignored=0.0)
+    with pytest.raises(RuntimeError, match=r"could not allocate \[8388608, 8388608\] of Float") as raised:
+        call(ops, case, retained_rows=1 << 23)
+    assert is_out_of_memory(raised.value)

@@ -8,7 +8,8 @@ from datasets import Dataset
 from tiny_models import make_model
 from toy_data import make_tokenizer, text_rows
 
-from fastdpo.memory_advice import advising, is_out_of_memory, memory_advice
+from fastdpo.memory_advice import advising, memory_advice
+from fastdpo.out_of_memory import is_out_of_memory
 from fastdpo.trainer import DPOConfig, DPOTrainer
 
 WHOLE = {"training": True, "has_reference_model": True, "has_adapter": False}

@@ -15,7 +15,9 @@
 
 #include <algorithm>
 #include <array>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../fastdpo.h"
@@ -107,11 +109,15 @@ struct Inputs {
   // The gradient products have operands of another type than the weight.
   bool weight_needs_cast() const { return operand() != type; }
 
-  Tensor empty(std::vector<int64_t> shape, Type element) const {
-    return torch::stable::new_empty(hidden, shape, scalar_type(element));
-  }
+  Tensor empty(std::vector<int64_t> shape, Type element) const { return empty(std::move(shape), scalar_type(element)); }
   Tensor empty(std::vector<int64_t> shape, ScalarType element) const {
-    return torch::stable::new_empty(hidden, shape, element);
+    try {
+      return torch::stable::new_empty(hidden, shape, element);
+    } catch (const std::exception& error) {
+      // The stable ABI says only that a call failed. The front end looks for these words (fastdpo/out_of_memory.py).
+      throw std::runtime_error("fastdpo: out of memory: could not allocate " + text(shape) + " of " + text(element) +
+                               " (" + error.what() + ")");
+    }
   }
   const char* weight_row(int64_t entry) const { return weight_data + entry * hidden_units * size_of(type); }
   const char* bias_at(int64_t entry) const { return bias == nullptr ? nullptr : bias + entry * size_of(compute()); }
