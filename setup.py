@@ -4,11 +4,15 @@ The CPU library (fastdpo._C) fits one torch and one Python. The CUDA library (fa
 LibTorch's stable ABI and holds no Python, so one file serves any torch from 2.10 on and any Python; it is built whether
 or not the installed torch has CUDA, and carried along where no nvcc is.
 
+The CUDA library's Level 1, a product of our own for Hopper, is built where CUTLASS's headers are (the package
+nvidia-cutlass); elsewhere fastdpo.build_info() says why not.
+
 TORCH_CUDA_ARCH_LIST cuts the list of GPU architectures, MAX_JOBS the number of compilers at once.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -28,6 +32,10 @@ VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text()
 CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 # The oldest torch whose stable ABI the CUDA library asks for: 2.10, as torch encodes it.
 TARGET_TORCH = "0x020a000000000000"
+# What Level 1's kernels are compiled for: wgmma and TMA are this architecture's alone.
+LEVEL1_ARCH = "9.0a"
+# What compiling one of them takes, with room.
+LEVEL1_MEMORY = 6 << 30
 
 
 def flags_of(cpu_source: Path) -> list[str]:
@@ -61,6 +69,23 @@ def cuda_archs() -> list[str]:
 def gencode(archs: list[str]) -> list[str]:
     numbers = [arch.replace(".", "") for arch in archs]
     return [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+
+
+class Level1(NamedTuple):
+    """CUTLASS's headers for Level 1, or why it is not built."""
+
+    headers: Path | None
+    missing: str | None
+
+
+def find_level1(archs: list[str]) -> Level1:
+    if LEVEL1_ARCH not in archs:
+        return Level1(None, f"compute capability {LEVEL1_ARCH} is not among those built for")
+    package = importlib.util.find_spec("cutlass_library")
+    headers = Path(package.origin).parent / "source/include" if package is not None and package.origin else None
+    if headers is None or not (headers / "cutlass/cutlass.h").is_file():
+        return Level1(None, "the package nvidia-cutlass was not installed")
+    return Level1(headers, None)
 
 
 class Toolkit(NamedTuple):
@@ -103,6 +128,9 @@ class NinjaFile:
         self.lines += [f"rule {name}", f"  command = {' '.join(command)}", f"  description = {name} $out"]
         if depfile:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    def pool(self, name: str, depth: int) -> None:
+        self.lines += [f"pool {name}", f"  depth = {depth}"]
 
     def edge(self, rule: str, output: Path, inputs: list[Path], **variables: str) -> Path:
         def escape(path: Path) -> str:
@@ -162,11 +190,12 @@ class NativeBuild:
 
     def cuda_library(self, toolkit: Toolkit) -> Path:
         archs = cuda_archs()
-        nvcc_flags = [
+        level1 = find_level1(archs)
+        common = [
             "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -cudart static --threads 2",
             "-Xptxas -v,--warn-on-spills",
-            *gencode(archs),
         ]
+        nvcc_flags = [*common, *gencode(archs)]
         self.file.rule(
             "nvcc", [toolkit.nvcc, "-MD -MF $out.d $flags -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)"]
         )
@@ -174,11 +203,27 @@ class NativeBuild:
             self.file.edge("nvcc", self.folder / f"cuda_{source.stem}_cu.o", [source], flags=" ".join(nvcc_flags))
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))
         ]
+        if level1.headers is not None:
+            # CUTLASS checks a great deal with assert(), on the device too.
+            level1_flags = [*common, "-DNDEBUG", f"-isystem {level1.headers}", *gencode([LEVEL1_ARCH])]
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            self.file.pool("level1", max(1, memory // LEVEL1_MEMORY))
+            kernels += [
+                self.file.edge(
+                    "nvcc",
+                    self.folder / f"cuda_level1_{source.stem}_cu.o",
+                    [source],
+                    flags=" ".join(level1_flags),
+                    pool="level1",
+                )
+                for source in sorted((ROOT / "csrc/cuda/hopper").glob("*.cu"))
+            ]
         flags = [
             *self.common,
             f"-DTORCH_TARGET_VERSION={TARGET_TORCH} -DUSE_CUDA",
             f'-DFASTDPO_NVCC=\\"{toolkit.version}\\"',
             f"'-DFASTDPO_CUDA_ARCHS=\"{' '.join(archs)}\"'",
+            *([f"'-DFASTDPO_NO_LEVEL1=\"{level1.missing}\"'"] if level1.missing else []),
             f"-isystem {toolkit.home / 'include'}",
             *self.includes,
         ]
@@ -211,6 +256,11 @@ class NativeBuild:
         subprocess.run([ninja_path(), "-f", build_file, *(["-j", jobs] if jobs else [])], check=True)
 
 
+def level1_fact(toolkit: Toolkit | None) -> str:
+    missing = find_level1(cuda_archs()).missing if toolkit is not None else "there was no nvcc"
+    return "built" if missing is None else f"not built: {missing}"
+
+
 class BuildNative(build_ext):
     """setuptools' build_ext, with ninja for a compiler."""
 
@@ -239,6 +289,7 @@ class BuildNative(build_ext):
             "library": libraries[0].name,
             "cuda_archs": cuda_archs() if toolkit else [],
             "nvcc": toolkit.version if toolkit else None,
+            "cuda_level1": level1_fact(toolkit),
         }
         (destination / "_build.json").write_text(json.dumps(facts) + "\n")
 

@@ -44,23 +44,33 @@ step build_info "$python" -c "import fastdpo, json; print(json.dumps(fastdpo.bui
 
 # The kernels, once on the host and once on the device.
 step test_cuda_library "$python" -m pytest -q tests/test_cuda_library.py
-step test_cuda_host "$python" -m pytest -q tests/test_cuda_host.py
+step test_cuda_host "$python" -m pytest -q tests/test_cuda_host.py tests/test_cuda_level1.py
 step test_cuda "$python" -m pytest -q tests/test_cuda.py
 
 if need compute-sanitizer; then
   # One case of every kernel: several dtypes, retained and recomputed rows, raised exponents.
-  small="test_matches_the_oracle and 1000 or test_improbable_targets"
+  small="test_matches_the_oracle and 1000 or test_improbable_targets or test_plain_cases and 1000"
   # PyTorch's allocator would hand out parts of one block, inside which nothing is out of bounds.
   step memcheck env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
     "$python" -m pytest -q tests/test_cuda.py -k "$small"
   step racecheck compute-sanitizer --tool racecheck --error-exitcode 1 \
-    "$python" -m pytest -q tests/test_cuda.py -k "test_improbable_targets"
+    "$python" -m pytest -q tests/test_cuda.py -k "test_improbable_targets or test_plain_cases and 1000"
 fi
 
 # Peers that are not installed are named in the tables; the benchmark fails if fastdpo or the floor does.
 for case in tiny qwen2.5-0.5b llama-3.1-8b; do
   step "bench-$case" "$python" bench/run.py --device cuda --case "$case" --rounds "${ROUNDS:-3}" --json "$out/bench-$case.json"
 done
+
+level1=$("$python" -c 'import fastdpo; print(fastdpo.build_info()["cuda_level1"])')
+if [ "$level1" = built ]; then
+  for case in tiny qwen2.5-0.5b llama-3.1-8b; do
+    step "bench-level1-$case" env FASTDPO_CUDA_LEVEL=1 "$python" bench/run.py --device cuda --case "$case" \
+      --peers floor,fastdpo --rounds "${ROUNDS:-3}" --json "$out/bench-level1-$case.json"
+  done
+else
+  echo "== Level 1 was $level1"
+fi
 
 echo "== $failed steps failed; outputs in $out"
 exit "$failed"

@@ -43,6 +43,7 @@ def machine(device: str) -> dict[str, Any]:
             "gpu_memory": properties.total_memory,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
+            "cuda_level": os.environ.get("FASTDPO_CUDA_LEVEL") or "0",
         }
     return facts
 

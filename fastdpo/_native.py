@@ -46,7 +46,7 @@ def _load() -> dict[str, Any]:
         raise ImportError(misfit)
 
     facts: dict[str, Any] = {"torch_running": torch.__version__, "cpu_path": None}
-    facts |= {name: (build_file or {}).get(name) for name in ("cuda_archs", "nvcc")}
+    facts |= {name: (build_file or {}).get(name) for name in ("cuda_archs", "nvcc", "cuda_level1")}
     if misfit is None:
         built = importlib.import_module("fastdpo._C").build_facts()
         facts |= {
@@ -80,7 +80,12 @@ def _load_cuda(*, declare: bool) -> dict[str, Any]:
         )
     library.fastdpo_cuda_build_facts.restype = ctypes.c_char_p
     built = json.loads(library.fastdpo_cuda_build_facts())
-    return {"cuda_archs": built["archs"].split(), "nvcc": built["nvcc"], "cuda_library": "loaded"}
+    return {
+        "cuda_archs": built["archs"].split(),
+        "nvcc": built["nvcc"],
+        "cuda_level1": built["level1"],
+        "cuda_library": "loaded",
+    }
 
 
 _FACTS = _load()
@@ -94,7 +99,8 @@ def build_info() -> dict[str, Any]:
         (``avx512_bf16``, ``avx512``, ``avx2`` or ``plain``, chosen for this processor, or by the environment variable
         FASTDPO_CPU_PATH), ``cpu_products`` (per dtype of the inputs: the fused kernels with operands of which type, or
         ``at::mm in chunks``), both None where only the CUDA library fits, the CUDA library's ``cuda_archs`` (compute
-        capabilities compiled) and ``nvcc`` (its version), and ``cuda_library``, whether that is loaded.
+        capabilities compiled), ``nvcc`` (its version) and ``cuda_level1`` (whether it has Level 1, a product of our own
+        for Hopper, or why not), and ``cuda_library``, whether that is loaded.
     """
     has_cpu = _FACTS["cpu_path"] is not None
     return _FACTS | {"cpu_products": importlib.import_module("fastdpo._C").cpu_products() if has_cpu else None}

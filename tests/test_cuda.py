@@ -25,6 +25,19 @@ def ops() -> Any:
     return torch.ops.fastdpo
 
 
+@pytest.fixture(params=["0", "1"])
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Asks for a level, where it is there; a case that Level 1 cannot do is Level 0's."""
+    if request.param == "1":
+        built = fastdpo.build_info()["cuda_level1"]
+        if built != "built":
+            pytest.skip(f"Level 1 was {built}")
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("Level 1 is for compute capability 9.0")
+    monkeypatch.setenv("FASTDPO_CUDA_LEVEL", request.param)
+    return request.param
+
+
 def check(case: Case, results: Results) -> None:
     assert_matches(case, results, operand=OPERAND.get(case.hidden.dtype))
 
@@ -91,6 +104,131 @@ def test_same_bits_every_time(ops: Any, dtype: torch.dtype) -> None:
     case = random_case(0, 700, 128, 9000, dtype, bias=dtype, device="cuda")
     first, second = (call(ops, case, retained_rows=200) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.tensors(), second.tensors(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------- at both levels
+
+# What Level 1 has: gradients in bfloat16, log-probabilities alone in float16 too.
+WAYS = pytest.mark.parametrize(
+    ("dtype", "needs"),
+    [(torch.bfloat16, ("hidden", "weight")), (torch.bfloat16, ()), (torch.float16, ())],
+)
+
+
+@WAYS
+@pytest.mark.parametrize(
+    ("n", "h", "v"),
+    [(1, 8, 1), (3, 8, 2), (17, 32, 127), (70, 64, 1000), (129, 128, 193), (130, 256, 5003), (300, 72, 40008)],
+)
+@pytest.mark.parametrize("retained", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("num_scored", [None, -1])
+def test_plain_cases(
+    ops: Any,
+    level: str,
+    dtype: torch.dtype,
+    needs: tuple[str, ...],
+    n: int,
+    h: int,
+    v: int,
+    retained: float,
+    num_scored: int | None,
+) -> None:
+    case = random_case(n + v, n, h, v, dtype, device="cuda", logit_scale=-0.5, temperature=0.7)
+    check(case, call(ops, case, num_scored=num_scored, retained_rows=int(retained * n), needs=needs, extras=()))
+
+
+@pytest.mark.parametrize("v", [193, 200])
+def test_plain_target_in_every_column(ops: Any, level: str, v: int) -> None:
+    """Every place that a tile's accumulators can have, in the last and only partly filled tiles too."""
+    case = random_case(0, v, 64, v, torch.bfloat16, ignored=0.0, device="cuda")
+    case.targets = torch.arange(v, device="cuda")
+    check(case, call(ops, case, needs=("hidden", "weight"), extras=()))
+
+
+@WAYS
+@pytest.mark.parametrize("v", [40000, 40001])
+def test_plain_cases_of_many_blocks_and_chunks(
+    ops: Any, level: str, dtype: torch.dtype, needs: tuple[str, ...], v: int
+) -> None:
+    case = random_case(0, 4100, 72, v, dtype, device="cuda")
+    check(case, call(ops, case, retained_rows=1000, needs=needs, extras=()))
+
+
+@WAYS
+@pytest.mark.parametrize("retained_rows", [0, 2, 99])
+def test_plain_improbable_targets(
+    ops: Any, level: str, dtype: torch.dtype, needs: tuple[str, ...], retained_rows: int
+) -> None:
+    v = 30000
+    logits = torch.randn(8, v, generator=torch.Generator().manual_seed(0))
+    for row, rise in enumerate([31.0, 39.0, 87.0, 87.5, 100.0, 500.0]):
+        logits[row, 20000] = rise
+    logits[6] += 50 * torch.arange(v) // 3000
+    logits[7] -= 50 * torch.arange(v) // 3000
+    targets = torch.tensor([0, 1, 2, 3, 4, 29999, 5, v - 1])
+    case = Case(torch.eye(8).to("cuda", dtype), logits.T.contiguous().to("cuda", dtype), targets.cuda())
+    check(case, call(ops, case, retained_rows=retained_rows, needs=needs, extras=()))
+
+
+@WAYS
+def test_plain_cases_have_the_same_bits_every_time(
+    ops: Any, level: str, dtype: torch.dtype, needs: tuple[str, ...]
+) -> None:
+    case = random_case(0, 700, 128, 9000, dtype, spread=20.0, device="cuda")
+    first, second = (call(ops, case, retained_rows=200, needs=needs, extras=()) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.tensors(), second.tensors(), strict=True))
+
+
+@pytest.mark.parametrize("num_scored", [None, -1])
+@pytest.mark.parametrize("retained_rows", [0, 30])
+def test_plain_case_in_a_graph(ops: Any, level: str, num_scored: int | None, retained_rows: int) -> None:
+    case = random_case(0, 64, 32, 1000, torch.bfloat16, device="cuda")
+    how = {"retained_rows": retained_rows, "needs": ("hidden", "weight"), "extras": ()}
+    how["num_scored"] = int(case.scored.sum()) if num_scored is None else num_scored
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call(ops, case, **how)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = call(ops, case, **how)
+    other = random_case(1, 64, 32, 1000, torch.bfloat16, ignored=0.6, spread=20.0, device="cuda")
+    for name in ("hidden", "weight", *(() if num_scored is None else ("targets",))):
+        getattr(case, name).copy_(getattr(other, name))
+    graph.replay()
+    torch.cuda.synchronize()
+    check(case, captured)
+
+
+def test_plain_case_on_another_stream(ops: Any, level: str) -> None:
+    case = random_case(0, 300, 64, 5000, torch.bfloat16, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results = call(ops, case, num_scored=-1, needs=("hidden", "weight"), extras=())
+    stream.synchronize()
+    check(case, results)
+
+
+def test_more_than_2_to_the_31_exponentials(ops: Any, level: str) -> None:
+    """Retained or recomputed: the same gradient."""
+    case = random_case(0, 20000, 64, 120000, torch.bfloat16, ignored=0.0, device="cuda")
+    grads = [call(ops, case, retained_rows=r, needs=("weight",), extras=()).grads["weight"] for r in (20000, 0)]
+    difference = (grads[0].float() - grads[1].float()).norm()
+    assert float(difference) <= 2**-7 * float(grads[1].float().norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_level_1_writes_no_logits(ops: Any, level: str, dtype: torch.dtype) -> None:
+    """In a pass for log-probabilities: far less than one block's logits, which Level 0 needs."""
+    call(ops, random_case(0, 8, 8, 8, dtype, device="cuda"))
+    case = random_case(0, 4096, 256, 128000, dtype, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call(ops, case, needs=(), extras=())
+    peak = torch.cuda.max_memory_allocated() - before
+    assert (peak < 16 << 20) == (level == "1"), peak
 
 
 def test_a_target_outside_the_vocabulary(ops: Any) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+
+import fastdpo
 
 LIBRARY = Path(__file__).parent.parent / "fastdpo" / "fastdpo_cuda.so"
 
@@ -68,6 +74,7 @@ def test_torch_takes_the_library_alone(stand_in: list[str]) -> None:
     assert found["schemas"][0].startswith("fastdpo::token_logps_forward(Tensor hidden, Tensor weight, Tensor targets")
     assert found["schemas"][1].startswith("fastdpo::token_logps_backward(Tensor grad_logps, Tensor hidden")
     assert found["facts"]["archs"] and found["facts"]["nvcc"] and found["facts"]["target_torch"] == "2.10"
+    assert found["facts"]["level1"] == fastdpo.build_info()["cuda_level1"]
 
 
 def test_declaring_ops_that_are_there_already_is_refused_and_harmless(stand_in: list[str]) -> None:
@@ -97,4 +104,35 @@ def test_exports_and_needs() -> None:
     dynamic = subprocess.run(["readelf", "-d", LIBRARY], capture_output=True, text=True, check=True).stdout
     needed = {line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "(NEEDED)" in line}
     assert "libtorch_cuda.so" in needed
-    assert not [name for name in needed if name.startswith(("libcudart", "libcublas", "libpython"))]
+    # Nor the driver, which a machine without a GPU does not have: what Level 1 needs of it is asked for at run time.
+    assert not [name for name in needed if name.startswith(("libcudart", "libcublas", "libpython", "libcuda."))]
+
+
+def cuobjdump() -> str:
+    """The tool's path; CUDA's own, or the one that comes with triton."""
+    of_triton = importlib.util.find_spec("triton")
+    folders = [Path(of_triton.origin).parent / "backends/nvidia/bin"] if of_triton is not None else []
+    found = shutil.which("cuobjdump") or next((str(f / "cuobjdump") for f in folders if f.is_dir()), None)
+    if found is None:
+        pytest.skip("there is no cuobjdump")
+    return found
+
+
+def test_level_1_as_it_was_compiled() -> None:
+    """Tensor cores fed by TMA, exponentials on the accumulators, no register in memory, and no logits written."""
+    built = fastdpo.build_info()["cuda_level1"]
+    if built != "built":
+        pytest.skip(f"Level 1 was {built}")
+    code = subprocess.run([cuobjdump(), "-sass", LIBRARY], capture_output=True, text=True, check=True).stdout
+    kernels = [text for text in re.split(r"^\s*Function : ", code, flags=re.M) if "ExponentialTile" in text.split()[0]]
+    assert len(kernels) == 3
+    writing = 0
+    for kernel in kernels:
+        counts = Counter(re.findall(r"^\s*/\*\w+\*/\s+(?:@!?\w+\s+)?([A-Z]\w+)", kernel, flags=re.M))
+        assert counts["HGMMA"] and counts["UTMALDG"]
+        # A thread's accumulators of a tile of 128 x 192 are 192, and its rows are 4.
+        assert counts["MUFU"] >= 192 and counts["STG"] == 4
+        assert not counts["STL"] and not counts["LDL"]
+        writing += counts["UTMASTG"] > 0
+        assert (counts["STSM"] > 0) == (counts["UTMASTG"] > 0)
+    assert writing == 1

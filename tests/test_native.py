@@ -33,6 +33,8 @@ def test_build_info() -> None:
     assert set(info["cuda_archs"]) <= {"8.0", "8.6", "8.9", "9.0a", "10.0", "12.0"}
     loaded = "loaded" if torch.version.cuda else "built, not loaded: this torch has no CUDA"
     assert info["cuda_library"] == (loaded if built else "not built")
+    assert info["cuda_level1"] == "built" or info["cuda_level1"].startswith("not built: ")
+    assert built or info["cuda_level1"] == "not built: there was no nvcc"
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include <exception>
+#include <string>
 
 #include "../fastdpo.h"
+#include "exponentials.h"
 #include "token_logps.h"
 
 #ifndef FASTDPO_CUDA_ARCHS
@@ -39,5 +41,12 @@ extern "C" __attribute__((visibility("default"))) int fastdpo_declare_ops() {
 
 // JSON; what fastdpo.build_info() shows of this library.
 extern "C" __attribute__((visibility("default"))) const char* fastdpo_cuda_build_facts() {
-  return R"({"archs": ")" FASTDPO_CUDA_ARCHS R"(", "nvcc": ")" FASTDPO_NVCC R"(", "target_torch": "2.10"})";
+  static const std::string facts = [] {
+    const char* missing = fastdpo::cuda::exponentials_missing();
+    const std::string level1 = missing == nullptr ? "built" : std::string("not built: ") + missing;
+    return R"({"archs": ")" FASTDPO_CUDA_ARCHS R"(", "nvcc": ")" FASTDPO_NVCC
+           R"(", "target_torch": "2.10", "level1": ")" +
+           level1 + "\"}";
+  }();
+  return facts.c_str();
 }

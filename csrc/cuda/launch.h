@@ -19,8 +19,9 @@ constexpr Type operand_type(Type input) { return input == Type::kFloat16 ? Type:
 // the narrowest operand: both then meet 16-byte boundaries in the same columns, also where V is odd.
 constexpr int64_t kRowAlignment = 8;
 
-// As many numbers of the compute type as one row's running sums are.
+// As many numbers of the compute type as one row's running sums are, and which of them is the exponent.
 constexpr int64_t kRowSumsSize = 7;
+constexpr int64_t kExponentInRowSums = 1;
 // As many int64 as struct TargetFacts has: scored, bad_position, bad_target.
 constexpr int64_t kTargetFactsSize = 3;
 
@@ -73,6 +74,15 @@ void sum_chunk(const RowChunkArguments& arguments, void* sums, bool extras, void
 // Backward: writes the operand again, the target's term in its column.
 void recompute_operand(const RowChunkArguments& arguments, const int64_t* rows, const void* row_state,
                        int64_t positions, void* stream);
+
+// Level 1, after exponentials() (exponentials.h) wrote the chunk's operand, if there is one, and its tile sums; logits
+// is not used. Forward: the tile sums become part of the sums, and rows whose exponent is too low are put right. What
+// the earlier chunks' products have made of `direction` shrinks with them.
+void settle_rows(const RowChunkArguments& arguments, const float* tile_sums, const void* hidden, const void* weight,
+                 void* sums, void* direction, int64_t hidden_units, void* stream);
+// Backward: puts the target's term in its column. Arguments as recompute_operand's.
+void place_targets(const RowChunkArguments& arguments, const int64_t* rows, const void* row_state, int64_t positions,
+                   void* stream);
 
 struct ResultPointers {
   void* logps;

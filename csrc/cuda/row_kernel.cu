@@ -1,25 +1,7 @@
-#include "dispatch.cuh"
-#include "row_kernel.cuh"
+#include "row_chunk.cuh"
 
 namespace fastdpo::cuda {
 namespace {
-
-template <typename C, typename O>
-RowChunk<C, O> row_chunk(const RowChunkArguments& a) {
-  RowChunk<C, O> chunk{};
-  chunk.logits = static_cast<const C*>(a.logits);
-  chunk.logits_stride = a.logits_stride;
-  chunk.operand = static_cast<O*>(a.operand);
-  chunk.operand_stride = a.operand_stride;
-  chunk.retained = a.retained;
-  chunk.first_column = a.first_column;
-  chunk.columns = static_cast<int>(a.columns);
-  chunk.bias = static_cast<const C*>(a.bias);
-  chunk.targets = a.targets;
-  chunk.ignore_index = a.ignore_index;
-  chunk.transform = transform_in<C>(a.transform);
-  return chunk;
-}
 
 template <typename C, typename O, RowPass kPass, bool kExtras>
 void launch_row_kernel(const RowChunk<C, O>& chunk, int64_t count, void* stream) {

@@ -29,6 +29,9 @@ class DeviceScope {
 
 void* current_stream(int device);
 
+// 90 is 9.0.
+int compute_capability(int device);
+
 // Whether work queued on `stream` is being recorded into a graph, where nothing may be waited for.
 bool is_capturing(void* stream);
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device.cuh"
+#include "dot.cuh"
 
 namespace fastdpo::cuda {
 
@@ -96,7 +97,6 @@ struct StartRows {
 template <typename T>
 __global__ void __launch_bounds__(kBlockThreads) start_rows_kernel(const StartRows<T> work) {
   using C = typename StartRows<T>::C;
-  constexpr int kPack = kAccessBytes / static_cast<int>(sizeof(T));
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int64_t row = grid_index() / kWarpSize;
   if (row >= work.count) return;  // the whole warp leaves
@@ -104,27 +104,8 @@ __global__ void __launch_bounds__(kBlockThreads) start_rows_kernel(const StartRo
   const int64_t target = work.targets[position];
   C product = 0;
   if (target >= 0 && target < work.vocabulary) {
-    const T* h = work.hidden + position * work.hidden_units;
-    const T* w = work.weight + target * work.hidden_units;
-    int64_t in_packs = 0;
-    if (on_boundary(h) && on_boundary(w)) {
-      in_packs = work.hidden_units / kPack * kPack;
-      for (int64_t i = lane * kPack; i < in_packs; i += kWarpSize * kPack) {
-        Pack<T, kPack> of_h;
-        Pack<T, kPack> of_w;
-        of_h.load(h + i);
-        of_w.load(w + i);
-#pragma unroll
-        for (int j = 0; j < kPack; ++j) product += load_as_compute(of_h.values[j]) * load_as_compute(of_w.values[j]);
-      }
-    }
-    for (int64_t i = in_packs + lane; i < work.hidden_units; i += kWarpSize) {
-      product += load_as_compute(h[i]) * load_as_compute(w[i]);
-    }
-  }
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    product += __shfl_xor_sync(kAllLanes, product, distance);
+    product = dot_over_warp(work.hidden + position * work.hidden_units, work.weight + target * work.hidden_units,
+                            work.hidden_units);
   }
   if (lane == 0) {
     constexpr C kNaN = std::numeric_limits<C>::quiet_NaN();

@@ -3,11 +3,13 @@
 //
 // forward, for each block of scored rows:        backward, for each chunk of the vocabulary:
 //   start_rows   z_y, a dot product                for rows whose operand was not retained:
-//   for each chunk of the vocabulary:                multiply           z
-//     multiply   z = hidden * weight^T               recompute_operand
-//     sum_chunk  z -> sums, operand                multiply             grad_weight = operand^T * scaled hidden
-//     multiply   direction += operand * weight                            or weight_sum += the same
+//   for each chunk of the vocabulary:                backward_chunk   operand
+//     forward_chunk  sums, operand                 multiply           grad_weight = operand^T * scaled hidden
+//     multiply       direction += operand * weight                      or weight_sum += the same
 //   finish_rows  sums -> logps, direction
+//
+// What forward_chunk and backward_chunk are depends on the level (chunk.h): a product and the row kernel, or a product
+// with the row kernel's work in it.
 #include "token_logps.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -21,7 +23,9 @@
 #include <vector>
 
 #include "../fastdpo.h"
+#include "chunk.h"
 #include "launch.h"
+#include "level.h"
 #include "products.h"
 #include "runtime.h"
 
@@ -215,20 +219,19 @@ int64_t chunk_stride(int64_t chunk, int64_t vocabulary, bool retained) {
   return round_up(chunk, kRowAlignment) + (retained ? vocabulary % kRowAlignment : 0);
 }
 
-// z = hidden rows * (weight rows of the chunk)^T, accumulated in float32 (float64) and never rounded to 16 bits.
-void multiply_logits(const Inputs& in, const void* hidden, int64_t count, int64_t first_column, int64_t columns,
-                     const Tensor& logits, int64_t logits_stride) {
-  multiply({.rows = count,
-            .columns = columns,
-            .depth = in.hidden_units,
-            .operands = in.type,
-            .a = {hidden, in.hidden_units, false},
-            .b = {in.weight_row(first_column), in.hidden_units, true},
-            .out = logits.data_ptr(),
-            .out_stride = logits_stride,
-            .out_type = in.compute(),
-            .accumulate = false,
-            .tensor_float32 = false});
+// `hidden` is what the products read, the input or a copy of its rows; `retained` whether the operand goes there.
+Level level_of(const Inputs& in, const void* hidden, bool operand, bool retained, bool extras) {
+  return choose_level({.type = in.type,
+                       .compute_capability = compute_capability(in.hidden.get_device_index()),
+                       .hidden_units = in.hidden_units,
+                       .hidden = hidden,
+                       .weight = in.weight_data,
+                       .operand = operand,
+                       .retained_stride = retained ? in.vocabulary : 0,
+                       .bias = in.bias != nullptr,
+                       .softcap = in.transform.softcap != 0,
+                       .extras = extras},
+                      asked_level());
 }
 
 }  // namespace
@@ -275,6 +278,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
   if (rows.count == 0) return outputs();
 
   const bool extras = entropy || log_sum_sq_probs || mean_logits;
+  const bool any_extra = extras || top_gap;
   const int64_t hidden_bytes = in.hidden_units * size_of(in.type);
   const int64_t compute_bytes = size_of(in.compute());
   Tensor sums = in.empty({std::min(rows.count, limit.forward_rows), kRowSumsSize}, in.compute());
@@ -288,16 +292,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
     const bool writes = retain || need_direction;
     const bool scratch_operand = writes && !retain;
     const int64_t block = std::min(even_part(end - begin, limit.forward_rows, kRowAlignment), end - begin);
-    int64_t column_bytes = block * (compute_bytes + (scratch_operand ? size_of(in.operand()) : 0));
+    Tensor gathered = in.empty({rows.positions != nullptr ? block : 0, in.hidden_units}, in.type);
+    const void* read_hidden = rows.positions != nullptr ? gathered.data_ptr() : in.hidden_data;
+    const Level level = level_of(in, read_hidden, writes, retain, any_extra);
+    int64_t column_bytes = scratch_bytes_per_column(level, block, compute_bytes);
+    if (scratch_operand) column_bytes += block * size_of(in.operand());
     if (need_direction && in.weight_needs_cast()) column_bytes += in.hidden_units * size_of(in.operand());
-    const int64_t chunk = even_part(in.vocabulary, limit.workspace_bytes / column_bytes, limit.chunk_multiple);
+    const int64_t chunk =
+        even_part(in.vocabulary, limit.workspace_bytes / column_bytes, chunk_multiple(level, limit.chunk_multiple));
     const int64_t stride = chunk_stride(chunk, in.vocabulary, retain);
 
-    Tensor logits = in.empty({block, stride}, in.compute());
+    Tensor scratch = in.empty({block, scratch_columns(level, stride)}, in.compute());
     Tensor operand = in.empty({scratch_operand ? block : 0, stride}, in.operand());
     Tensor weight_cast =
         in.empty({need_direction && in.weight_needs_cast() ? chunk : 0, in.hidden_units}, in.operand());
-    Tensor gathered = in.empty({rows.positions != nullptr ? block : 0, in.hidden_units}, in.type);
     // Row i is position i: the direction's own memory can hold the sum while it grows.
     Tensor accumulator =
         in.empty({need_direction && rows.positions != nullptr ? block : 0, in.hidden_units}, in.compute());
@@ -335,25 +343,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
 
       for (int64_t column = 0; column < in.vocabulary; column += chunk) {
         const int64_t columns = std::min(chunk, in.vocabulary - column);
-        multiply_logits(in, block_hidden, count, column, columns, logits, stride);
         void* chunk_operand = retain   ? static_cast<void*>(block_retained + column * size_of(in.operand()))
                               : writes ? operand.data_ptr()
                                        : nullptr;
         const int64_t operand_stride = retain ? in.vocabulary : stride;
-        sum_chunk({.type = in.type,
-                   .count = count,
-                   .logits = logits.data_ptr(),
-                   .logits_stride = stride,
-                   .operand = chunk_operand,
-                   .operand_stride = operand_stride,
-                   .retained = retain,
-                   .first_column = column,
-                   .columns = columns,
-                   .bias = in.bias_at(column),
-                   .targets = static_cast<const int64_t*>(row_targets.data_ptr()),
-                   .ignore_index = ignore_index,
-                   .transform = in.transform},
-                  sums.data_ptr(), extras, accumulated, in.hidden_units, in.stream);
+        forward_chunk({.level = level,
+                       .rows = {.type = in.type,
+                                .count = count,
+                                .logits = nullptr,  // in scratch memory, if anywhere
+                                .logits_stride = stride,
+                                .operand = chunk_operand,
+                                .operand_stride = operand_stride,
+                                .retained = retain,
+                                .first_column = column,
+                                .columns = columns,
+                                .bias = in.bias_at(column),
+                                .targets = static_cast<const int64_t*>(row_targets.data_ptr()),
+                                .ignore_index = ignore_index,
+                                .transform = in.transform},
+                       .hidden = block_hidden,
+                       .weight = in.weight_row(column),
+                       .hidden_units = in.hidden_units,
+                       .scratch = scratch.data_ptr()},
+                      sums.data_ptr(), extras, accumulated, in.stream);
         if (!need_direction) continue;
         const void* chunk_weight = in.weight_row(column);
         if (in.weight_needs_cast()) {
@@ -458,15 +470,22 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_backward(
   const bool gather = recomputed > 0 && rows.positions != nullptr;
   Tensor gathered = in.empty({gather ? recomputed : 0, in.hidden_units}, in.type);
   Tensor recomputed_targets = in.empty({gather ? recomputed : 0}, ScalarType::Long);
+  Tensor recomputed_exponents = in.empty({gather ? recomputed : 0}, in.compute());
   if (gather) {
     gather_rows(in.hidden_data, rows.positions + kept, recomputed, hidden_bytes, gathered.data_ptr(), in.stream);
     gather_rows(in.targets, rows.positions + kept, recomputed, sizeof(int64_t), recomputed_targets.data_ptr(),
+                in.stream);
+    const void* exponents = static_cast<const char*>(row_state.data_ptr()) + kRowExponent * n * compute_bytes;
+    gather_rows(exponents, rows.positions + kept, recomputed, compute_bytes, recomputed_exponents.data_ptr(),
                 in.stream);
   }
   const char* recomputed_hidden =
       gather ? static_cast<const char*>(gathered.data_ptr()) : in.hidden_data + kept * hidden_bytes;
   const int64_t* targets_of_recomputed =
       gather ? static_cast<const int64_t*>(recomputed_targets.data_ptr()) : in.targets + kept;
+  const char* exponents_of_recomputed =
+      static_cast<const char*>(gather ? recomputed_exponents.data_ptr() : row_state.data_ptr());
+  if (!gather) exponents_of_recomputed += (kRowExponent * n + kept) * compute_bytes;
 
   const int64_t block =
       recomputed == 0 ? 0 : std::min(even_part(recomputed, limit.backward_rows, kRowAlignment), recomputed);
@@ -475,13 +494,14 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_backward(
   const bool in_place = adds_weight || in.type == in.compute() || (products == 1 && in.operand() == in.type);
   const Type weight_grad_type = adds_weight ? in.compute() : in.type;
   char* const weight_grad = static_cast<char*>(adds_weight ? weight_sum->data_ptr() : grad_weight.data_ptr());
-  int64_t column_bytes = block * (compute_bytes + size_of(in.operand()));
+  const Level level = level_of(in, recomputed_hidden, true, false, false);
+  int64_t column_bytes = scratch_bytes_per_column(level, block, compute_bytes) + block * size_of(in.operand());
   if (need_weight && !in_place) column_bytes += in.hidden_units * compute_bytes;
-  const int64_t chunk = column_bytes == 0
-                            ? in.vocabulary
-                            : even_part(in.vocabulary, limit.workspace_bytes / column_bytes, limit.chunk_multiple);
+  const int64_t chunk = column_bytes == 0 ? in.vocabulary
+                                          : even_part(in.vocabulary, limit.workspace_bytes / column_bytes,
+                                                      chunk_multiple(level, limit.chunk_multiple));
   const int64_t stride = chunk_stride(chunk, in.vocabulary, false);
-  Tensor logits = in.empty({block, stride}, in.compute());
+  Tensor scratch = in.empty({block, scratch_columns(level, stride)}, in.compute());
   Tensor operand = in.empty({block, stride}, in.operand());
   Tensor chunk_sum = in.empty({need_weight && !in_place ? chunk : 0, in.hidden_units}, in.compute());
   const bool bias_in_place = adds_bias || in.bias_type == in.compute();
@@ -526,26 +546,30 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_backward(
     }
     for (int64_t first = 0; first < recomputed; first += block) {
       const int64_t count = std::min(block, recomputed - first);
-      multiply_logits(in, recomputed_hidden + first * hidden_bytes, count, column, columns, logits, stride);
       // Without a list of rows, row i of this block is position kept + first + i of row_state.
       const int64_t row = kept + first;
       const bool listed = rows.positions != nullptr;
-      recompute_operand({.type = in.type,
-                         .count = count,
-                         .logits = logits.data_ptr(),
-                         .logits_stride = stride,
-                         .operand = operand.data_ptr(),
-                         .operand_stride = stride,
-                         .retained = false,
-                         .first_column = column,
-                         .columns = columns,
-                         .bias = in.bias_at(column),
-                         .targets = targets_of_recomputed + first,
-                         .ignore_index = ignore_index,
-                         .transform = in.transform},
-                        listed ? rows.positions + row : nullptr,
-                        static_cast<const char*>(row_state.data_ptr()) + (listed ? 0 : row * compute_bytes), n,
-                        in.stream);
+      backward_chunk({.level = level,
+                      .rows = {.type = in.type,
+                               .count = count,
+                               .logits = nullptr,  // in scratch memory, if anywhere
+                               .logits_stride = stride,
+                               .operand = operand.data_ptr(),
+                               .operand_stride = stride,
+                               .retained = false,
+                               .first_column = column,
+                               .columns = columns,
+                               .bias = in.bias_at(column),
+                               .targets = targets_of_recomputed + first,
+                               .ignore_index = ignore_index,
+                               .transform = in.transform},
+                      .hidden = recomputed_hidden + first * hidden_bytes,
+                      .weight = in.weight_row(column),
+                      .hidden_units = in.hidden_units,
+                      .scratch = scratch.data_ptr()},
+                     listed ? rows.positions + row : nullptr,
+                     static_cast<const char*>(row_state.data_ptr()) + (listed ? 0 : row * compute_bytes), n,
+                     exponents_of_recomputed + first * compute_bytes, in.stream);
       add_rows(operand.data_ptr(), stride, row, count);
     }
     if (need_weight && !in_place) {

@@ -1,11 +1,13 @@
 """Compiles the CUDA sources for the host, so that they are tested where no GPU is.
 
-The same csrc/cuda/*.cuh, *.cu and token_logps.cpp that nvcc and g++ build for a device; replaced are the CUDA language
-(cuda_shim.h), cuBLAS (products_host.cpp), the CUDA runtime (runtime_host.cpp) and the registration (binding_host.cpp).
+The same csrc/cuda/*.cuh, *.cu and *.cpp that nvcc and g++ build for a device; replaced are the CUDA language
+(cuda_shim.h), cuBLAS (products_host.cpp), Level 1's product (exponentials_host.cpp), the CUDA runtime
+(runtime_host.cpp) and the registration (binding_host.cpp).
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -19,9 +21,9 @@ from torch.utils.cpp_extension import include_paths
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parent.parent / "csrc" / "cuda"
 SOURCES = [
-    *(CUDA / f"{name}.cu" for name in ("row_kernel", "scored_rows", "gradients")),
-    CUDA / "token_logps.cpp",
-    *(HERE / f"{name}_host.cpp" for name in ("runtime", "products", "binding")),
+    *(CUDA / f"{name}.cu" for name in ("row_kernel", "scored_rows", "gradients", "tile_sums")),
+    *(CUDA / f"{name}.cpp" for name in ("token_logps", "chunk", "level")),
+    *(HERE / f"{name}_host.cpp" for name in ("runtime", "products", "exponentials", "binding")),
 ]
 
 
@@ -35,6 +37,7 @@ def compile_flags(block_threads: int) -> list[str]:
         "-Wno-unknown-pragmas",
         "-Wno-unused-parameter",
         f"-DFASTDPO_BLOCK_THREADS={block_threads}",
+        "-DFASTDPO_TILE_COLUMNS=16",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         f"-I{HERE}",
@@ -45,6 +48,12 @@ def compile_flags(block_threads: int) -> list[str]:
 
 def build(folder: Path, block_threads: int = 64) -> Path:
     """Returns the library, from ``folder`` where the same sources were built there with the same flags before."""
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes that start together build it once
+        return _build(folder, block_threads)
+
+
+def _build(folder: Path, block_threads: int) -> Path:
     compiler = os.environ.get("CXX", "g++")
     flags = compile_flags(block_threads)
     headers = [*CUDA.glob("*.h"), *CUDA.glob("*.cuh"), *HERE.glob("*.h"), CUDA.parent / "fastdpo.h"]

@@ -14,6 +14,7 @@ Limits limits() { return host_settings().limits; }
 DeviceScope::DeviceScope(int) {}
 DeviceScope::~DeviceScope() { (void)torch_guard_; }
 void* current_stream(int) { return nullptr; }
+int compute_capability(int) { return host_settings().compute_capability; }
 bool is_capturing(void*) { return host_settings().capturing; }
 void copy_to_host(void* to, const void* from, int64_t bytes, void*) { std::memcpy(to, from, bytes); }
 

@@ -1,0 +1,159 @@
+// Level 1's small kernels: from a chunk's tile sums to the rows' sums, and what its product could not know.
+#pragma once
+
+#include "dot.cuh"
+#include "exponentials.h"
+#include "row_kernel.cuh"
+
+namespace fastdpo::cuda {
+
+// Level 1 has one operand type, for float16 comes without an operand. The chunk's logits and bias are not used here.
+using TiledChunk = RowChunk<float, bfloat16>;
+
+template <typename T>
+struct TileChunk {
+  const float* tile_sums;  // [rows, tiles] sums of exponentials relative to the row's exponent, the target's left out
+  int tiles;
+  const T* hidden;  // [rows, hidden_units]
+  const T* weight;  // [columns, hidden_units], the chunk's
+  int64_t hidden_units;
+};
+
+// The same rule as the row kernel's, with the sum of a tile, which bounds it from above, for its greatest exponential.
+__device__ __forceinline__ bool too_large(float log_of_tile_sum) {
+  return log_of_tile_sum > static_cast<float>(kMaxExponentGap);
+}
+
+// A tile's exponentials are in range where their sum is: above, some may be infinite in float32, or in bfloat16, whose
+// largest number is 0.4 % below float32's. A NaN counts as in range, for no exponent would help.
+__device__ __forceinline__ bool in_range(float tile_sum) { return !(tile_sum > 0x1p126f); }
+
+// One row of a chunk, and the block that has it.
+template <typename T>
+struct TiledRow {
+  using Traits = RowTraits<float, bfloat16, RowPass::kSums, false>;
+  static constexpr int kColumns = static_cast<int>(kTileColumns);
+
+  const TiledChunk& chunk;
+  const TileChunk<T>& tiles;
+  int64_t row;
+  int target;         // the target's column in this chunk; -1 when it is in another
+  bfloat16* operand;  // or null
+
+  __device__ __forceinline__ float tile_sum(int tile) const { return tiles.tile_sums[row * tiles.tiles + tile]; }
+  __device__ __forceinline__ int columns(int tile) const {
+    const int left = chunk.columns - tile * kColumns;
+    return left < kColumns ? left : kColumns;
+  }
+
+  // Calls use(column, logit) in all lanes of a warp for the warp's share of the tile's columns, without the target's.
+  template <typename Use>
+  __device__ __forceinline__ void each_logit(int tile, Use use) const {
+    const T* hidden = tiles.hidden + row * tiles.hidden_units;
+    for (int i = static_cast<int>(threadIdx.x) / kWarpSize; i < columns(tile); i += Traits::kWarps) {
+      const int column = tile * kColumns + i;
+      if (column == target) continue;
+      const T* weight = tiles.weight + column * tiles.hidden_units;
+      use(column, chunk.transform.logit(dot_over_warp(hidden, weight, tiles.hidden_units)));
+    }
+  }
+
+  // An exponent that suits all tiles: the largest logit of those that are out of range, or what bounds the others'.
+  __device__ __forceinline__ float suitable_exponent(float exponent) const {
+    ChunkSums<float> found = ChunkSums<float>::empty();
+    auto consider = [&](float logit) { found.max_logit = logit > found.max_logit ? logit : found.max_logit; };
+    for (int tile = 0; tile < tiles.tiles; ++tile) {
+      const float sum = tile_sum(tile);
+      if (in_range(sum)) {
+        consider(exponent + std::log(sum));
+      } else {
+        each_logit(tile, [&](int, float logit) { consider(logit); });
+      }
+    }
+    return sum_over_block<Traits>(found).max_logit;
+  }
+
+  // The chunk's sum relative to another exponent, `factor` being exp(the old one - it), and the operand likewise:
+  // tiles in range shrink, the others are computed again. The product left a zero in the target's column.
+  __device__ __forceinline__ float sum_again(float exponent, float factor) const {
+    ChunkSums<float> sums = ChunkSums<float>::empty();
+    for (int tile = 0; tile < tiles.tiles; ++tile) {
+      const float sum = tile_sum(tile);
+      if (in_range(sum)) {
+        if (threadIdx.x == 0) sums.sum += factor * sum;
+        if (operand != nullptr) shrink_row(operand + tile * kColumns, columns(tile), factor);
+      } else {
+        each_logit(tile, [&](int column, float logit) {
+          if (threadIdx.x % kWarpSize != 0) return;
+          const float e = std::exp(logit - exponent);
+          sums.sum += e;
+          if (operand != nullptr) operand[column] = round_to<bfloat16>(e);
+        });
+      }
+    }
+    return sum_over_block<Traits>(sums).sum;
+  }
+};
+
+// Forward, one block per row: the tile sums, added in an order that depends on their number alone, become part of the
+// row's sum. Where one is too large the row's exponent is raised, and what was formed with the old one is put right, as
+// in the row kernel. That is rare (a target less likely than e^-kMaxExponentGap; less likely than 2^-126 for tiles out
+// of range), so it may be slow, but it is decided here, and every launch is the same.
+template <typename T>
+__global__ void __launch_bounds__(kBlockThreads) settle_rows_kernel(const TiledChunk chunk, const TileChunk<T> tiles) {
+  using Traits = typename TiledRow<T>::Traits;
+  const int64_t row = blockIdx.x;
+  const int64_t target = chunk.targets[row];
+  bfloat16* operand = chunk.operand != nullptr ? chunk.operand + row * chunk.operand_stride : nullptr;
+  // As in the row kernel: zeros, whatever the row's hidden states hold.
+  if (target == chunk.ignore_index) {
+    if (operand != nullptr) clear_row(operand, chunk.columns);
+    return;
+  }
+
+  ChunkSums<float> sums = ChunkSums<float>::empty();
+  for (int tile = static_cast<int>(threadIdx.x); tile < tiles.tiles; tile += Traits::kThreads) {
+    const float sum = tiles.tile_sums[row * tiles.tiles + tile];
+    const float log_of_sum = std::log(sum);
+    sums.sum += sum;
+    // The comparison drops a NaN; the sum keeps it.
+    sums.max_logit = log_of_sum > sums.max_logit ? log_of_sum : sums.max_logit;
+  }
+  // All threads read the exponent before the barriers of sum_over_block, and thread 0 writes it after them.
+  RowSums<float> total = chunk.sums[row];
+  sums = sum_over_block<Traits>(sums);
+  if (too_large(sums.max_logit)) {
+    const int64_t offset = target - chunk.first_column;
+    const bool here = offset >= 0 && offset < chunk.columns;
+    const TiledRow<T> tiled{chunk, tiles, row, here ? static_cast<int>(offset) : -1, operand};
+    const float raised = tiled.suitable_exponent(total.exponent);
+    const float factor = total.raise(raised);
+    if (chunk.first_column > 0) {
+      if (chunk.direction != nullptr) {
+        shrink_row(chunk.direction + row * chunk.hidden_units, chunk.hidden_units, factor);
+      }
+      if (operand != nullptr && chunk.retained) shrink_row(operand - chunk.first_column, chunk.first_column, factor);
+    }
+    sums.sum = tiled.sum_again(raised, factor);
+  }
+  total.sum += sums.sum;
+  if (threadIdx.x == 0) chunk.sums[row] = total;
+}
+
+// Backward, one block per row: the target's term, and zeros for ignored rows.
+__global__ void __launch_bounds__(kBlockThreads) place_targets_kernel(const TiledChunk chunk) {
+  const int64_t row = blockIdx.x;
+  const int64_t target = chunk.targets[row];
+  bfloat16* operand = chunk.operand + row * chunk.operand_stride;
+  if (target == chunk.ignore_index) {
+    clear_row(operand, chunk.columns);
+    return;
+  }
+  const int64_t offset = target - chunk.first_column;
+  if (threadIdx.x != 0 || offset < 0 || offset >= chunk.columns) return;
+  const float* state = chunk.row_state + (chunk.rows != nullptr ? chunk.rows[row] : row);
+  operand[offset] = round_to<bfloat16>(target_operand(state[kRowTargetWeight * chunk.state_stride],
+                                                      state[kRowNorm * chunk.state_stride], chunk.transform.slope()));
+}
+
+}  // namespace fastdpo::cuda
