@@ -4,6 +4,7 @@
 #   bench/gpu.sh                     everything
 #   bench/gpu.sh check               the tests of the CUDA op, and compute-sanitizer on small cases
 #   bench/gpu.sh bench profile       run.py on the loss layer's cases; Nsight Compute on the row kernel and the products
+#   bench/gpu.sh blocks              cuda_blocks.py: other cuts into token blocks and vocabulary chunks than the chosen one
 #   bench/gpu.sh train               train.py: pairs per second beside TRL's trainer
 #
 # Needs python with a CUDA torch, g++, nvcc and no network; results go to ${OUT:-bench/results}. A build that is there
@@ -58,7 +59,7 @@ build() {
 check() {
   # The kernels, once on the host and once on the device.
   step test_cuda_library "$python" -m pytest -q tests/test_cuda_library.py
-  step test_cuda_host "$python" -m pytest -q tests/test_cuda_host.py tests/test_cuda_level1.py
+  step test_cuda_host "$python" -m pytest -q tests/test_cuda_host.py tests/test_cuda_level1.py tests/test_cuda_blocks.py
   step test_cuda "$python" -m pytest -q tests/test_cuda.py
   step test_cuda_limits "$python" -m pytest -q tests/test_cuda_limits.py
   need compute-sanitizer || return
@@ -103,6 +104,13 @@ profile() {
   done
 }
 
+blocks() {
+  local level
+  for level in $levels; do
+    step "blocks-level$level" "$python" bench/cuda_blocks.py --level "$level" --json "$out/blocks-level$level.json"
+  done
+}
+
 train() {
   step train "$python" bench/train.py --device cuda --case llama-1b --json "$out/train.json" --plot "$out/train.png"
 }
@@ -116,12 +124,12 @@ tables() {
   done
 }
 
-stages=${*:-check bench profile train}
+stages=${*:-check bench profile blocks train}
 for stage in $stages; do
   case $stage in
-    check | bench | profile | train) ;;
+    check | bench | profile | blocks | train) ;;
     *)
-      echo "bench/gpu.sh: $stage is none of check, bench, profile, train" >&2
+      echo "bench/gpu.sh: $stage is none of check, bench, profile, blocks, train" >&2
       exit 2
       ;;
   esac

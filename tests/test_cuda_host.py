@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -29,25 +30,32 @@ from torch import Tensor
 
 from fastdpo.out_of_memory import is_out_of_memory
 
-MIB = 1 << 20
+BLOCKS = "FASTDPO_CUDA_BLOCKS"
 
 
-@pytest.fixture(scope="session")
-def library(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture(scope="module")
+def library(request: pytest.FixtureRequest) -> Iterator[Any]:
     torch.ops.load_library(str(build(request.config.cache.mkdir("cuda_host"))))
-    return torch.ops.fastdpo_host
+    yield torch.ops.fastdpo_host
+    restore(torch.ops.fastdpo_host)
 
 
 @pytest.fixture
 def ops(library: Any) -> Iterator[Any]:
     configure(library)
     yield library
-    configure(library)
+    restore(library)
 
 
 def configure(ops: Any, *, rows: int = 16, chunk: int = 24, capturing: bool = False) -> None:
-    """Token blocks of at most ``rows`` rows, and vocabulary chunks of ``chunk`` entries; both multiples of 8."""
-    ops.configure(1, rows, rows, chunk, capturing)
+    """Token blocks of at most ``rows`` rows, and vocabulary chunks of ``chunk`` entries, a multiple of 8."""
+    os.environ[BLOCKS] = f"{rows},{chunk}"
+    ops.capture(capturing)
+
+
+def restore(ops: Any) -> None:
+    os.environ.pop(BLOCKS, None)
+    ops.capture(False)
 
 
 # ------------------------------------------------------------------------------------------- everything at once
@@ -178,7 +186,7 @@ def test_top_gap_of_ties(ops: Any, dtype: torch.dtype, v: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_chunks_that_a_device_would_take(ops: Any, dtype: torch.dtype) -> None:
-    ops.configure(128 * MIB, 2048, 8192, 128, False)
+    restore(ops)
     case = random_case(0, 30, 24, 3001, dtype, bias=torch.float32)
     assert_matches(case, call(ops, case, retained_rows=11))
 
@@ -243,7 +251,7 @@ def test_a_certain_target(ops: Any, dtype: torch.dtype) -> None:
 def test_a_whole_vocabulary_just_short_of_a_raise(ops: Any) -> None:
     """The largest sums of squares that there can be."""
     v = 60000
-    ops.configure(128 * MIB, 16, 16, 128, False)
+    restore(ops)
     for gap in (30.0, 35.0, 39.9):
         logits = torch.full((1, v), gap)
         logits[0, 5] = 0

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from op_calls import DTYPES, OP_OUTPUTS, Case, Results, assert_matches, call, random_case
 from oracle import ROUNDING, assert_within
-from test_cuda_host import MIB, configure
+from test_cuda_host import configure, restore
 from torch import Tensor
 
 # What Level 1 does: gradients in bfloat16, with no row's operand retained, some or all; log-probabilities alone in
@@ -34,10 +34,11 @@ WAYS = pytest.mark.parametrize(
 VARIABLE = "FASTDPO_CUDA_LEVEL"
 
 
-@pytest.fixture(scope="session")
-def library(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture(scope="module")
+def library(request: pytest.FixtureRequest) -> Iterator[Any]:
     torch.ops.load_library(str(build(request.config.cache.mkdir("cuda_host"))))
-    return torch.ops.fastdpo_host
+    yield torch.ops.fastdpo_host
+    restore(torch.ops.fastdpo_host)
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def host(library: Any) -> Iterator[Any]:
     configure(library, rows=16, chunk=48)
     library.fused_products()
     yield library
-    configure(library)
+    restore(library)
     library.pretend(90, True)
 
 
@@ -253,7 +254,7 @@ def test_gradients_are_added_to_sums(ops: Any, retained_rows: int) -> None:
 
 @WAYS
 def test_the_chunks_that_a_device_would_take(ops: Any, dtype: torch.dtype, how: dict[str, Any]) -> None:
-    ops.configure(128 * MIB, 2048, 8192, 128, False)
+    restore(ops)
     case = random_case(0, 30, 24, 3000, dtype)
     assert_matches(case, plain(ops, case, **how))
 

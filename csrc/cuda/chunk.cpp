@@ -6,6 +6,10 @@
 namespace fastdpo::cuda {
 namespace {
 
+// The shorter side of what a library's product makes at a time.
+constexpr int64_t kProductTile = 128;
+static_assert(kProductTile % kRowAlignment == 0);
+
 // z = hidden rows * (weight rows of the chunk)^T, accumulated in float32 (float64) and never rounded to 16 bits.
 RowChunkArguments multiply_logits(const ChunkArguments& chunk) {
   RowChunkArguments rows = chunk.rows;
@@ -52,9 +56,9 @@ int64_t scratch_bytes_per_column(Level level, int64_t rows, int64_t number_bytes
   return level == Level::kFused ? (bytes + kTileColumns - 1) / kTileColumns : bytes;
 }
 
-int64_t chunk_multiple(Level level, int64_t of_products) {
-  return level == Level::kFused ? tiles_of(of_products) * kTileColumns : of_products;
-}
+int64_t least_chunk_multiple(Level level) { return level == Level::kFused ? kTileColumns : kRowAlignment; }
+
+int64_t chunk_multiple(Level level) { return level == Level::kFused ? kTileColumns : kProductTile; }
 
 void forward_chunk(const ChunkArguments& chunk, void* sums, bool extras, void* direction, void* stream) {
   if (chunk.level == Level::kProducts) {

@@ -13,8 +13,9 @@ namespace fastdpo::cuda {
 int64_t scratch_columns(Level level, int64_t stride);
 // The same as bytes of one column for all of `rows`, rounded up.
 int64_t scratch_bytes_per_column(Level level, int64_t rows, int64_t number_bytes);
-// What a chunk's size should be a multiple of.
-int64_t chunk_multiple(Level level, int64_t of_products);
+// What a chunk's size must be a multiple of, and what it is best a multiple of: the side of a product's tile.
+int64_t least_chunk_multiple(Level level);
+int64_t chunk_multiple(Level level);
 
 struct ChunkArguments {
   Level level;

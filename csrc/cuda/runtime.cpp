@@ -16,24 +16,13 @@ void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("fastdpo: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// Beside inputs, outputs and N x H numbers, an op takes this much memory for a chunk's logits, operand and gradient,
-// whatever V and N are.
-constexpr int64_t kWorkspaceBytes = int64_t{128} << 20;
-
-// Rows of a token block. Forward adds to a float32 [rows, H] once a chunk: 8 H bytes for 2 H * chunk flops a row, so
-// long chunks of few rows are cheap; from 300 rows on, a product does more than 300 flops for a byte of weight, which
-// is what an H100 does (800 TFLOP/s over 3 TB/s). Backward adds to a float32 [chunk, H] once a block, so there long
-// blocks are cheap, and a single one needs no accumulator at all.
-constexpr int64_t kForwardRows = 2048;
-constexpr int64_t kBackwardRows = 8192;
-
-// The side of a matrix product's tile.
-constexpr int64_t kChunkMultiple = 128;
-static_assert(kChunkMultiple % kRowAlignment == 0 && kForwardRows % kRowAlignment == 0);
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
 
 }  // namespace
-
-Limits limits() { return {kWorkspaceBytes, kForwardRows, kBackwardRows, kChunkMultiple}; }
 
 DeviceScope::DeviceScope(int device) {
   if (device < 0) throw std::runtime_error("fastdpo: `hidden` must be on a CUDA device");
@@ -58,12 +47,11 @@ void* current_stream(int device) {
 }
 
 int compute_capability(int device) {
-  int major = 0;
-  int minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-  return 10 * major + minor;
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+         attribute(cudaDevAttrComputeCapabilityMinor, device);
 }
+
+int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
 
 bool is_capturing(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;

@@ -5,15 +5,6 @@
 
 namespace fastdpo::cuda {
 
-// How much the orchestration may use at once.
-struct Limits {
-  int64_t workspace_bytes;
-  int64_t forward_rows;
-  int64_t backward_rows;
-  int64_t chunk_multiple;
-};
-Limits limits();
-
 // While it lives, `device` is the current one, for torch and for the library's own CUDA runtime, which is linked
 // statically and keeps its own notion of it. Throws when `device` is none that kernels can run on.
 class DeviceScope {
@@ -31,6 +22,8 @@ void* current_stream(int device);
 
 // 90 is 9.0.
 int compute_capability(int device);
+
+int multiprocessors(int device);
 
 // Whether work queued on `stream` is being recorded into a graph, where nothing may be waited for.
 bool is_capturing(void* stream);

@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "../fastdpo.h"
+#include "blocks.h"
 #include "chunk.h"
 #include "launch.h"
 #include "level.h"
@@ -206,13 +207,6 @@ ScoredRows find_scored_rows(const Inputs& in, int64_t num_scored) {
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// The size of equal parts, multiples of `multiple`, that cover `total` with no part above `most`.
-int64_t even_part(int64_t total, int64_t most, int64_t multiple) {
-  most = std::max(most / multiple * multiple, multiple);
-  const int64_t parts = std::max<int64_t>((total + most - 1) / most, 1);
-  return round_up((total + parts - 1) / parts, multiple);
-}
-
 // The row stride of a chunk's logits and of its operand when it has scratch memory of its own: aligned, or out of
 // alignment exactly as the rows of `retained` are.
 int64_t chunk_stride(int64_t chunk, int64_t vocabulary, bool retained) {
@@ -244,7 +238,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
   const Inputs in =
       check_inputs(hidden, weight, targets, bias, ignore_index, num_scored, logit_scale, softcap, temperature);
   STD_TORCH_CHECK(retain_bytes >= 0, "`retain_bytes` is ", retain_bytes, ", but must not be negative");
-  const Limits limit = limits();
   const int64_t n = in.positions;
   const int64_t retainable = std::min(n, retain_bytes / (in.vocabulary * size_of(in.operand())));
 
@@ -281,8 +274,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
   const bool any_extra = extras || top_gap;
   const int64_t hidden_bytes = in.hidden_units * size_of(in.type);
   const int64_t compute_bytes = size_of(in.compute());
-  Tensor sums = in.empty({std::min(rows.count, limit.forward_rows), kRowSumsSize}, in.compute());
-  Tensor row_targets = in.empty({std::min(rows.count, limit.forward_rows)}, ScalarType::Long);
 
   // The retained rows, then the others: a block has its operand in one place, `retained` or scratch.
   for (const bool retain : {true, false}) {
@@ -291,28 +282,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
     if (begin == end) continue;
     const bool writes = retain || need_direction;
     const bool scratch_operand = writes && !retain;
-    const int64_t block = std::min(even_part(end - begin, limit.forward_rows, kRowAlignment), end - begin);
-    Tensor gathered = in.empty({rows.positions != nullptr ? block : 0, in.hidden_units}, in.type);
-    const void* read_hidden = rows.positions != nullptr ? gathered.data_ptr() : in.hidden_data;
-    const Level level = level_of(in, read_hidden, writes, retain, any_extra);
-    int64_t column_bytes = scratch_bytes_per_column(level, block, compute_bytes);
-    if (scratch_operand) column_bytes += block * size_of(in.operand());
-    if (need_direction && in.weight_needs_cast()) column_bytes += in.hidden_units * size_of(in.operand());
-    const int64_t chunk =
-        even_part(in.vocabulary, limit.workspace_bytes / column_bytes, chunk_multiple(level, limit.chunk_multiple));
+    const bool listed = rows.positions != nullptr;
+    // Memory that torch has made lies on a boundary.
+    const Level level = level_of(in, listed ? nullptr : in.hidden_data, writes, retain, any_extra);
+    const auto [block, chunk] =
+        blocks_of({.pass = need_direction ? Pass::kDirection : Pass::kSums,
+                   .level = level,
+                   .rows = end - begin,
+                   .vocabulary = in.vocabulary,
+                   .hidden_units = in.hidden_units,
+                   .multiprocessors = multiprocessors(in.hidden.get_device_index()),
+                   .row_bytes = listed ? hidden_bytes + (need_direction ? in.hidden_units * compute_bytes : 0) : 0,
+                   .column_bytes = [&](int64_t of_rows) {
+                     int64_t bytes = scratch_bytes_per_column(level, of_rows, compute_bytes);
+                     if (scratch_operand) bytes += of_rows * size_of(in.operand());
+                     if (need_direction && in.weight_needs_cast()) bytes += in.hidden_units * size_of(in.operand());
+                     return bytes;
+                   }});
     const int64_t stride = chunk_stride(chunk, in.vocabulary, retain);
 
+    Tensor sums = in.empty({block, kRowSumsSize}, in.compute());
+    Tensor row_targets = in.empty({block}, ScalarType::Long);
+    Tensor gathered = in.empty({listed ? block : 0, in.hidden_units}, in.type);
     Tensor scratch = in.empty({block, scratch_columns(level, stride)}, in.compute());
     Tensor operand = in.empty({scratch_operand ? block : 0, stride}, in.operand());
     Tensor weight_cast =
         in.empty({need_direction && in.weight_needs_cast() ? chunk : 0, in.hidden_units}, in.operand());
     // Row i is position i: the direction's own memory can hold the sum while it grows.
-    Tensor accumulator =
-        in.empty({need_direction && rows.positions != nullptr ? block : 0, in.hidden_units}, in.compute());
+    Tensor accumulator = in.empty({need_direction && listed ? block : 0, in.hidden_units}, in.compute());
 
     for (int64_t first = begin; first < end; first += block) {
       const int64_t count = std::min(block, end - first);
-      const int64_t* positions = rows.positions == nullptr ? nullptr : rows.positions + first;
+      const int64_t* positions = listed ? rows.positions + first : nullptr;
       const void* block_hidden = in.hidden_data + first * hidden_bytes;
       void* accumulated = nullptr;
       if (need_direction) {
@@ -413,7 +414,6 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_backward(
   const DeviceScope device(hidden.get_device_index());
   const Inputs in =
       check_inputs(hidden, weight, targets, bias, ignore_index, num_scored, logit_scale, softcap, temperature);
-  const Limits limit = limits();
   const int64_t n = in.positions;
   const ScalarType compute = scalar_type(in.compute());
   check_tensor("grad_logps", grad_logps, {n}, compute, hidden);
@@ -487,22 +487,35 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_backward(
       static_cast<const char*>(gather ? recomputed_exponents.data_ptr() : row_state.data_ptr());
   if (!gather) exponents_of_recomputed += (kRowExponent * n + kept) * compute_bytes;
 
-  const int64_t block =
-      recomputed == 0 ? 0 : std::min(even_part(recomputed, limit.backward_rows, kRowAlignment), recomputed);
-  const int64_t products = (kept > 0 ? 1 : 0) + (recomputed > 0 ? (recomputed + block - 1) / block : 0);
+  const Level level = level_of(in, recomputed_hidden, true, false, false);
   // Sums over several products are kept in the compute type; a single product rounds its own sum once as it leaves.
-  const bool in_place = adds_weight || in.type == in.compute() || (products == 1 && in.operand() == in.type);
+  const auto sums_in_place = [&](int64_t block_rows) {
+    const int64_t products = (kept > 0 ? 1 : 0) + (recomputed + block_rows - 1) / block_rows;
+    return adds_weight || in.type == in.compute() || (products == 1 && in.operand() == in.type);
+  };
+  const auto [block, chunk] = blocks_of({.pass = Pass::kWeight,
+                                         .level = level,
+                                         .rows = recomputed > 0 ? recomputed : kept,
+                                         .vocabulary = in.vocabulary,
+                                         .hidden_units = in.hidden_units,
+                                         .multiprocessors = multiprocessors(in.hidden.get_device_index()),
+                                         .row_bytes = 0,
+                                         .column_bytes = [&](int64_t of_rows) {
+                                           int64_t bytes = 0;
+                                           if (recomputed > 0) {
+                                             bytes += scratch_bytes_per_column(level, of_rows, compute_bytes);
+                                             bytes += of_rows * size_of(in.operand());
+                                           }
+                                           if (need_weight && !sums_in_place(of_rows))
+                                             bytes += in.hidden_units * compute_bytes;
+                                           return bytes;
+                                         }});
+  const bool in_place = sums_in_place(block);
   const Type weight_grad_type = adds_weight ? in.compute() : in.type;
   char* const weight_grad = static_cast<char*>(adds_weight ? weight_sum->data_ptr() : grad_weight.data_ptr());
-  const Level level = level_of(in, recomputed_hidden, true, false, false);
-  int64_t column_bytes = scratch_bytes_per_column(level, block, compute_bytes) + block * size_of(in.operand());
-  if (need_weight && !in_place) column_bytes += in.hidden_units * compute_bytes;
-  const int64_t chunk = column_bytes == 0 ? in.vocabulary
-                                          : even_part(in.vocabulary, limit.workspace_bytes / column_bytes,
-                                                      chunk_multiple(level, limit.chunk_multiple));
   const int64_t stride = chunk_stride(chunk, in.vocabulary, false);
-  Tensor scratch = in.empty({block, scratch_columns(level, stride)}, in.compute());
-  Tensor operand = in.empty({block, stride}, in.operand());
+  Tensor scratch = in.empty({recomputed > 0 ? block : 0, scratch_columns(level, stride)}, in.compute());
+  Tensor operand = in.empty({recomputed > 0 ? block : 0, stride}, in.operand());
   Tensor chunk_sum = in.empty({need_weight && !in_place ? chunk : 0, in.hidden_units}, in.compute());
   const bool bias_in_place = adds_bias || in.bias_type == in.compute();
   Tensor whole_bias_sum = in.empty({need_bias && !bias_in_place ? in.vocabulary : 0}, in.compute());

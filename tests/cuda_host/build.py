@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 CUDA = HERE.parent.parent / "csrc" / "cuda"
 SOURCES = [
     *(CUDA / f"{name}.cu" for name in ("row_kernel", "scored_rows", "gradients", "tile_sums")),
-    *(CUDA / f"{name}.cpp" for name in ("token_logps", "chunk", "level")),
+    *(CUDA / f"{name}.cpp" for name in ("token_logps", "blocks", "chunk", "level")),
     *(HERE / f"{name}_host.cpp" for name in ("runtime", "products", "exponentials", "binding")),
 ]
 

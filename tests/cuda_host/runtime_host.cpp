@@ -1,4 +1,4 @@
-// csrc/cuda/runtime.h for the host: nothing is queued, and a test may choose small blocks and pretend to be captured.
+// csrc/cuda/runtime.h for the host: nothing is queued, and a test may pretend to be captured.
 #include "runtime_host.h"
 
 #include <cstring>
@@ -10,11 +10,11 @@ HostSettings& host_settings() {
   return settings;
 }
 
-Limits limits() { return host_settings().limits; }
 DeviceScope::DeviceScope(int) {}
 DeviceScope::~DeviceScope() { (void)torch_guard_; }
 void* current_stream(int) { return nullptr; }
 int compute_capability(int) { return host_settings().compute_capability; }
+int multiprocessors(int) { return host_settings().multiprocessors; }
 bool is_capturing(void*) { return host_settings().capturing; }
 void copy_to_host(void* to, const void* from, int64_t bytes, void*) { std::memcpy(to, from, bytes); }
 
