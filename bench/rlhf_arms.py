@@ -83,7 +83,7 @@ class Arm:
 
     def exact(self, quick: bool) -> tuple[Settings, int]:
         """What the arm converges with in the exact tier, and from how many pairs."""
-        part = 4 if quick else 1
+        part = 8 if quick else 1
         steps = self.exact_steps // part
         settings = Settings(self.exact_rate, EXACT_BETA, self.exact_batch_size, steps, steps // 20, seed=0, decay=True)
         return settings, EXACT_PAIRS // part
