@@ -44,30 +44,34 @@ ExponentialsArguments exponentials_of(const ChunkArguments& chunk, const void* e
           .first_column = rows.first_column,
           .operand = rows.operand,
           .operand_stride = rows.operand_stride,
-          .tile_sums = tile_sums};
+          .tile_sums = tile_sums,
+          .extras = chunk.extras};
 }
 
 }  // namespace
 
-int64_t scratch_columns(Level level, int64_t stride) { return level == Level::kFused ? tiles_of(stride) : stride; }
+int64_t scratch_columns(Level level, bool extras, int64_t stride) {
+  return level == Level::kFused ? tile_sums_of(extras) * tiles_of(stride) : stride;
+}
 
-int64_t scratch_bytes_per_column(Level level, int64_t rows, int64_t number_bytes) {
+int64_t scratch_bytes_per_column(Level level, bool extras, int64_t rows, int64_t number_bytes) {
   const int64_t bytes = rows * number_bytes;
-  return level == Level::kFused ? (bytes + kTileColumns - 1) / kTileColumns : bytes;
+  return level == Level::kFused ? (tile_sums_of(extras) * bytes + kTileColumns - 1) / kTileColumns : bytes;
 }
 
 int64_t least_chunk_multiple(Level level) { return level == Level::kFused ? kTileColumns : kRowAlignment; }
 
 int64_t chunk_multiple(Level level) { return level == Level::kFused ? kTileColumns : kProductTile; }
 
-void forward_chunk(const ChunkArguments& chunk, void* sums, bool extras, void* direction, void* stream) {
+void forward_chunk(const ChunkArguments& chunk, void* sums, void* direction, void* stream) {
   if (chunk.level == Level::kProducts) {
-    sum_chunk(multiply_logits(chunk), sums, extras, direction, chunk.hidden_units, stream);
+    sum_chunk(multiply_logits(chunk), sums, chunk.extras, direction, chunk.hidden_units, stream);
     return;
   }
   auto* tile_sums = static_cast<float*>(chunk.scratch);
   exponentials(exponentials_of(chunk, static_cast<float*>(sums) + kExponentInRowSums, kRowSumsSize, tile_sums), stream);
-  settle_rows(chunk.rows, tile_sums, chunk.hidden, chunk.weight, sums, direction, chunk.hidden_units, stream);
+  settle_rows(chunk.rows, tile_sums, chunk.extras, chunk.hidden, chunk.weight, sums, direction, chunk.hidden_units,
+              stream);
 }
 
 void backward_chunk(const ChunkArguments& chunk, const int64_t* rows, const void* row_state, int64_t positions,

@@ -17,7 +17,9 @@ void exponentials(const ExponentialsArguments&, void*) {
 
 // One instantiation of the kernel a file, in hopper/: a compiler needs gigabytes for each.
 void exponentials_bf16_operand(const ExponentialsArguments& arguments, void* stream);
+void exponentials_bf16_operand_extras(const ExponentialsArguments& arguments, void* stream);
 void exponentials_bf16_sums(const ExponentialsArguments& arguments, void* stream);
+void exponentials_bf16_sums_extras(const ExponentialsArguments& arguments, void* stream);
 void exponentials_fp16_sums(const ExponentialsArguments& arguments, void* stream);
 
 const char* exponentials_missing() { return nullptr; }
@@ -25,8 +27,10 @@ const char* exponentials_missing() { return nullptr; }
 void exponentials(const ExponentialsArguments& arguments, void* stream) {
   const bool writes = arguments.operand != nullptr;
   if (arguments.type == Type::kBFloat16) {
-    writes ? exponentials_bf16_operand(arguments, stream) : exponentials_bf16_sums(arguments, stream);
-  } else if (arguments.type == Type::kFloat16 && !writes) {
+    const auto kernel = writes ? (arguments.extras ? exponentials_bf16_operand_extras : exponentials_bf16_operand)
+                               : (arguments.extras ? exponentials_bf16_sums_extras : exponentials_bf16_sums);
+    kernel(arguments, stream);
+  } else if (arguments.type == Type::kFloat16 && !writes && !arguments.extras) {
     exponentials_fp16_sums(arguments, stream);
   } else {
     throw std::runtime_error("fastdpo: exponentials of types that Level 1 has no kernel for");

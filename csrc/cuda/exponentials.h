@@ -17,10 +17,15 @@ static_assert(kTileColumns % kRowAlignment == 0);
 
 constexpr int64_t tiles_of(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns; }
 
-// Of rows r and columns j: e = exp(slope * hidden[r] . weight[j] - exponents[r]), and 0 where j is the row's target.
+// What is summed of a row's entries in a tile, the target's left out; the largest logit counts as a sum, too.
+enum TileSum : int { kTileExponentials, kTileWeighted, kTileSquares, kTileLogits, kTileLargest, kTileSums };
+constexpr int64_t tile_sums_of(bool extras) { return extras ? kTileSums : 1; }
+
+// Of rows r and columns j: z = slope * hidden[r] . weight[j] and e = exp(z - exponents[r]), which is 0 where j is the
+// row's target.
 // float32 from the product's accumulators on; rounded once, where it is written.
 struct ExponentialsArguments {
-  Type type;           // of hidden and weight: bfloat16, or float16 without an operand
+  Type type;           // of hidden and weight: bfloat16, or float16 without operand and extras
   int64_t rows;        // at least 1
   int64_t columns;     // at least 1
   int64_t depth;       // a multiple of kRowAlignment
@@ -33,7 +38,10 @@ struct ExponentialsArguments {
   int64_t first_column;    // the vocabulary entry of column 0
   void* operand;           // [rows, operand_stride] bfloat16, on a 16-byte boundary; or null: not wanted
   int64_t operand_stride;  // a multiple of kRowAlignment
-  float* tile_sums;        // [rows, tiles_of(columns)] sums of a row's e over a tile, not rounded; or null: not wanted
+  // [tile_sums_of(extras), rows, tiles_of(columns)], or null: not wanted. Sums over a tile, of e before it is rounded:
+  // e; with extras also e (z - exponent), e^2, z, and the largest z, -inf where the target is alone in its tile.
+  float* tile_sums;
+  bool extras;
 };
 
 // Queued on `stream`. Throws where exponentials_missing() says why there are none.

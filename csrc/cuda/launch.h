@@ -78,8 +78,8 @@ void recompute_operand(const RowChunkArguments& arguments, const int64_t* rows, 
 // Level 1, after exponentials() (exponentials.h) wrote the chunk's operand, if there is one, and its tile sums; logits
 // is not used. Forward: the tile sums become part of the sums, and rows whose exponent is too low are put right. What
 // the earlier chunks' products have made of `direction` shrinks with them.
-void settle_rows(const RowChunkArguments& arguments, const float* tile_sums, const void* hidden, const void* weight,
-                 void* sums, void* direction, int64_t hidden_units, void* stream);
+void settle_rows(const RowChunkArguments& arguments, const float* tile_sums, bool extras, const void* hidden,
+                 const void* weight, void* sums, void* direction, int64_t hidden_units, void* stream);
 // Backward: puts the target's term in its column. Arguments as recompute_operand's.
 void place_targets(const RowChunkArguments& arguments, const int64_t* rows, const void* row_state, int64_t positions,
                    void* stream);

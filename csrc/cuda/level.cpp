@@ -19,10 +19,10 @@ bool on_boundary(const void* address) { return reinterpret_cast<uintptr_t>(addre
 bool fused_can(const LevelCase& c) {
   // float16 cannot hold the exponentials: its operand is float32, and its gradients' products take twice the time of
   // the first one, so there is less to win there.
-  const bool type = c.type == Type::kBFloat16 || (c.type == Type::kFloat16 && !c.operand);
+  const bool type = c.type == Type::kBFloat16 || (c.type == Type::kFloat16 && !c.operand && !c.extras);
   return type && c.compute_capability == 90 && c.hidden_units % kRowAlignment == 0 &&
          c.retained_stride % kRowAlignment == 0 && on_boundary(c.hidden) && on_boundary(c.weight) && !c.bias &&
-         !c.softcap && !c.extras;
+         !c.softcap;
 }
 
 std::optional<Level> asked_level() {

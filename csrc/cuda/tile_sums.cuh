@@ -12,8 +12,9 @@ using TiledChunk = RowChunk<float, bfloat16>;
 
 template <typename T>
 struct TileChunk {
-  const float* tile_sums;  // [rows, tiles] sums of exponentials relative to the row's exponent, the target's left out
+  const float* tile_sums;  // [tile_sums_of(extras), rows, tiles], as in ExponentialsArguments
   int tiles;
+  int64_t rows;
   const T* hidden;  // [rows, hidden_units]
   const T* weight;  // [columns, hidden_units], the chunk's
   int64_t hidden_units;
@@ -25,13 +26,17 @@ __device__ __forceinline__ bool too_large(float log_of_tile_sum) {
 }
 
 // A tile's exponentials are in range where their sum is: above, some may be infinite in float32, or in bfloat16, whose
-// largest number is 0.4 % below float32's. A NaN counts as in range, for no exponent would help.
-__device__ __forceinline__ bool in_range(float tile_sum) { return !(tile_sum > 0x1p126f); }
+// largest number is 0.4 % below float32's; and so may their squares, where these are summed. A NaN counts as in range,
+// for no exponent would help.
+template <bool kExtras>
+__device__ __forceinline__ bool in_range(float tile_sum) {
+  return !(tile_sum > (kExtras ? 0x1p63f : 0x1p126f));
+}
 
 // One row of a chunk, and the block that has it.
-template <typename T>
+template <typename T, bool kExtras>
 struct TiledRow {
-  using Traits = RowTraits<float, bfloat16, RowPass::kSums, false>;
+  using Traits = RowTraits<float, bfloat16, RowPass::kSums, kExtras>;
   static constexpr int kColumns = static_cast<int>(kTileColumns);
 
   const TiledChunk& chunk;
@@ -40,7 +45,9 @@ struct TiledRow {
   int target;         // the target's column in this chunk; -1 when it is in another
   bfloat16* operand;  // or null
 
-  __device__ __forceinline__ float tile_sum(int tile) const { return tiles.tile_sums[row * tiles.tiles + tile]; }
+  __device__ __forceinline__ float tile_sum(int tile, TileSum which = kTileExponentials) const {
+    return tiles.tile_sums[(which * tiles.rows + row) * tiles.tiles + tile];
+  }
   __device__ __forceinline__ int columns(int tile) const {
     const int left = chunk.columns - tile * kColumns;
     return left < kColumns ? left : kColumns;
@@ -64,7 +71,7 @@ struct TiledRow {
     auto consider = [&](float logit) { found.max_logit = logit > found.max_logit ? logit : found.max_logit; };
     for (int tile = 0; tile < tiles.tiles; ++tile) {
       const float sum = tile_sum(tile);
-      if (in_range(sum)) {
+      if (in_range<kExtras>(sum)) {
         consider(exponent + std::log(sum));
       } else {
         each_logit(tile, [&](int, float logit) { consider(logit); });
@@ -73,25 +80,69 @@ struct TiledRow {
     return sum_over_block<Traits>(found).max_logit;
   }
 
-  // The chunk's sum relative to another exponent, `factor` being exp(the old one - it), and the operand likewise:
-  // tiles in range shrink, the others are computed again. The product left a zero in the target's column.
-  __device__ __forceinline__ float sum_again(float exponent, float factor) const {
+  // This thread's share of the chunk's sums, relative to the exponent that the tiles were made with. `max_logit` is
+  // an upper bound of (z - exponent) over the chunk; the largest logit itself is among the extras.
+  __device__ __forceinline__ ChunkSums<float> sum_tiles() const {
+    ChunkSums<float> sums = ChunkSums<float>::empty();
+    for (int tile = static_cast<int>(threadIdx.x); tile < tiles.tiles; tile += Traits::kThreads) {
+      const float sum = tile_sum(tile);
+      const float log_of_sum = std::log(sum);
+      sums.sum += sum;
+      // The comparison drops a NaN; the sum keeps it.
+      sums.max_logit = log_of_sum > sums.max_logit ? log_of_sum : sums.max_logit;
+      if constexpr (kExtras) {
+        sums.weighted_sum += tile_sum(tile, kTileWeighted);
+        sums.square_sum += tile_sum(tile, kTileSquares);
+        sums.logit_sum += tile_sum(tile, kTileLogits);
+      }
+    }
+    return sums;
+  }
+
+  // The chunk's largest logit, in every thread; -inf where the chunk holds the target alone.
+  __device__ __forceinline__ float largest_logit() const {
+    ChunkSums<float> found = ChunkSums<float>::empty();
+    for (int tile = static_cast<int>(threadIdx.x); tile < tiles.tiles; tile += Traits::kThreads) {
+      const float largest = tile_sum(tile, kTileLargest);
+      found.max_logit = largest > found.max_logit ? largest : found.max_logit;
+    }
+    return sum_over_block<Traits>(found).max_logit;
+  }
+
+  // The chunk's sums relative to another exponent, and the operand likewise: tiles in range shrink, the others are
+  // computed again. `shift` is the old exponent minus the new one, `factor` its exponential. The product left a zero in
+  // the target's column. The sum of logits has no exponent: it is the tiles' in any case.
+  __device__ __forceinline__ ChunkSums<float> sum_again(float exponent, float shift, float factor) const {
     ChunkSums<float> sums = ChunkSums<float>::empty();
     for (int tile = 0; tile < tiles.tiles; ++tile) {
       const float sum = tile_sum(tile);
-      if (in_range(sum)) {
-        if (threadIdx.x == 0) sums.sum += factor * sum;
+      if constexpr (kExtras) {
+        if (threadIdx.x == 0) sums.logit_sum += tile_sum(tile, kTileLogits);
+      }
+      if (in_range<kExtras>(sum)) {
+        if (threadIdx.x == 0) {
+          sums.sum += factor * sum;
+          if constexpr (kExtras) {
+            sums.weighted_sum += factor * (tile_sum(tile, kTileWeighted) + shift * sum);
+            sums.square_sum += factor * factor * tile_sum(tile, kTileSquares);
+          }
+        }
         if (operand != nullptr) shrink_row(operand + tile * kColumns, columns(tile), factor);
       } else {
         each_logit(tile, [&](int column, float logit) {
           if (threadIdx.x % kWarpSize != 0) return;
-          const float e = std::exp(logit - exponent);
+          const float above = logit - exponent;
+          const float e = std::exp(above);
           sums.sum += e;
+          if constexpr (kExtras) {
+            if (e != 0.0f) sums.weighted_sum += e * above;
+            sums.square_sum += e * e;
+          }
           if (operand != nullptr) operand[column] = round_to<bfloat16>(e);
         });
       }
     }
-    return sum_over_block<Traits>(sums).sum;
+    return sum_over_block<Traits>(sums);
   }
 };
 
@@ -99,9 +150,9 @@ struct TiledRow {
 // row's sum. Where one is too large the row's exponent is raised, and what was formed with the old one is put right, as
 // in the row kernel. That is rare (a target less likely than e^-kMaxExponentGap; less likely than 2^-126 for tiles out
 // of range), so it may be slow, but it is decided here, and every launch is the same.
-template <typename T>
+template <typename T, bool kExtras>
 __global__ void __launch_bounds__(kBlockThreads) settle_rows_kernel(const TiledChunk chunk, const TileChunk<T> tiles) {
-  using Traits = typename TiledRow<T>::Traits;
+  using Traits = typename TiledRow<T, kExtras>::Traits;
   const int64_t row = blockIdx.x;
   const int64_t target = chunk.targets[row];
   bfloat16* operand = chunk.operand != nullptr ? chunk.operand + row * chunk.operand_stride : nullptr;
@@ -111,22 +162,15 @@ __global__ void __launch_bounds__(kBlockThreads) settle_rows_kernel(const TiledC
     return;
   }
 
-  ChunkSums<float> sums = ChunkSums<float>::empty();
-  for (int tile = static_cast<int>(threadIdx.x); tile < tiles.tiles; tile += Traits::kThreads) {
-    const float sum = tiles.tile_sums[row * tiles.tiles + tile];
-    const float log_of_sum = std::log(sum);
-    sums.sum += sum;
-    // The comparison drops a NaN; the sum keeps it.
-    sums.max_logit = log_of_sum > sums.max_logit ? log_of_sum : sums.max_logit;
-  }
+  const int64_t offset = target - chunk.first_column;
+  const bool here = offset >= 0 && offset < chunk.columns;
+  const TiledRow<T, kExtras> tiled{chunk, tiles, row, here ? static_cast<int>(offset) : -1, operand};
   // All threads read the exponent before the barriers of sum_over_block, and thread 0 writes it after them.
   RowSums<float> total = chunk.sums[row];
-  sums = sum_over_block<Traits>(sums);
+  ChunkSums<float> sums = sum_over_block<Traits>(tiled.sum_tiles());
   if (too_large(sums.max_logit)) {
-    const int64_t offset = target - chunk.first_column;
-    const bool here = offset >= 0 && offset < chunk.columns;
-    const TiledRow<T> tiled{chunk, tiles, row, here ? static_cast<int>(offset) : -1, operand};
     const float raised = tiled.suitable_exponent(total.exponent);
+    const float shift = total.exponent - raised;
     const float factor = total.raise(raised);
     if (chunk.first_column > 0) {
       if (chunk.direction != nullptr) {
@@ -134,9 +178,16 @@ __global__ void __launch_bounds__(kBlockThreads) settle_rows_kernel(const TiledC
       }
       if (operand != nullptr && chunk.retained) shrink_row(operand - chunk.first_column, chunk.first_column, factor);
     }
-    sums.sum = tiled.sum_again(raised, factor);
+    sums = tiled.sum_again(raised, shift, factor);
   }
   total.sum += sums.sum;
+  if constexpr (kExtras) {
+    total.weighted_sum += sums.weighted_sum;
+    total.square_sum += sums.square_sum;
+    total.logit_sum += sums.logit_sum;
+    const float largest = tiled.largest_logit();
+    total.max_logit = largest > total.max_logit ? largest : total.max_logit;
+  }
   if (threadIdx.x == 0) chunk.sums[row] = total;
 }
 

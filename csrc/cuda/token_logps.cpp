@@ -270,8 +270,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
   }
   if (rows.count == 0) return outputs();
 
-  const bool extras = entropy || log_sum_sq_probs || mean_logits;
-  const bool any_extra = extras || top_gap;
+  const bool more_sums = entropy || log_sum_sq_probs || mean_logits;
   const int64_t hidden_bytes = in.hidden_units * size_of(in.type);
   const int64_t compute_bytes = size_of(in.compute());
 
@@ -284,7 +283,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
     const bool scratch_operand = writes && !retain;
     const bool listed = rows.positions != nullptr;
     // Memory that torch has made lies on a boundary.
-    const Level level = level_of(in, listed ? nullptr : in.hidden_data, writes, retain, any_extra);
+    const Level level = level_of(in, listed ? nullptr : in.hidden_data, writes, retain, more_sums || top_gap);
+    // Level 0 has the largest logit at hand in any case.
+    const bool extras = more_sums || (top_gap && level == Level::kFused);
     const auto [block, chunk] =
         blocks_of({.pass = need_direction ? Pass::kDirection : Pass::kSums,
                    .level = level,
@@ -294,7 +295,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
                    .multiprocessors = multiprocessors(in.hidden.get_device_index()),
                    .row_bytes = listed ? hidden_bytes + (need_direction ? in.hidden_units * compute_bytes : 0) : 0,
                    .column_bytes = [&](int64_t of_rows) {
-                     int64_t bytes = scratch_bytes_per_column(level, of_rows, compute_bytes);
+                     int64_t bytes = scratch_bytes_per_column(level, extras, of_rows, compute_bytes);
                      if (scratch_operand) bytes += of_rows * size_of(in.operand());
                      if (need_direction && in.weight_needs_cast()) bytes += in.hidden_units * size_of(in.operand());
                      return bytes;
@@ -304,7 +305,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
     Tensor sums = in.empty({block, kRowSumsSize}, in.compute());
     Tensor row_targets = in.empty({block}, ScalarType::Long);
     Tensor gathered = in.empty({listed ? block : 0, in.hidden_units}, in.type);
-    Tensor scratch = in.empty({block, scratch_columns(level, stride)}, in.compute());
+    Tensor scratch = in.empty({block, scratch_columns(level, extras, stride)}, in.compute());
     Tensor operand = in.empty({scratch_operand ? block : 0, stride}, in.operand());
     Tensor weight_cast =
         in.empty({need_direction && in.weight_needs_cast() ? chunk : 0, in.hidden_units}, in.operand());
@@ -365,8 +366,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
                        .hidden = block_hidden,
                        .weight = in.weight_row(column),
                        .hidden_units = in.hidden_units,
+                       .extras = extras,
                        .scratch = scratch.data_ptr()},
-                      sums.data_ptr(), extras, accumulated, in.stream);
+                      sums.data_ptr(), accumulated, in.stream);
         if (!need_direction) continue;
         const void* chunk_weight = in.weight_row(column);
         if (in.weight_needs_cast()) {
@@ -503,7 +505,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_backward(
                                          .column_bytes = [&](int64_t of_rows) {
                                            int64_t bytes = 0;
                                            if (recomputed > 0) {
-                                             bytes += scratch_bytes_per_column(level, of_rows, compute_bytes);
+                                             bytes += scratch_bytes_per_column(level, false, of_rows, compute_bytes);
                                              bytes += of_rows * size_of(in.operand());
                                            }
                                            if (need_weight && !sums_in_place(of_rows))
@@ -514,7 +516,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_backward(
   const Type weight_grad_type = adds_weight ? in.compute() : in.type;
   char* const weight_grad = static_cast<char*>(adds_weight ? weight_sum->data_ptr() : grad_weight.data_ptr());
   const int64_t stride = chunk_stride(chunk, in.vocabulary, false);
-  Tensor scratch = in.empty({recomputed > 0 ? block : 0, scratch_columns(level, stride)}, in.compute());
+  Tensor scratch = in.empty({recomputed > 0 ? block : 0, scratch_columns(level, false, stride)}, in.compute());
   Tensor operand = in.empty({recomputed > 0 ? block : 0, stride}, in.operand());
   Tensor chunk_sum = in.empty({need_weight && !in_place ? chunk : 0, in.hidden_units}, in.compute());
   const bool bias_in_place = adds_bias || in.bias_type == in.compute();
@@ -579,6 +581,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_backward(
                       .hidden = recomputed_hidden + first * hidden_bytes,
                       .weight = in.weight_row(column),
                       .hidden_units = in.hidden_units,
+                      .extras = false,
                       .scratch = scratch.data_ptr()},
                      listed ? rows.positions + row : nullptr,
                      static_cast<const char*>(row_state.data_ptr()) + (listed ? 0 : row * compute_bytes), n,

@@ -16,8 +16,9 @@
 
 namespace fastdpo::cuda {
 
-// Element is the type of hidden and weight. Without kWrites nothing of size [rows, columns] leaves the chip.
-template <typename Element, bool kWrites>
+// Element is the type of hidden and weight. Without kWrites nothing of size [rows, columns] leaves the chip. kExtras is
+// ExponentialsArguments' extras.
+template <typename Element, bool kWrites, bool kExtras>
 struct ExponentialsKernel {
   // Two warp groups with a tile of their own each: while one takes exponentials, the other multiplies (pingpong). 192
   // columns a tile: 53 bytes of operands a cycle come in at full rate, where 128 columns need 64, which is all that a
@@ -26,7 +27,7 @@ struct ExponentialsKernel {
   using Tile = cute::Shape<cute::_128, cute::Int<kTileColumns>, cute::_64>;
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
   using Out = cute::conditional_t<kWrites, cutlass::bfloat16_t, void>;
-  using Visitor = ExponentialTile<128, kTileColumns>;
+  using Visitor = ExponentialTile<128, kTileColumns, kExtras>;
   static constexpr int kAlignment = 16 / static_cast<int>(sizeof(Element));
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
@@ -49,8 +50,8 @@ struct ExponentialsKernel {
     arguments.mainloop.dA = {a.depth, {}, 0};
     arguments.mainloop.ptr_B = static_cast<const Element*>(a.weight);
     arguments.mainloop.dB = {a.depth, {}, 0};
-    arguments.epilogue.thread = {a.slope,        a.exponents, a.exponent_stride,  a.targets,
-                                 a.first_column, a.tile_sums, tiles_of(a.columns)};
+    arguments.epilogue.thread = {a.slope,        a.exponents, a.exponent_stride,   a.targets,
+                                 a.first_column, a.tile_sums, tiles_of(a.columns), a.rows};
     if constexpr (kWrites) {
       arguments.epilogue.ptr_D = static_cast<Out*>(a.operand);
       arguments.epilogue.dD = {a.operand_stride, {}, 0};

@@ -1,0 +1,9 @@
+#include "exponentials.cuh"
+
+namespace fastdpo::cuda {
+
+void exponentials_bf16_operand_extras(const ExponentialsArguments& arguments, void* stream) {
+  ExponentialsKernel<cutlass::bfloat16_t, true, true>::run(arguments, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace fastdpo::cuda
