@@ -50,6 +50,9 @@ def _dpo_fastdpo(run: Run) -> LlamaForCausalLM:
 # Of the exact tier: far enough from the start to matter, near enough for every arm to come to.
 EXACT_BETA = 2.0
 EXACT_PAIRS = 76_800
+# With the text tier's 8 pairs an update, the best policy for the fitted reward is 2.5 % below the frontier; with 32 or
+# 64, 1.7 %; with 128 updates become too few. There, 3,200 pairs in updates of 32 teach the model next to nothing.
+EXACT_REWARD_MODEL_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,16 @@ class Arm:
         """What the arm converges with in the exact tier, and from how many pairs."""
         part = 8 if quick else 1
         steps = self.exact_steps // part
-        settings = Settings(self.exact_rate, EXACT_BETA, self.exact_batch_size, steps, steps // 20, seed=0, decay=True)
+        settings = Settings(
+            self.exact_rate,
+            EXACT_BETA,
+            self.exact_batch_size,
+            steps,
+            steps // 20,
+            seed=0,
+            decay=True,
+            reward_model_batch=EXACT_REWARD_MODEL_BATCH,
+        )
         return settings, EXACT_PAIRS // part
 
     def _with(self, rate: float, beta: float, seed: int) -> Settings:

@@ -21,7 +21,6 @@ from fastdpo.demo.preferences import Preference
 from fastdpo.demo.sampling import TokenSamples
 
 _LEARNING_RATE = 1e-3
-_PAIRS = 8  # of an update: many small ones; after 50 of 32 pairs the model had learned next to nothing
 _CENTRING = 128  # pairs
 
 
@@ -85,7 +84,7 @@ def _fit(model: RewardModel, run: Run) -> None:
     with run.ledger.part("reward model"):
         rng = random.Random(run.settings.seed)
         pairs = rng.sample(run.pairs, len(run.pairs))
-        batches = [_rows(run, batch) for batch in batches_of_pairs(pairs, _PAIRS, rng)]
+        batches = [_rows(run, batch) for batch in batches_of_pairs(pairs, run.settings.reward_model_batch, rng)]
         optimizer = Optimizer(model, _LEARNING_RATE, updates=len(batches))
         for rows in batches:
             optimizer.update(pair_loss(by_length(model.of_rows, rows)))

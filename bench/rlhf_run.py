@@ -30,6 +30,8 @@ class Settings:
         seed: of everything that is random in the arm.
         decay: whether the learning rate falls to 0 over ``steps``, for what a run converges to. Otherwise it stays
             where the warm-up brought it, so that a policy on the way does not depend on when the run would end.
+        reward_model_batch: pairs of an update of the reward model. Few where pairs are few, so that there are updates
+            enough; more where there are plenty.
     """
 
     learning_rate: float
@@ -39,6 +41,7 @@ class Settings:
     look_every: int
     seed: int
     decay: bool = False
+    reward_model_batch: int = 8
 
 
 @dataclass(frozen=True)
