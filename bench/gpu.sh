@@ -122,6 +122,9 @@ tables() {
     echo "-- ${file##*/}"
     grep -E "^ +ms |^(floor|fastdpo|trl|liger|cut-|quack|full|torch)" "$file"
   done
+  for file in "$out"/blocks-*.txt; do
+    [ -f "$file" ] && grep -E "ms \(over|floor|as chosen|\*" "$file"  # a star is at a pass's fastest cut
+  done
 }
 
 stages=${*:-check bench profile blocks train}
