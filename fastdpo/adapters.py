@@ -6,11 +6,14 @@ import copy
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
+
+from fastdpo.scoring import evaluating
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -93,3 +96,15 @@ def copy_of_what_is_trained(model: Module) -> Module:
             if state is not None:
                 memo[id(state)] = state
     return copy.deepcopy(model, memo)
+
+
+def adapters_are_neutral(model: PeftModel) -> bool:
+    """Whether the model with its adapters computes what it computes without them, as with a new one it does."""
+    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    with torch.no_grad(), evaluating(model):
+        with_adapters = model(input_ids=ids).logits
+        with model.disable_adapter():
+            without = model(input_ids=ids).logits
+    # A new adapter may round differently (DoRA divides by a norm that is 1), by some units of the last place.
+    tolerance = 64 * torch.finfo(without.dtype).eps * without.abs().max()
+    return bool((with_adapters - without).abs().max() <= tolerance)

@@ -25,8 +25,8 @@ def keep_output_dtypes(accelerator: Accelerator) -> None:
         plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
 
 
-def shard_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """``model``, which no optimiser has, sharded in place as ``Trainer`` shards the one that it trains.
+def shard_without_optimizer(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """``model``, which no optimiser has yet, sharded in place as ``Trainer`` shards the one that it trains.
 
     accelerate's own ``prepare`` takes a model with its optimiser only, and one of them. To be called by all processes.
     """

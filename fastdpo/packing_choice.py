@@ -10,19 +10,19 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastdpo.attention import RowAttention
 from fastdpo.attention_backends import RowsNotSupportedError
 from fastdpo.data import PreferenceCollator
-from fastdpo.head import IGNORE_INDEX, FusedHead
+from fastdpo.head import IGNORE_INDEX
 from fastdpo.packing import LAYOUTS, PackedRow, RowCollator
-from fastdpo.scoring import evaluating, score_row
+from fastdpo.scoring import Scorer, evaluating, score_row
 
 if TYPE_CHECKING:
     from fastdpo.config import DPOConfig
@@ -48,18 +48,6 @@ _SHARE = 0.1
 _LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
 
 
-class Scorer(NamedTuple):
-    """A model, and what scores it. ``root`` is what is called: the model, or what is wrapped around it."""
-
-    root: nn.Module
-    model: PreTrainedModel | PeftModel
-    head: FusedHead
-
-    @property
-    def lm(self) -> PreTrainedModel:
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-
-
 @dataclass(frozen=True)
 class Packing:
     """A layout of :data:`fastdpo.packing.LAYOUTS`, and how it came to be chosen.
@@ -77,6 +65,25 @@ class Packing:
     def __str__(self) -> str:
         by = f" (attention: {self.backend})" if self.backend else ""
         return "; ".join([f"{_DESCRIPTIONS[self.layout]}{by}", *self.reasons])
+
+    def attention_of(self, model: PreTrainedModel | PeftModel) -> RowAttention | None:
+        """What ``model`` needs to take the batches; None for padded rows."""
+        return None if self.layout == "padded" else RowAttention(model, self.backend)
+
+    def require(self, scorer: Scorer, max_length: int | None, device: torch.device, dtype: torch.dtype) -> None:
+        """:func:`check_rows`, of a layout that was chosen ``unchecked``.
+
+        Raises:
+            NotImplementedError: the model does not suit; the message says why.
+        """
+        if self.layout == "padded":
+            return
+        try:
+            check_rows(scorer, self.layout, self.backend, max_length, device, dtype)
+        except RowsNotSupportedError as error:
+            raise NotImplementedError(
+                f"the batches are laid out in {self}, but {error}. Use packing='padded' (--packing padded)"
+            ) from error
 
 
 def obstacles_in(
@@ -124,7 +131,7 @@ def choose_packing(
         max_length: most tokens of a sequence.
         device: where the models run.
         autocast: makes the context that they run in.
-        unchecked: the models cannot be run yet: leave :func:`check_rows` to the caller.
+        unchecked: the models cannot be run yet: leave :meth:`Packing.require` to the caller.
 
     Raises:
         NotImplementedError: the layout that was asked for does not suit; the message says why.

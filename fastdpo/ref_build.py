@@ -35,7 +35,7 @@ from fastdpo.row_digests import row_digests, rows_fingerprint
 PART_SECONDS = 20.0
 
 # Rows (dicts with the token columns) -> log-probabilities of the chosen and of the rejected completions, [rows] each.
-Scorer = Callable[[list[dict[str, Any]]], tuple[Tensor, Tensor]]
+ScoreRows = Callable[[list[dict[str, Any]]], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ReferenceBuilder:
         root: a folder, in which every dataset gets one of its own.
         accelerator: the run's.
         identity: the fields of ``CacheKey`` beside those of the rows; asked once, in the main process alone.
-        score: see ``Scorer``.
+        score: see ``ScoreRows``.
         max_length: where sequences are cut; for the order of the rows and the expected time.
         about: facts for the manifest that are not compared.
         describe_row: words by which a person knows a row, for messages.
@@ -80,7 +80,7 @@ class ReferenceBuilder:
     root: Path
     accelerator: Accelerator
     identity: Callable[[], dict[str, Any]]
-    score: Scorer
+    score: ScoreRows
     max_length: int | None = None
     about: dict[str, Any] = field(default_factory=dict)
     describe_row: Callable[[dict[str, Any]], str] = str

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fastdpo.attention import SEGMENTS, RowAttention
 from fastdpo.head import IGNORE_INDEX, FusedHead, HeadOutput
@@ -136,6 +138,33 @@ def score_batch(
         outputs={name: together([part.outputs[name] for part in parts]) for name in outputs},
         model_output=None,
     )
+
+
+@dataclass
+class Scorer:
+    """A model, and what scores batches with it.
+
+    Attributes:
+        root: what is called: the model, or what is wrapped around it.
+        model: the model.
+        head: of the model.
+        attention: of the model; needed for packed rows.
+    """
+
+    root: nn.Module
+    model: PreTrainedModel | PeftModel
+    head: FusedHead
+    attention: RowAttention | None = None
+
+    @property
+    def lm(self) -> PreTrainedModel:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def score(
+        self, batch: dict[str, Any], outputs: Sequence[str] = (), *, root: nn.Module | None = None, **kwargs: Any
+    ) -> SequenceScores:
+        """:func:`score_batch` with this model, called through ``root`` where that has been wrapped since."""
+        return score_batch(self.head, self.attention, self.root if root is None else root, batch, outputs, **kwargs)
 
 
 def _sums(out: HeadOutput, outputs: Sequence[str], sequences: Sequences) -> SequenceScores:

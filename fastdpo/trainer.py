@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import gc
+import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -31,42 +28,37 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastdpo.adapters import copy_of_what_is_trained
-from fastdpo.attention import RowAttention
-from fastdpo.attention_backends import RowsNotSupportedError
+from fastdpo.adapters import adapters_are_neutral, copy_of_what_is_trained
 from fastdpo.config import DPOConfig
 from fastdpo.data import REFERENCE_COLUMNS, PreferenceCollator, prepare
 from fastdpo.data_files import TOKEN_COLUMNS
 from fastdpo.data_summary import DataSummary
-from fastdpo.fingerprints import base_weights
-from fastdpo.fsdp2 import keep_output_dtypes, keep_requires_grad, shard_frozen, whole_weights
+from fastdpo.fsdp2 import keep_output_dtypes, whole_weights
 from fastdpo.head import FusedHead
 from fastdpo.hub import HubUploads
 from fastdpo.memory_advice import advising
 from fastdpo.model_card import write_model_card
 from fastdpo.packing import PackedRow, RowCollator
-from fastdpo.packing_choice import Scorer, check_rows, choose_packing, obstacles_in
-from fastdpo.pair_losses import PairLosses, combine_segments
+from fastdpo.packing_choice import choose_packing, obstacles_in
+from fastdpo.pair_losses import PairLosses
 from fastdpo.pair_metrics import add_sums, means_of
-from fastdpo.ref_build import CachedSplit, ReferenceBuilder
-from fastdpo.ref_cache import DEFAULT_FOLDER
-from fastdpo.ref_identity import reference_identity, row_words
+from fastdpo.ref_build import CachedSplit
 from fastdpo.scoring import (
-    SequenceScores,
+    Scorer,
     count_pairs,
     count_tokens,
-    evaluating,
     in_pair_order,
     micro_batches,
     model_inputs,
-    score_batch,
 )
 from fastdpo.start_check import check_start
 from fastdpo.throughput import Throughput
+from fastdpo.trainer_reference import Reference
 from fastdpo.trainer_setup import (
     aux_loss_coef,
     check_arguments,
     check_trainable,
+    compute_dtype,
     disable_dropout,
     find_tokenizer,
     has_dropout,
@@ -117,7 +109,6 @@ class DPOTrainer(HubUploads):
 
     Attributes:
         data_summaries: what :func:`fastdpo.data.prepare` said about each dataset that it tokenised, by name.
-        reference_splits: with ``args.precompute_ref_log_probs``, what was read and computed for each dataset, by name.
         packing: the layout that was chosen, and why.
 
     Raises:
@@ -168,7 +159,7 @@ class DPOTrainer(HubUploads):
                         f"{name} is an adapter, whose reference would be a copy of it, which is not supported with "
                         "FSDP or DeepSpeed ZeRO-3 yet. Merge it into its base (merge_and_unload), and give peft_config"
                     )
-            elif not _adapters_are_neutral(model):
+            elif not adapters_are_neutral(model):
                 ref_model = copy_of_what_is_trained(model)
         for network in (model, ref_model):
             if network is not None and args.disable_dropout:
@@ -199,9 +190,9 @@ class DPOTrainer(HubUploads):
         elif eval_dataset is not None:
             eval_dataset = self._prepare(eval_dataset, "eval", processing_class, args)
 
-        self._head = FusedHead(model)
+        self._policy = Scorer(model, model, FusedHead(model))
         if not _weights_come_later(args):
-            self._head.inspect(model)
+            self._policy.head.inspect(model)
         super().__init__(
             model=model,
             args=args,
@@ -221,15 +212,21 @@ class DPOTrainer(HubUploads):
         self._sums: dict[str, Tensor] | None = None
         self._eval_sums: dict[str, Tensor] | None = None
         self._start_is_checked = False
-        self._reference_is_cached = has_reference_columns or args.precompute_ref_log_probs
-        self.ref_model, self._ref_head = None, None
-        if ref_model is not None:
-            self._ref_head = FusedHead(ref_model.requires_grad_(False).eval())
-            self.ref_model = self._prepare_reference(ref_model)
-        self.reference_splits: dict[str, CachedSplit] = {}
-        self._choose_packing(model, ref_model, has_own_collator)
+        self._policy.root = self.model
+        self._reference = Reference(self._policy, ref_model, args, self.accelerator, in_columns=has_reference_columns)
+        self._choose_packing(has_own_collator)
         if args.precompute_ref_log_probs:
             self._precompute_reference()
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference's own model; None where it has none."""
+        return self._reference.model
+
+    @property
+    def reference_splits(self) -> dict[str, CachedSplit]:
+        """With ``args.precompute_ref_log_probs``, what was read and computed for each dataset, by name."""
+        return self._reference.splits
 
     # ----------------------------------------------------------------------------------------------------------------
     # Data
@@ -305,14 +302,10 @@ class DPOTrainer(HubUploads):
     # The layout of batches
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _choose_packing(
-        self, model: PreTrainedModel | PeftModel, ref_model: PreTrainedModel | PeftModel | None, has_own_collator: bool
-    ) -> None:
+    def _choose_packing(self, has_own_collator: bool) -> None:
         """Sets ``packing``, the collator that makes such batches, and the attention that they need."""
-        args = self.args
-        scorers = [Scorer(self.model, model, self._head)]
-        if ref_model is not None:
-            scorers.append(Scorer(self.ref_model, ref_model, self._ref_head))
+        args, policy = self.args, self._policy
+        scorers = [policy] if self._reference.scorer is None else [policy, self._reference.scorer]
         # FSDP leaves the model where it was loaded until the training loop shards it.
         later = _weights_come_later(args) or self.is_fsdp_enabled
         self.packing = choose_packing(
@@ -322,7 +315,7 @@ class DPOTrainer(HubUploads):
                 args,
                 has_own_collator=has_own_collator,
                 has_aux_loss=bool(self._aux_loss_coef),
-                has_dropout=has_dropout(model),
+                has_dropout=has_dropout(policy.model),
             ),
             max_length=args.max_length,
             device=self.accelerator.device,
@@ -330,134 +323,26 @@ class DPOTrainer(HubUploads):
             unchecked=later,
         )
         # A reference for the cache is asked before the training, and checked then.
-        waiting = scorers[:1] if args.precompute_ref_log_probs else scorers
-        self._rows_to_check = waiting if later and self.packing.layout != "padded" else []
+        self._rows_to_check = ([policy] if args.precompute_ref_log_probs else scorers) if later else []
         if self.is_world_process_zero():
             (logger.warning if self.packing.reasons else logger.info)("Batches are laid out in %s.", self.packing)
-        self._attention, self._ref_attention = None, None
-        if self.packing.layout != "padded":
-            self._attention = RowAttention(model, self.packing.backend)
-            if ref_model is not None:
-                self._ref_attention = RowAttention(ref_model, self.packing.backend)
+        policy.attention = self.packing.attention_of(policy.model)
+        self._reference.lay_out(self.packing)
         if self.packing.layout != "padded" or args.max_tokens_per_batch is not None:
             self.data_collator = RowCollator(self.packing.layout, self.data_collator, args.max_tokens_per_batch)
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # The reference
-    # ----------------------------------------------------------------------------------------------------------------
-
-    def _prepare_reference(self, ref_model: PreTrainedModel | PeftModel) -> nn.Module:
-        """The reference on its device; or sharded as the policy will be."""
-        if self.accelerator.is_fsdp2:
-            # One for the cache is whole until the cache turns out to lack something.
-            return ref_model if self.args.precompute_ref_log_probs else shard_frozen(self.accelerator, ref_model)
-        prepared = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-        # Evaluation before training asks accelerate whether it prepared a model, and means the policy.
-        self.accelerator._models.remove(prepared)
-        return prepared
-
-    def _reference_sums(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor | None:
-        """[2B, S] without a gradient; [2B, 1] from the columns, which have the loss's weights of tokens in them."""
-        if not self._loss_options.takes_reference:
-            return None
-        if all(name in inputs for name in REFERENCE_COLUMNS):
-            return torch.cat([inputs[name] for name in REFERENCE_COLUMNS]).double().unsqueeze(1)
-        if self._reference_is_cached:
-            raise ValueError(
-                "this dataset has no columns ref_chosen_logps and ref_rejected_logps, and there is no reference model "
-                "to compute them: they were cached for train_dataset and eval_dataset, and the reference freed. Give "
-                "the dataset to DPOTrainer as eval_dataset, or train with precompute_ref_log_probs=False"
-            )
-        with torch.no_grad():
-            if self.ref_model is not None:
-                return self._score(self._ref_head, self.ref_model, inputs).sums
-            adapted = self.accelerator.unwrap_model(model)
-            with keep_requires_grad(adapted), adapted.disable_adapter(), evaluating(model):
-                return self._score(self._head, model, inputs).sums
-
     def _precompute_reference(self) -> None:
-        """Puts the reference's log-probabilities into the datasets, by way of the disk, and lets the reference go."""
-        model = self.model if self.ref_model is None else self.ref_model
-        # An adapter that changes nothing yet is left aside, so that the key does not depend on its random start.
-        without_adapter = isinstance(model, PeftModel) and self._in_main_process(lambda: _adapters_are_neutral(model))
-        weights = base_weights(model) if without_adapter else model.state_dict()
-        tokenizer = self.processing_class if self.data_summaries else None
-
-        @functools.cache
-        def scorer() -> tuple[FusedHead, nn.Module]:
-            if self.accelerator.is_fsdp2:
-                self._shard_reference()
-            return (self._head, model) if self.ref_model is None else (self._ref_head, self.ref_model)
-
-        def score(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-            scores = self._score(*scorer(), self._prepare_inputs(self.data_collator(rows)))
-            return combine_segments(scores.sums, self._loss_options, of_policy=False).chunk(2)
-
-        builder = ReferenceBuilder(
-            root=Path(self.args.ref_cache or Path(self.args.output_dir) / DEFAULT_FOLDER),
-            accelerator=self.accelerator,
-            identity=lambda: reference_identity(
-                model,
-                weights,
-                tokenizer,
-                self.data_collator,
-                self.accelerator.mixed_precision,
-                None if self.args.ld_reference == "policy" else self.args.ld_alpha,
-            ),
-            score=score,
-            max_length=self.args.max_length,
-            about={"model": model.config._name_or_path or type(model).__name__},
-            describe_row=lambda row: row_words(row, tokenizer),
-            show_progress=not self.args.disable_tqdm,
-            in_step=self.accelerator.is_fsdp2,
+        self.train_dataset, self.eval_dataset = self._reference.precompute(
+            self.train_dataset,
+            self.eval_dataset,
+            collate=self.data_collator,
+            to_device=self._prepare_inputs,
+            tokenizer=self.processing_class if self.data_summaries else None,
         )
-        train_size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
-        eval_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-        with (
-            torch.no_grad(),
-            # FSDP2 casts the weights themselves, the policy's as well.
-            contextlib.nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.autocast(),
-            evaluating(model),
-            model.disable_adapter() if without_adapter else contextlib.nullcontext(),
-        ):
-            self.train_dataset = builder.with_columns(self.train_dataset, "train", train_size)
-            self.eval_dataset = builder.with_columns_in_all(self.eval_dataset, "eval", eval_size)
-        self.reference_splits = builder.splits
-        self.ref_model, self._ref_head, self._ref_attention = None, None, None
-        scorer.cache_clear()
-        gc.collect()  # what FSDP has sharded is held by circles
-
-    def _shard_reference(self) -> None:
-        """Makes ``ref_model`` one that is sharded: the one that was given, or a copy of the policy as it is now.
-
-        The policy itself is sharded later, with its optimizer.
-        """
-        ref_model = self.ref_model
-        if ref_model is None:
-            ref_model = copy.deepcopy(self.model).requires_grad_(False)  # its modes too: evaluation, adapters off
-            self._ref_head = FusedHead(ref_model)
-            if self._attention is not None:
-                self._ref_attention = RowAttention(ref_model, self.packing.backend)
-        self.ref_model = shard_frozen(self.accelerator, ref_model)
-        if self.packing.layout != "padded":
-            self._check_rows(Scorer(self.ref_model, ref_model, self._ref_head))
-
-    def _in_main_process(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` gives in the main process, in all; the others may hold no weights yet."""
-        outcome = [work() if self.accelerator.is_main_process else None]
-        broadcast_object_list(outcome)
-        return outcome[0]
 
     # ----------------------------------------------------------------------------------------------------------------
     # The loss
     # ----------------------------------------------------------------------------------------------------------------
-
-    def _score(
-        self, head: FusedHead, model: nn.Module, inputs: dict[str, Any], outputs: tuple[str, ...] = (), **kwargs: Any
-    ) -> SequenceScores:
-        attention = self._attention if head is self._head else self._ref_attention
-        at_shorter = self._loss_options.ld_alpha is not None
-        return score_batch(head, attention, model, inputs, outputs, at_shorter=at_shorter, **kwargs)
 
     def pair_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each pair of a batch [B] float64, and what metrics are made of, each detached, [B] float64.
@@ -470,10 +355,11 @@ class DPOTrainer(HubUploads):
 
     def _losses_of_part(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         # The reference goes first: what the policy keeps for its backward is then not yet there.
-        ref_sums = self._reference_sums(model, inputs)
+        ref_sums = self._reference.sums(model, inputs)
         kwargs = {"output_router_logits": True} if self._aux_loss_coef else {}
         outputs = (*_OUTPUTS, "log_sum_sq_probs") if self._loss_options.use_weighting else _OUTPUTS
-        out = self._score(self._head, model, inputs, outputs, **kwargs)
+        at_shorter = self._loss_options.ld_alpha is not None
+        out = self._policy.score(inputs, outputs, root=model, at_shorter=at_shorter, **kwargs)
         losses_of = PairLosses(self._loss_options, out.lengths, ref_sums)
         losses = losses_of(out.sums, out.outputs, 0, len(out.sums) // 2)
         chosen_rewards, rejected_rewards = losses_of.rewards(out.sums)
@@ -518,7 +404,7 @@ class DPOTrainer(HubUploads):
         if not self._start_is_checked:
             self._start_is_checked = True
             if self.state.global_step == 0 and self._loss_options.takes_reference:
-                dtype = _compute_dtype(self.accelerator.mixed_precision, self.model.dtype)
+                dtype = compute_dtype(self.accelerator, self.model)
                 check_start(per_pair, beta=self.args.beta, loss_types=self.args.loss_type, dtype=dtype)
         self._sums = add_sums(self._sums, {name: values.sum() for name, values in per_pair.items()})
         if num_items_in_batch is None:
@@ -539,7 +425,8 @@ class DPOTrainer(HubUploads):
         self._look_at_model_once(model)
         total = torch.zeros((), device=self.args.device)
         # Gradient checkpointing runs layers again in the backward, which must find the same attention.
-        attention = self._attention.active() if self._attention is not None else contextlib.nullcontext()
+        attention = self._policy.attention
+        attention = contextlib.nullcontext() if attention is None else attention.active()
         with self._advising(training=True), attention:
             for i, part in enumerate(parts):
                 # Processes may have different numbers of parts: they meet in the last one's backward.
@@ -560,25 +447,12 @@ class DPOTrainer(HubUploads):
     def _look_at_model_once(self, model: nn.Module) -> None:
         """What could not be looked at while the weights were not there."""
         # First of all with its adapters: FSDP2 notes at the first forward which parameters are trained.
-        self._head.inspect_once(model)
+        self._policy.head.inspect_once(model)
         for scorer in self._rows_to_check:
-            self._check_rows(scorer._replace(root=model) if scorer.head is self._head else scorer)
+            scorer = dataclasses.replace(scorer, root=model) if scorer is self._policy else scorer
+            dtype = compute_dtype(self.accelerator, self.model)
+            self.packing.require(scorer, self.args.max_length, self.accelerator.device, dtype)
         self._rows_to_check = []
-
-    def _check_rows(self, scorer: Scorer) -> None:
-        try:
-            check_rows(
-                scorer,
-                self.packing.layout,
-                self.packing.backend,
-                self.args.max_length,
-                self.accelerator.device,
-                _compute_dtype(self.accelerator.mixed_precision, self.model.dtype),
-            )
-        except RowsNotSupportedError as error:
-            raise NotImplementedError(
-                f"the batches are laid out in {self.packing}, but {error}. Use packing='padded' (--packing padded)"
-            ) from error
 
     def prediction_step(
         self,
@@ -674,19 +548,3 @@ class DPOTrainer(HubUploads):
 def _weights_come_later(args: DPOConfig) -> bool:
     """With ZeRO-3 and FSDP, processes may hold nothing of the model before the training loop has sharded it."""
     return bool(is_deepspeed_zero3_enabled() or args.fsdp or is_fsdp_enabled())
-
-
-def _adapters_are_neutral(model: PeftModel) -> bool:
-    """Whether the model with its adapters computes what it computes without them."""
-    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
-    with torch.no_grad(), evaluating(model):
-        with_adapters = model(input_ids=ids).logits
-        with model.disable_adapter():
-            without = model(input_ids=ids).logits
-    # A new adapter may round differently (DoRA divides by a norm that is 1), by some units of the last place.
-    tolerance = 64 * torch.finfo(without.dtype).eps * without.abs().max()
-    return bool((with_adapters - without).abs().max() <= tolerance)
-
-
-def _compute_dtype(mixed_precision: str, dtype: torch.dtype) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, dtype)

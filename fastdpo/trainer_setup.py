@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -170,6 +171,11 @@ def aux_loss_coef(model: PreTrainedModel | PeftModel, args: DPOConfig) -> float:
     if args.router_aux_loss_coef is not None:
         return args.router_aux_loss_coef
     return getattr(config, "router_aux_loss_coef", 0.0)
+
+
+def compute_dtype(accelerator: Accelerator, model: PreTrainedModel | PeftModel) -> torch.dtype:
+    """What the layers of ``model`` compute in."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, model.dtype)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from toy_data import make_tokenizer, text_rows
 from transformers import PreTrainedModel
 
-from fastdpo import trainer as trainer_module
+from fastdpo import packing_choice, trainer_reference
 from fastdpo.attention_backends import RowsNotSupportedError
 from fastdpo.head import FusedHead
 from fastdpo.ref_cache import RefCacheError
@@ -185,12 +185,12 @@ def freed(folder: Path) -> bool:
     sharded = []
 
     def watched(*args: Any) -> Any:
-        model = trainer_module_shard_frozen(*args)
+        model = shard_without_optimizer(*args)
         sharded.append(weakref.ref(model.get_input_embeddings().weight))
         return model
 
-    trainer_module_shard_frozen = trainer_module.shard_frozen
-    with launched(), mock.patch.object(trainer_module, "shard_frozen", watched):
+    shard_without_optimizer = trainer_reference.shard_without_optimizer
+    with launched(), mock.patch.object(trainer_reference, "shard_without_optimizer", watched):
         make(folder, RANKS, model=llama(), **CACHED)
     return [reference() is None for reference in sharded]
 
@@ -211,7 +211,7 @@ def refusals(folder: Path) -> dict[str, str | None]:
     with launched():
         found["parts"] = error_of(lambda: make(folder, RANKS, model=llama(), max_tokens_per_batch=64))
         trainer = make(folder, RANKS, model=llama())
-        with mock.patch.object(trainer_module, "check_rows", side_effect=RowsNotSupportedError("it mixes rows")):
+        with mock.patch.object(packing_choice, "check_rows", side_effect=RowsNotSupportedError("it mixes rows")):
             found["rows"] = error_of(trainer.train)
             found["rows of the reference"] = error_of(lambda: make(folder, RANKS, model=llama(), **CACHED))
         make(folder / "of another model", RANKS, model=llama(), **CACHED)

@@ -14,7 +14,8 @@ from fastdpo.attention import RowAttention
 from fastdpo.attention_backends import RowsNotSupportedError
 from fastdpo.config import DPOConfig
 from fastdpo.head import FusedHead
-from fastdpo.packing_choice import Packing, Scorer, backends_for, check_rows, choose_packing, obstacles_in
+from fastdpo.packing_choice import Packing, backends_for, check_rows, choose_packing, obstacles_in
+from fastdpo.scoring import Scorer
 
 CPU = torch.device("cpu")
 

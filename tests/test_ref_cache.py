@@ -78,7 +78,7 @@ def score(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
     )
 
 
-def builder(root: Path, score: ref_build.Scorer = score, **changes: Any) -> ReferenceBuilder:
+def builder(root: Path, score: ref_build.ScoreRows = score, **changes: Any) -> ReferenceBuilder:
     identity = IDENTITY | changes
     return ReferenceBuilder(
         root, Accelerator(cpu=True), lambda: identity, score, about={"model": "toy"}, show_progress=False
@@ -136,7 +136,7 @@ class Stop(Exception):
     pass
 
 
-def failing_after(calls: int) -> ref_build.Scorer:
+def failing_after(calls: int) -> ref_build.ScoreRows:
     """A scorer that raises at the call after the first ``calls``."""
     left = [calls]
 
