@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
 from torch import nn
-from torch.distributed.fsdp import StateDictType
+from torch.distributed.fsdp import FSDPModule, StateDictType
 
 
 def keep_output_dtypes(accelerator: Accelerator) -> None:
@@ -31,6 +31,16 @@ def shard_without_optimizer(accelerator: Accelerator, model: nn.Module) -> nn.Mo
     accelerate's own ``prepare`` takes a model with its optimiser only, and one of them. To be called by all processes.
     """
     return fsdp2_prepare_model(accelerator, model)
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of what a forward without a backward has gathered and kept: the last layers' weights, and the root's.
+
+    An optimiser that is made while these stand in the model would move them, and not the shards.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from fastdpo.config import DPOConfig
 from fastdpo.data import REFERENCE_COLUMNS, PreferenceCollator, prepare
 from fastdpo.data_files import TOKEN_COLUMNS
 from fastdpo.data_summary import DataSummary
-from fastdpo.fsdp2 import keep_output_dtypes, whole_weights
+from fastdpo.fsdp2 import keep_output_dtypes, reshard, shard_without_optimizer, whole_weights
 from fastdpo.head import FusedHead
 from fastdpo.hub import HubUploads
 from fastdpo.memory_advice import advising
@@ -496,10 +496,15 @@ class DPOTrainer(HubUploads):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As ``Trainer``'s; adds the metrics, so that one of them can choose the best checkpoint."""
+        if self.accelerator.is_fsdp2 and not self.accelerator._models and self.optimizer is None:
+            # Before the training, which will find the model sharded. Trainer asks accelerate, which refuses.
+            self.accelerator._models.append(shard_without_optimizer(self.accelerator, self.model))
         self._eval_sums = None
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
+        if self.accelerator.is_fsdp2 and self.optimizer is None:
+            reshard(self.model)
         if self._eval_sums is not None:
             sums = {name: total.item() for name, total in self._eval_sums.items()}
             # Trainer's own mean counts a short batch of several processes as a full one.

@@ -180,6 +180,27 @@ def mixed_precision(folder: Path, **options: Any) -> dict[str, Any]:
     }
 
 
+def evaluated_first(folder: Path, processes: int) -> dict[str, Any]:
+    """What ``evaluate`` says before the training, and what the training makes after it."""
+    trainer = make(folder, processes, model=llama(), ref_model=llama(seed=1), **EVALUATED)
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.evaluate()
+    sharded = all(isinstance(p, DTensor) for p in _weights_of_layers(trainer))
+    trainer.train()
+    of_one_process_alone = "eval_model_preparation_time"
+    return {
+        "log": [{k: v for k, v in entry.items() if k != of_one_process_alone} for entry in trainer.state.log_history],
+        "start": start,
+        "sharded": sharded,
+        "weights": trainer.accelerator.get_state_dict(trainer.model),
+    }
+
+
+def evaluated_first_on_ranks(folder: Path) -> dict[str, Any]:
+    with launched():
+        return evaluated_first(folder, RANKS)
+
+
 def freed(folder: Path) -> bool:
     """Whether what the cache was computed with is gone when the trainer is there."""
     sharded = []
@@ -226,6 +247,7 @@ CHECKS: dict[str, Callable[[Path], Any]] = {
     "resume, shards": lambda folder: resume(folder, "SHARDED_STATE_DICT", llama),
     "bf16": mixed_precision,
     "bf16, cached": lambda folder: mixed_precision(folder, **CACHED),
+    "evaluated first": evaluated_first_on_ranks,
     "freed": freed,
     "refusals": refusals,
 }
@@ -342,6 +364,14 @@ def test_a_cache_of_one_process_is_read(found: Any, expected: Any) -> None:
     assert expected["read"]["read"] == {"train": (PAIRS * STEPS, 0)}
     for rank in found("read"):
         assert rank["read"] == {"train": (PAIRS * STEPS, PAIRS * STEPS)}
+
+
+def test_a_model_can_be_evaluated_before_it_is_trained(shared: Path, found: Any) -> None:
+    one, two = evaluated_first(shared / "one" / "evaluated first", 1), found("evaluated first")
+    for rank in two:
+        assert rank["sharded"]
+        assert_same_log(rank["log"], one["log"])
+    assert_same_training(two[0]["weights"], one["weights"], one["start"])
 
 
 def test_what_the_cache_was_computed_with_is_freed(found: Any) -> None:
