@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo import TokenLogps, reference
@@ -25,6 +26,7 @@ class Oracle:
     grads: dict[str, Tensor]
     logp_bound: Tensor
     top_gap_bound: Tensor
+    of_products: Tensor  # [N, V]: |dL / d(h.w)|, or more with a softcap
     grad_bounds: dict[str, Tensor]
 
 
@@ -51,23 +53,26 @@ def oracle(
     """
     h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     b = None if bias is None else bias.detach().double().requires_grad_()
-    outputs = reference.token_logps(h, w, targets, b, **options)
+    model = {k: v for k, v in options.items() if k != "ignore_index"}
+    scored = targets != options.get("ignore_index", -100)
+    target = targets.where(scored, 0).unsqueeze(1)
+    with torch.no_grad():
+        outputs = reference.token_logps(h, w, targets, b, **options)
+    # log p as a logistic function, whose slope 1 - p is no difference: that would lose the target's part as p -> 1.
+    logits = reference.logits(h, w, b, **model)
+    lead = logits.gather(1, target).squeeze(1) - logits.scatter(1, target, float("-inf")).logsumexp(1)
+    logps = F.logsigmoid(lead).where(scored, 0.0)
     inputs = {"hidden": h, "weight": w} | ({} if b is None else {"bias": b})
-    grads = torch.autograd.grad(outputs.logps @ grad_logps.double(), list(inputs.values()), allow_unused=True)
-    grads = {k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(inputs.items(), grads, strict=True)}
+    grads = dict(zip(inputs, torch.autograd.grad(logps @ grad_logps.double(), list(inputs.values())), strict=True))
 
     unit = compute_rounding(hidden.dtype)
-    model = {k: v for k, v in options.items() if k != "ignore_index"}
     with torch.no_grad():
-        scored = targets != options.get("ignore_index", -100)
-        logits = reference.logits(h, w, b, **model)
         slope = abs(options.get("logit_scale", 1.0)) / options.get("temperature", 1.0)
         terms = h.abs() @ w.abs().T + (0 if b is None else b.abs())
         # Of one logit: its product, and the few operations that follow it.
         logit_error = unit * ((h.shape[1] + 2) * slope * terms + 8 * logits.abs()).amax(-1)
         logp_bound = 2 * logit_error + unit * (16 + 2 * outputs.logps.abs())
 
-        target = targets.where(scored, 0).unsqueeze(1)
         others = logits.scatter(1, target, float("-inf")).amax(1)
         top_gap = (others - logits.gather(1, target).squeeze(1)).where(scored, 0.0)
         top_gap_bound = 2 * logit_error + unit * top_gap.abs()
@@ -75,10 +80,14 @@ def oracle(
         probs = logits.softmax(-1)
         to_target = torch.zeros_like(probs).scatter_(1, target, 1.0)
         # d logp / d (h.w): sizes of its terms, the target's own formed without cancellation.
-        sizes = slope * torch.where(to_target.bool(), 1 - probs, probs) * (grad_logps.double().abs() * scored)[:, None]
+        sizes = slope * torch.where(to_target.bool(), (-lead).sigmoid()[:, None], probs)
+        sizes = sizes * (grad_logps.double().abs() * scored)[:, None]
         operand = ROUNDING[operand_dtype] if operand_dtype is not None else unit
         relative = 4 * logit_error + operand + unit * (32 + probs.shape[1] ** 0.5)
-        weighed = sizes * relative[:, None]
+        # An exponential near the end of the compute type's normal numbers may be taken for 0 (float32's: below e^-87).
+        least = 2 * SMALLEST[torch.promote_types(hidden.dtype, torch.float32)]
+        lost = least * slope * grad_logps.double().abs() * scored
+        weighed = sizes * relative[:, None] + lost[:, None]
         out = ROUNDING[hidden.dtype]
         sum_terms = unit * (scored.sum() + 8)
         bounds = {
@@ -88,7 +97,7 @@ def oracle(
         if b is not None:
             bounds["bias"] = ROUNDING[bias.dtype] * grads["bias"].abs() + weighed.sum(0) + sum_terms * sizes.sum(0)
         bounds = {k: v + SMALLEST[hidden.dtype] for k, v in bounds.items()}
-    return Oracle(outputs, top_gap, grads, logp_bound, top_gap_bound, bounds)
+    return Oracle(outputs, top_gap, grads, logp_bound, top_gap_bound, sizes, bounds)
 
 
 def assert_within(name: str, value: Tensor, expected: Tensor, bound: Tensor) -> None:

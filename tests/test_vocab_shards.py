@@ -84,44 +84,31 @@ def in_shards(
     return results | {name: value.to(compute) for name, value in outputs.items()}
 
 
-def assert_matches(case: Case, sizes: list[int], results: dict[str, Tensor]) -> None:
-    """Within some of the bounds of the whole vocabulary: a shard's sums, and then those of the shards."""
-    truth = case.truth(case.narrow_operand)
+def assert_matches(
+    case: Case, sizes: list[int], results: dict[str, Tensor], operand: torch.dtype | None = None
+) -> None:
+    """Within some of the bounds of the whole vocabulary: a shard's sums, and then those of the shards.
+
+    ``operand`` is as in :func:`op_calls.assert_matches`.
+    """
+    operand = operand or case.narrow_operand
+    truth = case.truth(operand)
     assert bool((results["logps"] <= 0).all())
     assert_within("logps", results["logps"], truth.outputs.logps, 2 * truth.logp_bound)
     # In float64, log-sum-exps' own rounding shows; 16-bit operands are rounded up to three times: see op_calls.
-    roundings = {torch.float64: 8, torch.bfloat16: 4}.get(case.hidden.dtype, 2)
-    coefficients = of_products(case)
-    weight, hidden = case.weight.double(), case.hidden.double()
-    expected = {"hidden": coefficients @ weight, "weight": coefficients.T @ hidden, "bias": coefficients.sum(0)}
-    # The oracle's bounds are of its own 1 - p: what is missing is the target's part as p -> 1.
-    terms = coefficients.abs() * (32 * compute_rounding(case.hidden.dtype) + 2 * truth.logp_bound[:, None])
-    missing = {"hidden": terms @ weight.abs() + stand_ins(case, sizes, terms)}
-    missing |= {"weight": terms.T @ hidden.abs(), "bias": terms.sum(0)}
+    roundings = 8 if case.hidden.dtype == torch.float64 else 2 if operand is None else 4
+    terms = truth.of_products * (32 * compute_rounding(case.hidden.dtype) + 2 * truth.logp_bound[:, None])
+    truth.grad_bounds["hidden"] += stand_ins(case, sizes, terms)
     # exp(32) is the greatest exponential, and a norm is at most a power of the greatest number: see op_row_state.
     least = math.exp(32) / torch.finfo(results["logps"].dtype).max ** 0.7
-    least *= max(1.0, *(float(x.abs().max()) for x in (weight, hidden) if len(x)))
+    least *= max(1.0, *(float(x.abs().max()) for x in (case.weight, case.hidden) if len(x)))
     for name, bound in truth.grad_bounds.items():
-        bound = roundings * (bound + missing[name]) + len(weight) * case.grad_logps.abs().sum() * least
-        assert_within(name, results[name], expected[name], bound)
+        bound = roundings * bound + len(case.weight) * case.grad_logps.abs().sum() * least
+        assert_within(name, results[name], truth.grads[name], bound)
     gap = 1 + truth.outputs.logps.abs() + truth.outputs.entropy.abs()
     for name in ("entropy", "log_sum_sq_probs", "mean_logits"):
         assert_within(name, results[name], getattr(truth.outputs, name), 32 * gap * truth.logp_bound)
     assert_within("top_gap", results["is_top1"], truth.top_gap, 2 * truth.top_gap_bound)
-
-
-def of_products(case: Case) -> Tensor:
-    """dL / d(h.w) [N, V] in float64. The oracle's is autograd's, whose 1 - p is a difference, and none as p -> 1."""
-    model = {name: value for name, value in case.options.items() if name != "ignore_index"}
-    bias = None if case.bias is None else case.bias.double()
-    products = reference.logits(case.hidden.double(), case.weight.double(), bias).requires_grad_()
-    z = reference.logits(products, torch.eye(products.shape[1], dtype=torch.float64), **model)
-    (slopes,) = torch.autograd.grad(z.sum(), products)
-    z, target = z.detach(), case.targets[:, None]
-    others = z.scatter(1, target, -torch.inf)
-    lse = z.logsumexp(1)
-    by_logp = (-(z - lse[:, None]).exp()).scatter(1, target, (others.logsumexp(1) - lse).exp()[:, None])
-    return by_logp * slopes * case.grad_logps.double()[:, None]
 
 
 def stand_ins(case: Case, sizes: list[int], terms: Tensor) -> Tensor:
