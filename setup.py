@@ -7,11 +7,13 @@ or not the installed torch has CUDA, and carried along where no nvcc is.
 The CUDA library's Level 1, a product of our own for Hopper, is built where CUTLASS's headers are (the package
 nvidia-cutlass); elsewhere fastdpo.build_info() says why not.
 
-TORCH_CUDA_ARCH_LIST cuts the list of GPU architectures, MAX_JOBS the number of compilers at once.
+TORCH_CUDA_ARCH_LIST cuts the list of GPU architectures (what it names beside them, and what the toolkit is too old for,
+is left out), MAX_JOBS the number of compilers at once.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -21,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +32,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
-CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
+# Compute capability -> the first CUDA toolkit that compiles for it (and C++20, which 12.0 is the first to know).
+CUDA_ARCHS = {"8.0": (12, 0), "8.6": (12, 0), "8.9": (12, 0), "9.0a": (12, 0), "10.0": (12, 8), "12.0": (12, 8)}
 # The oldest torch whose stable ABI the CUDA library asks for: 2.10, as torch encodes it.
 TARGET_TORCH = "0x020a000000000000"
 # What Level 1's kernels are compiled for: wgmma and TMA are this architecture's alone.
@@ -50,42 +54,6 @@ def flags_of(cpu_source: Path) -> list[str]:
         "tile_kernels_avx512.cpp": [*avx512, *quiet],
         "tile_kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     }.get(cpu_source.name, [])
-
-
-def cuda_archs() -> list[str]:
-    """The architectures asked for, written as in CUDA_ARCHS; TORCH_CUDA_ARCH_LIST may cut the list."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if wanted is None:
-        return list(CUDA_ARCHS)
-    archs = []
-    for entry in re.split(r"[ ;,]+", wanted.strip()):
-        arch = {"9.0": "9.0a"}.get(entry.removesuffix("+PTX"), entry.removesuffix("+PTX"))
-        if arch not in CUDA_ARCHS:
-            sys.exit(f"TORCH_CUDA_ARCH_LIST names {entry!r}; fastdpo builds for {', '.join(CUDA_ARCHS)}")
-        archs.append(arch)
-    return archs
-
-
-def gencode(archs: list[str]) -> list[str]:
-    numbers = [arch.replace(".", "") for arch in archs]
-    return [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
-
-
-class Level1(NamedTuple):
-    """CUTLASS's headers for Level 1, or why it is not built."""
-
-    headers: Path | None
-    missing: str | None
-
-
-def find_level1(archs: list[str]) -> Level1:
-    if LEVEL1_ARCH not in archs:
-        return Level1(None, f"compute capability {LEVEL1_ARCH} is not among those built for")
-    package = importlib.util.find_spec("cutlass_library")
-    headers = Path(package.origin).parent / "source/include" if package is not None and package.origin else None
-    if headers is None or not (headers / "cutlass/cutlass.h").is_file():
-        return Level1(None, "the package nvidia-cutlass was not installed")
-    return Level1(headers, None)
 
 
 class Toolkit(NamedTuple):
@@ -109,6 +77,48 @@ def find_toolkit() -> Toolkit | None:
             home = Path(re.search(r"^#\$ TOP=(.+)$", steps, re.M).group(1)).resolve()
             return Toolkit(candidate, re.search(r"release (\d+\.\d+)", version).group(1), home)
     return None
+
+
+@functools.cache  # says what it leaves out once
+def cuda_archs(toolkit: Toolkit) -> tuple[str, ...]:
+    """What is compiled for, written as in CUDA_ARCHS: all of those, cut by TORCH_CUDA_ARCH_LIST and by the toolkit."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    names = list(CUDA_ARCHS) if not wanted.strip() else re.split(r"[ ;,]+", wanted.strip())
+    plain = [name.removesuffix("+PTX") for name in names]
+    asked = [{"9.0": "9.0a"}.get(name, name) for name in plain]
+    version = tuple(map(int, toolkit.version.split(".")))
+    archs = tuple(arch for arch, least in CUDA_ARCHS.items() if arch in asked and version >= least)
+    left_out = [arch for arch in asked if arch not in archs]
+    if left_out:
+        print(f"fastdpo: no kernels for compute capability {', '.join(left_out)} (with CUDA {toolkit.version})")
+    if not archs:
+        sys.exit(
+            f"TORCH_CUDA_ARCH_LIST is {wanted!r} and the toolkit CUDA {toolkit.version}, which leaves nothing of what "
+            f"fastdpo has kernels for ({', '.join(CUDA_ARCHS)}; 10.0 and 12.0 need CUDA 12.8, the others 12.0)"
+        )
+    return archs
+
+
+def gencode(archs: Sequence[str]) -> list[str]:
+    numbers = [arch.replace(".", "") for arch in archs]
+    return [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+
+
+class Level1(NamedTuple):
+    """CUTLASS's headers for Level 1, or why it is not built."""
+
+    headers: Path | None
+    missing: str | None
+
+
+def find_level1(archs: Sequence[str]) -> Level1:
+    if LEVEL1_ARCH not in archs:
+        return Level1(None, f"compute capability {LEVEL1_ARCH} is not among those built for")
+    package = importlib.util.find_spec("cutlass_library")
+    headers = Path(package.origin).parent / "source/include" if package is not None and package.origin else None
+    if headers is None or not (headers / "cutlass/cutlass.h").is_file():
+        return Level1(None, "the package nvidia-cutlass was not installed")
+    return Level1(headers, None)
 
 
 def ninja_path() -> str:
@@ -189,7 +199,7 @@ class NativeBuild:
         return self.file.edge("link", library, objects, flags=" ".join(["-fopenmp", *self.link]))
 
     def cuda_library(self, toolkit: Toolkit) -> Path:
-        archs = cuda_archs()
+        archs = cuda_archs(toolkit)
         level1 = find_level1(archs)
         common = [
             "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -cudart static --threads 2",
@@ -257,7 +267,7 @@ class NativeBuild:
 
 
 def level1_fact(toolkit: Toolkit | None) -> str:
-    missing = find_level1(cuda_archs()).missing if toolkit is not None else "there was no nvcc"
+    missing = find_level1(cuda_archs(toolkit)).missing if toolkit is not None else "there was no nvcc"
     return "built" if missing is None else f"not built: {missing}"
 
 
@@ -287,7 +297,7 @@ class BuildNative(build_ext):
             "torch": torch.__version__,
             "python": platform.python_version(),
             "library": libraries[0].name,
-            "cuda_archs": cuda_archs() if toolkit else [],
+            "cuda_archs": cuda_archs(toolkit) if toolkit else [],
             "nvcc": toolkit.version if toolkit else None,
             "cuda_level1": level1_fact(toolkit),
         }
@@ -300,4 +310,5 @@ class BuildNative(build_ext):
         return {}
 
 
-setup(ext_modules=[Extension("fastdpo._C", sources=[])], cmdclass={"build_ext": BuildNative})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("fastdpo._C", sources=[])], cmdclass={"build_ext": BuildNative})

@@ -80,12 +80,25 @@ def _load_cuda(*, declare: bool) -> dict[str, Any]:
         )
     library.fastdpo_cuda_build_facts.restype = ctypes.c_char_p
     built = json.loads(library.fastdpo_cuda_build_facts())
+    if problem := _driver_misfit(built["nvcc"], getattr(torch._C, "_cuda_getDriverVersion", int)()):
+        warnings.warn(problem, stacklevel=4)
     return {
         "cuda_archs": built["archs"].split(),
         "nvcc": built["nvcc"],
         "cuda_level1": built["level1"],
         "cuda_library": "loaded",
     }
+
+
+def _driver_misfit(nvcc: str, driver: int) -> str | None:
+    """Why a library of this nvcc's does not run on a driver for CUDA ``driver`` (12080 is 12.8; 0: there is none)."""
+    if driver == 0 or driver // 1000 >= int(nvcc.split(".")[0]):
+        return None
+    known = f"{driver // 1000}.{driver % 1000 // 10}"
+    return (
+        f"CUDA tensors will be refused: fastdpo was built with CUDA {nvcc}, and this machine's driver knows {known}. "
+        f"Update the driver, or rebuild fastdpo with a toolkit that it knows (CUDA_HOME=…; {_REBUILD})"
+    )
 
 
 _FACTS = _load()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastdpo
+from fastdpo import _native
 
 PACKAGE = Path(fastdpo.__file__).parent
 
@@ -83,3 +84,13 @@ def test_import_needs_torch_alone() -> None:
     code = f"import sys, fastdpo; print([m for m in {others} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "driver", "knows"),
+    [("13.0", 12080, "12.8"), ("13.0", 13000, None), ("12.6", 13010, None), ("13.0", 0, None)],
+)
+def test_a_driver_that_is_older_than_the_library(nvcc: str, driver: int, knows: str | None) -> None:
+    said = _native._driver_misfit(nvcc, driver)
+    assert (said is None) == (knows is None)
+    assert knows is None or f"built with CUDA 13.0, and this machine's driver knows {knows}. Update" in said
