@@ -205,6 +205,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8_192, help="all scored (default: %(default)s)")
     parser.add_argument("--level", default="0", choices=("0", "1"), help="FASTDPO_CUDA_LEVEL (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--chosen", action="store_true", help="the cut that the ops choose alone: for a profiler")
     parser.add_argument("--json", type=Path, help="everything, with machine, versions and commit")
     args = parser.parse_args(arguments)
     for name in args.case.split(","):
@@ -220,16 +221,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    report = machine.facts_of_run(sys.argv if arguments is None else ["bench/cuda_blocks.py", *arguments], "cuda")
-    report |= {"tokens": args.tokens, "level": args.level, "cases": {}}
     console, progress = Console(width=100), Progress()
-    console.print(machine.describe(report["machine"]))
     with environment(FASTDPO_CUDA_LEVEL=args.level):
+        report = machine.facts_of_run(sys.argv if arguments is None else ["bench/cuda_blocks.py", *arguments], "cuda")
+        report |= {"tokens": args.tokens, "cases": {}}
+        console.print(machine.describe(report["machine"]))
         for name in args.case.split(","):
             progress.say(name)
             hidden_size, vocab_size, _ = HEADS[name]
             problem = make_problem(args.tokens, hidden_size, vocab_size, "cuda")
-            cuts = cuts_of(args.tokens, vocab_size)
+            cuts = [CHOSEN] if args.chosen else cuts_of(args.tokens, vocab_size)
             lines = sweep(torch.ops.fastdpo, problem, cuts, args.rounds, device_clock)
             report["cases"][name] = lines
             progress.stop()

@@ -1,85 +1,124 @@
 #!/usr/bin/env bash
-# Builds, checks, benchmarks and profiles fastdpo on a machine with an NVIDIA GPU; a table comes last.
+# Checks, benchmarks and profiles fastdpo on a machine with an NVIDIA GPU; a table comes last.
 #
 #   bench/gpu.sh                     everything
-#   bench/gpu.sh check               the tests of the CUDA op, and compute-sanitizer on small cases
-#   bench/gpu.sh bench profile       run.py on the loss layer's cases; Nsight Compute on the row kernel and the products
+#   bench/gpu.sh check               the tests of the CUDA ops, and compute-sanitizer on small cases
+#   bench/gpu.sh bench               run.py on the loss layer's cases
+#   bench/gpu.sh profile             Nsight Compute on the ops' kernels and the library's products
 #   bench/gpu.sh blocks              cuda_blocks.py: other cuts into token blocks and vocabulary chunks than the chosen one
 #   bench/gpu.sh train               train.py: pairs per second beside TRL's trainer
 #
-# Needs python with a CUDA torch, g++, nvcc and no network; results go to ${OUT:-bench/results}. A build that is there
-# already, and loads, is used as it is.
+# Needs a python with a CUDA torch, and no network. fastdpo is built in this folder, with g++ and nvcc, if what lies here
+# does not load. What may be set:
+#
+#   OUT=bench/results     where results go; their names begin with the GPU's
+#   ARCHIVE=FILE.tgz      all of them in one file, made anew after every step
+#   LEVELS="0 1"          of csrc/cuda/level.h; one that was not built counts as a failure
+#   CASES="qwen llama"    of the bench stage: tiny qwen llama llama-frozen-cached llama-long
+#   BENCH_FLAGS="--rounds 2 --peers floor,fastdpo,liger"       for run.py
+#   TRAIN_FLAGS="--data pairs.jsonl --arms trl,fastdpo"        for train.py, which makes pairs up without --data
+#   STEP_SECONDS=1800     after which a step is killed
+#   PYTHON=python3
+#   FASTDPO_COMMIT=...    what results name where this is no git checkout
 #
 # A step that fails does not stop the next; the exit status is the number of steps that failed. A tool that is missing
 # is said to be missing, and counts as a failure.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-bench/results}
-mkdir -p "$out"
 python=${PYTHON:-python3}
+levels=${LEVELS:-0 1}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 failed=0
+mkdir -p "$out"
 
-step() {  # name, command...: runs it, keeps its output in $out/name.txt
-  local name=$1
-  shift
-  echo "== $name: $*"
-  if "$@" >"$out/$name.txt" 2>&1; then
-    echo "   passed; $(tail -n 1 "$out/$name.txt")"
-  else
-    echo "   FAILED; the end of $out/$name.txt:"
-    tail -n 30 "$out/$name.txt"
-    failed=$((failed + 1))
-  fi
+fail() {  # what is wrong
+  echo "== $*"
+  failed=$((failed + 1))
 }
 
-need() {  # tool: says whether it is here
+step() {  # name, command...: runs it, keeps its output in name.txt
+  local file=$out/$device-$1.txt status
+  echo "== $1: ${*:2}"
+  timeout --kill-after 10 "${STEP_SECONDS:-1800}" "${@:2}" >"$file" 2>&1
+  status=$?
+  if [ "$status" = 0 ]; then
+    echo "   passed; $(tail -n 1 "$file")"
+  else
+    fail "$1 FAILED with $status (124: it took too long); the end of $file:"
+    tail -n 30 "$file"
+  fi
+  [ -z "${ARCHIVE:-}" ] || tar -czf "$ARCHIVE" -C "$out" --exclude '*.tgz' .
+  return "$status"
+}
+
+have() {  # tool: says if it is not here
   command -v "$1" >/dev/null && return 0
-  echo "== $1 is missing: the steps that need it are not run"
-  failed=$((failed + 1))
+  fail "$1 is missing: the steps that need it are not run"
   return 1
 }
 
-build_fact() {  # key: of build_info()
+fact() {  # key: of build_info()
   "$python" -c "import sys, fastdpo; print(fastdpo.build_info()[sys.argv[1]])" "$1" 2>/dev/null
 }
 
-build() {
-  if [ "$(build_fact cuda_library)" != loaded ]; then
-    local venv=${VENV:-build/gpu-venv}
-    [ -x "$venv/bin/python" ] || "$python" -m venv --system-site-packages "$venv" || exit 1
-    python=$venv/bin/python
-    step build env MAX_JOBS="${MAX_JOBS:-8}" "$python" -m pip install --no-build-isolation --no-deps -e .
+prepare() {
+  device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | sed 's/^NVIDIA //' |
+    tr '[:upper:] ' '[:lower:]-')
+  if [ -z "$device" ] || ! "$python" -c "import torch; assert torch.cuda.is_available()"; then
+    echo "bench/gpu.sh: nvidia-smi names no GPU, or the torch of $python sees none" >&2
+    exit 1
   fi
+  # The version that fastdpo tells is looked up in a package's facts, which a bare checkout lacks.
+  "$python" -c "import importlib.metadata as m; m.version('fastdpo')" 2>/dev/null || "$python" setup.py -q egg_info
+  [ "$(fact cuda_library)" = loaded ] ||
+    step build env MAX_JOBS="${MAX_JOBS:-8}" "$python" setup.py build_ext --inplace
   step machine bash -c "nvidia-smi; nvcc --version; '$python' -m torch.utils.collect_env"
   step build_info "$python" -c "import fastdpo, json; print(json.dumps(fastdpo.build_info(), indent=1))"
-  levels=0
-  [ "$(build_fact cuda_level1)" = built ] && levels="0 1" || echo "== Level 1 was $(build_fact cuda_level1)"
+  if [ "$(fact cuda_library)" != loaded ]; then
+    fail "the CUDA library does not load: nothing else is run"
+    exit "$failed"
+  fi
+  if [[ " $levels " = *" 1 "* && $(fact cuda_level1) != built ]]; then
+    fail "Level 1 was $(fact cuda_level1)"
+    levels=${levels//1/}
+  fi
 }
 
 check() {
-  # The kernels, once on the host and once on the device.
-  step test_cuda_library "$python" -m pytest -q tests/test_cuda_library.py
-  step test_cuda_host "$python" -m pytest -q tests/test_cuda_host.py tests/test_cuda_level1.py tests/test_cuda_blocks.py
-  step test_cuda "$python" -m pytest -q tests/test_cuda.py
+  # Level by level: what is illegal in one leaves the process's device unusable for the other. The oracle's float64 on
+  # the CPU takes most of the time, and some GB.
+  local level which
+  for level in $levels; do
+    [ "$level" = 0 ] && which="not level1" || which=level1
+    step "test_cuda-level$level" "$python" -m pytest -q -n 3 tests/test_cuda.py -k "$which"
+  done
   step test_cuda_limits "$python" -m pytest -q tests/test_cuda_limits.py
-  need compute-sanitizer || return
+  step test_cuda_library "$python" -m pytest -q tests/test_cuda_library.py
+  have compute-sanitizer || return
   # One case of every kernel: several dtypes, retained and recomputed rows, raised exponents.
-  local small="test_matches_the_oracle and 1000 or test_improbable_targets or test_plain_cases and 1000"
-  # PyTorch's allocator would hand out parts of one block, inside which nothing is out of bounds.
-  step memcheck env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-    "$python" -m pytest -q tests/test_cuda.py -k "$small"
-  step racecheck compute-sanitizer --tool racecheck --error-exitcode 1 \
-    "$python" -m pytest -q tests/test_cuda.py -k "test_improbable_targets or test_plain_cases and 1000"
+  local plain="test_plain_cases and 1000 or test_plain_improbable_targets"
+  local all="test_matches_the_oracle and 1000 or test_improbable_targets or $plain" ours=()
+  # The library's products are its makers' to check, and take long.
+  compute-sanitizer --help | grep -q -- --kernel-name && ours=(--kernel-name kernel_substring=fastdpo)
+  for level in $levels; do
+    [ "$level" = 0 ] && which="($all) and not level1" || which="($plain) and level1"
+    # PyTorch's allocator would hand out parts of one block, inside which nothing is out of bounds.
+    step "memcheck-level$level" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
+      --report-api-errors no --error-exitcode 1 "$python" -m pytest -q tests/test_cuda.py -k "$which"
+    step "racecheck-level$level" compute-sanitizer --tool racecheck "${ours[@]}" --error-exitcode 1 \
+      "$python" -m pytest -q tests/test_cuda.py -k "$which"
+  done
 }
 
-measure() {  # name, flags of run.py...: at every level that was built; peers with Level 0 alone
-  local name=$1 level
-  shift
+measure() {  # name, flags of run.py...: at every level; peers with the first alone
+  [[ " ${CASES:-$1} " = *" $1 "* ]] || return
+  local level last=()
   for level in $levels; do
-    local flags=("$@")
-    [ "$level" = 0 ] || flags+=(--peers floor,fastdpo)
-    step "bench-$name-level$level" env FASTDPO_CUDA_LEVEL="$level" "$python" bench/run.py --device cuda \
-      --rounds "${ROUNDS:-3}" --json "$out/bench-$name-level$level.json" "${flags[@]}"
+    # shellcheck disable=SC2086  # several flags
+    step "bench-$1-level$level" env FASTDPO_CUDA_LEVEL="$level" "$python" bench/run.py --device cuda --rounds 3 \
+      --timeout 120 --json "$out/$device-bench-$1-level$level.json" ${BENCH_FLAGS:-} "${@:2}" "${last[@]}"
+    last=(--peers floor,fastdpo,fastdpo-most-memory)
   done
 }
 
@@ -93,36 +132,41 @@ bench() {
 }
 
 profile() {
-  need ncu || return
-  local level
+  have ncu || return
+  local level name
   for level in $levels; do
-    # Three of each: the row kernel, or Level 1's product and the kernel that adds up its tiles; and cuBLAS's products.
-    step "profile-level$level" env FASTDPO_CUDA_LEVEL="$level" ncu --target-processes all --set basic \
-      --kernel-name-base demangled --kernel-name 'regex:row_kernel|settle_rows|ExponentialTile|nvjet|gemm' \
-      --launch-skip 30 --launch-count 12 \
-      "$python" bench/run.py --device cuda --case llama-3.1-8b --peers fastdpo --rounds 1 --errors off --tune off
+    # Every pass once, with the floor's products. The clocks are left as they are: others share the machine.
+    name=profile-level$level
+    step "$name" ncu --clock-control none --set basic --print-summary per-kernel --kernel-name-base demangled \
+      --kernel-name 'regex:row_kernel|settle_rows|ExponentialTile|nvjet|gemm' \
+      "$python" bench/cuda_blocks.py --case llama-3.1-8b --tokens 2048 --level "$level" --rounds 1 --chosen
+    [ "$level" = 0 ] && local kernel=row_kernel || local kernel=ExponentialTile
+    grep -q "$kernel" "$out/$device-$name.txt" || fail "$name has no $kernel"
   done
 }
 
 blocks() {
   local level
   for level in $levels; do
-    step "blocks-level$level" "$python" bench/cuda_blocks.py --level "$level" --json "$out/blocks-level$level.json"
+    step "blocks-level$level" "$python" bench/cuda_blocks.py --level "$level" \
+      --json "$out/$device-blocks-level$level.json"
   done
 }
 
 train() {
-  step train "$python" bench/train.py --device cuda --case llama-1b --json "$out/train.json" --plot "$out/train.png"
+  # shellcheck disable=SC2086  # several flags
+  step train "$python" bench/train.py --device cuda --case llama-1b --json "$out/$device-train.json" \
+    --plot "$out/$device-train.png" ${TRAIN_FLAGS:-}
 }
 
 tables() {
   local file
-  for file in "$out"/bench-*.txt "$out"/train.txt; do
+  for file in "$out/$device"-bench-*.txt "$out/$device-train.txt"; do
     [ -f "$file" ] || continue
     echo "-- ${file##*/}"
-    grep -E "^ +ms |^(floor|fastdpo|trl|liger|cut-|quack|full|torch)" "$file"
+    grep -E "^ +ms |^(floor|fastdpo|trl|liger|cut-|quack|full|torch)|pairs:" "$file"
   done
-  for file in "$out"/blocks-*.txt; do
+  for file in "$out/$device"-blocks-*.txt; do
     [ -f "$file" ] && grep -E "ms \(over|floor|as chosen|\*" "$file"  # a star is at a pass's fastest cut
   done
 }
@@ -137,7 +181,7 @@ for stage in $stages; do
       ;;
   esac
 done
-build
+prepare
 for stage in $stages; do "$stage"; done
 tables
 

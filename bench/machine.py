@@ -66,12 +66,20 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with a + when files differ from it; None where it is no checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    """The checkout's commit, with a + where files differ from it, those that benchmarks write apart.
+
+    Where it is no checkout: what the environment variable FASTDPO_COMMIT says, or None.
+    """
+    git = ["git", "-C", str(Path(__file__).parents[1])]
+    changes = ["status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        head, changed = (
+            subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], changes)
+        )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("FASTDPO_COMMIT")
+    return head + ("+" if changed else "")
 
 
 def _cpu_name() -> str:

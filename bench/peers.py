@@ -22,6 +22,9 @@ import torch.nn.functional as F
 from cases import BETA, IGNORE_INDEX, Case, Problem
 from torch import Tensor
 
+from fastdpo._native import operand_dtype
+from fastdpo.logps import DEFAULT_RETAIN_BYTES
+
 PEERS: dict[str, type[Peer]] = {}
 
 
@@ -139,6 +142,28 @@ class FastDPOLeastMemory(FastDPO):
 
     def __init__(self) -> None:
         super().__init__(workspace=0)
+
+
+class FastDPOMostMemory(FastDPO):
+    """Keeps every exponential from forward to backward, where the default has room for some: computes none twice."""
+
+    name = "fastdpo-most-memory"
+
+    @classmethod
+    def refuses(cls, case: Case) -> str | None:
+        if case.frozen:
+            return "nothing is kept for a weight without a gradient"
+        if cls._all(case) <= DEFAULT_RETAIN_BYTES:
+            return "the default keeps all of them"
+        return None
+
+    @classmethod
+    def settings(cls, case: Case) -> list[dict[str, Any]]:
+        return [{"workspace": cls._all(case)}]
+
+    @staticmethod
+    def _all(case: Case) -> int:
+        return case.scored_tokens * case.vocab_size * operand_dtype(getattr(torch, case.dtype)).itemsize
 
 
 class TokenPeer(Peer):

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import machine
 import outputs
 import pytest
 import run
@@ -250,6 +251,43 @@ def test_a_quick_run_from_end_to_end(tmp_path):
     assert own["seconds"] > 0 and own["ratio_to_fastdpo"] == 1 and own["ratio_to_floor"] > 0
     assert set(own["errors"]) == {"logps", "logps_of", "loss", "grad_hidden", "grad_weight"}
     assert case["peers"]["raises"]["status"] == "failed"
+
+
+def test_the_peer_that_keeps_every_exponential():
+    peer, case = PEERS["fastdpo-most-memory"], named_case("qwen2.5-0.5b", "cuda")
+    assert peer.refuses(case) is None
+    assert peer.settings(case) == [{"workspace": case.scored_tokens * 151_936 * 2}]
+    assert peer.refuses(dataclasses.replace(case, frozen=True)) == "nothing is kept for a weight without a gradient"
+    assert peer.refuses(small_case()) == "the default keeps all of them"
+
+
+def test_the_commit_that_results_name(tmp_path, monkeypatch):
+    """Results that are written again are no change of what wrote them."""
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "bench" / "machine.py"))
+    monkeypatch.setenv("FASTDPO_COMMIT", "of elsewhere")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert machine.commit() == "of elsewhere"
+
+    def git(*arguments: str) -> str:
+        name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", "-C", tmp_path, *name, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    script, results = tmp_path / "bench" / "machine.py", tmp_path / "bench" / "results" / "a.json"
+    results.parent.mkdir(parents=True)
+    for file in (script, results):
+        file.write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    head = git("rev-parse", "HEAD")
+    assert machine.commit() == head
+    results.write_text("2")
+    (tmp_path / "new.json").write_text("3")
+    assert machine.commit() == head
+    script.write_text("2")
+    assert machine.commit() == head + "+"
 
 
 def test_wrong_flags_are_named():
