@@ -70,13 +70,19 @@ def forward_op(
 ) -> tuple[Tensor, ...]:
     """logps, row_state, direction, retained and the extra outputs, as csrc/fastdpo.h defines them."""
     *tensors, scalars = inputs
-    return torch.ops.fastdpo.token_logps_forward(
-        *tensors,
-        **scalars,
-        need_direction=need_direction,
-        retain_bytes=retain_bytes,
-        **{op_name: name in outputs for name, op_name in OUTPUTS.items()},
-    )
+    try:
+        return torch.ops.fastdpo.token_logps_forward(
+            *tensors,
+            **scalars,
+            need_direction=need_direction,
+            retain_bytes=retain_bytes,
+            **{op_name: name in outputs for name, op_name in OUTPUTS.items()},
+        )
+    except RuntimeError as error:
+        # The only kind of error that torch's stable ABI, through which the CUDA op goes, has.
+        if "`targets`[" in str(error):
+            raise IndexError(str(error)) from None
+        raise
 
 
 def named_outputs(values: Sequence[Tensor], names: Sequence[str], inputs: OpInputs) -> dict[str, Tensor]:
@@ -101,7 +107,7 @@ def backward_op(
     """Gradients of hidden, weight and bias, from the forward's ``state``: (row_state, direction, retained)."""
     *tensors, scalars = inputs
     return torch.ops.fastdpo.token_logps_backward(
-        grad_logps,
+        grad_logps.contiguous(),  # a sum's is one number, expanded
         *tensors,
         *state,
         weight_sum,

@@ -209,6 +209,16 @@ def assert_adds_to_sums(
         assert_within(name, total.cpu(), exact, bound)
 
 
+# What the operands of the CUDA ops' gradient products have the precision of, where that is not their type's own: as
+# csrc/cuda/products.h says, float16's run in TF32, which has float16's.
+CUDA_PRECISION = {torch.float16: torch.float16}
+
+
+def assert_cuda_matches(case: Case, results: Results) -> None:
+    """:func:`assert_matches`, of the CUDA ops."""
+    assert_matches(case, results, operand=CUDA_PRECISION.get(case.hidden.dtype))
+
+
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 

@@ -8,16 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from op_calls import DTYPES, OP_OUTPUTS, Case, Results, assert_adds_to_sums, assert_matches, call, random_case
+from op_calls import (
+    CUDA_PRECISION,
+    DTYPES,
+    OP_OUTPUTS,
+    Case,
+    Results,
+    assert_adds_to_sums,
+    assert_cuda_matches,
+    call,
+    random_case,
+)
 from test_groups import INPUTS, SMALL, WHOLE, assert_same, is_grouped, make_batch, run
+from torch import Tensor
 
 import fastdpo
+from fastdpo import reference
 from fastdpo.logps import OUTPUTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-
-# As products.cpp says: float16's gradient products run in TF32, which has float16's precision.
-OPERAND = {torch.float16: torch.float16}
 
 
 @pytest.fixture
@@ -25,7 +34,7 @@ def ops() -> Any:
     return torch.ops.fastdpo
 
 
-@pytest.fixture(params=["0", "1"])
+@pytest.fixture(params=["0", "1"], ids=["level0", "level1"])
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Asks for a level, where it is there; a case that Level 1 cannot do is Level 0's."""
     if request.param == "1":
@@ -38,10 +47,6 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return request.param
 
 
-def check(case: Case, results: Results) -> None:
-    assert_matches(case, results, operand=OPERAND.get(case.hidden.dtype))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("n", "h", "v"), [(1, 1, 1), (3, 7, 2), (17, 33, 127), (70, 67, 1000), (64, 128, 1025), (130, 256, 5003)]
@@ -52,7 +57,7 @@ def test_matches_the_oracle(
     ops: Any, dtype: torch.dtype, n: int, h: int, v: int, retained: float, num_scored: int | None
 ) -> None:
     case = random_case(n + v, n, h, v, dtype, bias=dtype, device="cuda", softcap=30.0, logit_scale=0.5)
-    check(case, call(ops, case, num_scored=num_scored, retained_rows=int(retained * n)))
+    assert_cuda_matches(case, call(ops, case, num_scored=num_scored, retained_rows=int(retained * n)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -61,27 +66,27 @@ def test_matches_the_oracle(
 def test_many_blocks_and_chunks(ops: Any, dtype: torch.dtype, v: int, retained_rows: int) -> None:
     """Forward takes 2 blocks of rows and several chunks here; odd V puts retained rows off 16-byte boundaries."""
     case = random_case(0, 4100, 72, v, dtype, device="cuda")
-    check(case, call(ops, case, retained_rows=retained_rows))
+    assert_cuda_matches(case, call(ops, case, retained_rows=retained_rows))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backward_in_several_blocks(ops: Any, dtype: torch.dtype) -> None:
     case = random_case(0, 9000, 40, 3001, dtype, bias=dtype, ignored=0.02, device="cuda")
-    check(case, call(ops, case))
+    assert_cuda_matches(case, call(ops, case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("retained_rows", [0, 100, 700])
 def test_gradients_are_added_to_sums(ops: Any, dtype: torch.dtype, retained_rows: int) -> None:
     case = random_case(0, 700, 72, 5003, dtype, bias=dtype, device="cuda")
-    assert_adds_to_sums(ops, case, parts=3, retained_rows=retained_rows, operand=OPERAND.get(dtype))
+    assert_adds_to_sums(ops, case, parts=3, retained_rows=retained_rows, operand=CUDA_PRECISION.get(dtype))
 
 
 @pytest.mark.parametrize("needs", [(), ("hidden",), ("weight",), ("bias",)])
 @pytest.mark.parametrize("extras", [(), OP_OUTPUTS])
 def test_only_what_is_needed(ops: Any, needs: tuple[str, ...], extras: tuple[str, ...]) -> None:
     case = random_case(0, 70, 64, 1000, torch.bfloat16, bias=torch.float32, device="cuda")
-    check(case, call(ops, case, needs=needs, extras=extras, retained_rows=20))
+    assert_cuda_matches(case, call(ops, case, needs=needs, extras=extras, retained_rows=20))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,7 +101,7 @@ def test_improbable_targets(ops: Any, dtype: torch.dtype, retained_rows: int) ->
     logits[5] -= 50 * torch.arange(v) // 3000
     targets = torch.tensor([0, 1, 2, 29999, 5, v - 1])
     case = Case(torch.eye(6).to("cuda", dtype), logits.T.contiguous().to("cuda", dtype), targets.cuda())
-    check(case, call(ops, case, retained_rows=retained_rows))
+    assert_cuda_matches(case, call(ops, case, retained_rows=retained_rows))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -134,7 +139,9 @@ def test_plain_cases(
     num_scored: int | None,
 ) -> None:
     case = random_case(n + v, n, h, v, dtype, device="cuda", logit_scale=-0.5, temperature=0.7)
-    check(case, call(ops, case, num_scored=num_scored, retained_rows=int(retained * n), needs=needs, extras=()))
+    assert_cuda_matches(
+        case, call(ops, case, num_scored=num_scored, retained_rows=int(retained * n), needs=needs, extras=())
+    )
 
 
 @pytest.mark.parametrize("v", [193, 200])
@@ -142,7 +149,7 @@ def test_plain_target_in_every_column(ops: Any, level: str, v: int) -> None:
     """Every place that a tile's accumulators can have, in the last and only partly filled tiles too."""
     case = random_case(0, v, 64, v, torch.bfloat16, ignored=0.0, device="cuda")
     case.targets = torch.arange(v, device="cuda")
-    check(case, call(ops, case, needs=("hidden", "weight"), extras=()))
+    assert_cuda_matches(case, call(ops, case, needs=("hidden", "weight"), extras=()))
 
 
 @WAYS
@@ -151,7 +158,7 @@ def test_plain_cases_of_many_blocks_and_chunks(
     ops: Any, level: str, dtype: torch.dtype, needs: tuple[str, ...], v: int
 ) -> None:
     case = random_case(0, 4100, 72, v, dtype, device="cuda")
-    check(case, call(ops, case, retained_rows=1000, needs=needs, extras=()))
+    assert_cuda_matches(case, call(ops, case, retained_rows=1000, needs=needs, extras=()))
 
 
 @WAYS
@@ -167,7 +174,7 @@ def test_plain_improbable_targets(
     logits[7] -= 50 * torch.arange(v) // 3000
     targets = torch.tensor([0, 1, 2, 3, 4, 29999, 5, v - 1])
     case = Case(torch.eye(8).to("cuda", dtype), logits.T.contiguous().to("cuda", dtype), targets.cuda())
-    check(case, call(ops, case, retained_rows=retained_rows, needs=needs, extras=()))
+    assert_cuda_matches(case, call(ops, case, retained_rows=retained_rows, needs=needs, extras=()))
 
 
 @WAYS
@@ -197,7 +204,7 @@ def test_plain_case_in_a_graph(ops: Any, level: str, num_scored: int | None, ret
         getattr(case, name).copy_(getattr(other, name))
     graph.replay()
     torch.cuda.synchronize()
-    check(case, captured)
+    assert_cuda_matches(case, captured)
 
 
 def test_plain_case_on_another_stream(ops: Any, level: str) -> None:
@@ -207,7 +214,7 @@ def test_plain_case_on_another_stream(ops: Any, level: str) -> None:
     with torch.cuda.stream(stream):
         results = call(ops, case, num_scored=-1, needs=("hidden", "weight"), extras=())
     stream.synchronize()
-    check(case, results)
+    assert_cuda_matches(case, results)
 
 
 def test_more_than_2_to_the_31_exponentials(ops: Any, level: str) -> None:
@@ -238,6 +245,8 @@ def test_a_target_outside_the_vocabulary(ops: Any) -> None:
     message = re.escape(f"`targets`[{position}] is 61, but must be ignore_index (-100) or lie in [0, V = 61)")
     with pytest.raises(RuntimeError, match=message):
         call(ops, case, num_scored=-1)
+    with pytest.raises(IndexError, match=message):
+        fastdpo.token_logps(case.hidden, case.weight, case.targets)
     logps = call(ops, case, needs=("hidden",)).logps
     assert bool(torch.isnan(logps[position])) and int(torch.isnan(logps).sum()) == 1
 
@@ -260,7 +269,7 @@ def test_in_a_graph(ops: Any, num_scored: int | None, retained_rows: int) -> Non
         getattr(case, name).copy_(getattr(other, name))
     graph.replay()
     torch.cuda.synchronize()
-    check(case, captured)
+    assert_cuda_matches(case, captured)
 
 
 def test_on_another_stream(ops: Any) -> None:
@@ -270,13 +279,13 @@ def test_on_another_stream(ops: Any) -> None:
     with torch.cuda.stream(stream):
         results = call(ops, case, num_scored=-1)
     stream.synchronize()
-    check(case, results)
+    assert_cuda_matches(case, results)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two CUDA devices")
 def test_on_a_device_that_is_not_current(ops: Any) -> None:
     case = random_case(0, 70, 64, 1000, torch.bfloat16, device="cuda:1")
-    check(case, call(ops, case))
+    assert_cuda_matches(case, call(ops, case))
     assert torch.cuda.current_device() == 0
 
 
@@ -285,6 +294,16 @@ def test_inputs_on_several_devices(ops: Any) -> None:
     case.weight = case.weight.cpu()
     with pytest.raises(RuntimeError, match="`weight` is on another device than `hidden`"):
         call(ops, case)
+
+
+@pytest.mark.parametrize("reduce", [Tensor.sum, Tensor.mean])
+def test_the_gradient_of_a_sum_is_one_number(reduce: Any) -> None:
+    case = random_case(0, 60, 32, 700, torch.float64, ignored=0.0, device="cuda")
+    inputs = [x.requires_grad_() for x in (case.hidden, case.weight)]
+    found = torch.autograd.grad(reduce(fastdpo.token_logps(*inputs, case.targets).logps), inputs)
+    exact = torch.autograd.grad(reduce(reference.token_logps(*inputs, case.targets).logps), inputs)
+    for got, expected in zip(found, exact, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -302,8 +321,8 @@ def test_front_end(dtype: torch.dtype) -> None:
     results = Results(
         result.logps, state, empty, empty, extras, dict(zip(("hidden", "weight", "bias"), grads, strict=True))
     )
-    check(case, results)
-    truth = case.truth(OPERAND.get(dtype))
+    assert_cuda_matches(case, results)
+    truth = case.truth(CUDA_PRECISION.get(dtype))
     sure = (truth.top_gap.abs() > truth.top_gap_bound) | ~case.cpu().scored
     assert torch.equal(result.is_top1.cpu()[sure], truth.outputs.is_top1[sure])
 

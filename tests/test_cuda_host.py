@@ -13,11 +13,12 @@ from cuda_host.build import build
 from hypothesis import given
 from hypothesis import strategies as st
 from op_calls import (
+    CUDA_PRECISION,
     DTYPES,
     OP_OUTPUTS,
     Case,
     assert_adds_to_sums,
-    assert_matches,
+    assert_cuda_matches,
     call,
     operand_dtype,
     random_case,
@@ -28,6 +29,8 @@ from test_vocab_shards import assert_matches as assert_shards_match
 from test_vocab_shards import cut, in_shards, logits_case
 from torch import Tensor
 
+import fastdpo
+from fastdpo import reference
 from fastdpo.out_of_memory import is_out_of_memory
 
 BLOCKS = "FASTDPO_CUDA_BLOCKS"
@@ -56,6 +59,7 @@ def configure(ops: Any, *, rows: int = 16, chunk: int = 24, capturing: bool = Fa
 def restore(ops: Any) -> None:
     os.environ.pop(BLOCKS, None)
     ops.capture(False)
+    ops.fail(False)
 
 
 # ------------------------------------------------------------------------------------------- everything at once
@@ -100,7 +104,7 @@ def test_matches_the_oracle(
     options = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
     case = random_case(seed, n, h, v, dtype, bias=bias, spread=spread, ignored=ignored, **options)
     results = call(library, case, num_scored=None if known else -1, retained_rows=int(retained * n))
-    assert_matches(case, results)
+    assert_cuda_matches(case, results)
 
 
 # ------------------------------------------------------------------------------------------- shapes and layouts
@@ -111,7 +115,7 @@ def test_matches_the_oracle(
 def test_target_in_every_column(ops: Any, dtype: torch.dtype, v: int) -> None:
     case = random_case(0, v, 9, v, dtype, ignored=0.0)
     case.targets = torch.arange(v)
-    assert_matches(case, call(ops, case, retained_rows=v // 2))
+    assert_cuda_matches(case, call(ops, case, retained_rows=v // 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -126,7 +130,7 @@ def test_inputs_that_start_off_a_16_byte_boundary(ops: Any, dtype: torch.dtype, 
         return inside.copy_(tensor)
 
     case.hidden, case.weight, case.bias = shifted(case.hidden), shifted(case.weight), shifted(case.bias)
-    assert_matches(case, call(ops, case, retained_rows=4))
+    assert_cuda_matches(case, call(ops, case, retained_rows=4))
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])
@@ -134,14 +138,14 @@ def test_inputs_that_start_off_a_16_byte_boundary(ops: Any, dtype: torch.dtype, 
 def test_nothing_scored(ops: Any, n: int, num_scored: int) -> None:
     case = random_case(0, n, 5, 30, torch.float32, bias=torch.float32, ignored=1.0)
     results = call(ops, case, num_scored=num_scored, retained_rows=2)
-    assert_matches(case, results)
+    assert_cuda_matches(case, results)
     assert all(not grad.any() for grad in results.grads.values())
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 3])
 def test_ignore_index(ops: Any, ignore_index: int) -> None:
     case = random_case(0, 20, 5, 30, torch.float32, ignore_index=ignore_index)
-    assert_matches(case, call(ops, case))
+    assert_cuda_matches(case, call(ops, case))
 
 
 @pytest.mark.parametrize("needs", [(), ("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("weight", "bias")])
@@ -152,7 +156,7 @@ def test_only_what_is_needed(ops: Any, needs: tuple[str, ...], retained_rows: in
     results = call(ops, case, needs=needs, retained_rows=retained_rows)
     assert set(results.grads) == set(needs)
     assert results.direction.shape == (40 if "hidden" in needs else 0, 12)
-    assert_matches(case, results)
+    assert_cuda_matches(case, results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,7 +164,7 @@ def test_only_what_is_needed(ops: Any, needs: tuple[str, ...], retained_rows: in
 @pytest.mark.parametrize("retained_rows", [0, 4, 20])
 def test_gradients_are_added_to_sums(ops: Any, dtype: torch.dtype, bias: torch.dtype, retained_rows: int) -> None:
     case = random_case(0, 60, 12, 61, dtype, bias=bias)
-    assert_adds_to_sums(ops, case, parts=3, retained_rows=retained_rows)
+    assert_adds_to_sums(ops, case, parts=3, retained_rows=retained_rows, operand=CUDA_PRECISION.get(dtype))
 
 
 def test_sums_where_nothing_is_scored_stay_as_they_are(ops: Any) -> None:
@@ -174,7 +178,7 @@ def test_sums_where_nothing_is_scored_stay_as_they_are(ops: Any) -> None:
 @pytest.mark.parametrize("needs", [(), ("hidden",)])
 def test_only_the_extras_asked_for(ops: Any, extras: tuple[str, ...], needs: tuple[str, ...]) -> None:
     case = random_case(0, 20, 12, 61, torch.float32)
-    assert_matches(case, call(ops, case, needs=needs, extras=extras))
+    assert_cuda_matches(case, call(ops, case, needs=needs, extras=extras))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -188,7 +192,7 @@ def test_top_gap_of_ties(ops: Any, dtype: torch.dtype, v: int) -> None:
 def test_the_chunks_that_a_device_would_take(ops: Any, dtype: torch.dtype) -> None:
     restore(ops)
     case = random_case(0, 30, 24, 3001, dtype, bias=torch.float32)
-    assert_matches(case, call(ops, case, retained_rows=11))
+    assert_cuda_matches(case, call(ops, case, retained_rows=11))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -216,7 +220,7 @@ def test_an_improbable_target(ops: Any, dtype: torch.dtype, retained_rows: int, 
     logits = torch.randn(len(rises), 72, generator=torch.Generator().manual_seed(0))
     logits[torch.arange(len(rises)), first] = torch.tensor(rises)
     case = case_of_logits(logits, [5, 25, 50, 5, 25, 50], dtype)
-    assert_matches(case, call(ops, case, retained_rows=retained_rows))
+    assert_cuda_matches(case, call(ops, case, retained_rows=retained_rows))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -227,7 +231,7 @@ def test_a_row_raised_several_times(ops: Any, dtype: torch.dtype, retained_rows:
     # Up in every chunk; up in every chunk by so much that the last one alone counts; up, then back down.
     logits = noise + torch.stack([50 * steps, 1000 * steps, 90 * torch.minimum(steps, 3 - steps)])
     case = case_of_logits(logits, [0, 119, 60], dtype)
-    assert_matches(case, call(ops, case, retained_rows=retained_rows))
+    assert_cuda_matches(case, call(ops, case, retained_rows=retained_rows))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -256,7 +260,7 @@ def test_a_whole_vocabulary_just_short_of_a_raise(ops: Any) -> None:
         logits = torch.full((1, v), gap)
         logits[0, 5] = 0
         case = case_of_logits(logits, [5], torch.float32)
-        assert_matches(case, call(ops, case))
+        assert_cuda_matches(case, call(ops, case))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -317,7 +321,7 @@ def test_values_that_are_not_finite_stay_in_their_row(
 def test_under_capture_all_rows_are_computed(ops: Any, dtype: torch.dtype, retained_rows: int) -> None:
     configure(ops, capturing=True)
     case = random_case(0, 40, 12, 61, dtype, bias=dtype, ignored=0.5)
-    assert_matches(case, call(ops, case, num_scored=-1, retained_rows=retained_rows))
+    assert_cuda_matches(case, call(ops, case, num_scored=-1, retained_rows=retained_rows))
 
 
 def test_forward_captured_and_backward_not(ops: Any) -> None:
@@ -465,7 +469,8 @@ def test_a_vocabulary_in_shards(ops: Any, dtype: torch.dtype, retained_rows: int
     options = {"logit_scale": 0.7, "softcap": 9.0, "temperature": 1.3}
     case = random_case(3, 30, 16, 127, dtype, bias=dtype, spread=3.0, ignored=0.0, **options)
     sizes = cut(127, 3, seed=0)
-    assert_shards_match(case, sizes, in_shards(case, sizes, retained_rows=retained_rows, ops=ops))
+    results = in_shards(case, sizes, retained_rows=retained_rows, ops=ops)
+    assert_shards_match(case, sizes, results, operand=CUDA_PRECISION.get(dtype))
 
 
 @pytest.mark.parametrize("retained_rows", [0, 64])
@@ -485,3 +490,50 @@ def test_an_allocation_that_fails_says_so_in_words_that_the_front_end_knows(ops:
     with pytest.raises(RuntimeError, match=r"could not allocate \[8388608, 8388608\] of Float") as raised:
         call(ops, case, retained_rows=1 << 23)
     assert is_out_of_memory(raised.value)
+    # A device that has failed refuses allocations too, and less of them would not help.
+    ops.fail(True)
+    with pytest.raises(RuntimeError, match="what ran on the device before") as raised:
+        call(ops, case, retained_rows=1 << 23)
+    assert not is_out_of_memory(raised.value)
+
+
+# ------------------------------------------------------------------------------------------- behind the front end
+
+
+@pytest.fixture
+def front_end(ops: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The front end over these ops."""
+    monkeypatch.setattr(torch.ops, "fastdpo", ops)
+    return fastdpo.token_logps
+
+
+@pytest.mark.parametrize("reduce", [Tensor.sum, Tensor.mean])
+@pytest.mark.parametrize("shape", [(12,), (3, 4)])
+def test_the_gradient_of_a_sum_is_one_number(front_end: Any, reduce: Any, shape: tuple[int, ...]) -> None:
+    """Autograd hands it over expanded, which no kernel reads."""
+    case = random_case(0, 12, 5, 33, torch.float64, ignored=0.0)
+    inputs = hidden, weight = case.hidden.reshape(*shape, 5).requires_grad_(), case.weight.requires_grad_()
+    targets = case.targets.reshape(shape)
+    found = torch.autograd.grad(reduce(front_end(hidden, weight, targets).logps), inputs)
+    exact = torch.autograd.grad(reduce(reference.token_logps(hidden, weight, targets).logps), inputs)
+    for got, expected in zip(found, exact, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_target_outside_the_vocabulary_is_an_index_error(front_end: Any) -> None:
+    case = random_case(0, 12, 5, 33, torch.float32, ignored=0.0)
+    case.targets[7] = 33
+    with pytest.raises(IndexError, match=re.escape("`targets`[7] is 33, but must be ignore_index (-100) or lie in")):
+        front_end(case.hidden, case.weight, case.targets)
+
+
+@pytest.mark.parametrize("retained_rows", [0, 20])
+def test_operands_of_float16_are_tf32_numbers(ops: Any, retained_rows: int) -> None:
+    """Of 10 bits of mantissa, so that it does not matter how a device drops the others; also where rows were raised."""
+    case = random_case(0, 20, 8, 200, torch.float16, spread=12.0, ignored=0.0)
+    results = call(ops, case, retained_rows=retained_rows)
+    assert bool((results.retained.view(torch.int32) & 0x1FFF == 0).all())
+    assert retained_rows == 0 or results.retained.any()
+    assert_cuda_matches(case, results)
+    ordinary = call(ops, random_case(0, 20, 8, 200, torch.float32), retained_rows=20)
+    assert bool((ordinary.retained.view(torch.int32) & 0x1FFF != 0).any())

@@ -14,7 +14,7 @@ import torch
 from cuda_host.build import build
 from hypothesis import given
 from hypothesis import strategies as st
-from op_calls import DTYPES, OP_OUTPUTS, Case, Results, assert_matches, call, random_case
+from op_calls import DTYPES, OP_OUTPUTS, Case, Results, assert_cuda_matches, call, random_case
 from oracle import ROUNDING, assert_within
 from test_cuda_host import configure, restore
 from torch import Tensor
@@ -145,7 +145,7 @@ def test_extra_outputs_are_level_1s_in_bfloat16(ops: Any, extra: str, dtype: tor
     case = random_case(0, 9, 16, 40, dtype)
     results = call(ops, case, needs=(), extras=(extra,))
     assert (ops.fused_products() > 0) == (dtype == torch.bfloat16)
-    assert_matches(case, results)
+    assert_cuda_matches(case, results)
 
 
 @pytest.mark.parametrize("changes", [{"bias": torch.bfloat16}, {"softcap": 30.0}])
@@ -153,7 +153,7 @@ def test_bias_and_softcap_are_level_0s(ops: Any, changes: dict[str, Any]) -> Non
     case = random_case(0, 9, 16, 40, torch.bfloat16, **changes)
     results = call(ops, case, extras=())
     assert ops.fused_products() == 0
-    assert_matches(case, results)
+    assert_cuda_matches(case, results)
 
 
 @pytest.mark.parametrize("moved", ["hidden", "weight"])
@@ -166,7 +166,7 @@ def test_inputs_that_start_off_a_16_byte_boundary(ops: Any, moved: str, ignored:
     setattr(case, moved, storage[1:].view(value.shape).copy_(value))
     results = call(ops, case, extras=())
     assert (ops.fused_products() > 0) == (moved == "hidden" and ignored > 0)
-    assert_matches(case, results)
+    assert_cuda_matches(case, results)
 
 
 @pytest.mark.parametrize("v", [40, 41])
@@ -175,7 +175,7 @@ def test_retained_rows_off_a_16_byte_boundary_are_level_0s(ops: Any, v: int, ret
     case = random_case(0, 20, 16, v, torch.bfloat16, ignored=0.0)
     results = call(ops, case, extras=(), retained_rows=retained_rows)
     assert (ops.fused_products() > 0) == (v % 8 == 0 or retained_rows < 20)
-    assert_matches(case, results)
+    assert_cuda_matches(case, results)
 
 
 # ------------------------------------------------------------------------------------------- everything at once
@@ -225,7 +225,7 @@ def test_matches_the_oracle(
         results = call(
             library, case, num_scored=None if known else -1, retained_rows=int(retained * n), needs=needs, extras=extras
         )
-    assert_matches(case, results)
+    assert_cuda_matches(case, results)
 
 
 @WAYS
@@ -233,14 +233,14 @@ def test_matches_the_oracle(
 def test_target_in_every_column(ops: Any, dtype: torch.dtype, how: dict[str, Any], v: int) -> None:
     case = random_case(0, v, 16, v, dtype, ignored=0.0)
     case.targets = torch.arange(v)
-    assert_matches(case, plain(ops, case, **how))
+    assert_cuda_matches(case, plain(ops, case, **how))
 
 
 @pytest.mark.parametrize("v", [1, 2, 15, 17, 31, 47, 49, 130])
 def test_vocabularies_that_end_inside_16_bytes(ops: Any, v: int) -> None:
     case = random_case(0, v, 16, v, torch.bfloat16, ignored=0.0)
     case.targets = torch.arange(v)
-    assert_matches(case, plain(ops, case))
+    assert_cuda_matches(case, plain(ops, case))
 
 
 @pytest.mark.parametrize("needs", [(), ("hidden",), ("weight",)])
@@ -249,7 +249,7 @@ def test_only_what_is_needed(ops: Any, needs: tuple[str, ...], retained_rows: in
     case = random_case(0, 40, 24, 64, torch.bfloat16)
     results = plain(ops, case, needs=needs, retained_rows=retained_rows)
     assert set(results.grads) == set(needs)
-    assert_matches(case, results)
+    assert_cuda_matches(case, results)
 
 
 @pytest.mark.parametrize("retained_rows", [0, 4, 20])
@@ -268,7 +268,7 @@ def test_gradients_are_added_to_sums(ops: Any, retained_rows: int) -> None:
 def test_the_chunks_that_a_device_would_take(ops: Any, dtype: torch.dtype, how: dict[str, Any]) -> None:
     restore(ops)
     case = random_case(0, 30, 24, 3000, dtype)
-    assert_matches(case, plain(ops, case, **how))
+    assert_cuda_matches(case, plain(ops, case, **how))
 
 
 @WAYS
@@ -307,7 +307,7 @@ def test_an_improbable_target(ops: Any, dtype: torch.dtype, how: dict[str, Any],
     targets = [(5, 25, 50, 90, 110)[i % 5] for i in range(len(GAPS))]
     case = case_of_logits(logits / scale, targets, dtype)
     case.options["logit_scale"] = scale
-    assert_matches(case, plain(ops, case, **how))
+    assert_cuda_matches(case, plain(ops, case, **how))
 
 
 @WAYS
@@ -319,7 +319,7 @@ def test_a_row_raised_several_times(ops: Any, dtype: torch.dtype, how: dict[str,
     inside = torch.arange(240).float() % 48 * 3
     rises = torch.stack([40 * steps, 90 * steps, 1000 * steps, 90 * torch.minimum(steps, 3 - steps), inside])
     case = case_of_logits(noise + rises, [0, 239, 0, 60, 0], dtype)
-    assert_matches(case, plain(ops, case, **how))
+    assert_cuda_matches(case, plain(ops, case, **how))
 
 
 @WAYS
@@ -332,7 +332,7 @@ def test_a_tile_s_sum_raises_before_its_logits_do(
     logits[0, 5] = 0
     case = case_of_logits(logits, [5], dtype)
     results = plain(ops, case, **how)
-    assert_matches(case, results)
+    assert_cuda_matches(case, results)
     assert (results.row_state[0, 0] > 0) == (gap > 29.2)
 
 
@@ -377,7 +377,7 @@ def test_values_that_are_not_finite_stay_in_their_row(
 def test_under_capture_all_rows_are_computed(ops: Any, dtype: torch.dtype, how: dict[str, Any]) -> None:
     configure(ops, chunk=48, capturing=True)
     case = random_case(0, 40, 16, 64, dtype, ignored=0.5)
-    assert_matches(case, plain(ops, case, num_scored=-1, **how))
+    assert_cuda_matches(case, plain(ops, case, num_scored=-1, **how))
 
 
 @pytest.mark.parametrize("retained_rows", [0, 40])

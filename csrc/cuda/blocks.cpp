@@ -20,12 +20,13 @@ namespace {
 struct Tile {
   int64_t rows;
   int64_t columns;
-  double steps;  // for one rank
+  double steps;         // for one rank
+  int64_t cluster = 1;  // tiles of rows come in multiples of it
 };
 // What matrix products on 16-bit numbers are made of on current devices; a library takes the tile that suits. A tile
 // half the size takes more than half the time, since it reads more for each number that it sums.
 constexpr Tile kLibraryTiles[] = {{128, 256, 1.0}, {256, 128, 1.0}, {128, 128, 0.6}};
-constexpr Tile kLevel1Tile{128, kTileColumns, kTileColumns / 256.0};
+constexpr Tile kLevel1Tile{128, kTileColumns, kTileColumns / 256.0, 2};
 
 // An H100's balance: 800 TFLOP/s (a step of 132 multiprocessors is 10.8 ns) beside 3 TB/s.
 constexpr double kBytesOfStep = 245;  // of memory traffic, for each multiprocessor
@@ -43,8 +44,8 @@ int64_t parts(int64_t total, int64_t size) { return (total + size - 1) / size; }
 int64_t round_up(int64_t value, int64_t multiple) { return parts(value, multiple) * multiple; }
 
 double waves(const BlockCase& c, const Tile& tile, int64_t rows, int64_t columns) {
-  return tile.steps *
-         static_cast<double>(parts(parts(rows, tile.rows) * parts(columns, tile.columns), c.multiprocessors));
+  const int64_t tiles = round_up(parts(rows, tile.rows), tile.cluster) * parts(columns, tile.columns);
+  return tile.steps * static_cast<double>(parts(tiles, c.multiprocessors));
 }
 
 double library_waves(const BlockCase& c, int64_t rows, int64_t columns) {
@@ -149,7 +150,8 @@ Blocks blocks_of(const BlockCase& c) {
   if (!asked.has_value()) return choose_blocks(c);
   const int64_t multiple = least_chunk_multiple(c.level);
   const int64_t columns = std::min(asked->columns, c.vocabulary);
-  return {std::min(asked->rows, c.rows), round_up(columns, multiple)};
+  // The next block's rows of `retained` begin as far from a 16-byte boundary as these do.
+  return {std::min(round_up(asked->rows, kRowAlignment), c.rows), round_up(columns, multiple)};
 }
 
 }  // namespace fastdpo::cuda

@@ -62,6 +62,28 @@ __device__ __forceinline__ T round_to(C x) {
   }
 }
 
+// Float16's gradient products have float32 operands and read them as TF32: how they drop the 13 bits that TF32 lacks is
+// the hardware's affair, and may be by cutting them off, which shrinks every term. Of operands that are rounded to TF32
+// beforehand they drop nothing.
+__device__ __forceinline__ float round_to_tf32(float x) {
+  if (x != x) return x;  // a NaN's bits must not be carried on
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  bits = (bits + 0x1000u) & ~0x1fffu;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// As the operands of inputs of type T are: O.
+template <typename T, typename O, typename C>
+__device__ __forceinline__ O round_to_operand(C x) {
+  if constexpr (std::is_same_v<T, half>) {
+    return round_to_tf32(x);
+  } else {
+    return round_to<O>(x);
+  }
+}
+
 // kSize neighbours, moved by 16-byte accesses. `from` and `to` must be 16-byte aligned.
 template <typename T, int kSize>
 struct Pack {

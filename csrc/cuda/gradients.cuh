@@ -33,13 +33,13 @@ __global__ void __launch_bounds__(kBlockThreads) scale_rows_kernel(const ScaleRo
   const bool ignored = work.targets[position] == work.ignore_index;
   const C coefficient =
       ignored ? C(0) : -work.grad_logps[position] * work.slope / work.row_state[kRowNorm * work.positions + position];
-  if (work.coefficients != nullptr && threadIdx.x == 0) work.coefficients[row] = round_to<O>(coefficient);
+  if (work.coefficients != nullptr && threadIdx.x == 0) work.coefficients[row] = round_to_operand<T, O>(coefficient);
   if (work.scaled == nullptr) return;
   const T* hidden = work.hidden + position * work.hidden_units;
   O* scaled = work.scaled + row * work.hidden_units;
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < work.hidden_units; i += kBlockThreads) {
-    scaled[i] = round_to<O>(ignored ? C(0) : coefficient * load_as_compute(hidden[i]));
+    scaled[i] = round_to_operand<T, O>(ignored ? C(0) : coefficient * load_as_compute(hidden[i]));
   }
 }
 

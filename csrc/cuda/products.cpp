@@ -88,7 +88,8 @@ void multiply(const Product& p) {
   }
   void* handle = nullptr;
   if (torch_get_current_cuda_blas_handle(&handle) != AOTI_TORCH_SUCCESS) {
-    throw std::runtime_error("fastdpo: torch gave no cuBLAS handle");
+    // It allocates cuBLAS's workspace.
+    throw std::runtime_error("fastdpo: out of memory: torch gave no cuBLAS handle");
   }
   const FullPrecisionSums sums(handle);
   const bool in_float64 = p.operands == Type::kFloat64;

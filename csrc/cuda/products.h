@@ -25,8 +25,7 @@ struct Product {
   int64_t out_stride;
   Type out_type;  // float32 for 16-bit operands, or the operands' type; sums are float32 (float64) in every case
   bool accumulate;
-  // The operands were made from float16 numbers, so TF32, whose mantissa is float16's, rounds nothing that float16
-  // held.
+  // The operands are float16 numbers or were rounded to TF32, whose mantissa is float16's (round_to_tf32).
   bool tensor_float32;
 };
 

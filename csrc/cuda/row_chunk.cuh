@@ -13,6 +13,7 @@ RowChunk<C, O> row_chunk(const RowChunkArguments& a) {
   chunk.logits_stride = a.logits_stride;
   chunk.operand = static_cast<O*>(a.operand);
   chunk.operand_stride = a.operand_stride;
+  chunk.tensor_float32 = a.type == Type::kFloat16;
   chunk.retained = a.retained;
   chunk.first_column = a.first_column;
   chunk.columns = static_cast<int>(a.columns);

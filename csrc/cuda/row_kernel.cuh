@@ -45,6 +45,7 @@ struct RowChunk {
   // [rows, operand_stride], at the chunk's first column. With `retained`, a row's earlier columns lie before it.
   O* operand;
   int64_t operand_stride;
+  bool tensor_float32;  // round the operand to TF32, of which O = float has room for more
   bool retained;
   int64_t first_column;
   int columns;  // a chunk is far smaller than 2^31, so columns inside it are counted in 32 bits
@@ -113,6 +114,15 @@ __device__ __forceinline__ ChunkSums<C> sum_over_block(ChunkSums<C> mine) {
   return total;
 }
 
+template <typename O, typename C>
+__device__ __forceinline__ O as_operand(C x, bool tensor_float32) {
+  if constexpr (std::is_same_v<O, float>) {
+    return tensor_float32 ? round_to_tf32(x) : x;
+  } else {
+    return round_to<O>(x);
+  }
+}
+
 // One row's columns, as the thread's share of the sums; the operand goes out on the way.
 template <typename Traits>
 struct RowVisitor {
@@ -125,6 +135,7 @@ struct RowVisitor {
   int columns;
   int target;        // the target's column in this chunk; -1 when it is in another
   C target_operand;  // what the operand holds there
+  bool tensor_float32;
   LogitTransform<C> transform;
 
   __device__ __forceinline__ O entry(C product, int column, C exponent, ChunkSums<C>& sums) const {
@@ -145,7 +156,7 @@ struct RowVisitor {
         }
       }
     }
-    return round_to<O>(is_target ? target_operand : e * transform.slope_factor(z));
+    return as_operand<O>(is_target ? target_operand : e * transform.slope_factor(z), tensor_float32);
   }
 
   __device__ __forceinline__ ChunkSums<C> visit(C exponent) const {
@@ -193,9 +204,9 @@ __device__ __forceinline__ void clear_row(O* row, int64_t columns) {
 }
 
 template <typename T, typename C>
-__device__ __forceinline__ void shrink_row(T* row, int64_t columns, C factor) {
+__device__ __forceinline__ void shrink_row(T* row, int64_t columns, C factor, bool tensor_float32 = false) {
   for (int64_t column = threadIdx.x; column < columns; column += kBlockThreads) {
-    row[column] = round_to<T>(load_as_compute(row[column]) * factor);
+    row[column] = as_operand<T>(load_as_compute(row[column]) * factor, tensor_float32);
   }
 }
 
@@ -222,6 +233,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLeastBlocks)
                              chunk.columns,
                              offset >= 0 && offset < chunk.columns ? static_cast<int>(offset) : -1,
                              C(0),
+                             chunk.tensor_float32,
                              chunk.transform};
   if constexpr (Traits::kPass == RowPass::kOperand) {
     const int64_t place = chunk.rows != nullptr ? chunk.rows[row] : row;
@@ -241,7 +253,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLeastBlocks)
         if (chunk.direction != nullptr) {
           shrink_row(chunk.direction + row * chunk.hidden_units, chunk.hidden_units, factor);
         }
-        if (Traits::kWrites && chunk.retained) shrink_row(operand - chunk.first_column, chunk.first_column, factor);
+        if (Traits::kWrites && chunk.retained) {
+          shrink_row(operand - chunk.first_column, chunk.first_column, factor, chunk.tensor_float32);
+        }
       }
       // The same thread writes the same entries again, so no barrier is needed between the two visits' stores.
       const ChunkSums<C> again = sum_over_block<Traits>(visitor.visit(sums.max_logit));

@@ -59,6 +59,12 @@ bool is_capturing(void* stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+void check_device(void* stream) {
+  if (is_capturing(stream)) return;
+  const cudaError_t error = cudaStreamQuery(static_cast<cudaStream_t>(stream));
+  if (error != cudaErrorNotReady) check(error, "what ran on the device before");
+}
+
 void copy_to_host(void* to, const void* from, int64_t bytes, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, cuda_stream), "cudaMemcpyAsync");

@@ -28,6 +28,10 @@ int multiprocessors(int device);
 // Whether work queued on `stream` is being recorded into a graph, where nothing may be waited for.
 bool is_capturing(void* stream);
 
+// Throws if something that ran on the device before has failed: whatever is asked for next fails then as well, an
+// allocation for one. Does not wait, and finds nothing while `stream` is being captured.
+void check_device(void* stream);
+
 // Copies to host memory and waits for it.
 void copy_to_host(void* to, const void* from, int64_t bytes, void* stream);
 

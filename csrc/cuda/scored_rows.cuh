@@ -211,7 +211,8 @@ __global__ void __launch_bounds__(kBlockThreads) finish_rows_kernel(const Finish
     if (results.top_gap != nullptr) results.top_gap[position] = result.top_gap;
     // The direction's product needed a zero here, and is done; backward needs the target's term.
     if (work.retained != nullptr) {
-      work.retained[row * work.vocabulary + target] = round_to<O>(target_operand(target_weight, result.norm, slope));
+      work.retained[row * work.vocabulary + target] =
+          round_to_operand<T, O>(target_operand(target_weight, result.norm, slope));
     }
   }
   if (results.direction != nullptr) {

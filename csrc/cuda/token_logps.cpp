@@ -119,6 +119,7 @@ struct Inputs {
     try {
       return torch::stable::new_empty(hidden, shape, element);
     } catch (const std::exception& error) {
+      check_device(stream);
       // The stable ABI says only that a call failed. The front end looks for these words (fastdpo/out_of_memory.py).
       throw std::runtime_error("fastdpo: out of memory: could not allocate " + text(shape) + " of " + text(element) +
                                " (" + error.what() + ")");

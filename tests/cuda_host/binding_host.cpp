@@ -13,6 +13,9 @@ namespace {
 
 void capture(bool capturing) { fastdpo::cuda::host_settings().capturing = capturing; }
 
+// As if what ran on the device before had failed.
+void fail(bool failed) { fastdpo::cuda::host_settings().device_failed = failed; }
+
 void pretend(int64_t compute_capability, bool has_level1) {
   auto& settings = fastdpo::cuda::host_settings();
   settings.compute_capability = static_cast<int>(compute_capability);
@@ -43,6 +46,7 @@ STABLE_TORCH_LIBRARY(fastdpo_host, m) {
   m.def(fastdpo::kForwardSchema);
   m.def(fastdpo::kBackwardSchema);
   m.def("capture(bool capturing) -> ()");
+  m.def("fail(bool failed) -> ()");
   m.def("pretend(int compute_capability, bool has_level1) -> ()");
   m.def("fused_products() -> int");  // since the last time
   m.def(
@@ -57,6 +61,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastdpo_host, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastdpo_host, CompositeExplicitAutograd, m) {
   m.impl("capture", TORCH_BOX(&capture));
+  m.impl("fail", TORCH_BOX(&fail));
   m.impl("pretend", TORCH_BOX(&pretend));
   m.impl("fused_products", TORCH_BOX(&fused_products));
   m.impl("choose_blocks", TORCH_BOX(&choose_blocks));

@@ -1,5 +1,6 @@
 // csrc/cuda/products.h for the host: the sums are float32 (float64), as on a device.
 #include <cmath>
+#include <cstring>
 
 #include "cuda_shim.h"
 #include "products.h"
@@ -38,13 +39,23 @@ void store(void* data, Type type, int64_t index, double value) {
   }
 }
 
+// The most that a device may make of TF32.
+float cut_to_tf32(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  bits &= ~0x1fffu;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
 template <typename Sum>
-std::vector<Sum> unpacked(const Matrix& matrix, Type type, int64_t rows, int64_t columns) {
+std::vector<Sum> unpacked(const Matrix& matrix, Type type, int64_t rows, int64_t columns, bool tensor_float32) {
   std::vector<Sum> out(rows * columns);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) {
       const int64_t index = matrix.transposed ? c * matrix.stride + r : r * matrix.stride + c;
-      out[r * columns + c] = static_cast<Sum>(load(matrix.data, type, index));
+      const double value = load(matrix.data, type, index);
+      out[r * columns + c] = static_cast<Sum>(tensor_float32 ? cut_to_tf32(static_cast<float>(value)) : value);
     }
   }
   return out;
@@ -52,8 +63,8 @@ std::vector<Sum> unpacked(const Matrix& matrix, Type type, int64_t rows, int64_t
 
 template <typename Sum>
 void multiply_in(const Product& p) {
-  const std::vector<Sum> a = unpacked<Sum>(p.a, p.operands, p.rows, p.depth);
-  const std::vector<Sum> b = unpacked<Sum>(p.b, p.operands, p.depth, p.columns);
+  const std::vector<Sum> a = unpacked<Sum>(p.a, p.operands, p.rows, p.depth, p.tensor_float32);
+  const std::vector<Sum> b = unpacked<Sum>(p.b, p.operands, p.depth, p.columns, p.tensor_float32);
   std::vector<Sum> row(p.columns);
   for (int64_t r = 0; r < p.rows; ++r) {
     for (int64_t c = 0; c < p.columns; ++c) {

@@ -6,6 +6,7 @@ namespace fastdpo::cuda {
 
 struct HostSettings {
   bool capturing = false;
+  bool device_failed = false;
   int compute_capability = 90;
   int multiprocessors = 132;
   bool has_level1 = true;

@@ -61,13 +61,16 @@ struct ExponentialsKernel {
     arguments.hw_info.device_id = device;
     check(cudaDeviceGetAttribute(&arguments.hw_info.sm_count, cudaDevAttrMultiProcessorCount, device),
           "cudaDeviceGetAttribute");
+    arguments.hw_info.sm_count &= ~1;  // clusters are pairs
     // Not Gemm::can_implement: it wants a multiple of 8 columns, where TMA wants row strides of 16 bytes alone. A tile
     // scheduler without split-K and this visitor need no memory of their own.
     Gemm gemm;
-    if (Gemm::get_workspace_size(arguments) != 0 || gemm.run(arguments, nullptr, stream) != cutlass::Status::kSuccess) {
+    const cutlass::Status status = Gemm::get_workspace_size(arguments) != 0 ? cutlass::Status::kErrorWorkspaceNull
+                                                                            : gemm.run(arguments, nullptr, stream);
+    if (status != cutlass::Status::kSuccess) {
       throw std::runtime_error("fastdpo: exponentials of " + std::to_string(a.rows) + " x " + std::to_string(a.depth) +
                                " by " + std::to_string(a.depth) + " x " + std::to_string(a.columns) +
-                               " did not launch");
+                               " did not launch: " + cutlass::cutlassGetStatusString(status));
     }
   }
 
