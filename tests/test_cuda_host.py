@@ -72,7 +72,7 @@ def restore(ops: Any) -> None:
     v=st.sampled_from([1, 2, 7, 8, 31, 127, 128, 1000]),
     dtype=st.sampled_from(DTYPES),
     bias=st.sampled_from([None, *DTYPES]),
-    spread=st.sampled_from([0.1, 1.0, 10.0]),
+    spread=st.sampled_from([0.1, 1.0, 10.0, 40.0]),
     ignored=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
     retained=st.sampled_from([0.0, 0.4, 1.0]),
     logit_scale=st.sampled_from([1.0, 0.25, -0.5]),
@@ -221,6 +221,24 @@ def test_an_improbable_target(ops: Any, dtype: torch.dtype, retained_rows: int, 
     logits[torch.arange(len(rises)), first] = torch.tensor(rises)
     case = case_of_logits(logits, [5, 25, 50, 5, 25, 50], dtype)
     assert_cuda_matches(case, call(ops, case, retained_rows=retained_rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_raised_row_keeps_what_little_is_left_of_it(ops: Any, dtype: torch.dtype) -> None:
+    """Raised by more than e^-104, which float32 does not have, after a chunk whose numbers were e^30."""
+    gaps = torch.tensor([85.0, 92.0, 100.0, 104.0, 110.0])
+    rows = torch.arange(len(gaps))
+    logits = torch.full((len(gaps), 72), -200.0)
+    logits[rows, rows] = 30.0
+    logits[rows, 60] = gaps
+    logits[:, 70] = 0
+    case = case_of_logits(logits, [70] * len(gaps), dtype)
+    results = call(ops, case, retained_rows=99)
+    assert_cuda_matches(case, results)
+    left = results.retained[rows, rows].double()
+    roundings = {torch.float64: 64, torch.float16: 2}.get(dtype, 4)  # float16's operand has float16's precision
+    rtol = roundings * ROUNDING[CUDA_PRECISION.get(dtype, dtype)]
+    torch.testing.assert_close(left, (30 - gaps.double()).exp(), rtol=rtol, atol=2.0**-126)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -337,6 +337,29 @@ def test_a_tile_s_sum_raises_before_its_logits_do(
 
 
 @WAYS
+@pytest.mark.parametrize("rise", [30, 43, 80])
+def test_a_tile_in_range_keeps_what_little_is_left_of_it(
+    ops: Any, dtype: torch.dtype, how: dict[str, Any], rise: int
+) -> None:
+    """A row raised by more than e^-104, which float32 does not have, holds tiles whose numbers were e^80 before."""
+    gaps = [85.0, 92.0, 100.0, 104.0, 110.0, 120.0, 150.0]
+    logits = torch.full((len(gaps), 48), -200.0)
+    rows = torch.arange(len(gaps))
+    logits[rows, rows] = rise  # each in a column of its own, where nothing hides what it is in the weight's gradient
+    logits[rows, 20] = torch.tensor(gaps)
+    logits[:, 40] = 0
+    case = case_of_logits(logits, [40] * len(gaps), dtype)
+    results = plain(ops, case, **how)
+    assert_cuda_matches(case, results)
+    if results.retained.numel():
+        count = len(results.retained)
+        left = (rise - torch.tensor(gaps)).double().exp()[:count]
+        torch.testing.assert_close(
+            results.retained[rows[:count], rows[:count]].double(), left, rtol=2 * ROUNDING[torch.bfloat16], atol=2e-38
+        )
+
+
+@WAYS
 def test_a_certain_target(ops: Any, dtype: torch.dtype, how: dict[str, Any]) -> None:
     """p -> 1: log p = -sum, to a relative precision, where 1 - p is far below what 1 can resolve."""
     logits = torch.zeros(4, 56)

@@ -203,10 +203,20 @@ __device__ __forceinline__ void clear_row(O* row, int64_t columns) {
   for (int64_t column = threadIdx.x; column < columns; column += kBlockThreads) row[column] = round_to<O>(C(0));
 }
 
+// exp(shift), by which what was formed with another exponent shrinks. In two steps: float32 ends at e^-104, where what
+// was large before (a tile of Level 1 up to e^87) has not shrunk to nothing.
+template <typename C>
+struct Shrink {
+  C half;
+
+  __device__ __forceinline__ static Shrink by(C shift) { return {std::exp(shift / C(2))}; }
+  __device__ __forceinline__ C operator()(C x) const { return x * half * half; }
+};
+
 template <typename T, typename C>
-__device__ __forceinline__ void shrink_row(T* row, int64_t columns, C factor, bool tensor_float32 = false) {
+__device__ __forceinline__ void shrink_row(T* row, int64_t columns, Shrink<C> shrink, bool tensor_float32 = false) {
   for (int64_t column = threadIdx.x; column < columns; column += kBlockThreads) {
-    row[column] = as_operand<T>(load_as_compute(row[column]) * factor, tensor_float32);
+    row[column] = as_operand<T>(shrink(load_as_compute(row[column])), tensor_float32);
   }
 }
 
@@ -248,13 +258,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLeastBlocks)
     // The chunk was visited in the hope that z - k stays in range. All threads have the same sums and decide alike.
     const bool raised = sums.max_logit - exponent > C(kMaxExponentGap);
     if (raised) {
-      const C factor = std::exp(exponent - sums.max_logit);
+      const auto shrink = Shrink<C>::by(exponent - sums.max_logit);
       if (chunk.first_column > 0) {
         if (chunk.direction != nullptr) {
-          shrink_row(chunk.direction + row * chunk.hidden_units, chunk.hidden_units, factor);
+          shrink_row(chunk.direction + row * chunk.hidden_units, chunk.hidden_units, shrink);
         }
         if (Traits::kWrites && chunk.retained) {
-          shrink_row(operand - chunk.first_column, chunk.first_column, factor, chunk.tensor_float32);
+          shrink_row(operand - chunk.first_column, chunk.first_column, shrink, chunk.tensor_float32);
         }
       }
       // The same thread writes the same entries again, so no barrier is needed between the two visits' stores.

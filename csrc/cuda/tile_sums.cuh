@@ -110,9 +110,10 @@ struct TiledRow {
   }
 
   // The chunk's sums relative to another exponent, and the operand likewise: tiles in range shrink, the others are
-  // computed again. `shift` is the old exponent minus the new one, `factor` its exponential. The product left a zero in
-  // the target's column. The sum of logits has no exponent: it is the tiles' in any case.
-  __device__ __forceinline__ ChunkSums<float> sum_again(float exponent, float shift, float factor) const {
+  // computed again. `shift` is the old exponent minus the new one. The product left a zero in the target's column. The
+  // sum of logits has no exponent: it is the tiles' in any case.
+  __device__ __forceinline__ ChunkSums<float> sum_again(float exponent, float shift) const {
+    const auto shrink = Shrink<float>::by(shift);
     ChunkSums<float> sums = ChunkSums<float>::empty();
     for (int tile = 0; tile < tiles.tiles; ++tile) {
       const float sum = tile_sum(tile);
@@ -121,13 +122,13 @@ struct TiledRow {
       }
       if (in_range<kExtras>(sum)) {
         if (threadIdx.x == 0) {
-          sums.sum += factor * sum;
+          sums.sum += shrink(sum);
           if constexpr (kExtras) {
-            sums.weighted_sum += factor * (tile_sum(tile, kTileWeighted) + shift * sum);
-            sums.square_sum += factor * factor * tile_sum(tile, kTileSquares);
+            sums.weighted_sum += shrink(tile_sum(tile, kTileWeighted) + shift * sum);
+            sums.square_sum += shrink(shrink(tile_sum(tile, kTileSquares)));
           }
         }
-        if (operand != nullptr) shrink_row(operand + tile * kColumns, columns(tile), factor);
+        if (operand != nullptr) shrink_row(operand + tile * kColumns, columns(tile), shrink);
       } else {
         each_logit(tile, [&](int column, float logit) {
           if (threadIdx.x % kWarpSize != 0) return;
@@ -171,14 +172,15 @@ __global__ void __launch_bounds__(kBlockThreads) settle_rows_kernel(const TiledC
   if (too_large(sums.max_logit)) {
     const float raised = tiled.suitable_exponent(total.exponent);
     const float shift = total.exponent - raised;
-    const float factor = total.raise(raised);
+    total.raise(raised);
     if (chunk.first_column > 0) {
+      const auto shrink = Shrink<float>::by(shift);
       if (chunk.direction != nullptr) {
-        shrink_row(chunk.direction + row * chunk.hidden_units, chunk.hidden_units, factor);
+        shrink_row(chunk.direction + row * chunk.hidden_units, chunk.hidden_units, shrink);
       }
-      if (operand != nullptr && chunk.retained) shrink_row(operand - chunk.first_column, chunk.first_column, factor);
+      if (operand != nullptr && chunk.retained) shrink_row(operand - chunk.first_column, chunk.first_column, shrink);
     }
-    sums = tiled.sum_again(raised, shift, factor);
+    sums = tiled.sum_again(raised, shift);
   }
   total.sum += sums.sum;
   if constexpr (kExtras) {
