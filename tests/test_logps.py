@@ -96,7 +96,7 @@ def assert_matches(inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], seed: i
     v=st.sampled_from([1, 2, 3, 15, 16, 17, 31, 127, 1000, 1025]),
     dtype=st.sampled_from(DTYPES),
     bias=st.booleans(),
-    spread=st.sampled_from([0.1, 1.0, 10.0]),
+    spread=st.sampled_from([0.1, 1.0, 10.0, 40.0]),
     logit_scale=st.sampled_from([1.0, 0.25, -0.5]),
     softcap=st.sampled_from([None, 5.0, 30.0]),
     temperature=st.sampled_from([1.0, 0.7, 2.0]),
@@ -149,6 +149,20 @@ def test_raises_the_exponent_again_and_again(dtype: torch.dtype, retain_bytes: i
         weight[start:, 0] = level
     targets[targets >= 0] %= 4000
     assert_matches((hidden, weight, targets, None), 6, retain_bytes=retain_bytes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("retain_bytes", [0, 1 << 30])
+def test_a_raised_row_keeps_what_little_is_left_of_it(dtype: torch.dtype, retain_bytes: int) -> None:
+    """Raised by more than float32's least factor, after entries of e^30, each in a column of its own."""
+    gaps = torch.tensor([85.0, 89.0, 92.0, 100.0, 104.0, 110.0])
+    rows = torch.arange(len(gaps))
+    logits = torch.full((len(gaps), 9001), -200.0)
+    logits[rows, rows] = 30.0
+    logits[rows, 8500] = gaps
+    logits[:, 9000] = 0
+    inputs = torch.eye(len(gaps)).to(dtype), logits.T.to(dtype), torch.full((len(gaps),), 9000), None
+    assert_matches(inputs, 4, retain_bytes=retain_bytes)
 
 
 # ---- Precision: the bar is 1e-5 * (1 + |logp|) from 16-bit inputs, whatever the logits look like. ----

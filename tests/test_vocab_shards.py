@@ -137,7 +137,7 @@ def cut(vocabulary: int, shards: int, seed: int) -> list[int]:
     shards=st.integers(1, 5),
     dtype=st.sampled_from(DTYPES),
     bias=st.booleans(),
-    spread=st.sampled_from([0.1, 1.0, 10.0]),
+    spread=st.sampled_from([0.1, 1.0, 10.0, 40.0]),
     logit_scale=st.sampled_from([1.0, 0.25, -0.5]),
     softcap=st.sampled_from([None, 5.0, 30.0]),
     temperature=st.sampled_from([1.0, 0.7]),

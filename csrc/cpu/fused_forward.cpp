@@ -145,12 +145,12 @@ class ForwardBlocks {
 
   // Raises token t's exponent; entries [0, v) have been added with the old one.
   void raise(int64_t t, int64_t v, double exponent) {
-    const float factor = static_cast<float>(sums_[t].raise(exponent));
+    const double factor = sums_[t].raise(exponent);
     exponents_[t] = static_cast<float>(exponent);
     if (v == 0) return;
     if (need_direction_) {
       float* const row = direction_.data() + t * stride_;
-      for (int64_t k = 0; k < size_; ++k) row[k] *= factor;
+      for (int64_t k = 0; k < size_; ++k) row[k] = static_cast<float>(row[k] * factor);
     }
     if (is_retained(t)) kernels_.scale_column(retained_entry(t, 0), retained_stride(t), v, factor);
   }

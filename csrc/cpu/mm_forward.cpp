@@ -14,12 +14,16 @@ auto accumulate_of(float) { return row_kernels().accumulate_f32; }
 auto accumulate_of(double) { return row_kernels().accumulate_f64; }
 
 // Multiplies what was formed with a row's old exponent: its direction's sum and its retained columns [0, columns).
+// In float64, for the factor may be less than any float32.
 template <typename T>
 void shrink_row(double factor, T* direction_sum, int64_t hidden_size, const at::Tensor& retained_row, int64_t columns) {
   if (direction_sum != nullptr) {
-    for (int64_t k = 0; k < hidden_size; ++k) direction_sum[k] *= static_cast<T>(factor);
+    for (int64_t k = 0; k < hidden_size; ++k) direction_sum[k] = static_cast<T>(direction_sum[k] * factor);
   }
-  if (retained_row.defined() && columns > 0) retained_row.narrow(0, 0, columns).mul_(factor);
+  if (retained_row.defined() && columns > 0) {
+    const at::Tensor earlier = retained_row.narrow(0, 0, columns);
+    earlier.copy_(earlier.to(at::kDouble).mul_(factor));
+  }
 }
 
 // One block of tokens after another against the whole vocabulary.

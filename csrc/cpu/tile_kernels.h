@@ -82,8 +82,8 @@ struct OperandKernels {
   // sums[row] += the sum over tokens of values[row, token] * coefficient[token].
   void (*add_row_dots)(const O* values, int64_t stride, int64_t rows, int64_t width, const float* coefficient,
                        float* sums);
-  // values[i * stride] *= factor.
-  void (*scale_column)(O* values, int64_t stride, int64_t count, float factor);
+  // values[i * stride] *= factor, which may be less than any float.
+  void (*scale_column)(O* values, int64_t stride, int64_t count, double factor);
 };
 
 // One set of kernels, all of the same instruction set.

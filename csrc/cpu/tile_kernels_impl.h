@@ -252,8 +252,8 @@ void add_row_dots(const O* values, int64_t stride, int64_t rows, int64_t width, 
   }
 }
 
-void scale_column(float* values, int64_t stride, int64_t count, float factor) {
-  for (int64_t i = 0; i < count; ++i) values[i * stride] *= factor;
+void scale_column(float* values, int64_t stride, int64_t count, double factor) {
+  for (int64_t i = 0; i < count; ++i) values[i * stride] = static_cast<float>(values[i * stride] * factor);
 }
 
 // 32-bit units; the bytes are moved, not looked at.
@@ -298,12 +298,12 @@ constexpr OperandKernels<float> kF32Kernels{pack_columns,    pack_rows,         
                                             gradient<float>, add_row_dots<float>, scale_column};
 
 #if defined(__AVX512BF16__)
-void scale_column(Bf16Bits* values, int64_t stride, int64_t count, float factor) {
+void scale_column(Bf16Bits* values, int64_t stride, int64_t count, double factor) {
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t bits = static_cast<uint32_t>(values[i * stride].bits) << 16;
     float value;
     std::memcpy(&value, &bits, sizeof value);
-    const __m128bh rounded = _mm_cvtneps_pbh(_mm_set_ss(value * factor));
+    const __m128bh rounded = _mm_cvtneps_pbh(_mm_set_ss(static_cast<float>(value * factor)));
     values[i * stride].bits = static_cast<uint16_t>(_mm_extract_epi16((__m128i)rounded, 0));
   }
 }
