@@ -1,6 +1,6 @@
 """Compiles every CUDA source for sm_80 and sm_90a, prints the kernels' registers, and fails where one spills.
 
-Level 1's, which need CUTLASS and minutes, are looked at as they were built (tests/test_cuda_library.py).
+Level 1's, which need CUTLASS and minutes, are looked at as they were built (tests/cuda/test_library.py).
 """
 
 from __future__ import annotations

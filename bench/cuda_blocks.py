@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
-from cases import HEADS
-from progress import Progress
+from common import machine
+from common.progress import Progress
+from loss_layer.cases import HEADS
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

@@ -91,10 +91,10 @@ check() {
   local level which
   for level in $levels; do
     [ "$level" = 0 ] && which="not level1" || which=level1
-    step "test_cuda-level$level" "$python" -m pytest -q -n 3 tests/test_cuda.py -k "$which"
+    step "test_cuda-level$level" "$python" -m pytest -q -n 3 tests/cuda/test_device.py -k "$which"
   done
-  step test_cuda_limits "$python" -m pytest -q tests/test_cuda_limits.py
-  step test_cuda_library "$python" -m pytest -q tests/test_cuda_library.py
+  step test_cuda_limits "$python" -m pytest -q tests/cuda/test_limits.py
+  step test_cuda_library "$python" -m pytest -q tests/cuda/test_library.py
   have compute-sanitizer || return
   # One case of every kernel: several dtypes, retained and recomputed rows, raised exponents.
   local plain="test_plain_cases and 1000 or test_plain_improbable_targets"
@@ -105,9 +105,9 @@ check() {
     [ "$level" = 0 ] && which="($all) and not level1" || which="($plain) and level1"
     # PyTorch's allocator would hand out parts of one block, inside which nothing is out of bounds.
     step "memcheck-level$level" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
-      --report-api-errors no --error-exitcode 1 "$python" -m pytest -q tests/test_cuda.py -k "$which"
+      --report-api-errors no --error-exitcode 1 "$python" -m pytest -q tests/cuda/test_device.py -k "$which"
     step "racecheck-level$level" compute-sanitizer --tool racecheck "${ours[@]}" --error-exitcode 1 \
-      "$python" -m pytest -q tests/test_cuda.py -k "$which"
+      "$python" -m pytest -q tests/cuda/test_device.py -k "$which"
   done
 }
 

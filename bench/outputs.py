@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
-from cases import HEADS, IGNORE_INDEX, Case, Problem, make_problem, named_case
-from tables import outputs_table
+from common import machine
+from loss_layer.cases import HEADS, IGNORE_INDEX, Case, Problem, make_problem, named_case
+from loss_layer.tables import outputs_table
 
 import fastdpo
 from fastdpo.logps import OUTPUTS

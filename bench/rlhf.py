@@ -18,12 +18,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import machine
-from progress import Progress
-from rlhf_arms import ARMS
-from rlhf_jobs import Workshop
-from rlhf_protocol import Plan, run_exact_tier, run_text_tier
-from rlhf_tables import LEGEND, exact_table, text_tables
+from against_rlhf.arms import ARMS
+from against_rlhf.jobs import Workshop
+from against_rlhf.protocol import Plan, run_exact_tier, run_text_tier
+from against_rlhf.tables import LEGEND, exact_table, text_tables
+from common import machine
+from common.progress import Progress
 
 from fastdpo.demo import DemoConfig
 
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     if report.get("text"):
         print(text_tables(report["text"]), end=f"\n\n{LEGEND}\n")
     if args.plot:
-        from rlhf_plot import plot_frontier, plot_ledger
+        from against_rlhf.plot import plot_frontier, plot_ledger
 
         args.plot.mkdir(parents=True, exist_ok=True)
         plot_frontier(report, report["machine"]["cpu"], args.plot / "frontier.png")

@@ -17,13 +17,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
-from cases import HEADS, Case, is_large, named_case
-from peers import PEERS, load_peer_file
-from progress import Progress
-from runner import Options, run_case
-from tables import LEGEND, case_table, sweep_tables
+from common import machine
+from common.progress import Progress
+from loss_layer.cases import HEADS, Case, is_large, named_case
+from loss_layer.peers import PEERS, load_peer_file
+from loss_layer.runner import Options, run_case
+from loss_layer.tables import LEGEND, case_table, sweep_tables
 
 import fastdpo
 
@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
                 everything.append(measure(one, f"{point:,} {axis}", found))
             print(sweep_tables(axis, found), end="\n\n", flush=True)
         if args.plot:
-            from plot import plot_sweeps
+            from common.plot import plot_sweeps
 
             plot_sweeps(report["sweeps"], machine.describe(report["machine"]), args.plot)
     else:

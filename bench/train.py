@@ -16,13 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
-from progress import Progress
-from train_arms import ARMS
-from train_cases import MODELS, TrainCase, named_cases
-from train_runner import Options, run_case
-from train_tables import LEGEND, PROFILE_LEGEND, all_tables, bars
+from common import machine
+from common.progress import Progress
+from end_to_end.arms import ARMS
+from end_to_end.cases import MODELS, TrainCase, named_cases
+from end_to_end.runner import Options, run_case
+from end_to_end.tables import LEGEND, PROFILE_LEGEND, all_tables, bars
 
 import fastdpo
 
@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = measure(args, sys.argv if arguments is None else ["bench/train.py", *arguments])
     print(f"{LEGEND}\n\n{PROFILE_LEGEND}")
     if args.plot:
-        from train_plot import plot_cases
+        from end_to_end.plot import plot_cases
 
         plot_cases(report["cases"], machine.describe(report["machine"]), args.plot)
     return int(any(arm["status"] == "failed" for found in report["cases"] for arm in found["arms"].values()))

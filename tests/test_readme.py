@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastdpo import reference
-from fastdpo.reference_losses import losses_of_sequences
+from fastdpo.logps import oracle as reference
+from fastdpo.loss.oracle import losses_of_sequences
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -1,7 +1,7 @@
 // What every kernel file here builds on: the 16-bit types, 16-byte accesses, and how a kernel is launched.
 //
-// Under nvcc these are CUDA's own. Without it the test shim (tests/cuda_host) supplies the same names, and g++ compiles
-// the same kernels for the host.
+// Under nvcc these are CUDA's own. Without it the test shim (tests/support/cuda_host) supplies the same names, and g++
+// compiles the same kernels for the host.
 #pragma once
 
 #include <cstdint>

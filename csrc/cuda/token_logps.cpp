@@ -120,7 +120,8 @@ struct Inputs {
       return torch::stable::new_empty(hidden, shape, element);
     } catch (const std::exception& error) {
       check_device(stream);
-      // The stable ABI says only that a call failed. The front end looks for these words (fastdpo/out_of_memory.py).
+      // The stable ABI says only that a call failed. The front end looks for these words
+      // (fastdpo/logps/out_of_memory.py).
       throw std::runtime_error("fastdpo: out of memory: could not allocate " + text(shape) + " of " + text(element) +
                                " (" + error.what() + ")");
     }

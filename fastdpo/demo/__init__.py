@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
 
     Raises:
-        fastdpo.cli.UsageError: the output folder cannot be used.
+        fastdpo.commands.cli.UsageError: the output folder cannot be used.
     """
     try:
         config = parse_args(argv)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fastdpo.cli import UsageError
+from fastdpo.errors import UsageError
 
 _LIST = "demo-files.json"
 _NOTE = "written by `fastdpo demo`; a later demo deletes these files, and no others"

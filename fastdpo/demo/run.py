@@ -27,7 +27,7 @@ from fastdpo.demo.progress import Phases
 from fastdpo.demo.sampling import Completion, sequence_kl
 from fastdpo.demo.stages import align, make_base_model, rng_for, sample_pairs, sample_texts
 from fastdpo.demo.tables import results_table, samples_table
-from fastdpo.report import draw_training
+from fastdpo.report.picture import draw_training
 
 _SHOWN_SAMPLES = 4
 
@@ -36,7 +36,7 @@ def run(config: DemoConfig, console: Console) -> dict[str, Any]:
     """Run the demo; returns what it writes to ``summary.json``.
 
     Raises:
-        fastdpo.cli.UsageError: the output folder cannot be used.
+        fastdpo.commands.cli.UsageError: the output folder cannot be used.
     """
     start = time.perf_counter()
     folder = OutputFolder(config.output_dir)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.loss import dpo_loss
-from fastdpo.loss_options import LossOptions
+from fastdpo.loss.options import LossOptions
 
 LOSS_TYPES = (
     "sigmoid",

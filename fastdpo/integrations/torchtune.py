@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from fastdpo.loss import preference_loss
-from fastdpo.loss_options import LossOptions
+from fastdpo.loss.options import LossOptions
 
 
 class ChosenRejectedLogps(Protocol):

@@ -1,0 +1,140 @@
+"""The trainers that are compared, each with the settings it may choose from.
+
+An arm's first setting is its usual one. All arms train the same model on the same pairs, four to an optimiser step,
+and those of one order must have the same losses.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from end_to_end.cases import TrainCase, make_model
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+Setting = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A trainer and how it is used.
+
+    Attributes:
+        library: fastdpo or trl.
+        about: one line for the reader of a table.
+        order: one of ``train_data.ORDERS``.
+        cached: the reference's log-probabilities are computed once, before training.
+        our_head: TRL with ``fastdpo.integrations.trl.enable()``.
+        options: what is given to its DPOConfig in every setting.
+        choices: option -> values; every combination is a setting, and the fastest is measured.
+    """
+
+    library: str
+    about: str
+    order: str = "shuffled"
+    cached: bool = False
+    our_head: bool = False
+    options: Setting = field(default_factory=dict)
+    choices: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def settings(self) -> list[Setting]:
+        """The combinations of the choices."""
+        return [dict(zip(self.choices, values, strict=True)) for values in itertools.product(*self.choices.values())]
+
+
+# Micro-batches of an optimiser step's pairs, with and without recomputed activations. TRL's padding_free and keep_end
+# are left out: the first does nothing in TRL 1.16 ("temporarily unavailable"), the second changes the data.
+_TRL_CHOICES = {"gradient_checkpointing": (False, True), "per_device_train_batch_size": (4, 2, 1)}
+_OUR_CHOICES = {"gradient_checkpointing": (False, True), "max_tokens_per_batch": (None, 2_048)}
+
+ARMS: dict[str, Arm] = {
+    "trl": Arm("trl", "as it is after installation"),
+    "trl+head": Arm("trl", "the same, with fastdpo.integrations.trl", our_head=True),
+    "trl-best": Arm(
+        "trl", "cached reference, grouped lengths, tuned", order="grouped", cached=True, choices=_TRL_CHOICES
+    ),
+    "trl-best+head": Arm(
+        "trl",
+        "the same, with fastdpo.integrations.trl, tuned",
+        order="grouped",
+        cached=True,
+        our_head=True,
+        choices=_TRL_CHOICES,
+    ),
+    "fastdpo": Arm("fastdpo", "as it is after installation"),
+    "fastdpo-padded": Arm("fastdpo", "the same, padded rows", options={"packing": "padded"}),
+    "fastdpo-cached": Arm("fastdpo", "cached reference, tuned", order="grouped", cached=True, choices=_OUR_CHOICES),
+    "fastdpo-cached-repeated": Arm(
+        "fastdpo",
+        "the same, packed rows with every prompt twice",
+        order="grouped",
+        cached=True,
+        options={"packing": "repeated"},
+        choices=_OUR_CHOICES,
+    ),
+}
+
+# The method by which each library asks the reference beforehand, to be timed.
+CACHE_METHODS = {"trl": "_precompute_ref_logps", "fastdpo": "_precompute_reference"}
+
+
+def trainer_classes(library: str) -> tuple[type[Trainer], type[Any]]:
+    """DPOTrainer and DPOConfig; the other library is not imported."""
+    if library == "trl":
+        from trl import DPOConfig, DPOTrainer
+    else:
+        from fastdpo import DPOConfig, DPOTrainer
+    return DPOTrainer, DPOConfig
+
+
+def make_trainer(
+    arm: Arm,
+    setting: Setting,
+    case: TrainCase,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    """The arm's trainer for the case; with a cached reference, that is computed here."""
+    trainer_class, config_class = trainer_classes(arm.library)
+    if arm.our_head:
+        from fastdpo.integrations import trl
+
+        trl.enable()
+    options = {"per_device_train_batch_size": case.pairs, **arm.options, **setting}
+    options["gradient_accumulation_steps"] = case.pairs // options["per_device_train_batch_size"]
+    args = config_class(
+        str(output),
+        max_steps=case.steps + case.warmup,
+        learning_rate=case.learning_rate,
+        lr_scheduler_type="constant",
+        optim=case.optim,
+        beta=case.beta,
+        max_length=case.max_length,
+        bf16=case.dtype == "bfloat16" and case.weights == "float32",
+        use_cpu=case.device == "cpu",
+        precompute_ref_log_probs=arm.cached,
+        train_sampling_strategy="sequential",  # the rows come in the arm's order
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **options,
+    )
+    model = make_model(case)
+    trainer = trainer_class(
+        model,
+        None if arm.cached else copy.deepcopy(model),
+        args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    if len(trainer.train_dataset) != len(rows):
+        raise RuntimeError(f"{arm.library} keeps {len(trainer.train_dataset)} of {len(rows)} pairs")
+    return trainer

@@ -1,0 +1,145 @@
+"""The tables that a run prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from end_to_end.profile import COUNTS, PARTS
+from loss_layer.tables import align
+
+LEGEND = """\
+pairs/s: optimiser steps alone; with cache: the same with the cached reference's own pass, in a run of one epoch, and
+of three; x NAME: pairs/s over NAME's, median of the rounds' ratios; CPU s: time of all cores in a step; MB: peak
+memory beyond what the process held before the model was made; loss, norm: the largest difference from TRL's own loss
+(absolute) and gradient norm (relative) in any step, in the same order of the pairs."""
+
+PROFILE_LEGEND = """\
+Per optimiser step, from a run with hooks: tokens through the policy's and the reference's body, padding included and
+recomputed activations counted once; positions that the policy's head scores; seconds."""
+
+# what is shown -> arm, its peer, figure, bound
+_BARS: list[tuple[str, str, str, str, float]] = [
+    ("pairs/s, TRL at its best", "fastdpo-cached", "trl-best", "speed_over", 2.0),
+    ("pairs/s, TRL at its best, with the cache of one epoch", "fastdpo-cached", "trl-best", "speed_over_1_epochs", 2.0),
+    ("pairs/s, TRL's default", "fastdpo-cached", "trl", "speed_over", 3.0),
+    ("pairs/s, TRL at its best with our head", "fastdpo-cached", "trl-best+head", "speed_over", 1.8),
+    ("pairs/s, both as installed", "fastdpo", "trl", "speed_over", 2.0),
+    ("pairs/s, both as installed, TRL with our head", "fastdpo", "trl+head", "speed_over", 1.8),
+    ("peak memory, TRL at its best", "fastdpo-cached", "trl-best", "memory_over", 0.5),
+    ("peak memory, both as installed", "fastdpo", "trl", "memory_over", 0.5),
+]
+
+
+def all_tables(found: dict[str, Any]) -> str:
+    parts = [_heading(found), speed_table(found), _settings(found), tried_tables(found), profile_table(found)]
+    return "\n\n".join(part for part in [*parts, bars_table(found), _failures(found)] if part)
+
+
+def speed_table(found: dict[str, Any]) -> str:
+    arms = _measured(found)
+    peers = [name for name in ("trl", "trl-best", "trl-best+head") if name in arms]
+    rows = [["", "pairs/s", "with cache", *(f"x {name}" for name in peers), "s/step", "CPU s", "MB", "loss", "norm"]]
+    for name, arm in arms.items():
+        build, alone = arm["build_seconds"], 1 / arm["pairs_per_second"]
+        with_cache = "-" if build is None else f"{1 / (alone + build):.3g}, {1 / (alone + build / 3):.3g}"
+        rows.append(
+            [
+                name,
+                f"{arm['pairs_per_second']:.3g}",
+                with_cache,
+                *(f"{arm['speed_over'][peer]:.2f}" for peer in peers),
+                f"{arm['seconds']:.3g}",
+                f"{arm['cpu_seconds']:.3g}",
+                "-" if arm["peak_bytes"] is None else f"{arm['peak_bytes'] / 1e6:,.0f}",
+                f"{arm['differences']['loss']:.1e}",
+                f"{arm['differences']['grad_norm']:.1e}",
+            ]
+        )
+    return align(rows) if arms else ""
+
+
+def tried_tables(found: dict[str, Any]) -> str:
+    """What each tuned arm tried, one run each: which settings matter."""
+    parts = []
+    for name, arm in found["arms"].items():
+        tried = [one for one in arm.get("tried", ()) if "failed" not in one]
+        if tried:
+            rows = [[f"{name}, tried once", "pairs/s", "MB"]]
+            for one in tried:
+                memory = "-" if one["peak_bytes"] is None else f"{one['peak_bytes'] / 1e6:,.0f}"
+                rows.append([_setting(one["setting"]), f"{found['pairs'] / one['seconds']:.3g}", memory])
+            parts.append(align(rows))
+    return "\n\n".join(parts)
+
+
+def profile_table(found: dict[str, Any]) -> str:
+    arms = {name: arm["profile"] for name, arm in _measured(found).items() if "profile" in arm}
+    if not arms:
+        return ""
+    rows = [["", *(name.replace("_", " ") for name in COUNTS), *PARTS]]
+    for name, profile in arms.items():
+        rows.append([name, *(f"{profile[key]:,.0f}" for key in COUNTS), *(f"{profile[key]:.3g}" for key in PARTS)])
+    return align(rows)
+
+
+def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is to be shown, what was measured, and whether it holds."""
+    arms = _measured(found)
+    known = [bar for bar in _BARS if bar[1] in arms and bar[2] in arms[bar[1]].get(bar[3], {})]
+    shown = []
+    for what, name, peer, key, bound in known:
+        value, least = arms[name][key][peer], key != "memory_over"
+        holds = value >= bound if least else value <= bound
+        shown.append(
+            {"what": f"{name} over {peer}: {what}", "value": value, "bound": bound, "least": least, "holds": holds}
+        )
+    return shown
+
+
+def bars_table(found: dict[str, Any]) -> str:
+    rows = [
+        [
+            bar["what"],
+            f"{bar['value']:.2f}",
+            f"{'>=' if bar['least'] else '<='} {bar['bound']}",
+            "yes" if bar["holds"] else "NO",
+        ]
+        for bar in bars(found)
+    ]
+    return align([["", "measured", "wanted", "holds"], *rows]) if rows else ""
+
+
+def _measured(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: arm for name, arm in found["arms"].items() if arm["status"] == "measured"}
+
+
+def _heading(found: dict[str, Any]) -> str:
+    data = found["data"]
+    sample, everything = data["sample"], data["all"]
+    losses = [loss for arm in _measured(found).values() for loss in arm["rounds"][0]["losses"]]
+    lines = [
+        f"{found['name']}, {found['dtype']}, {found['optim']}: {found['steps']} steps of {found['pairs']} pairs, "
+        f"at most {found['max_length']:,} tokens a sequence, {found['rounds']} rounds",
+        f"{data['file'] or 'made-up pairs'}: {sample['rows']} of {everything['rows']} pairs; a pair has "
+        f"{sample['tokens'] / sample['rows']:,.0f} tokens (all: {everything['tokens'] / everything['rows']:,.0f}), "
+        f"{sample['prompt_share']:.0%} of them prompt (all: {everything['prompt_share']:.0%})",
+    ]
+    if losses:
+        lines.append(
+            f"losses from {min(losses):.4f} to {max(losses):.4f}; they may differ by {found['tolerance']['loss']:.1e}"
+        )
+    return "\n".join(lines)
+
+
+def _settings(found: dict[str, Any]) -> str:
+    arms = _measured(found).items()
+    return align([[name, f"{arm['about']}; {_setting(arm['setting'])}".rstrip("; ")] for name, arm in arms], left=True)
+
+
+def _setting(setting: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in setting.items())
+
+
+def _failures(found: dict[str, Any]) -> str:
+    failed = [(name, arm) for name, arm in found["arms"].items() if arm["status"] == "failed"]
+    return "\n".join(f"{name}: FAILED: {arm['reason']}" for name, arm in failed)

@@ -1,0 +1,137 @@
+"""The command ``fastdpo``: what a person types, and what a person reads when it goes wrong.
+
+Commands are imported when they run, so that ``fastdpo --help`` does not wait for transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from fastdpo.errors import BAD_INPUT, INTERRUPTED, UsageError
+
+EPILOG = """\
+example:
+  fastdpo train --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name pairs.jsonl --output_dir my-model
+
+  pairs.jsonl holds one pair a line: {"prompt": "...", "chosen": "...", "rejected": "..."}
+
+`fastdpo train --help` lists the flags, which are those of `trl dpo`.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after ``fastdpo``; ``sys.argv[1:]`` if None.
+
+    Returns:
+        The exit code: 0, 2 for bad input, 130 after Ctrl-C. ``--help`` and ``--version`` return 0. Errors that are
+        not about the input propagate.
+    """
+    try:
+        args = _make_parser().parse_args(argv)
+    except SystemExit as exit_:  # how argparse ends --help, --version and its own errors
+        return int(exit_.code or 0)
+    show_traceback = args.debug or os.environ.get("FASTDPO_TRACEBACK", "") not in ("", "0")
+    try:
+        return args.run(args.rest)
+    except UsageError as error:
+        if show_traceback:
+            raise
+        print(f"fastdpo {args.command}: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        if show_traceback:
+            raise
+        print(f"\nfastdpo {args.command}: stopped.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastdpo",
+        description="Preference training (DPO) with fused kernels.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastdpo {_version()}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks; also FASTDPO_TRACEBACK=1")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    _add_command(commands, "train", "train a model on preference pairs", _train)
+    _add_command(commands, "check-data", "what training would make of a file of pairs, without training", _check_data)
+    _add_command(commands, "cache-ref", "compute the reference's log-probabilities once, to disk", _cache_ref)
+    _add_command(commands, "compare", "completions of several models side by side, for given prompts", _compare)
+    _add_command(commands, "chat", "talk to a model, or to several side by side", _chat)
+    _add_command(commands, "demo", "a whole run from nothing, to see what preference training does", _demo)
+    _add_command(commands, "info", "what was built: kernels, instruction sets, versions", _info)
+    return parser
+
+
+def _add_command(commands: argparse._SubParsersAction, name: str, text: str, run: Callable[[list[str]], int]) -> None:
+    """A command that reads the words after its name by itself, ``--help`` among them."""
+    command = commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")
+    command.add_argument("rest", nargs=argparse.REMAINDER)
+    command.set_defaults(run=run)
+
+
+def _train(argv: list[str]) -> int:
+    from fastdpo.commands.train import run
+
+    return run(argv)
+
+
+def _check_data(argv: list[str]) -> int:
+    from fastdpo.commands.check_data import run
+
+    return run(argv)
+
+
+def _cache_ref(argv: list[str]) -> int:
+    from fastdpo.commands.cache_ref import run
+
+    return run(argv)
+
+
+def _compare(argv: list[str]) -> int:
+    from fastdpo.commands.compare import run
+
+    return run(argv)
+
+
+def _chat(argv: list[str]) -> int:
+    from fastdpo.commands.chat import run
+
+    return run(argv)
+
+
+def _demo(argv: list[str]) -> int:
+    from fastdpo.demo import main as demo
+
+    return demo(argv)
+
+
+def _info(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="fastdpo info", description="Print what was built, and against what.")
+    try:
+        parser.parse_args(argv)
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    from fastdpo import build_info
+
+    facts = build_info()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
+    return 0
+
+
+def _version() -> str:
+    try:
+        return version("fastdpo")
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,358 @@
+"""The flags of ``fastdpo train``: those of ``trl dpo``, from the command line and from a YAML file."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+
+from fastdpo.errors import UsageError, bad_input
+from fastdpo.report.snapshot import SnapshotSize
+from fastdpo.trainer.config import DPOConfig
+
+EPILOG = """\
+examples:
+  a model from the Hub, pairs from a file, metrics on a held-out tenth:
+    fastdpo train --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name pairs.jsonl --output_dir my-model \\
+        --dataset_train_split 'train[:90%]' --dataset_test_split 'train[90%:]' --eval_strategy steps --eval_steps 50
+
+  the same with LoRA, and with the flags in a file (the command line wins over the file):
+    fastdpo train --config run.yaml --use_peft --lora_r 32 --learning_rate 1e-5
+
+  go on after a stop:
+    fastdpo train ... --output_dir my-model --resume_from_checkpoint last
+
+  several GPUs:
+    accelerate launch -m fastdpo train ...
+"""
+
+# What a first run needs from transformers.TrainingArguments; the rest is described by --help_all.
+USUAL_TRAINING_FLAGS = (
+    "output_dir",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "bf16",
+    "fp16",
+    "gradient_checkpointing",
+    "use_cpu",
+    "seed",
+    "logging_steps",
+    "logging_first_step",
+    "report_to",
+    "eval_strategy",
+    "eval_steps",
+    "per_device_eval_batch_size",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "push_to_hub",
+)
+
+# Where what we do with a flag is more than what transformers says of it.
+HELP = {
+    "logging_first_step": "Log the first step too, where policy and reference agree and the loss is known.",
+    "output_dir": "Folder for the model, the checkpoints and the report of the run (default: trainer_output).",
+    "resume_from_checkpoint": "'last' for the last checkpoint in output_dir, or the folder of a checkpoint.",
+}
+
+
+@dataclass
+class ScriptArguments:
+    """Which pairs."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Pairs: a Hub dataset, a folder, or a .jsonl, .json, .parquet or .csv file."},
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset, where it has several."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split, or slice of one, to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split, or slice of one, to evaluate on when --eval_strategy is not 'no'."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Which model, LoRA, and weights in 4 or 8 bits under it."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Model to start from: a Hub id, or a folder written by save_pretrained. An adapter's is trained "
+            "further, with what it was as the reference."
+        },
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    dtype: str | None = field(
+        default="float32",
+        metadata={"help": "Type of the loaded weights.", "choices": ["auto", "bfloat16", "float16", "float32"]},
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention to use: sdpa, eager, flash_attention_2, ..."}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the model itself stays as it is."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that get an adapter; chosen by the model's type if not given."}
+    )
+    lora_target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Parameters (rather than modules) that get an adapter, as in some MoE models."}
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained whole, beside the adapter."}
+    )
+    lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "Task type in the adapter's configuration."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) instead."})
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: magnitude and direction learnt apart."})
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "QLoRA: the model's weights in 4 bits, under an adapter. Needs bitsandbytes."},
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "The model's weights in 8 bits, under an adapter."})
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "Which numbers 4 bits stand for.", "choices": ["fp4", "nf4"]}
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata={"help": "4 bits: the scales of the weights in 8 bits as well."}
+    )
+
+    def __post_init__(self) -> None:
+        # A pattern, or "all-linear", PEFT takes as a string only; and a string for a pattern, which a bare name as
+        # one is not: it would have to be the whole of the module's name.
+        if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:
+            (target,) = self.lora_target_modules
+            if not re.fullmatch(r"[\w.]+", target):
+                self.lora_target_modules = target
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit are both given; leave one of them out")
+
+
+@dataclass
+class ReportArguments:
+    """What report.html shows of the policy, before and after training."""
+
+    report_pairs: int = field(
+        default=SnapshotSize.pairs, metadata={"help": "Pairs whose implicit rewards are drawn; 0 for none."}
+    )
+    report_samples: int = field(
+        default=SnapshotSize.samples, metadata={"help": "Prompts that are completed, greedily; 0 for none."}
+    )
+    report_max_new_tokens: int = field(
+        default=SnapshotSize.max_new_tokens, metadata={"help": "Most tokens of such a completion."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (("report_pairs", 0), ("report_samples", 0), ("report_max_new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it should be at least {least}")
+
+    def size(self) -> SnapshotSize:
+        return SnapshotSize(self.report_pairs, self.report_samples, self.report_max_new_tokens)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Flags
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """One spelling of each flag, where argparse lists --a_b and --a-b; short choices; defaults that say something."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=min(shutil.get_terminal_size().columns, 110))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+        if action.default is True or (action.nargs == "?" and action.default is None):
+            names.append(f"--no_{action.dest}")
+        if action.nargs in (0, "?"):
+            return ", ".join(names)
+        kinds = {int: "N", float: "X"}
+        short = action.choices and len(action.choices) < 6
+        value = f"{{{','.join(map(str, action.choices))}}}" if short else kinds.get(action.type, "VALUE")
+        return f"{', '.join(names)} {value}{' ...' if action.nargs == '+' else ''}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        says_something = action.default not in (None, False, argparse.SUPPRESS)
+        return (action.help or "") + (" (default: %(default)s)" if says_something else "")
+
+
+def _bool_or_word(text: str) -> bool | str:
+    try:
+        return string_to_bool(text)
+    except argparse.ArgumentTypeError:
+        return text
+
+
+class TrainParser(HfArgumentParser):
+    """The flags of the dataclasses, with grouped help, and errors that name the nearest flag.
+
+    Attributes:
+        asked: after :meth:`read`: name -> (value, default) of every flag, before anything is derived from it.
+    """
+
+    command = "train"
+    summary = "train a model on preference pairs (DPO)."
+    dataclasses: tuple[type, ...] = (ScriptArguments, ModelArguments, DPOConfig, ReportArguments)
+    help_epilog = EPILOG
+    others_title = "training, less usual (--help_all describes these)"
+
+    def __init__(self) -> None:
+        super().__init__(
+            self.dataclasses,
+            prog=f"fastdpo {self.command}",
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,  # an abbreviation would accept a misspelt flag as another one
+        )
+        self.add_argument("--config", help="YAML file of flags (without the dashes); the command line wins over it.")
+        self.add_argument("--help_all", action="store_true", help="Describe every flag, and exit.")
+        for action in list(self._actions):
+            self._mend(action)
+
+    def _mend(self, action: argparse.Action) -> None:
+        """What HfArgumentParser makes of a field, where it is not what a person would type or read."""
+        if action.dest in HELP:
+            action.help = HELP[action.dest]
+        if action.dest == "include_num_input_tokens_seen":  # a word or a bool, of which it allows the bool alone
+            action.type = _bool_or_word
+        elif action.dest == "logging_first_step":  # where policy and reference agree: the loss that tells a sound start
+            action.default = True
+            self.add_argument("--no_logging_first_step", action="store_false", dest=action.dest, default=True)
+        elif action.type is string_to_bool and action.default is None:
+            # A bool that may be unset: --bf16 and --no_bf16 as for the others, beside --bf16 true.
+            action.nargs, action.const = "?", True
+            self.add_argument(f"--no_{action.dest}", action="store_false", dest=action.dest, default=None)
+
+    def read(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        """The ``dataclasses`` filled from ``--config`` and the command line; UsageError if that is not possible."""
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--config")
+        first.add_argument("--help_all", action="store_true")
+        early, _ = first.parse_known_args(argv)
+        if early.help_all:
+            print(self._format_help(everything=True))
+            self.exit()
+        namespace = self._read_yaml(Path(early.config)) if early.config else None
+        namespace, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            self._refuse(unknown)
+        values = {name: value for name, value in vars(namespace).items() if name not in ("config", "help_all")}
+        self.asked = {name: (value, self.get_default(name)) for name, value in values.items()}
+        with bad_input():
+            return self.parse_dict(values)
+
+    def error(self, message: str) -> None:
+        raise UsageError(f"{message}\n  (fastdpo {self.command} --help describes the flags.)")
+
+    def format_help(self) -> str:
+        return self._format_help(everything=False)
+
+    def _format_help(self, everything: bool) -> str:
+        formatter = self._get_formatter()
+        formatter.add_text(f"fastdpo {self.command}: {self.summary}")
+        first = {action.dest: action for action in reversed(self._actions)}  # --x, and not --no_x, which comes later
+        groups = [(title, [first[name] for name in names]) for title, names in self.groups().items()]
+        shown = {action.dest for _, actions in groups for action in actions}
+        others = {action.dest: action for action in reversed(self._actions) if action.dest not in shown}
+        if everything:
+            groups.append(("training, less usual", [others[name] for name in sorted(others)]))
+        for title, actions in groups:
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        if not everything:
+            formatter.start_section(self.others_title)
+            formatter.add_text(", ".join(f"--{name}" for name in sorted(others)))
+            formatter.end_section()
+        return f"{formatter.format_help()}\n{self.help_epilog}"
+
+    def groups(self) -> dict[str, Sequence[str]]:
+        """Titles, and the flags under each, that ``--help`` describes."""
+        model = [f.name for f in fields(ModelArguments)]
+        lora = [name for name in model if "lora" in name or name in ("use_peft", "use_dora")]
+        quantized = [name for name in model if "bit" in name or "bnb" in name]
+        inherited = {f.name for f in fields(TrainingArguments)}
+        dpo = [f.name for f in fields(DPOConfig) if f.name not in inherited]
+        return {
+            "general": ["help", "help_all", "config"],
+            "model": [name for name in model if name not in (*lora, *quantized)],
+            "pairs": [f.name for f in fields(ScriptArguments)],
+            "DPO": dpo,
+            "LoRA": lora,
+            "QLoRA": quantized,
+            "training": USUAL_TRAINING_FLAGS,
+            "report": [f.name for f in fields(ReportArguments)],
+        }
+
+    def _read_yaml(self, path: Path) -> argparse.Namespace:
+        with bad_input(f"--config {path}"):
+            text = path.read_text(encoding="utf-8")
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f", line {mark.line + 1}" if mark else ""
+            raise UsageError(f"--config {path}{line}: not valid YAML: {getattr(error, 'problem', error)}.") from error
+        if not isinstance(values, dict):
+            raise UsageError(f"--config {path}: needed a mapping of flags to values, found {type(values).__name__}.")
+        os.environ.update({name: str(value) for name, value in (values.pop("env", None) or {}).items()})
+        namespace = self.parse_args([])
+        for key, value in values.items():
+            self._apply_yaml_value(path, str(key), value, namespace)
+        return namespace
+
+    def _apply_yaml_value(self, path: Path, key: str, value: Any, namespace: argparse.Namespace) -> None:
+        if key not in self._names() or key in ("config", "help", "help_all"):
+            raise UsageError(f"--config {path}: unknown key {key!r}.{self._nearest(key, '')}")
+        if value is None:  # "no value", which the command line cannot say for every type
+            setattr(namespace, key, None)
+            return
+        try:
+            # Through the same parser as the command line: the same types, choices and messages.
+            self.parse_args(_as_words(key, value), namespace)
+        except UsageError as error:
+            raise UsageError(f"--config {path}: {str(error).splitlines()[0]}") from error
+
+    def _names(self) -> set[str]:
+        return {action.dest for action in self._actions}
+
+    def _nearest(self, name: str, dashes: str) -> str:
+        near = difflib.get_close_matches(name.replace("-", "_"), self._names(), n=1, cutoff=0.5)
+        return f" Did you mean {dashes}{near[0]}?" if near else f" `fastdpo {self.command} --help` lists them."
+
+    def _refuse(self, unknown: list[str]) -> None:
+        flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
+        if not flags:
+            raise UsageError(f"unexpected {' '.join(unknown)!r}: every value needs its flag in front.")
+        raise UsageError(f"unknown flag {flags[0]}.{self._nearest(flags[0].lstrip('-'), '--')}")
+
+
+def _as_words(key: str, value: Any) -> list[str]:
+    """A YAML value as command-line words."""
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]

@@ -1,0 +1,213 @@
+"""Preference rows → token ids, checked, and accounted for; token ids → batches.
+
+``prepare`` tokenises a dataset once, ``PreferenceCollator`` cuts, pads and stacks. Formats are TRL's: an explicit
+prompt (``prompt``, ``chosen``, ``rejected``) or an implicit one (``chosen`` and ``rejected`` share a beginning), as
+strings or as message lists.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import torch
+
+from fastdpo.data.account import account, nothing_left_message, strict_message
+from fastdpo.data.files import TOKEN_COLUMNS, USED_COLUMNS, DataError, check_columns
+from fastdpo.data.rows import tokenize_batch
+from fastdpo.data.summary import WARN_EXPLANATIONS, WARN_REASONS, DataSummary
+from fastdpo.data.truncation import TRUNCATION_MODES, check_truncation, cut
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["REFERENCE_COLUMNS", "TRUNCATION_MODES", "PreferenceCollator", "examine", "prepare"]
+
+# Someone who brings reference log-probabilities of their own keeps them.
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+def prepare(
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = 1024,
+    truncation_mode: str = "keep_start",
+    num_proc: int | None = None,
+    batch_size: int = 8,
+    strict: bool = False,
+) -> tuple[datasets.Dataset, DataSummary]:
+    """Tokenise preference rows once, drop those that cannot teach anything, and account for all of them.
+
+    The prompt's ids are the longest common token prefix of (prompt, prompt + chosen, prompt + rejected), so that
+    ``prompt_ids + chosen_ids`` is the tokenisation of the whole text. Message lists go through the chat template, with
+    the row's ``tools`` and ``chat_template_kwargs`` if it has these columns. Plain strings get the EOS token appended
+    where it is missing.
+
+    Nothing is cut here. ``PreferenceCollator`` cuts, because with ``keep_end`` the prompt that is left depends on the
+    completion; give it the same ``max_length`` and ``truncation_mode``. Rows whose completion would not survive
+    that cut are dropped here, so no batch has an empty completion.
+
+    Args:
+        dataset: rows with ``chosen``, ``rejected`` and, unless these two begin with it, ``prompt``.
+        tokenizer: with a chat template if the rows are message lists, with an EOS token if they are strings.
+        max_length: most tokens of prompt + completion; None for no limit.
+        truncation_mode: ``keep_start`` drops the end of what is too long, ``keep_end`` the beginning.
+        num_proc: processes to tokenise with.
+        batch_size: pairs a step, for the summary's estimate of what one costs.
+        strict: whether a row that is dropped or doubtful is an error.
+
+    Returns:
+        A dataset with ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (lists of int), and the columns
+        ``ref_chosen_logps`` and ``ref_rejected_logps`` if they were there; and the summary.
+
+    Raises:
+        DataError: columns are missing or of the wrong type, a row is malformed, the chat template refuses one, no row
+            is left, or, with ``strict``, any is dropped or doubtful.
+        ValueError: ``max_length`` or ``truncation_mode`` is not valid.
+        TypeError: ``dataset`` is not a ``datasets.Dataset``.
+    """
+    tokenised, kept, summary = examine(
+        dataset,
+        tokenizer,
+        max_length=max_length,
+        truncation_mode=truncation_mode,
+        num_proc=num_proc,
+        batch_size=batch_size,
+    )
+    if not len(kept):
+        raise DataError(nothing_left_message(summary))
+    if strict and summary.doubts():
+        raise DataError(strict_message(summary))
+    for reason, count in summary.warned.items():
+        first = ", ".join(map(str, summary.first_rows[reason]))
+        logger.warning(
+            "%d of %d rows (first: %s): %s: %s.",
+            count,
+            summary.rows_in,
+            first,
+            WARN_REASONS[reason],
+            WARN_EXPLANATIONS[reason],
+        )
+    return tokenised.select(kept).remove_columns(["drop", "warn"]), summary
+
+
+def examine(
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = 1024,
+    truncation_mode: str = "keep_start",
+    num_proc: int | None = None,
+    batch_size: int = 8,
+) -> tuple[datasets.Dataset, np.ndarray, DataSummary]:
+    """What :func:`prepare` does, with the rows that it drops still there.
+
+    Returns:
+        All rows, tokenised, with the columns ``drop`` (the reason; empty for none) and ``warn`` (reasons) beside those
+        of ``prepare``, except that ``prompt_too_long``, ``identical_after_truncation``, ``duplicate`` and
+        ``contradicted`` are in the summary alone; the numbers of those that are kept; and the summary.
+
+    Raises:
+        DataError, ValueError, TypeError: as ``prepare``, except that no row need be left.
+    """
+    check_truncation(max_length, truncation_mode)
+    if not isinstance(dataset, datasets.Dataset):
+        raise TypeError(
+            f"prepare needs a datasets.Dataset, got {type(dataset).__name__}. Pick a split of a DatasetDict; build a "
+            "Dataset from a list with Dataset.from_list, from a stream with Dataset.from_generator."
+        )
+    if len(dataset) == 0:
+        raise DataError("The dataset has no rows.")
+    check_columns(dataset)
+
+    carried = [name for name in REFERENCE_COLUMNS if name in dataset.column_names]
+    token_list = datasets.List(datasets.Value("int32"))
+    tokenised = dataset.map(
+        tokenize_batch,
+        batched=True,
+        with_indices=True,
+        fn_kwargs={"tokenizer": tokenizer, "implicit": "prompt" not in dataset.column_names},
+        remove_columns=[name for name in dataset.column_names if name not in carried],
+        features=datasets.Features(
+            {name: dataset.features[name] for name in carried}
+            | dict.fromkeys(TOKEN_COLUMNS, token_list)
+            | {"drop": datasets.Value("string"), "warn": datasets.List(datasets.Value("string"))}
+        ),
+        num_proc=num_proc,
+        desc="Tokenizing preference pairs",
+    )
+    kept, summary = account(tokenised, max_length, truncation_mode, batch_size)
+    summary.unused_columns = [name for name in dataset.column_names if name not in (*USED_COLUMNS, *carried)]
+    return tokenised, kept, summary
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Batches
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PreferenceCollator:
+    """Rows of ``prepare`` → a padded batch; the one place where sequences are cut.
+
+    Called with a list of B rows, it returns a dict of tensors, chosen rows first, then rejected, padded on the right:
+
+    - ``input_ids``, ``attention_mask``, ``completion_mask``: int64 [2B, T]. ``completion_mask`` is 1 on the tokens of
+      the completion, and 0 on prompt and padding.
+    - ``ref_chosen_logps``, ``ref_rejected_logps``: float64 [B], when the rows have them.
+
+    Args:
+        pad_token_id: what to pad ``input_ids`` with.
+        max_length: most tokens of prompt + completion; None for no limit.
+        truncation_mode: ``keep_start`` drops the end of what is too long, ``keep_end`` the beginning.
+        pad_to_multiple_of: T is rounded up to a multiple of this.
+
+    Raises:
+        ValueError: ``max_length`` or ``truncation_mode`` is not valid; or, when called, a row has no completion token
+            left (``prepare`` with the same ``max_length`` drops such rows).
+    """
+
+    pad_token_id: int
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        check_truncation(self.max_length, self.truncation_mode)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        sequences = [
+            cut(row["prompt_ids"], row[side], self.max_length, self.truncation_mode)
+            for side in ("chosen_ids", "rejected_ids")
+            for row in rows
+        ]
+        for ids, mask in sequences:
+            if not any(mask):
+                raise ValueError(
+                    f"A row of {len(ids)} tokens has no completion left within max_length={self.max_length}. "
+                    "Pass the rows through fastdpo.data.prepare with the same max_length: it drops and counts them."
+                )
+        batch = {
+            "input_ids": self._stack([ids for ids, _ in sequences], self.pad_token_id),
+            "attention_mask": self._stack([[1] * len(ids) for ids, _ in sequences], 0),
+            "completion_mask": self._stack([mask for _, mask in sequences], 0),
+        }
+        for name in REFERENCE_COLUMNS:
+            if name in rows[0]:
+                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float64)
+        return batch
+
+    def _stack(self, lists: list[list[int]], padding: int) -> torch.Tensor:
+        width = max(map(len, lists))
+        if self.pad_to_multiple_of:
+            width += -width % self.pad_to_multiple_of
+        out = torch.full((len(lists), width), padding, dtype=torch.int64)
+        for row, values in zip(out, lists, strict=True):
+            row[: len(values)] = torch.tensor(values, dtype=torch.int64)
+        return out

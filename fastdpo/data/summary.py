@@ -1,0 +1,183 @@
+"""What became of the rows of a dataset: counts by reason, token lengths, and the table that a person reads."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastdpo.data.work import Work
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+DROP_REASONS = {
+    "missing_value": "a field is null or absent",
+    "empty_completion": "chosen or rejected is empty",
+    "no_prompt": "no shared leading message to be the prompt",
+    "no_answer": "chosen or rejected has no message of the role 'assistant'",
+    "prompt_scored": "the mask would take in the prompt",
+    "prompt_too_long": "the prompt alone fills max_length",
+}
+DROP_REMEDIES = {
+    "missing_value": "fill in or remove the rows whose prompt, chosen or rejected is null",
+    "empty_completion": "check that chosen and rejected hold the answers, and that the columns are the right ones",
+    "no_prompt": "give the prompt in a column of its own, or begin chosen and rejected with the same messages",
+    "no_answer": "name the roles as chat templates know them: system, user, assistant, tool",
+    "prompt_scored": "the chat template renders the prompt otherwise once a completion follows; use one that does not",
+    "prompt_too_long": "raise max_length (--max_length), or shorten the prompts",
+}
+WARN_REASONS = {
+    "identical": "chosen and rejected are identical",
+    "identical_after_truncation": "chosen and rejected are identical once cut",
+    "prompt_shortened": "the end of the prompt is left out",
+    "prompt_repeated": "chosen and rejected repeat the prompt",
+    "empty_prompt": "the prompt is empty",
+    "user_in_completion": "a completion holds a user's message",
+    "messages_as_text": "a text is a message list written as JSON",
+    "header_scored": "the beginning of an answer is scored, too",
+    "not_decoded": "the tokens do not decode to the text",
+    "duplicate": "the same pair as a row before it",
+    "contradicted": "the opposite of a row before it",
+}
+WARN_EXPLANATIONS = {
+    "identical": "such a pair says nothing about preference",
+    "identical_after_truncation": "they differ only beyond max_length; a larger one would tell them apart",
+    "prompt_shortened": "its last tokens are others when a completion follows, and the context ends before them; "
+    "end the prompt where a token ends, or use a chat template that renders it alike in both cases",
+    "prompt_repeated": "they begin with what is in the prompt column, which the model will read twice",
+    "empty_prompt": "nothing is there for the completions to answer; is it in a column of another name?",
+    "user_in_completion": "what the user says is scored like the answer; a completion should be the assistant's alone, "
+    "and what comes before its answer belongs into the prompt",
+    "messages_as_text": "it would be learnt as it stands; parse it into messages",
+    "header_scored": "the chat template knows no add_generation_prompt, so what it writes before an answer counts as a "
+    "part of the answer",
+    "not_decoded": "the chat template or the tokenizer leaves out or changes some of it; look at the row",
+    "duplicate": "it counts twice",
+    "contradicted": "one row prefers what the other rejects, and they cancel",
+}
+
+
+@dataclass
+class LengthStats:
+    """Token counts over rows."""
+
+    median: float
+    mean: float
+    p95: float
+    max: int
+
+    @classmethod
+    def of(cls, lengths: np.ndarray) -> LengthStats:
+        return cls(
+            median=float(np.median(lengths)),
+            mean=float(np.mean(lengths)),
+            p95=float(np.percentile(lengths, 95)),
+            max=int(np.max(lengths)),
+        )
+
+
+@dataclass
+class DataSummary:
+    """What became of the rows.
+
+    Attributes:
+        rows_in: rows before.
+        rows_kept: rows after; ``rows_in - rows_kept == sum(dropped.values())``.
+        dropped: rows left out, by reason (the keys of ``DROP_REASONS``). A row counts under one reason.
+        warned: rows kept but doubtful, by reason (the keys of ``WARN_REASONS``). A row may count under several.
+        truncated: kept rows that the collator will cut, for ``chosen`` (prompt + chosen) and ``rejected``.
+        lengths: token counts before any cut, of the rows kept and of those dropped for their length, for ``prompt``,
+            ``chosen``, ``rejected`` and ``longest`` (the prompt with the longer completion).
+        first_rows: for each reason, the first few row numbers (from 0) of the input.
+        max_length: the limit in force, or None.
+        truncation_mode: which end the collator keeps.
+        unused_columns: columns of the input that nothing was made of.
+        work: what a step costs, of the rows kept; None where no row is.
+    """
+
+    rows_in: int
+    rows_kept: int
+    max_length: int | None
+    truncation_mode: str
+    dropped: dict[str, int] = field(default_factory=dict)
+    warned: dict[str, int] = field(default_factory=dict)
+    truncated: dict[str, int] = field(default_factory=dict)
+    lengths: dict[str, LengthStats] = field(default_factory=dict)
+    first_rows: dict[str, list[int]] = field(default_factory=dict)
+    unused_columns: list[str] = field(default_factory=list)
+    work: Work | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain numbers, strings, lists and dicts, for JSON."""
+        return asdict(self)
+
+    def doubts(self) -> list[str]:
+        """A line for each reason for which rows were dropped, or should be looked at; empty for sound data."""
+        dropped = [f"{self._counted(reason)} dropped: {DROP_REASONS[reason]}" for reason in self.dropped]
+        return dropped + [f"{self._counted(reason)}: {WARN_REASONS[reason]}" for reason in self.warned]
+
+    def _counted(self, reason: str) -> str:
+        count = self.dropped.get(reason) or self.warned[reason]
+        return f"{count} of {self.rows_in} rows ({self._where(reason)})"
+
+    def table(self) -> Group:
+        """A rich renderable: ``rich.print(summary.table())``."""
+        from rich.console import Group
+
+        parts = [self._rows_table(), self._lengths_table()]
+        return Group(*parts, self._work_table()) if self.work else Group(*parts)
+
+    def _rows_table(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title="Preference pairs", title_justify="left", title_style="bold", show_header=False)
+        table.add_column("what")
+        table.add_column("rows", justify="right")
+        table.add_column("where", style="dim")
+        table.add_row("rows in", str(self.rows_in), "")
+        table.add_row("kept", str(self.rows_kept), "", style="bold")
+        for side, count in self.truncated.items():
+            if count:
+                cut = {"keep_start": "end", "keep_end": "beginning"}[self.truncation_mode]
+                table.add_row(f"  prompt + {side} loses its {cut}", str(count), f"max_length {self.max_length}")
+        for reason, count in self.dropped.items():
+            table.add_row(f"dropped: {DROP_REASONS[reason]}", str(count), self._where(reason), style="red")
+        for reason, count in self.warned.items():
+            table.add_row(f"kept, but: {WARN_REASONS[reason]}", str(count), self._where(reason), style="yellow")
+        if self.unused_columns:
+            table.add_row("columns that are not used", str(len(self.unused_columns)), ", ".join(self.unused_columns))
+        return table
+
+    def _lengths_table(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title="Tokens a row, before any cut", title_justify="left", title_style="bold")
+        table.add_column("")
+        for name in ("median", "mean", "p95", "max"):
+            table.add_column(name, justify="right")
+        labels = {"longest": "prompt + longer completion"}
+        for name, stats in self.lengths.items():
+            numbers = (stats.median, stats.mean, stats.p95, stats.max)
+            table.add_row(labels.get(name, name), *(f"{number:,.0f}" for number in numbers))
+        return table
+
+    def _work_table(self) -> Table:
+        from rich.table import Table
+
+        work = self.work
+        title = f"Tokens a step of {work.batch_size} pairs (prompts: {work.prompt_share:.0%} of packed ones)"
+        table = Table(title=title, title_justify="left", title_style="bold")
+        table.add_column("")
+        for name in ("padded, two rows a pair", "packed, each prompt once", "saving"):
+            table.add_column(name, justify="right")
+        for name, packed in (("through the body", work.packed_body), ("through the head", work.packed_head)):
+            table.add_row(name, f"{work.padded:,.0f}", f"{packed:,.0f}", f"{work.padded / packed:.1f} x")
+        return table
+
+    def _where(self, reason: str) -> str:
+        rows = self.first_rows[reason]
+        count = self.dropped.get(reason) or self.warned[reason]
+        return f"row {', '.join(map(str, rows))}{', …' if count > len(rows) else ''}"

@@ -1,0 +1,30 @@
+"""Errors about what a person gave, and the exit codes that the command ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+BAD_INPUT = 2  # argparse's exit code for it, too
+INTERRUPTED = 130  # what a shell reports after Ctrl-C
+
+
+class UsageError(Exception):
+    """Input that the user can put right; the message is one or two lines, printed without a traceback."""
+
+
+class InputError(ValueError):
+    """Files that cannot be used. The message says all there is to say: which one, what is wrong, what to do."""
+
+
+@contextmanager
+def bad_input(what: str = "") -> Iterator[None]:
+    """Turn the errors that libraries raise about their input into UsageError, with ``what`` in front."""
+    try:
+        yield
+    except InputError as error:
+        raise UsageError(str(error)) from error
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        prefix = f"{what}: " if what else ""
+        raise UsageError(f"{prefix}{lines[0]}\n  (FASTDPO_TRACEBACK=1 shows where this came from.)") from error

@@ -1,0 +1,5 @@
+"""The preference losses, functions of log-probabilities: one call from hidden states to the loss."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

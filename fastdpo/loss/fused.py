@@ -1,0 +1,479 @@
+"""The preference losses' entry points.
+
+``preference_loss`` is for callers who have sequence log-probabilities, ``dpo_loss`` and its module ``DPOLoss`` for
+those who have hidden states and the output embedding. The losses themselves are in ``fastdpo.loss.objectives``, their
+options in ``fastdpo.loss.options``. Notation: B pairs; a log-ratio is log pi(y|x) - log pi_ref(y|x), in nats; rewards
+are beta times it (Rafailov et al. 2023, arXiv 2305.18290, eq. 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fastdpo.logps.low_rank import LowRankUpdate
+from fastdpo.logps.native import compute_dtype
+from fastdpo.logps.ops import OUTPUTS, OpInputs, named_outputs, op_inputs
+from fastdpo.logps.out_of_memory import in_less_memory
+from fastdpo.logps.primitive import DEFAULT_RETAIN_BYTES, Vocabulary, differentiable_logps, token_logps, vocabulary_of
+from fastdpo.logps.sharded import gathered, refuse_sharded
+from fastdpo.loss.groups import grouped_loss, plan_of, row_bytes
+from fastdpo.loss.objectives import Pairs, pair_losses, rewards
+from fastdpo.loss.options import LossKeywords, LossOptions
+from fastdpo.loss.outputs import DPOOutput
+from fastdpo.loss.pair_losses import PairLosses
+from fastdpo.loss.sequences import Sequences
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# The per-token outputs that become metrics.
+METRIC_OUTPUTS = ("entropy", "mean_logits", "is_top1")
+
+
+def preference_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor | None,
+    reference_rejected_logps: Tensor | None,
+    beta: float,
+    label_smoothing: float = 0.0,
+    ipo: bool = False,
+    reference_free: bool = False,
+    *,
+    loss_type: str | Sequence[str] | None = None,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    **options: Unpack[LossKeywords],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses and rewards of B pairs from sequence log-probabilities.
+
+    The positional arguments, their order and the result are those of the DPO authors' ``preference_loss``.
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps: [B] float, sums of log pi(token) over each completion, in nats.
+        reference_chosen_logps, reference_rejected_logps: [B], the same under the reference model. None with
+            ``reference_free`` (where they are not used), and for a loss that has no reference (simpo, orpo, cpo).
+        beta, label_smoothing, loss_type (default ``sigmoid``), options: see :class:`fastdpo.LossOptions`, but for
+            ``ld_alpha`` and ``use_weighting``, which need tokens: they are :func:`dpo_loss`'s.
+        ipo: the DPO authors' switch: ``loss_type="ipo"`` on sums, as their implementation computes it.
+        reference_free: take the reference's log-probabilities as 0.
+        chosen_lengths, rejected_lengths: [B], numbers of scored tokens; needed by losses that average over tokens.
+        pair_weights: [B], factors of the pairs' losses, without a gradient (WPO's, say).
+
+    Returns:
+        (losses, chosen_rewards, rejected_rewards), each [B], of the log-probabilities' dtype (float32 for 16-bit
+        ones); the rewards are detached.
+
+    Raises:
+        ValueError: an option out of range, or one that the loss does not define; a missing or misshapen tensor.
+    """
+    if ipo:
+        if loss_type not in (None, "ipo") or options.get("ipo_reduction") not in (None, "sum"):
+            raise ValueError(
+                f"ipo=True means loss_type='ipo' with ipo_reduction='sum'; got loss_type={loss_type!r} and "
+                f"ipo_reduction={options.get('ipo_reduction')!r}: leave one or the other out"
+            )
+        loss_type, options["ipo_reduction"] = "ipo", "sum"
+    o = LossOptions(beta, loss_type or "sigmoid", label_smoothing, **options)
+    for name in ("ld_alpha", "use_weighting"):
+        if getattr(o, name) not in (None, False):
+            raise ValueError(f"{name} needs the log-probabilities of tokens, of which these are sums; use dpo_loss")
+
+    reference = {"reference_chosen_logps": reference_chosen_logps, "reference_rejected_logps": reference_rejected_logps}
+    if reference_free or not o.takes_reference:
+        given = [name for name, value in reference.items() if value is not None]
+        if given and not reference_free:
+            raise ValueError(f"{given[0]} is given, but {_names(o)} has no reference; it should be None")
+        _check_has_reference(o, False)
+        reference = {}
+    logps = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps, **reference}
+    lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
+    for name, value in logps.items():
+        if value is None:
+            raise ValueError(f"{name} is None; give a tensor, or reference_free=True to go without a reference")
+    if o.needs_tokens and None in lengths.values():
+        hint = ", or ipo_reduction='sum'" if o.loss_types == ("ipo",) else ""
+        raise ValueError(f"{_names(o)} takes means over tokens: give chosen_lengths and rejected_lengths{hint}")
+    for name, value in {**logps, **lengths, "pair_weights": pair_weights}.items():
+        if value is not None and value.shape != policy_chosen_logps.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; it should be that of policy_chosen_logps, "
+                f"{tuple(policy_chosen_logps.shape)}"
+            )
+
+    # Losses are differences and powers of what 16 bits hold to some three digits.
+    logps = {name: value.float() if value.dtype.itemsize == 2 else value for name, value in logps.items()}
+    nll = -logps["policy_chosen_logps"]
+    if o.average_log_prob:
+        of_length = (chosen_lengths, rejected_lengths) * 2
+        logps = {name: value / n for (name, value), n in zip(logps.items(), of_length, strict=False)}
+    chosen, rejected, *ref = logps.values()
+    ref_chosen, ref_rejected = ref or (0.0, 0.0)
+    pairs = Pairs(
+        chosen - ref_chosen,
+        rejected - ref_rejected,
+        chosen,
+        rejected,
+        ref_chosen,
+        ref_rejected,
+        nll,
+        chosen_lengths,
+        rejected_lengths,
+        None if chosen_lengths is None else chosen_lengths.to(nll.dtype).mean(),
+    )
+    losses = pair_losses(pairs, o)
+    if pair_weights is not None:
+        losses = losses * pair_weights.detach()
+    return losses, *rewards(pairs, o)
+
+
+def dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    beta: float = 0.1,
+    loss_type: str | Sequence[str] = "sigmoid",
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    workspace: int | None = None,
+    outputs: Sequence[str] = (),
+    allow_empty: bool = False,
+    low_rank: LowRankUpdate | Sequence[LowRankUpdate] = (),
+    group: dist.ProcessGroup | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
+    **options: Unpack[LossKeywords],
+) -> DPOOutput:
+    """The preference loss of B pairs from hidden states, without their logits in memory.
+
+    The reference is given as hidden states (``ref_hidden``, with ``ref_weight`` and ``ref_bias`` where its output
+    embedding is another one), or as log-probabilities (``ref_logps``), or not at all (reference-free).
+
+    Args:
+        hidden: [2B, T, H], the B chosen rows first, then the B rejected ones in the same order; or, with
+            ``cu_seqlens``, [N, H]: 2B sequences one after another, the chosen ones first. float32, bfloat16, float16
+            or float64.
+        weight: [V, H], the output embedding. A DTensor is gathered, as in :func:`fastdpo.token_logps`.
+        targets: [2B, T] or [N] int64, already shifted: targets[t] is what hidden[t] predicts. ``ignore_index`` where
+            nothing is scored (prompt, padding).
+        ref_hidden: as ``hidden`` (its H may differ with ``ref_weight``), from the reference model. No gradient.
+        ref_weight, ref_bias: [V, H_ref] and [V]; by default ``weight`` and ``bias``, without their gradient.
+        ref_logps: the reference's log-probabilities, in nats: [2B], summed over each completion; or of targets' shape,
+            for each token, as ``ld_alpha`` needs them (anything where nothing is scored).
+        bias: [V].
+        cu_seqlens: [2B + 1] int64 or int32, the packed sequences' bounds: 0, …, N.
+        beta, loss_type, label_smoothing, options: see :class:`fastdpo.LossOptions`.
+        ignore_index, logit_scale, softcap, temperature: as in :func:`fastdpo.token_logps`.
+        workspace: bytes that may be spent on computing less where ``weight`` (or ``bias``) needs a gradient; 0 will do.
+            A token whose exponentials are kept until its pair's loss is known costs 3 products of H x V, any other 4.
+            They take up V numbers of hidden's dtype (float32 for float16). A batch of more tokens than that holds is
+            taken in groups of at least some 512 tokens, one after another in the same memory. Their gradients of
+            ``weight`` are summed in float32, and the sum for a 16-bit weight, 4 V H bytes, counts too: less room than
+            that makes one group. (4 V H + 2000 V has room for groups of 1,000 tokens in bfloat16.) Default: 256 MiB.
+            It changes nothing where ``hidden`` alone needs a gradient: 2 products, and N x H numbers of memory. A loss
+            that couples pairs (``aot``, ``aot_unpaired``) needs them all at once, and is not taken in groups.
+        outputs: any of ``entropy``, ``mean_logits``, ``is_top1``: metrics of the policy from the same pass.
+        allow_empty: take a completion in which nothing is scored for one of log-probability 0, and its means over
+            tokens for 0, in the place of raising. The pair's other completion is trained on as ever.
+        low_rank: LoRA on the policy's output embedding, as in :func:`fastdpo.token_logps`. Where ``ref_weight`` is not
+            given, the reference's is ``weight`` without it.
+        group: the ranks over which the vocabulary is cut, as in :func:`fastdpo.token_logps`; ``ref_weight`` and
+            ``ref_bias`` are then cut likewise.
+        sequence_group: the ranks over which the tokens are cut (sequence parallelism): each has some of every
+            sequence's, in ``hidden`` and ``targets`` (and token-wise ``ref_logps``), maybe none of one. Sums over the
+            sequences are exchanged, 2B numbers a kind, and every rank has the whole loss and calls backward; hidden's
+            gradient is that of the rank's own tokens, and weight's their share, to be summed over the group. Not with
+            ``ld_alpha``. With any of these three a batch is not taken in groups.
+
+    Returns:
+        :class:`fastdpo.DPOOutput`. Where policy and reference agree, the sigmoid loss is ln 2 and every reward is 0.
+        Differentiable once, in hidden, weight and bias, and through ``loss`` alone.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the argument, what it was and what it should be; among them a
+            completion in which nothing is scored (unless ``allow_empty``).
+        NotImplementedError: a second derivative, forward-mode differentiation, or vmap; ``low_rank`` with ``group``, or
+            ``ld_alpha`` with ``sequence_group``.
+        torch.OutOfMemoryError: memory did not suffice, with half of ``workspace`` either (which is tried, with a
+            warning, unless there is a group of ranks).
+
+    With several processes, call it in the forward of the model that is wrapped, where every wrapper does its part (as
+    :class:`fastdpo.model.FusedHead` does). If it is called outside, on hidden states that the wrapped model's forward
+    returned and on the model's own weight, then DDP averages the gradients as any others (with
+    ``find_unused_parameters=True`` it raises, if that forward had no use for the weight), and so does FSDP2, whose
+    DTensor is gathered once for policy and reference. But what comes from ``ddp.module(...)``, past DDP's forward, has
+    gradients that are never averaged, for any parameter, and nothing says so. A weight that ZeRO-3 or FSDP1 has
+    partitioned is refused.
+    """
+    o = LossOptions(beta, loss_type, label_smoothing, **options)
+    if workspace is None:
+        workspace = DEFAULT_RETAIN_BYTES
+    if workspace < 0:
+        raise ValueError(f"workspace is {workspace}; it should be at least 0")
+    for name in outputs:
+        if name not in METRIC_OUTPUTS:
+            raise ValueError(f"outputs names {name!r}; it may name {', '.join(METRIC_OUTPUTS)}")
+    if sequence_group is not None and o.ld_alpha is not None:
+        raise NotImplementedError("ld_alpha counts a sequence's tokens from its start, which sequence_group divides")
+    refuse_sharded(hidden=hidden, targets=targets, ref_hidden=ref_hidden)
+    vocabulary = vocabulary_of(weight, bias, low_rank, group)
+    weight, bias = gathered(weight), gathered(bias)
+    _check_reference(o, hidden, ref_hidden, ref_weight, ref_logps, ref_bias)
+    sequences = Sequences(
+        targets,
+        cu_seqlens,
+        ignore_index,
+        at_shorter=o.ld_alpha is not None,
+        look=not _must_not_wait(hidden),
+        allow_empty=allow_empty,
+        group=sequence_group,
+    )
+    head_options = {
+        "ignore_index": ignore_index,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "temperature": temperature,
+        "num_scored": None if sequences.counts is None else sum(sequences.counts),
+    }
+    inputs = op_inputs(hidden, weight, targets, bias, **head_options)
+    if ref_hidden is not None:
+        if ref_weight is None:
+            ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
+        with torch.no_grad():
+            ref_logps = token_logps(ref_hidden, ref_weight, targets, ref_bias, group=group, **head_options).logps
+    ref_sums = _reference_sums(o, ref_logps, sequences, targets, ignore_index)
+    losses_of = PairLosses(o, sequences.lengths, ref_sums, allow_empty=allow_empty)
+
+    asked = {*outputs, *(("log_sum_sq_probs",) if o.use_weighting else ())}
+    names = [name for name in OUTPUTS if name in asked]
+
+    def policy_sums(room: int) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        return _policy_sums((hidden, weight, bias), inputs, vocabulary, sequences, targets, losses_of, room, names)
+
+    if group is None and sequence_group is None:
+        sums, extras, loss = in_less_memory(policy_sums, workspace, "workspace", inputs)
+    else:  # a rank that tries again would leave the others waiting
+        sums, extras, loss = policy_sums(workspace)
+    pairs = len(sequences.tokens) // 2
+    losses = losses_of(sums, extras, 0, pairs)
+    if loss is None:
+        loss = losses.mean()
+    compute = compute_dtype(inputs.hidden.dtype)
+    chosen_logps, rejected_logps = losses_of.logps(sums.detach()).to(compute).chunk(2)
+    chosen_rewards, rejected_rewards = losses_of.rewards(sums)
+    chosen_tokens, rejected_tokens = sequences.tokens.chunk(2)
+    weights = losses_of.weights(sums, extras, 0, pairs)
+    tokens = sequences.tokens.clamp(min=1)
+    means = {name: (total / tokens).to(compute) for name, total in extras.items() if name in outputs}
+    return DPOOutput(
+        loss=loss.to(compute),
+        losses=losses.detach().to(compute),
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        chosen_rewards=chosen_rewards.to(compute),
+        rejected_rewards=rejected_rewards.to(compute),
+        chosen_tokens=chosen_tokens,
+        rejected_tokens=rejected_tokens,
+        weights=None if weights is None else weights.to(compute),
+        **means,
+    )
+
+
+class DPOLoss(nn.Module):
+    """:func:`dpo_loss` as a module: the options are given once, the tensors at each call.
+
+    Args: as the options of :func:`dpo_loss`.
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        loss_type: str | Sequence[str] = "sigmoid",
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        workspace: int | None = None,
+        outputs: Sequence[str] = (),
+        allow_empty: bool = False,
+        **options: Unpack[LossKeywords],
+    ) -> None:
+        super().__init__()
+        LossOptions(beta, loss_type, label_smoothing, **options)  # raises
+        self.options = {
+            "beta": beta,
+            "loss_type": loss_type,
+            "label_smoothing": label_smoothing,
+            "ignore_index": ignore_index,
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+            "temperature": temperature,
+            "workspace": workspace,
+            "outputs": tuple(outputs),
+            "allow_empty": allow_empty,
+            **options,
+        }
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        *,
+        ref_hidden: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        bias: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        low_rank: LowRankUpdate | Sequence[LowRankUpdate] = (),
+        group: dist.ProcessGroup | None = None,
+        sequence_group: dist.ProcessGroup | None = None,
+    ) -> DPOOutput:
+        """Shapes, result and errors as in :func:`dpo_loss`."""
+        return dpo_loss(
+            hidden,
+            weight,
+            targets,
+            ref_hidden=ref_hidden,
+            ref_weight=ref_weight,
+            ref_logps=ref_logps,
+            bias=bias,
+            ref_bias=ref_bias,
+            cu_seqlens=cu_seqlens,
+            low_rank=low_rank,
+            group=group,
+            sequence_group=sequence_group,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _policy_sums(
+    differentiable: tuple[Tensor, Tensor, Tensor | None],
+    inputs: OpInputs,
+    vocabulary: Vocabulary,
+    sequences: Sequences,
+    targets: Tensor,
+    losses_of: PairLosses,
+    workspace: int,
+    outputs: Sequence[str],
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    """The sums of log-probabilities [2B, S], those of ``outputs`` [2B], and the loss.
+
+    The loss is None where it is yet to be made from the sums, which are then differentiable.
+    """
+    hidden, weight, bias = differentiable
+    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
+    # One group is the primitive itself, which also goes where groups cannot: without a gradient, where pairs' losses
+    # depend on each other, where the host may not look at the lengths that groups are made from, and where other ranks
+    # or updates have a part in them.
+    plan = None
+    is_here = vocabulary.is_here and sequences.group is None
+    if trains and is_here and sequences.counts is not None:
+        plan = plan_of(inputs, weight, bias, sequences.counts, workspace)
+    if plan is not None and len(plan.groups) > 1 and not losses_of.options.couples_pairs:
+        loss, sums, extras = grouped_loss(
+            hidden, weight, bias, inputs, sequences.lengths, sequences.counts, plan, losses_of, outputs
+        )
+        return sums, extras, loss
+    retain_bytes = plan.kept * row_bytes(inputs) if plan is not None and len(plan.groups) == 1 else workspace
+    logps, *extras = differentiable_logps(inputs, retain_bytes, outputs, vocabulary)
+    fields = named_outputs(extras, outputs, inputs)
+    extras = {name: sequences.sums(value.view(targets.shape)).double() for name, value in fields.items()}
+    return sequences.segment_sums(logps.view(targets.shape)), extras, None
+
+
+def _check_reference(
+    options: LossOptions,
+    hidden: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_logps: Tensor | None,
+    ref_bias: Tensor | None,
+) -> None:
+    """Raises ValueError unless the reference is given in one way, and the loss has a place for it."""
+    if ref_logps is not None and (ref_hidden is not None or ref_weight is not None or ref_bias is not None):
+        raise ValueError("ref_logps already is the reference: leave out ref_hidden, ref_weight and ref_bias")
+    if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
+        raise ValueError("ref_weight and ref_bias belong to ref_hidden, which is None")
+    if ref_hidden is not None and ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"ref_hidden has shape {tuple(ref_hidden.shape)}; all but its last size should be those of hidden, "
+            f"{tuple(hidden.shape)}"
+        )
+    has_reference = ref_hidden is not None or ref_logps is not None
+    if has_reference and not options.takes_reference:
+        name = "ref_hidden" if ref_logps is None else "ref_logps"
+        raise ValueError(f"{name} is given, but {_names(options)} has no reference; leave it out")
+    _check_has_reference(options, has_reference)
+
+
+def _check_has_reference(options: LossOptions, has_reference: bool) -> None:
+    if options.ld_reference is not None and not has_reference:
+        raise ValueError(f"ld_reference is {options.ld_reference!r}, but there is no reference; leave it out")
+    if options.f_divergence_type != "reverse_kl" and not has_reference:
+        raise ValueError(
+            f"f_divergence_type is {options.f_divergence_type!r}, a divergence from a reference, but none is given"
+        )
+
+
+def _reference_sums(
+    options: LossOptions, ref_logps: Tensor | None, sequences: Sequences, targets: Tensor, ignore_index: int
+) -> Tensor | None:
+    """[2B, S] or [2B, 1] from log-probabilities of tokens or of sequences; ValueError where they will not do."""
+    if ref_logps is None:
+        return None
+    by_segment = options.ld_alpha is not None and options.ld_reference != "policy"
+    if ref_logps.shape == targets.shape and (by_segment or ref_logps.shape != sequences.tokens.shape):
+        return sequences.segment_sums(ref_logps.where(targets != ignore_index, 0))
+    if ref_logps.shape != sequences.tokens.shape:
+        raise ValueError(
+            f"ref_logps has shape {tuple(ref_logps.shape)}; it should be ({sequences.tokens.numel()},), one a "
+            f"completion, or targets' shape {tuple(targets.shape)}, one a token"
+        )
+    if by_segment:
+        raise ValueError(
+            "ref_logps has one number a completion, but ld_alpha weighs the reference's tokens as well: give ref_logps "
+            "of targets' shape, or ref_hidden, or ld_reference='policy'"
+        )
+    return ref_logps.double().unsqueeze(1)
+
+
+# Private; without it torch.func has token_logps alone.
+_in_transform = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def _must_not_wait(tensor: Tensor) -> bool:
+    """Whether the host may not look at values: in a graph being compiled or captured, in torch.func, of mere shapes."""
+    return (
+        torch.compiler.is_compiling()
+        or _in_transform()
+        or tensor.is_meta
+        or isinstance(tensor, FakeTensor)
+        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _names(options: LossOptions) -> str:
+    return f"loss_type {', '.join(map(repr, options.loss_types))}"

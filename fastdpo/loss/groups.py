@@ -1,0 +1,246 @@
+"""The loss of a batch taken in groups of pairs: a group's gradients are computed as soon as its losses are known.
+
+Where a pair's loss follows from its own log-probabilities, c = dL/dlogp of a group of pairs is there as soon as these
+are. So the forward goes on to the group's gradients, and the exponentials and directions that they need are freed
+before the next group; the backward has but to multiply by the gradient of the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpo.logps.derivatives import first_derivative, refuse_forward_mode
+from fastdpo.logps.native import compute_dtype, operand_dtype
+from fastdpo.logps.ops import OUTPUTS, OpInputs, backward_op, forward_op, named_outputs
+from fastdpo.loss.group_plan import Plan, plan_frozen_groups, plan_groups
+
+# Losses [n] of the pairs [first, last), n of them, from the log-probabilities [2n, S] of their sequences' segments and
+# the sums [2n] of token-wise outputs, the chosen ones first.
+LossesOf = Callable[[Tensor, Mapping[str, Tensor], int, int], Tensor]
+
+# Numbers multiplied at a time where a product of another dtype takes a temporary of as many.
+_PART = 1 << 24
+
+
+def row_bytes(inputs: OpInputs) -> int:
+    """What one token's exponentials take up in memory."""
+    return inputs.weight.shape[0] * operand_dtype(inputs.weight.dtype).itemsize
+
+
+def plan_of(inputs: OpInputs, weight: Tensor, bias: Tensor | None, counts: Sequence[int], workspace: int) -> Plan:
+    """The plan for sequences of ``counts`` scored tokens; ``weight`` and ``bias`` are the tensors that may train."""
+    pairs = len(counts) // 2
+    tokens = [chosen + rejected for chosen, rejected in zip(counts[:pairs], counts[pairs:], strict=True)]
+    if not (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return plan_frozen_groups(tokens)
+    compute = compute_dtype(inputs.weight.dtype)
+    sums = weight.requires_grad and weight.dtype != compute
+    sum_bytes = weight.numel() * compute.itemsize if sums else 0
+    return plan_groups(tokens, workspace=workspace, row_bytes=row_bytes(inputs), sum_bytes=sum_bytes)
+
+
+def grouped_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inputs: OpInputs,
+    lengths: Tensor,
+    counts: Sequence[int],
+    plan: Plan,
+    losses_of: LossesOf,
+    outputs: Sequence[str] = (),
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The mean of the pairs' losses, connected to autograd once; detached, the segments' log-probabilities [2B, S]
+    float64; and sums [2B] float64 over the sequences of each of ``outputs``.
+
+    Args:
+        hidden, weight, bias: what the gradients are for, as the caller has them.
+        inputs: the same as the ops take them.
+        lengths: [2B, S] int64, the scored tokens of each sequence's S segments; segments and sequences lie one after
+            another in ``inputs``.
+        counts: the scored tokens of each sequence on the host.
+        plan: which groups, and how much of each is kept.
+        losses_of: the loss. It must not look beyond the pairs that it is given.
+        outputs: names of the policy's token-wise outputs.
+
+    Raises:
+        IndexError: a target outside [0, V); on CUDA that row is NaN.
+    """
+    names = tuple(name for name in OUTPUTS if name in outputs)
+    loss, sums, extras = _GroupedLoss.apply(hidden, weight, bias, inputs, lengths, counts, plan, losses_of, names)
+    return loss, sums, dict(zip(names, extras, strict=True))
+
+
+class _GroupedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        inputs: OpInputs,
+        lengths: Tensor,
+        counts: Sequence[int],
+        plan: Plan,
+        losses_of: LossesOf,
+        outputs: tuple[str, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        pairs = len(counts) // 2
+        starts = [0, *accumulate(counts)]
+        scored = _scored_positions(inputs, starts[-1])
+        gradients = _Gradients((hidden, weight, bias), ctx.needs_input_grad[:3], compute_dtype(inputs.hidden.dtype))
+        sums = hidden.new_empty(lengths.shape, dtype=torch.float64)
+        extras = hidden.new_empty((len(outputs), 2 * pairs), dtype=torch.float64)
+        for first, last in plan.groups:
+            sequences = (slice(first, last), slice(pairs + first, pairs + last))
+            rows = torch.cat([scored[starts[part.start] : starts[part.stop]] for part in sequences])
+            group = inputs._replace(
+                hidden=inputs.hidden.index_select(0, rows),
+                targets=inputs.targets.index_select(0, rows),
+                scalars=inputs.scalars | {"num_scored": len(rows)},
+            )
+            of_group = gradients.take(
+                group,
+                rows,
+                torch.cat([lengths[part] for part in sequences]),
+                plan.kept,
+                partial(_gradient_of_mean, losses_of, first, last, pairs),
+                outputs,
+            )
+            for part, group_sums, group_extras in zip(sequences, *(x.chunk(2, -2) for x in of_group), strict=True):
+                sums[part], extras[:, part] = group_sums, group_extras.T
+
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
+        with torch.enable_grad():  # tensors without a number, by which a second derivative finds the way to the inputs
+            ctx.anchors = [None if x is None else x[..., :0].clone() for x in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(sums, extras)
+        losses = losses_of(sums, dict(zip(outputs, extras, strict=True)), 0, pairs)
+        return losses.mean().to(gradients.compute), sums, extras
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        saved, dtypes = ctx.saved_tensors, ctx.dtypes
+
+        def gradients(grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+            return tuple(None if g is None else _times(g, grad_loss, t) for g, t in zip(saved, dtypes, strict=True))
+
+        return *first_derivative(gradients, grad_loss, *ctx.anchors), *(None,) * 6
+
+    jvp = staticmethod(refuse_forward_mode)
+
+
+class _Gradients:
+    """Where the groups' gradients come together: hidden's rows, and the sums of weight's and bias's.
+
+    Args:
+        inputs: hidden, weight, bias.
+        needs: of which of them the gradient is needed; the others' are None.
+        compute: the dtype of the sums.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor | None], needs: Sequence[bool], compute: torch.dtype) -> None:
+        self.compute = compute
+        # float16 would lose small gradients before the loss's scale, by which the backward multiplies, can save them.
+        of_hidden = torch.float32 if inputs[0].dtype == torch.float16 else inputs[0].dtype
+        self.hidden, self.weight, self.bias = (
+            torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) if need else None
+            for x, need, dtype in zip(inputs, needs, (of_hidden, compute, compute), strict=True)
+        )
+
+    def take(
+        self,
+        group: OpInputs,
+        rows: Tensor,
+        lengths: Tensor,
+        kept: int,
+        gradient: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
+        outputs: tuple[str, ...],
+    ) -> tuple[Tensor, Tensor]:
+        """The sums over a group's segments [2n, S], and of ``outputs`` over its sequences [2n, E]; adds the gradients.
+
+        ``rows`` are the group's positions among all, ``lengths`` [2n, S] its segments' tokens, ``kept`` how many
+        tokens' exponentials are kept at most; ``gradient`` maps the sums to dL/dsums [2n, S].
+        """
+        head = self.weight is not None or self.bias is not None
+        retain_bytes = min(kept, len(rows)) * row_bytes(group) if head else 0
+        token_logps, row_state, direction, retained, *extras = forward_op(
+            group, need_direction=self.hidden is not None, retain_bytes=retain_bytes, outputs=outputs
+        )
+        segments = lengths.flatten()
+        sums = _segment_sums(token_logps, segments).view(lengths.shape)
+        fields = named_outputs(extras, outputs, group)
+        named = {name: _segment_sums(value, lengths.sum(1)) for name, value in fields.items()}
+        of_segments = gradient(sums, named).to(self.compute).flatten()
+        grad_logps = of_segments.repeat_interleave(segments, output_size=len(rows))
+        if head:
+            backward_op(
+                group,
+                grad_logps,
+                (row_state, direction, retained),
+                need_hidden=False,
+                need_weight=self.weight is not None,
+                need_bias=self.bias is not None,
+                weight_sum=self.weight,
+                bias_sum=self.bias,
+            )
+        if self.hidden is not None:
+            of_rows = direction.mul_(grad_logps.unsqueeze(1)).to(self.hidden.dtype)
+            self.hidden.view(-1, self.hidden.shape[-1]).index_copy_(0, rows, of_rows)
+        return sums, torch.stack([named[name] for name in outputs], dim=1) if outputs else sums.new_empty(len(sums), 0)
+
+
+def _segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """[n] float64 sums over n segments that lie one after another."""
+    return torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True)
+
+
+def _scored_positions(inputs: OpInputs, count: int) -> Tensor:
+    """[count] positions whose target is scored, in order; IndexError where one is no entry of the vocabulary.
+
+    On CUDA nothing is waited for, and so nothing raised: the op marks such a row with NaN.
+    """
+    y, ignore_index, vocabulary = inputs.targets, inputs.scalars["ignore_index"], inputs.weight.shape[0]
+    scored = y != ignore_index
+    if not y.is_cuda:
+        # The ops check as well, but of a group they would name the wrong position.
+        wrong = (scored & ((y < 0) | (y >= vocabulary))).nonzero()
+        if len(wrong):
+            t = int(wrong[0])
+            raise IndexError(
+                f"targets[{t}] is {int(y[t])}; it should be in [0, {vocabulary}), the rows of weight, or ignore_index "
+                f"({ignore_index})"
+            )
+    return torch.nonzero_static(scored, size=count).squeeze(1)
+
+
+def _gradient_of_mean(
+    losses_of: LossesOf, first: int, last: int, pairs: int, sums: Tensor, extras: Mapping[str, Tensor]
+) -> Tensor:
+    """d(mean of all pairs' losses) / d(sums) of the pairs [first, last), [2 * (last - first), S]."""
+    with torch.enable_grad():
+        leaf = sums.detach().requires_grad_()
+        return torch.autograd.grad(losses_of(leaf, extras, first, last).sum() / pairs, leaf)[0]
+
+
+# Private, and only saves a copy: without it every graph counts as kept.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor, rounded once to dtype; the gradient itself where a factor of 1 lets it be given away."""
+    # A device's factor cannot be looked at without waiting. What is given away may be changed by whoever gets it, so a
+    # graph that may be gone through again keeps its own.
+    if not factor.is_cuda and factor.item() == 1 and not (gradient.dtype == dtype and _graph_is_kept()):
+        return gradient.to(dtype)
+    result = torch.empty_like(gradient, dtype=dtype)
+    for out, part in zip(result.view(-1).split(_PART), gradient.view(-1).split(_PART), strict=True):
+        # A 0-dim factor would be rounded to the 16 bits of a gradient that has no more.
+        torch.mul(part.to(factor.dtype), factor, out=out)
+    return result

@@ -1,0 +1,5 @@
+"""A Hugging Face model: the fused head, packed rows and their attention, adapters, quantized weights, generation."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

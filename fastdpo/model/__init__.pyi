@@ -1,0 +1,2 @@
+from .head import FusedHead as FusedHead
+from .head import HeadOutput as HeadOutput

@@ -1,0 +1,110 @@
+"""Adapters that were trained before: loaded on the model that they name, copied to be the reference of what follows."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
+
+from fastdpo.model.scoring import evaluating
+
+Module = TypeVar("Module", bound=nn.Module)
+
+HAS_ADAPTER = (
+    "peft_config is given, but model has an adapter already; leave peft_config out (--use_peft) to train that one "
+    "further, or merge it into its base first, and train a new one on the result: AutoPeftModelForCausalLM."
+    "from_pretrained(adapter).merge_and_unload().save_pretrained(folder)"
+)
+
+
+def is_adapter(name: str, *, revision: str | None = None) -> bool:
+    """Whether ``name``, a folder or a Hub id, is an adapter's; False where there is nothing of that name."""
+    try:
+        return find_adapter_config_file(name, revision=revision) is not None
+    except (OSError, HFValidationError):  # no folder that is there, nor a name on the Hub
+        return False
+
+
+def base_of_adapter(name: str, *, revision: str | None = None) -> str | None:
+    """The name of the model that an adapter was trained on; None where ``name`` is no adapter."""
+    if not is_adapter(name, revision=revision):
+        return None
+    return PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+
+
+def load_adapter(name: str, *, revision: str | None = None, **base_kwargs: Any) -> PeftModel:
+    """The adapter ``name``, to be trained further, on the model that it names.
+
+    Args:
+        name: a folder, or a Hub id.
+        revision: of the adapter; its base's is in its configuration.
+        base_kwargs: for ``from_pretrained`` of the base.
+
+    Raises:
+        ValueError: it names no model, or another adapter.
+        OSError: the model that it names is not there.
+    """
+    config = PeftConfig.from_pretrained(name, revision=revision)
+    base = config.base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"the adapter {name} does not say what it was trained on; write base_model_name_or_path into it"
+        )
+    if is_adapter(base, revision=config.revision):
+        raise ValueError(
+            f"the adapter {name} was trained on {base}, which is an adapter too; merge that one into its base first "
+            "(merge_and_unload), save the result, and write its folder into base_model_name_or_path"
+        )
+    try:
+        # By itself, from_pretrained of an adapter's name loads both, and leaves nothing to train.
+        model = AutoModelForCausalLM.from_pretrained(base, revision=config.revision, **base_kwargs)
+    except (OSError, HFValidationError) as error:  # the latter, for a folder that is not there
+        raise OSError(f"the adapter {name} was trained on {base}, which cannot be loaded: {error}") from error
+    return PeftModel.from_pretrained(model, name, revision=revision, is_trainable=True)
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with a model or an adapter; for an adapter's folder without one, its base's.
+
+    Raises:
+        ValueError, OSError: there is none.
+    """
+    base = base_of_adapter(name, revision=revision)
+    # The base's is the one that the adapter was trained with.
+    if base is not None and Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").exists():
+        name, revision = base, PeftConfig.from_pretrained(name).revision
+    return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
+
+
+def copy_of_what_is_trained(model: Module) -> Module:
+    """``model`` as it is now, to stay so: what is trained is copied, and what is frozen is the very same tensors."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            memo[id(parameter)] = parameter
+            # What bitsandbytes keeps beside a quantised weight: scales, an eighth of the weight's bytes and more.
+            state = getattr(parameter, "quant_state", None)
+            if state is not None:
+                memo[id(state)] = state
+    return copy.deepcopy(model, memo)
+
+
+def adapters_are_neutral(model: PeftModel) -> bool:
+    """Whether the model with its adapters computes what it computes without them, as with a new one it does."""
+    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    with torch.no_grad(), evaluating(model):
+        with_adapters = model(input_ids=ids).logits
+        with model.disable_adapter():
+            without = model(input_ids=ids).logits
+    # A new adapter may round differently (DoRA divides by a norm that is 1), by some units of the last place.
+    tolerance = 64 * torch.finfo(without.dtype).eps * without.abs().max()
+    return bool((with_adapters - without).abs().max() <= tolerance)

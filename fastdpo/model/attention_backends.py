@@ -1,0 +1,220 @@
+"""What computes the attention of packed rows.
+
+Each takes the module, query [1, Hq, N, D], key and value [1, Hkv, N, D], the row's segments, and options by name
+(``dropout``, ``scaling``, sliding ``window``, ``softcap``, ``sinks`` [Hq]), and returns [1, N, Hq, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
+
+from fastdpo.model.segments import Segments
+
+
+class RowsNotSupportedError(NotImplementedError):
+    """A model, or what it asks of its attention, does not suit packed rows; the message says why."""
+
+
+def attend_by_segment(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    *,
+    dropout: float,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One call a segment. A prompt with its chosen completion, which follows it, is a plain causal sequence."""
+    groups = query.shape[1] // key.shape[1]
+    # Split, not sliced: in the backward every slice would fill a tensor of the whole row and add it to the others.
+    key_pieces, value_pieces = (x.split(segments.piece_sizes, dim=2) for x in (key, value))
+    outputs = []
+    for q, indices in zip(query.split(segments.query_sizes, dim=2), segments.key_pieces, strict=True):
+        k, v = (_join([pieces[i] for i in indices]) for pieces in (key_pieces, value_pieces))
+        queries, keys = q.shape[2], k.shape[2]
+        plain = window is None or window >= keys
+        if softcap is not None or sinks is not None:
+            mask = segments.mask(queries, keys, None if plain else window, _score_dtype(q), q.device)
+            out = _attend_in_full(q, k, v, mask, dropout, scaling, softcap, sinks)
+        elif plain and queries == keys:
+            out = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=groups > 1
+            )
+        else:
+            on_cpu = q.device.type == "cpu"
+            if groups > 1 and not on_cpu:
+                # With a mask, CUDA's fused kernels take as many key heads as query heads.
+                k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+            if plain and not on_cpu:
+                mask = causal_lower_right(queries, keys)
+            else:
+                # Of floats: booleans would be turned into floats in every layer.
+                mask = segments.mask(queries, keys, None if plain else window, _operand_dtype(q), q.device)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=groups > 1 and on_cpu
+            )
+        outputs.append(out.transpose(1, 2))
+    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].contiguous()
+
+
+def _join(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def _operand_dtype(query: Tensor) -> torch.dtype:
+    """What scaled_dot_product_attention computes in, which is autocast's dtype where that is on."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return query.dtype
+
+
+def _score_dtype(query: Tensor) -> torch.dtype:
+    return torch.promote_types(query.dtype, torch.float32)
+
+
+def _attend_in_full(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    dropout: float,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Softmax of a segment's scores in memory, for what scaled_dot_product_attention cannot express."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q @ k.transpose(-1, -2)).to(mask.dtype) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask
+    if sinks is not None:
+        # A head's sink is a key without a value, that takes its share of the attention.
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    probabilities = scores.softmax(-1)
+    if sinks is not None:
+        probabilities = probabilities[..., :-1]
+    return F.dropout(probabilities, dropout).to(v.dtype) @ v
+
+
+def attend_varlen(
+    varlen: Callable[..., Tensor],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    *,
+    dropout: float,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One call for the row: ``varlen`` has the arguments of flash-attention's ``flash_attn_varlen_func``.
+
+    Its causal mask is aligned at the bottom right: a segment's last query attends to the last of its keys.
+    """
+    if dropout or sinks is not None:
+        raise RowsNotSupportedError("flash attention on rows has no " + ("dropout" if dropout else "attention sinks"))
+    q, k, v = (x[0].transpose(0, 1).to(_operand_dtype(x)) for x in (query, key, value))
+    if segments.key_index is not None:
+        k, v = k.index_select(0, segments.key_index), v.index_select(0, segments.key_index)
+    options: dict[str, Any] = {}
+    if window is not None:
+        options["window_size"] = (window - 1, 0)
+    if softcap is not None:
+        options["softcap"] = softcap
+    out = varlen(
+        q,
+        k,
+        v,
+        cu_seqlens_q=segments.cu_q,
+        cu_seqlens_k=segments.cu_k,
+        max_seqlen_q=segments.max_q,
+        max_seqlen_k=segments.max_k,
+        softmax_scale=scaling,
+        causal=True,
+        **options,
+    )
+    out = out[0] if isinstance(out, tuple) else out
+    return out.unsqueeze(0)
+
+
+def flash_varlen(implementation: str) -> Callable[..., Tensor]:
+    """The variable-length function of the flash attention that transformers loads under this name."""
+    try:
+        (_, varlen, *_), _ = lazy_import_flash_attention(implementation)
+    except (ImportError, ValueError, OSError) as error:
+        raise RowsNotSupportedError(f"{implementation} is not there: {error}") from error
+    if varlen is None:
+        raise RowsNotSupportedError(f"{implementation} has no function for sequences of several lengths")
+    return varlen
+
+
+def torch_varlen() -> Callable[..., Tensor]:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        raise RowsNotSupportedError(f"torch {torch.__version__} has no torch.nn.attention.varlen") from error
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, *, window_size: tuple[int, int] = (-1, 0), **options: Any) -> Tensor:
+        if "softcap" in options:
+            raise RowsNotSupportedError("torch's variable-length attention has no softcap")
+        return varlen_attn(
+            q,
+            k,
+            v,
+            options["cu_seqlens_q"],
+            options["cu_seqlens_k"],
+            options["max_seqlen_q"],
+            options["max_seqlen_k"],
+            scale=options["softmax_scale"],
+            window_size=window_size,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+
+    return varlen
+
+
+def attend_flex(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    *,
+    dropout: float,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """FlexAttention, through transformers, which compiles it, with a block mask for the row."""
+    out, _ = flex_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        segments.block_mask(window, query.device),
+        scaling=scaling,
+        softcap=softcap,
+        s_aux=sinks,
+        dropout=dropout,
+    )
+    return out

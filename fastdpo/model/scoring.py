@@ -1,0 +1,195 @@
+"""What a model says about the completions of a batch of pairs, sequence by sequence, however the batch is laid out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastdpo.loss.sequences import Sequences
+from fastdpo.model.attention import SEGMENTS, RowAttention
+from fastdpo.model.head import IGNORE_INDEX, FusedHead, HeadOutput
+from fastdpo.model.packing import PackedRow
+
+
+@dataclass(frozen=True)
+class SequenceScores:
+    """Sums over each completion's tokens, the B chosen ones first, then the B rejected ones.
+
+    Attributes:
+        sums: [2B, S] float64, differentiable: log-probabilities of the sequences' segments (see
+            :class:`fastdpo.loss.sequences.Sequences`; S = 1 but for LD-DPO).
+        lengths: [2B, S] int64, how many tokens of them were scored.
+        outputs: name -> [2B] float64, detached: sums of those of :class:`fastdpo.model.HeadOutput` that were asked for.
+        model_output: what the model returned beside its logits; None where it ran more than once.
+    """
+
+    sums: Tensor
+    lengths: Tensor
+    outputs: dict[str, Tensor]
+    model_output: Any
+
+    @property
+    def tokens(self) -> Tensor:
+        """[2B] int64, the scored tokens of each sequence."""
+        return self.lengths.sum(1)
+
+
+def micro_batches(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts that a batch is taken in: those of ``RowCollator``, or itself where it came from another collator."""
+    return batch.get("micro_batches", [batch])
+
+
+def count_pairs(batch: dict[str, Any]) -> int:
+    """The pairs of a batch, or of a micro-batch."""
+    return sum(part["row"].pairs if "row" in part else part["input_ids"].shape[0] // 2 for part in micro_batches(batch))
+
+
+def count_tokens(batch: dict[str, Any], *, padding: bool) -> int | Tensor:
+    """The tokens of all sequences, each with its prompt; with ``padding`` also what padded batches are filled with."""
+    name = "input_ids" if padding else "attention_mask"
+    return sum(
+        part["row"].sequence_tokens if "row" in part else part[name].numel() if padding else part[name].sum()
+        for part in micro_batches(batch)
+    )
+
+
+def model_inputs(batch: dict[str, Any]) -> Iterator[Tensor]:
+    """The token ids that go through the model, padding included."""
+    for part in micro_batches(batch):
+        yield part["row"].input_ids if "row" in part else part["input_ids"]
+
+
+def score_sequences(
+    head: FusedHead,
+    attention: RowAttention | None,
+    model: nn.Module,
+    part: dict[str, Any],
+    outputs: Sequence[str] = (),
+    *,
+    at_shorter: bool = False,
+    **model_kwargs: Any,
+) -> SequenceScores:
+    """Score a micro-batch with one forward of ``model``.
+
+    Args:
+        head: of the model inside ``model``.
+        attention: of the same; needed for packed rows. See :class:`RowAttention` for where the backward belongs.
+        model: the root module.
+        part: from :func:`micro_batches`.
+        outputs: fields of :class:`fastdpo.model.head.HeadOutput` to sum as well.
+        at_shorter: divide sequences at the length of their pair's shorter completion.
+        model_kwargs: passed on to ``model``.
+    """
+    if "row" not in part:
+        labels = part["input_ids"].masked_fill(part["completion_mask"] == 0, IGNORE_INDEX)
+        out = head(model, part["input_ids"], part["attention_mask"], labels, outputs=outputs, **model_kwargs)
+        return _sums(out, outputs, Sequences(labels[:, 1:], None, IGNORE_INDEX, at_shorter=at_shorter, look=False))
+    row: PackedRow = part["row"]
+    head.inspect_once(model)  # with what is no packed row
+    with attention.active():
+        out = score_row(head, model, row, outputs, **model_kwargs)
+    sequences = Sequences(row.targets, row.cu_seqlens, IGNORE_INDEX, at_shorter=at_shorter, look=False)
+    return _sums(out, outputs, sequences)
+
+
+def score_row(
+    head: FusedHead, model: nn.Module, row: PackedRow, outputs: Sequence[str] = (), **model_kwargs: Any
+) -> HeadOutput:
+    """Score a packed row, where its attention is active."""
+    return head.score_row(
+        model,
+        row.input_ids,
+        row.scored,
+        row.targets,
+        outputs=outputs,
+        position_ids=row.position_ids,
+        **{SEGMENTS: row.segments},
+        **model_kwargs,
+    )
+
+
+def score_batch(
+    head: FusedHead,
+    attention: RowAttention | None,
+    model: nn.Module,
+    batch: dict[str, Any],
+    outputs: Sequence[str] = (),
+    **model_kwargs: Any,
+) -> SequenceScores:
+    """:func:`score_sequences` of all micro-batches, in the order of the batch's pairs."""
+    parts = [score_sequences(head, attention, model, part, outputs, **model_kwargs) for part in micro_batches(batch)]
+    if len(parts) == 1:
+        return parts[0]
+
+    def together(values: list[Tensor]) -> Tensor:
+        sides = zip(*(value.chunk(2) for value in values), strict=True)
+        return torch.cat([in_pair_order(side, batch) for side in sides])
+
+    return SequenceScores(
+        sums=together([part.sums for part in parts]),
+        lengths=together([part.lengths for part in parts]),
+        outputs={name: together([part.outputs[name] for part in parts]) for name in outputs},
+        model_output=None,
+    )
+
+
+@dataclass
+class Scorer:
+    """A model, and what scores batches with it.
+
+    Attributes:
+        root: what is called: the model, or what is wrapped around it.
+        model: the model.
+        head: of the model.
+        attention: of the model; needed for packed rows.
+    """
+
+    root: nn.Module
+    model: PreTrainedModel | PeftModel
+    head: FusedHead
+    attention: RowAttention | None = None
+
+    @property
+    def lm(self) -> PreTrainedModel:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def score(
+        self, batch: dict[str, Any], outputs: Sequence[str] = (), *, root: nn.Module | None = None, **kwargs: Any
+    ) -> SequenceScores:
+        """:func:`score_batch` with this model, called through ``root`` where that has been wrapped since."""
+        return score_batch(self.head, self.attention, self.root if root is None else root, batch, outputs, **kwargs)
+
+
+def _sums(out: HeadOutput, outputs: Sequence[str], sequences: Sequences) -> SequenceScores:
+    return SequenceScores(
+        sums=sequences.segment_sums(out.logps),
+        lengths=sequences.lengths,
+        outputs={name: sequences.sums(getattr(out, name)).double() for name in outputs},
+        model_output=out.model_output,
+    )
+
+
+def in_pair_order(values: Sequence[Tensor], batch: dict[str, Any]) -> Tensor:
+    """[B]: what was found of each micro-batch's pairs, each [b], in the order of the batch's pairs."""
+    if len(values) == 1:
+        return values[0]
+    order = torch.cat([part["pairs"] for part in micro_batches(batch)]).to(values[0].device)
+    return torch.cat(list(values))[order.argsort()]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, until the block ends."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

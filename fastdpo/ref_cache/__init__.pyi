@@ -1,0 +1,2 @@
+from .files import RefCache as RefCache
+from .files import RefCacheError as RefCacheError

@@ -1,0 +1,254 @@
+"""Reference log-probabilities for the trainer: read from the cache on disk, or computed, in parts that survive a kill.
+
+The builder knows nothing of models: it is given a function from rows to their log-probabilities. Rows are taken by
+length, longest first, so that batches hold little padding, and memory that does not suffice shows at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fastdpo.data.files import TOKEN_COLUMNS
+from fastdpo.data.prepare import REFERENCE_COLUMNS
+from fastdpo.data.row_digests import row_digests, rows_fingerprint
+from fastdpo.logps.out_of_memory import is_out_of_memory
+from fastdpo.ref_cache.files import CacheKey, RefCache, RefCacheError
+
+# A kill costs no more than this, and a write is small beside it.
+PART_SECONDS = 20.0
+
+# Rows (dicts with the token columns) -> log-probabilities of the chosen and of the rejected completions, [rows] each.
+ScoreRows = Callable[[list[dict[str, Any]]], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class CachedSplit:
+    """What was done for one dataset.
+
+    Attributes:
+        folder: where its log-probabilities are.
+        rows: how many rows it has.
+        rows_read: how many of them were there already.
+        seconds: that it took to read and compute the log-probabilities.
+    """
+
+    folder: Path
+    rows: int
+    rows_read: int
+    seconds: float
+
+
+@dataclass
+class ReferenceBuilder:
+    """Gives datasets the columns ``ref_chosen_logps`` and ``ref_rejected_logps``, by way of a cache on disk.
+
+    To be called by all processes of a run alike. The main process decides what is to be done, every process computes
+    its share and writes its parts, and the main process joins them.
+
+    Args:
+        root: a folder, in which every dataset gets one of its own.
+        accelerator: the run's.
+        identity: the fields of ``CacheKey`` beside those of the rows; asked once, in the main process alone.
+        score: see ``ScoreRows``.
+        max_length: where sequences are cut; for the order of the rows and the expected time.
+        about: facts for the manifest that are not compared.
+        describe_row: words by which a person knows a row, for messages.
+        show_progress: a progress bar, in the main process.
+        in_step: the processes must call ``score`` equally often, as with a model that is sharded over them.
+
+    Attributes:
+        splits: what was done, by the dataset's name.
+    """
+
+    root: Path
+    accelerator: Accelerator
+    identity: Callable[[], dict[str, Any]]
+    score: ScoreRows
+    max_length: int | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+    describe_row: Callable[[dict[str, Any]], str] = str
+    show_progress: bool = True
+    in_step: bool = False
+    splits: dict[str, CachedSplit] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.identity = functools.cache(self.identity)
+
+    def with_columns(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """``dataset`` with the two columns; computed in batches of ``batch_size`` pairs where the cache lacks them.
+
+        Raises:
+            RefCacheError: the cache belongs to other weights, data or settings, or is damaged; in all processes.
+        """
+        start = time.perf_counter()
+        cache, rows_read = RefCache(self.root / name), len(dataset)
+        if not self._from_main(lambda: self._is_complete(cache, dataset)):
+            rows_read = self._complete(cache, dataset, name, batch_size)
+        # From one process to all, because the folder may be on the main process's machine alone.
+        for column, values in zip(REFERENCE_COLUMNS, self._from_main(cache.load), strict=True):
+            dataset = dataset.add_column(column, values)
+        self.splits[name] = CachedSplit(cache.folder, len(dataset), rows_read, time.perf_counter() - start)
+        return dataset
+
+    def with_columns_in_all(
+        self, datasets: Dataset | dict[str, Dataset] | None, name: str, batch_size: int
+    ) -> Dataset | dict[str, Dataset] | None:
+        """The same for what ``Trainer`` takes for evaluation: a dataset, several by name, or None."""
+        if isinstance(datasets, dict):
+            return {key: self.with_columns(rows, f"{name}-{key}", batch_size) for key, rows in datasets.items()}
+        return None if datasets is None else self.with_columns(datasets, name, batch_size)
+
+    def _is_complete(self, cache: RefCache, dataset: Dataset) -> bool:
+        # Without the lock, which readers need not have: a complete cache does not change.
+        manifest = cache.manifest()
+        if manifest is None or not manifest["complete"]:
+            return False
+        cache.check(*self._key(dataset), self._row_words(dataset))
+        return True
+
+    def _complete(self, cache: RefCache, dataset: Dataset, name: str, batch_size: int) -> int:
+        """Compute what is missing; returns how many rows were not."""
+        start = time.perf_counter()
+        with contextlib.ExitStack() as stack:
+            # In the main process alone; that it could not, all hear.
+            self._from_main(lambda: stack.enter_context(cache.lock()))
+            key, done = self._from_main(lambda: self._begin_or_go_on(cache, dataset, name, batch_size))
+            self._compute(cache, key, done, dataset, name, batch_size)
+            self.accelerator.wait_for_everyone()
+            seconds = {"seconds_of_the_last_run": round(time.perf_counter() - start, 1)}
+            self._from_main(lambda: cache.finish(key, self._about(name, batch_size) | seconds))
+        return int(done.sum())
+
+    def _begin_or_go_on(
+        self, cache: RefCache, dataset: Dataset, name: str, batch_size: int
+    ) -> tuple[CacheKey, np.ndarray]:
+        """The key, and which rows are done [rows]."""
+        key, digests = self._key(dataset)
+        if cache.manifest() is None:
+            cache.begin(key, digests, self._about(name, batch_size))
+        else:
+            key = cache.check(key, digests, self._row_words(dataset))
+        return key, cache.read_parts(key)[0]
+
+    def _compute(
+        self, cache: RefCache, key: CacheKey, done: np.ndarray, dataset: Dataset, name: str, batch_size: int
+    ) -> None:
+        """This process's share of the rows that are not done."""
+        lengths = longer_lengths(dataset, self.max_length)
+        batches = sorted_batches(lengths, batch_size, done)
+        share = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        dataset = dataset.select_columns(list(TOKEN_COLUMNS))
+        scored: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        written = time.monotonic()
+        bar = tqdm(
+            total=int(sum(lengths[batch].sum() for batch in share)),  # time goes with tokens, not with rows
+            desc=f"Reference log-probabilities, {name}",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {postfix[0]} of {postfix[1]} pairs [{elapsed}<{remaining}]",
+            postfix=[0, sum(map(len, share))],
+            disable=not (self.show_progress and self.accelerator.is_main_process),
+        )
+
+        def score(batch: np.ndarray) -> tuple[Tensor, Tensor]:
+            columns = dataset[batch.tolist()]
+            return self._score([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+
+        with bar, contextlib.ExitStack() as stack:
+            # However this ends, short of a kill.
+            stack.callback(lambda: scored and cache.write_part(key, *_joined(scored)))
+            for batch in share:
+                chosen, rejected = score(batch)
+                scored.append((batch, chosen.cpu().numpy(), rejected.cpu().numpy()))
+                if time.monotonic() - written >= PART_SECONDS:
+                    cache.write_part(key, *_joined(scored))
+                    scored, written = [], time.monotonic()
+                if not bar.disable:
+                    bar.postfix[0] += len(batch)
+                bar.update(int(lengths[batch].sum()))
+            # The main process has the most batches: one more than others, or as many.
+            if self.in_step and len(share) < len(batches[:: self.accelerator.num_processes]):
+                score(batches[-1])
+
+    def _score(self, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        try:
+            return self.score(rows)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            longest = max(len(row["prompt_ids"]) + max(len(row[side]) for side in TOKEN_COLUMNS[1:]) for row in rows)
+            raise torch.OutOfMemoryError(
+                f"{error}\nThe reference was scoring {len(rows)} pairs of up to {longest} tokens (before any cut). "
+                "Smaller values of precompute_ref_batch_size or max_length (--precompute_ref_batch_size, "
+                "--max_length) need less memory; what was computed so far is kept"
+            ) from error
+
+    def _key(self, dataset: Dataset) -> tuple[CacheKey, np.ndarray]:
+        """The key, and the digests of the rows."""
+        digests = row_digests(dataset)
+        return CacheKey(**self.identity(), num_rows=len(dataset), rows=rows_fingerprint(digests)), digests
+
+    def _row_words(self, dataset: Dataset) -> Callable[[int], str]:
+        return lambda row: self.describe_row(dataset[row])
+
+    def _about(self, name: str, batch_size: int) -> dict[str, Any]:
+        return self.about | {
+            "split": name,
+            "batch_size": batch_size,
+            "processes": self.accelerator.num_processes,
+            "device": str(self.accelerator.device),
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "datasets")},
+        }
+
+    def _from_main(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives in the main process, in all; a RefCacheError is raised in all."""
+        outcome: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                outcome = [work()]
+            except RefCacheError as error:
+                outcome = [error]
+        broadcast_object_list(outcome)
+        if isinstance(outcome[0], RefCacheError):
+            raise outcome[0]
+        return outcome[0]
+
+
+def _joined(scored: list[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
+    return [np.concatenate(arrays) for arrays in zip(*scored, strict=True)]
+
+
+def longer_lengths(dataset: Dataset, max_length: int | None) -> np.ndarray:
+    """[rows] int64: tokens of the prompt with the longer completion, at most ``max_length``."""
+    lengths = []
+    for table in dataset.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(batch_size=10_000):
+        prompt, chosen, rejected = (pc.list_value_length(table.column(name)).to_numpy() for name in TOKEN_COLUMNS)
+        lengths.append(prompt.astype(np.int64) + np.maximum(chosen, rejected))
+    return np.minimum(np.concatenate(lengths), np.iinfo(np.int64).max if max_length is None else max_length)
+
+
+def sorted_batches(lengths: np.ndarray, batch_size: int, done: np.ndarray) -> list[np.ndarray]:
+    """Row numbers in batches, the longest rows first, without those that are done.
+
+    Batches are cut before rows that are done are left out: a build that goes on after a kill has the batches, and so
+    the padding and the rounding, of one that was not killed.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return [left for batch in batches if len(left := batch[~done[batch]])]

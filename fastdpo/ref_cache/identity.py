@@ -1,0 +1,63 @@
+"""What of a model, a tokenizer and a collator the reference's log-probabilities depend on: the key of the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
+
+from fastdpo.data.prepare import PreferenceCollator
+from fastdpo.ref_cache.fingerprints import (
+    config_facts,
+    template_fingerprint,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
+
+_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def reference_identity(
+    model: PreTrainedModel,
+    weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase | None,
+    collator: DataCollator,
+    mixed_precision: str,
+    ld_alpha: float | None = None,
+) -> dict[str, Any]:
+    """The fields of :class:`fastdpo.ref_cache.CacheKey` beside those of the rows.
+
+    Args:
+        model: the reference, with an adapter or without.
+        weights: those of its tensors that count.
+        tokenizer: what the rows were tokenised with; None if they came tokenised.
+        collator: what cuts and masks.
+        mixed_precision: accelerate's name of the type under autocast; ``no`` for none.
+        ld_alpha: what tokens beyond the pair's shorter completion count; None for as much as any.
+    """
+    dtype = str(model.dtype).removeprefix("torch.")
+    collator = getattr(collator, "padded", collator)  # one that packs rows holds the one that cuts them
+    kind = collator if hasattr(collator, "__qualname__") else type(collator)
+    # Ours under its public name, whichever file it stands in: caches on disk have it.
+    module = "fastdpo.data" if kind is PreferenceCollator else kind.__module__
+    options = dataclasses.asdict(collator) if isinstance(collator, PreferenceCollator) else {}
+    return {
+        "weights": weights_fingerprint(weights),
+        "config": config_facts(model.config),
+        "weights_dtype": dtype,
+        "compute_dtype": str(_AUTOCAST_DTYPES.get(mixed_precision, dtype)).removeprefix("torch."),
+        "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        "chat_template": None if tokenizer is None else template_fingerprint(tokenizer),
+        "max_length": options.get("max_length"),
+        "truncation_mode": options.get("truncation_mode"),
+        "masking": f"{module}.{kind.__qualname__}" + ("" if ld_alpha is None else f", ld_alpha {ld_alpha}"),
+    }
+
+
+def row_words(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Words by which a person knows a tokenised row: how its prompt begins."""
+    ids = (row["prompt_ids"] or row["chosen_ids"])[:16]
+    return f"it begins with {tokenizer.decode(ids)[:60]!r}" if tokenizer else f"it begins with the tokens {ids}"

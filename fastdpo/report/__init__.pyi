@@ -1,0 +1,1 @@
+from .picture import draw_training as draw_training

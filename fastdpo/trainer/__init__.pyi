@@ -1,0 +1,2 @@
+from .config import DPOConfig as DPOConfig
+from .trainer import DPOTrainer as DPOTrainer

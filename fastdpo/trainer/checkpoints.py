@@ -1,0 +1,117 @@
+"""The checkpoints in an output folder: which are whole, which one a resume means, and what to do with old ones."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from fastdpo.errors import UsageError
+
+# The record of what the policy was like before the first step; see fastdpo.report.snapshot.
+START_FILE = "report_start.json"
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder that were written to their end, in the order of their steps."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(path) is not None]
+    return sorted(filter(_is_whole, found), key=_step_of)
+
+
+def find_torn(folder: Path) -> list[Path]:
+    """The checkpoints in a folder whose writing was broken off, in the order of their steps."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(path) is not None]
+    return sorted((path for path in found if not _is_whole(path)), key=_step_of)
+
+
+def _step_of(path: Path) -> int | None:
+    step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(step) if step.isdigit() and path.is_dir() else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """trainer_state.json is what a checkpoint's writing ends with; a killed run may have left one without it."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def resolve_resume(value: str | None, output_dir: Path) -> Path | None:
+    """The checkpoint that ``--resume_from_checkpoint`` means; None where it was not given or is false.
+
+    Raises:
+        UsageError: there is no such checkpoint.
+    """
+    if value is None or value.lower() in ("false", "no", "0"):
+        return None
+    there = find_checkpoints(output_dir)
+    if value.lower() in ("true", "last", "yes", "1"):
+        if there:
+            return there[-1]
+        raise UsageError(
+            f"--resume_from_checkpoint {value}: no whole checkpoint in {output_dir}. Leave the flag out to start from "
+            "the beginning, or name the checkpoint's folder."
+        )
+    checkpoint = Path(value)
+    if not _is_whole(checkpoint):
+        known = f" In {output_dir}: {', '.join(path.name for path in there)}." if there else ""
+        raise UsageError(f"--resume_from_checkpoint {value}: not a checkpoint (no trainer_state.json there).{known}")
+    return checkpoint
+
+
+def is_end(checkpoint: Path, *, max_steps: int, num_train_epochs: float) -> bool:
+    """Whether a run of this length (in epochs where ``max_steps`` is not above 0) has nothing left to do there."""
+    state = read_state(checkpoint)
+    step = state.get("global_step", 0)
+    if max_steps > 0:
+        return step >= max_steps
+    return step >= state.get("max_steps", math.inf) and state.get("epoch", 0) >= num_train_epochs
+
+
+def came_from(output_dir: Path, checkpoint: Path) -> bool:
+    """Whether what lies in ``output_dir`` is what a run left that went on from the checkpoint, or ended there."""
+    history = read_state(checkpoint).get("log_history", [])
+    return read_state(output_dir).get("log_history", [])[: len(history)] == history != []
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """trainer_state.json; empty where it is not there, or broken."""
+    try:
+        return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def set_aside(output_dir: Path, resumed: Path | None = None) -> Path | None:
+    """Move the checkpoints that a run would write over to a folder beside them, and return it; None if there are none.
+
+    Left where they are, they would be overwritten step by step, and "the last checkpoint" would be a mixture of two
+    runs; or, after a kill in the middle of it, of the files of two checkpoints. With them goes the record of that run's
+    start, which a report of its continuation needs, unless the run goes on from one that stays.
+
+    Args:
+        output_dir: the run's folder.
+        resumed: the checkpoint that the run goes on from. It and those before it stay, if it is one of this folder.
+    """
+    first = 0
+    if resumed is not None and resumed.resolve().parent == output_dir.resolve():
+        first = (_step_of(resumed) or 0) + 1
+    steps = {path: _step_of(path) for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    old = [path for path, step in steps.items() if step is not None and step >= first]
+    if not old:
+        return None
+    number = 1
+    while (folder := output_dir / f"previous-{number}").exists():
+        number += 1
+    folder.mkdir()
+    start = output_dir / START_FILE
+    if first == 0 and start.exists():
+        old.append(start)
+    for path in old:
+        path.rename(folder / path.name)
+    return folder

@@ -1,0 +1,221 @@
+"""DPOConfig: the training arguments of ``DPOTrainer``, named as TRL names them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from fastdpo.data.prepare import TRUNCATION_MODES
+from fastdpo.loss.objectives import F_DIVERGENCES, OBJECTIVES
+from fastdpo.loss.options import LossOptions
+from fastdpo.model.packing import PACKINGS
+
+
+@dataclass
+class DPOConfig(TrainingArguments):
+    """Training arguments of :class:`DPOTrainer`: those of ``transformers.TrainingArguments``, and these.
+
+    Names and defaults are those of TRL's ``DPOConfig``, except:
+
+    - ``bf16``: on where there is an accelerator that computes in it, and off on a CPU (TRL: on everywhere, which
+      raises on a CPU unless ``use_cpu`` is given).
+    - ``include_num_input_tokens_seen``: ``non_padding``, for the metric ``num_tokens`` to survive a resume.
+    - ``precompute_ref_log_probs``: keeps them on disk, in ``ref_cache``, and reads them from there the next time.
+    - ``loss_type``: SimPO, ORPO and CPO as well, which need no reference. Options of the losses are those of
+      :class:`fastdpo.LossOptions`, None for its default; ``label_smoothing`` makes ``sigmoid`` cDPO, where TRL ignores
+      it, and ``sft`` is each completion's mean over tokens unless ``sft_reduction`` is ``batch``, as TRL has it.
+
+    An option that has no effect with the others raises ``ValueError``.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "Log every X update steps; below 1, X is a share of all steps."},
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Recompute activations in the backward pass, to save memory. On by default."},
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Mixed precision in bfloat16. By default on where the accelerator computes in bfloat16."},
+    )
+    include_num_input_tokens_seen: str | bool = field(
+        default="non_padding",
+        metadata={"help": "Which tokens num_tokens counts: all, non_padding, or no for no such metric."},
+    )
+
+    beta: float = field(
+        default=0.1,
+        metadata={"help": "Strength of the KL constraint: higher stays closer to the reference. IPO's tau."},
+    )
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": f"The loss, or several that are added up: {', '.join(OBJECTIVES)}. sigmoid is DPO."},
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "Factors of several losses, in the order of loss_type. By default 1 each."}
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "The chance that a label is flipped, in [0, 0.5): sigmoid (cDPO), robust, exo_pair, ..."},
+    )
+    f_divergence_type: str = field(
+        default="reverse_kl",
+        metadata={"help": "Divergence from the reference, of DPO's relatives.", "choices": list(F_DIVERGENCES)},
+    )
+    f_alpha_divergence_coef: float | None = field(
+        default=None, metadata={"help": "Alpha of alpha_divergence. By default 0.5."}
+    )
+    ipo_reduction: str | None = field(
+        default=None, metadata={"help": "ipo: log-ratios per token (mean, the default) or of sequences (sum)."}
+    )
+    discopop_tau: float | None = field(default=None, metadata={"help": "discopop: temperature. By default 0.05."})
+    simpo_gamma: float | None = field(default=None, metadata={"help": "simpo: target margin. By default 0.5."})
+    sft_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor of the chosen completion's negative log-likelihood, added to the loss (RPO's alpha). By "
+            "default 1 with cpo and orpo, else 0."
+        },
+    )
+    sft_reduction: str | None = field(
+        default=None,
+        metadata={
+            "help": "That likelihood per token of its completion (sequence, the default) or of the batch (batch)."
+        },
+    )
+    average_log_prob: bool = field(default=False, metadata={"help": "Means over tokens in the place of sums."})
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={"help": "LD-DPO: tokens beyond the pair's shorter completion count this much, in [0, 1]."},
+    )
+    ld_reference: str | None = field(
+        default=None, metadata={"help": "LD-DPO: weigh the reference's tokens too (both, the default) or not (policy)."}
+    )
+    use_weighting: bool = field(
+        default=False, metadata={"help": "WPO: weigh pairs by how likely they are under the policy."}
+    )
+
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Most tokens of prompt and completion together; the rest is cut. None: no limit."},
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata={"help": "Which end of a sequence that is too long to keep.", "choices": list(TRUNCATION_MODES)},
+    )
+    pad_token: str | None = field(
+        default=None,
+        metadata={"help": "Token to pad with. By default the tokenizer's, or else its end-of-sequence token."},
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Round the length of a batch up to a multiple of this."}
+    )
+    strict: bool = field(
+        default=False,
+        metadata={"help": "Stop where a pair would be dropped, or is doubtful, before anything is trained."},
+    )
+    packing: str = field(
+        default="auto",
+        metadata={
+            "help": "How pairs are laid out: shared (packed rows, each prompt once), repeated (packed rows, the prompt "
+            "before each completion), padded (two padded rows a pair); auto: the first that suits the model.",
+            "choices": list(PACKINGS),
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Take the pairs of a batch in parts of at most this many tokens, one after another, to save "
+            "memory. The steps and their gradients are the same."
+        },
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes to tokenize with."})
+
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the reference's log-probabilities once, before training, keep them on disk, and free the "
+            "reference."
+        },
+    )
+    ref_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the reference's log-probabilities; turns precompute_ref_log_probs on. Read if they are "
+            "there, refused if they belong to another model or other data. By default _ref_cache in output_dir."
+        },
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Pairs a device for precompute_ref_log_probs. By default as for training and evaluation."},
+    )
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "JSON, arguments of from_pretrained for a model given by name; dtype is float32 by default."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that comes with the model or the tokenizer."}
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={"help": "Mixture of experts: weight of the load-balancing loss. By default the model's; 0 for none."},
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set every dropout of the policy and the reference to 0."}
+    )
+
+    def __post_init__(self) -> None:
+        self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        options = self.loss_options
+        if self.max_tokens_per_batch is not None and (options.couples_pairs or self.sft_reduction == "batch"):
+            what = f"loss_type {', '.join(self.loss_type)}" if options.couples_pairs else "sft_reduction='batch'"
+            raise ValueError(
+                f"max_tokens_per_batch is {self.max_tokens_per_batch}, which takes a batch in parts, but with {what} a "
+                "pair's loss depends on the whole batch; leave one of them out"
+            )
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise ValueError(
+                f"truncation_mode is {self.truncation_mode!r}; it should be one of {', '.join(TRUNCATION_MODES)}"
+            )
+        if self.packing not in PACKINGS:
+            raise ValueError(f"packing is {self.packing!r}; it should be one of {', '.join(PACKINGS)}")
+        counts = ("max_length", "max_tokens_per_batch", "pad_to_multiple_of", "dataset_num_proc")
+        for name in (*counts, "precompute_ref_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it should be at least 1, or None")
+        if self.ref_cache is not None:
+            self.precompute_ref_log_probs = True
+        if self.precompute_ref_batch_size is not None and not self.precompute_ref_log_probs:
+            raise ValueError(
+                f"precompute_ref_batch_size is {self.precompute_ref_batch_size}, but precompute_ref_log_probs is off: "
+                "turn it on, or leave the batch size out"
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, but it is cross-entropy's and DPO has "
+                "none; label_smoothing is the chance that a preference is flipped"
+            )
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to copy to, and torch warns of it
+        # transformers calls it activation_checkpointing, and warns about the older name that everyone's scripts use.
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing is not False
+        super().__post_init__()
+
+    @property
+    def loss_options(self) -> LossOptions:
+        """The options of the loss; ValueError where they do not fit together."""
+        return LossOptions(**{option.name: getattr(self, option.name) for option in fields(LossOptions)})

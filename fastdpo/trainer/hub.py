@@ -1,0 +1,101 @@
+"""What of a run's folder goes to the Hub: the model or the adapter, its tokenizer, and its card."""
+
+from __future__ import annotations
+
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import PushInProgress
+
+# What a run writes for whoever runs it: samples of the data, paths of the machine, checkpoints of earlier runs.
+RUN_RECORDS = (
+    "_*",
+    f"{PREFIX_CHECKPOINT_DIR}-*",
+    "previous-*",
+    "report.html",
+    "report_start.json",
+    ".report_start.json",
+    "training.png",
+    "data_summary.json",
+    "*_results.json",
+    "trainer_state.json",
+    "training_args.bin",
+)
+# What a checkpoint holds beside the model and the tokenizer; a card in it is a form that nobody filled in.
+_TRAINING_STATE = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "*.md")
+
+
+class HubUploads(Trainer):
+    """``transformers.Trainer``, whose uploads take the whole output folder without its checkpoints; these take less."""
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | None:
+        """As ``Trainer``'s; of ``args.output_dir``, without ``fastdpo.trainer.hub.RUN_RECORDS``.
+
+        Args:
+            commit_message, blocking, token, revision, private: as ``Trainer``'s.
+            kwargs: for ``create_model_card``.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        kwargs.setdefault("model_name", (self.hub_model_id or self.args.output_dir).rstrip("/").split("/")[-1])
+        tags = kwargs.pop("tags", None)
+        given = [tags] if isinstance(tags, str) else list(tags or ())
+        self.create_model_card(tags=[*given, *(getattr(self.model, "model_tags", None) or ())], **kwargs)
+        self._finish_current_push()
+        return self._upload(commit_message, token=token, revision=revision, run_as_future=not blocking)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Called whenever a checkpoint was saved.
+        args, busy = self.args, self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        if busy and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        # Copied, because the checkpoint may be deleted before it is uploaded.
+        for path in Path(checkpoint_folder).iterdir():
+            if path.is_file() and not _matches(path.name, (*RUN_RECORDS, *_TRAINING_STATE)):
+                shutil.copy(path, args.output_dir)
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = [self._upload(message, run_as_future=True)]
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            is_one = args.hub_strategy == HubStrategy.CHECKPOINT
+            where = {"path_in_repo": "last-checkpoint" if is_one else Path(checkpoint_folder).name}
+            jobs.append(
+                self._upload(f"{message}, checkpoint", folder_path=checkpoint_folder, ignore_patterns=None, **where)
+            )
+        if busy:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
+
+    def _upload(self, commit_message: str | None, *, token: str | None = None, **options: Any) -> Any:
+        defaults = {"folder_path": self.args.output_dir, "ignore_patterns": list(RUN_RECORDS), "run_as_future": True}
+        options["revision"] = options.get("revision") or self.args.hub_revision
+        return HfApi().upload_folder(
+            repo_id=self.hub_model_id,
+            commit_message=commit_message,
+            token=token or self.args.hub_token,
+            **(defaults | options),
+        )
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)

@@ -1,0 +1,80 @@
+"""What to do where memory does not suffice: the settings that would save some, and are not in use yet."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastdpo.logps.out_of_memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    from fastdpo.trainer.config import DPOConfig
+
+
+def memory_advice(
+    args: DPOConfig, *, training: bool, has_reference_model: bool, has_adapter: bool, is_sharded: bool = False
+) -> list[str]:
+    """What would save memory, what costs least first, each with its flag.
+
+    Args:
+        args: the run's.
+        training: in a training step, not in an evaluation.
+        has_reference_model: whether a reference model is held beside the policy.
+        has_adapter: whether an adapter is trained, not the whole model.
+        is_sharded: whether by FSDP or DeepSpeed, with which batches are not taken in parts.
+    """
+    name = "per_device_train_batch_size" if training else "per_device_eval_batch_size"
+    size, budget = getattr(args, name), args.max_tokens_per_batch
+    advice = []
+    couples = args.loss_options.couples_pairs or args.sft_reduction == "batch"
+    if budget is not None:
+        advice.append(f"--max_tokens_per_batch below {budget}: smaller parts of the same batch")
+    elif size > 1 and not is_sharded and not couples:
+        tokens = f", such as {args.max_length}" if args.max_length else ""
+        advice.append(f"--max_tokens_per_batch{tokens}: takes the same batch in parts")
+    if has_reference_model:
+        advice.append(
+            "--precompute_ref_log_probs, or --ref_cache FOLDER: asks the reference once, and frees it before training"
+        )
+    if training and not args.activation_checkpointing:
+        advice.append("--gradient_checkpointing: recomputes activations in the backward")
+    if size > 1 and training:
+        steps = args.gradient_accumulation_steps
+        same = f" with --gradient_accumulation_steps above {steps}" + (": the same steps" if not couples else "")
+        advice.append(f"--{name} below {size}{same}")
+    elif size > 1:
+        advice.append(f"--{name} below {size}: the same metrics")
+    shorter = "set" if args.max_length is None else f"below {args.max_length}"
+    advice.append(f"--max_length {shorter}: cuts longer sequences")
+    if not has_adapter:
+        advice.append("--use_peft: trains an adapter, whose gradients and optimiser states are small")
+    return advice
+
+
+@contextlib.contextmanager
+def advising(
+    args: DPOConfig, *, training: bool, has_reference_model: bool, has_adapter: bool, is_sharded: bool = False
+) -> Iterator[None]:
+    """Says :func:`memory_advice`, whose arguments these are, where memory does not suffice in the block.
+
+    Raises:
+        torch.OutOfMemoryError: in the place of torch's own error, which it is chained to.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = memory_advice(
+            args,
+            training=training,
+            has_reference_model=has_reference_model,
+            has_adapter=has_adapter,
+            is_sharded=is_sharded,
+        )
+        doing = "a training step" if training else "an evaluation"
+        lines = "".join(f"\n  {line}" for line in advice)
+        raise torch.OutOfMemoryError(f"{error}\nMemory did not suffice for {doing}. What needs less:{lines}") from error

@@ -1,0 +1,234 @@
+"""The model card (README.md) of a trained model or adapter, with the metadata that the Hub reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
+
+from fastdpo.data.files import FILE_FORMATS
+from fastdpo.loss.options import LossOptions
+
+if TYPE_CHECKING:
+    from fastdpo.trainer.trainer import DPOTrainer
+
+CARD_FILE = "README.md"
+TAGS = ("dpo", "fastdpo")
+# What is between these lines is ours, and written anew each time; everything else in a card stays.
+_BEGIN, _END = "<!-- fastdpo: begin -->", "<!-- fastdpo: end -->"
+# PEFT's card is a form of which this is all the contents.
+_BLANK = "[More Information Needed]"
+
+_RESULTS = {
+    "loss": "loss",
+    "rewards/margins": "reward margin",
+    "rewards/accuracies": "reward accuracy",
+    "rewards/chosen": "reward of chosen",
+    "rewards/rejected": "reward of rejected",
+}
+_SETTINGS = (
+    "max_length",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+)
+_CITATION = """\
+```bibtex
+@inproceedings{rafailov2023direct,
+  title     = {Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
+  author    = {Rafael Rafailov and Archit Sharma and Eric Mitchell and Christopher D. Manning and Stefano Ermon
+               and Chelsea Finn},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2023},
+  url       = {https://arxiv.org/abs/2305.18290}
+}
+```"""
+
+
+def write_model_card(
+    trainer: DPOTrainer,
+    *,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: str | Sequence[str] | None = None,
+    language: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write README.md into the output folder; a card that is there (PEFT's, or somebody's own) is added to.
+
+    Args:
+        trainer: after training.
+        model_name: by default the folder's.
+        dataset_name: what the pairs were loaded from. Only a Hub id becomes metadata.
+        tags: beside our own.
+        language, license: metadata of the Hub.
+
+    Returns:
+        The file.
+    """
+    path = Path(trainer.args.output_dir) / CARD_FILE
+    card = ModelCard.load(path) if path.exists() else ModelCard("---\n---\n")
+    is_adapter = isinstance(trainer.model, PeftModel)
+    base = trainer.model.config._name_or_path
+    data = card.data
+    data.library_name = data.library_name or ("peft" if is_adapter else "transformers")
+    data.pipeline_tag = data.pipeline_tag or "text-generation"
+    if _is_hub_id(base):
+        data.base_model = base
+    if dataset_name and _is_hub_id(dataset_name):
+        data.datasets = sorted({*(data.datasets or ()), dataset_name})
+    tags = [tags] if isinstance(tags, str) else list(tags or ())
+    data.tags = sorted({*(data.tags or ()), *tags, *TAGS})
+    data.language, data.license = language or data.language, license or data.license
+    name = model_name or Path(trainer.args.output_dir).resolve().name
+    ours = f"{_BEGIN}\n{_section(trainer, name, base, dataset_name, is_adapter)}\n{_END}"
+    card.text = _merged(card.text, ours)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    card.save(path)
+    return path
+
+
+def _merged(text: str, ours: str) -> str:
+    if _BEGIN in text and _END in text:
+        before, after = text.partition(_BEGIN)[0], text.rpartition(_END)[2]
+        return f"{before}{ours}{after}"
+    # A form that nobody filled in comes after what is known; what somebody wrote comes first.
+    parts = [ours, text.strip()] if _BLANK in text else [text.strip(), ours]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether ``name`` could be a repository on the Hub, and is nothing on this machine."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not os.path.exists(name) and Path(name).suffix not in FILE_FORMATS
+
+
+def _section(trainer: DPOTrainer, name: str, base: str, dataset_name: str | None, is_adapter: bool) -> str:
+    kind = "An adapter for" if is_adapter else "A fine-tuned version of"
+    of = f"{kind} {_linked(base, '')}" if base else "A model"
+    on = f" on {_linked(dataset_name, 'datasets/')}" if dataset_name else ""
+    args = trainer.args
+    loss = " + ".join(args.loss_type)
+    settings = {"loss": loss, "loss_weights": args.loss_weights, "beta": args.beta, **_loss_options(args.loss_options)}
+    settings |= {setting: getattr(args, setting) for setting in _SETTINGS}
+    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    settings |= {"epochs": trainer.state.epoch, "optimiser steps": trainer.state.global_step, "pairs a step": pairs}
+    dtype = str(trainer.model.dtype).removeprefix("torch.")
+    settings |= {"precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else dtype}
+    if is_adapter:
+        settings |= _adapter_settings(trainer.model)
+    versions = {package: version(package) for package in ("fastdpo", "transformers", "torch", "datasets", "peft")}
+    parts = [
+        f"# {name}",
+        f"{of}, trained on preferences{on} with Direct Preference Optimisation "
+        f"([DPO](https://arxiv.org/abs/2305.18290), loss `{loss}`, beta {args.beta:g}) by fastdpo.",
+        "## How to load it",
+        _how_to_load(name, is_adapter, trainer.processing_class),
+        "## Results",
+        _results(trainer.state.log_history),
+        "## Training",
+        _table(
+            ("setting", "value"), [(f"{key}", _word(value)) for key, value in settings.items() if value is not None]
+        ),
+        "## Versions",
+        _table(("package", "version"), list(versions.items())),
+        "## Citation",
+        _CITATION,
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _linked(name: str, kind: str) -> str:
+    if _is_hub_id(name):
+        return f"[{name}](https://huggingface.co/{kind}{name})"
+    return f"`{Path(name).name}`"  # where it lay on somebody's machine is nobody's business
+
+
+def _loss_options(options: LossOptions) -> dict[str, Any]:
+    """Those that are not at their default."""
+    told = ("loss_type", "beta")
+    return {
+        f.name: getattr(options, f.name)
+        for f in dataclasses.fields(options)
+        if f.name not in told and f.default is not dataclasses.MISSING and getattr(options, f.name) != f.default
+    }
+
+
+def _adapter_settings(model: PeftModel) -> dict[str, Any]:
+    config = model.active_peft_config
+    names = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
+    settings = {f"adapter: {name}": getattr(config, name) for name in names if hasattr(config, name)}
+    targets = settings.get("adapter: target_modules")
+    if isinstance(targets, (set, list)):  # of every layer, by its full name
+        settings["adapter: target_modules"] = sorted({name.rpartition(".")[2] for name in targets})
+    return settings
+
+
+def _how_to_load(name: str, is_adapter: bool, tokenizer: Any) -> str:
+    module, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
+    lines = [
+        f"from {module} import {loader}",
+        "from transformers import AutoTokenizer",
+        "",
+        f'path = "{name}"  # this folder, or its name on the Hub',
+        f"model = {loader}.from_pretrained(path)",
+        "tokenizer = AutoTokenizer.from_pretrained(path)",
+    ]
+    if getattr(tokenizer, "chat_template", None):
+        lines += [
+            'messages = [{"role": "user", "content": "Why is the sky blue?"}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ")",
+        ]
+    else:
+        lines.append('inputs = tokenizer("The sky is blue because", return_tensors="pt")')
+    lines += [
+        "output = model.generate(**inputs, max_new_tokens=128)",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _results(log_history: Sequence[dict[str, Any]]) -> str:
+    trained = [entry for entry in log_history if "loss" in entry]
+    held_out = [entry for entry in log_history if "eval_loss" in entry]
+    if not trained:
+        return "Nothing was logged."
+    rows = []
+    for key, name in _RESULTS.items():
+        ends = [(trained[0], key), (trained[-1], key)] + ([(held_out[-1], f"eval_{key}")] if held_out else [])
+        rows.append((name, *(f"{entry[k]:.4g}" if k in entry else "" for entry, k in ends)))
+    heads = ("", f"step {trained[0]['step']}", f"step {trained[-1]['step']}")
+    return _table((*heads, "held out, at the end") if held_out else heads, rows)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"([|\\])", r"\\\1", text)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(getattr(value, "value", value))

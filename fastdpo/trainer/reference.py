@@ -1,0 +1,215 @@
+"""What a run's loss compares the policy with: another model, the policy without its adapter, or columns of the data."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
+
+from fastdpo.data.prepare import REFERENCE_COLUMNS
+from fastdpo.loss.pair_losses import combine_segments
+from fastdpo.model.adapters import adapters_are_neutral
+from fastdpo.model.head import FusedHead
+from fastdpo.model.packing_choice import Packing
+from fastdpo.model.scoring import Scorer, evaluating
+from fastdpo.ref_cache.build import CachedSplit, ReferenceBuilder
+from fastdpo.ref_cache.files import DEFAULT_FOLDER
+from fastdpo.ref_cache.fingerprints import base_weights
+from fastdpo.ref_cache.identity import reference_identity, row_words
+from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.fsdp2 import keep_requires_grad, shard_without_optimizer
+from fastdpo.trainer.setup import compute_dtype
+
+# What Trainer takes for evaluation: a dataset, or several by name.
+EvalDataset = Dataset | dict[str, Dataset] | None
+
+
+class Reference:
+    """A run's reference, and what it says about batches.
+
+    Args:
+        policy: the model that is trained. Without ``model`` it is the reference itself, its adapter off.
+        model: the reference's own model, which is frozen; sharded, where FSDP2 shards the policy.
+        args: the run's.
+        accelerator: the run's.
+        in_columns: the training data has the reference's log-probabilities.
+
+    Attributes:
+        scorer: of the reference's own model; None where it has none.
+        splits: what :meth:`precompute` read and computed, by the dataset's name.
+    """
+
+    def __init__(
+        self,
+        policy: Scorer,
+        model: PreTrainedModel | PeftModel | None,
+        args: DPOConfig,
+        accelerator: Accelerator,
+        *,
+        in_columns: bool,
+    ) -> None:
+        self._policy, self._args, self._accelerator = policy, args, accelerator
+        self._loss_options = args.loss_options
+        self._is_cached = in_columns or args.precompute_ref_log_probs
+        self._packing = Packing("padded")
+        self.scorer: Scorer | None = None
+        self.splits: dict[str, CachedSplit] = {}
+        if model is not None:
+            head = FusedHead(model.requires_grad_(False).eval())
+            self.scorer = Scorer(self._prepare(model), model, head)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The reference's own model, as it is called; None where it has none."""
+        return None if self.scorer is None else self.scorer.root
+
+    def lay_out(self, packing: Packing) -> None:
+        """Take batches in this layout, which has been found to suit the reference, or will be."""
+        self._packing = packing
+        if self.scorer is not None:
+            self.scorer.attention = packing.attention_of(self.scorer.model)
+
+    def sums(self, policy: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+        """Its log-probabilities of a micro-batch, with no gradient; None where the loss takes no reference.
+
+        Args:
+            policy: the model that is trained, as it is called now.
+            inputs: from :func:`fastdpo.model.scoring.micro_batches`.
+
+        Returns:
+            [2B, S] float64, as :class:`fastdpo.model.scoring.SequenceScores` has them; [2B, 1] from the columns, which
+            have the loss's weights of tokens in them.
+
+        Raises:
+            ValueError: the reference was cached and let go, and these rows were not among those it was asked about.
+        """
+        if not self._loss_options.takes_reference:
+            return None
+        if all(name in inputs for name in REFERENCE_COLUMNS):
+            return torch.cat([inputs[name] for name in REFERENCE_COLUMNS]).double().unsqueeze(1)
+        if self._is_cached:
+            raise ValueError(
+                "this dataset has no columns ref_chosen_logps and ref_rejected_logps, and there is no reference model "
+                "to compute them: they were cached for train_dataset and eval_dataset, and the reference freed. Give "
+                "the dataset to DPOTrainer as eval_dataset, or train with precompute_ref_log_probs=False"
+            )
+        with torch.no_grad():
+            if self.scorer is not None:
+                return self._score(self.scorer, inputs)
+            adapted = self._accelerator.unwrap_model(policy)
+            with keep_requires_grad(adapted), adapted.disable_adapter(), evaluating(policy):
+                return self._score(self._policy, inputs, root=policy)
+
+    def precompute(
+        self,
+        train_dataset: Dataset,
+        eval_dataset: EvalDataset,
+        *,
+        collate: DataCollator,
+        to_device: Callable[[dict[str, Any]], dict[str, Any]],
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> tuple[Dataset, EvalDataset]:
+        """The datasets with the reference's log-probabilities, by way of the disk; its own model is let go.
+
+        Args:
+            train_dataset, eval_dataset: tokenised.
+            collate: makes a batch of rows.
+            to_device: puts a batch on the device.
+            tokenizer: what tokenised the data; None where it came tokenised.
+
+        Raises:
+            fastdpo.ref_cache.RefCacheError: see :class:`fastdpo.ref_cache.build.ReferenceBuilder`.
+        """
+        args, accelerator = self._args, self._accelerator
+        model = self._policy.root if self.model is None else self.model
+        # An adapter that changes nothing yet is left aside, so that the key does not depend on its random start.
+        without_adapter = isinstance(model, PeftModel) and self._in_main_process(lambda: adapters_are_neutral(model))
+        weights = base_weights(model) if without_adapter else model.state_dict()
+
+        @functools.cache
+        def scorer() -> Scorer:
+            if accelerator.is_fsdp2:
+                self._shard()
+            return self._policy if self.scorer is None else self.scorer
+
+        def score(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+            sums = self._score(scorer(), to_device(collate(rows)))
+            return combine_segments(sums, self._loss_options, of_policy=False).chunk(2)
+
+        builder = ReferenceBuilder(
+            root=Path(args.ref_cache or Path(args.output_dir) / DEFAULT_FOLDER),
+            accelerator=accelerator,
+            identity=lambda: reference_identity(
+                model,
+                weights,
+                tokenizer,
+                collate,
+                accelerator.mixed_precision,
+                None if args.ld_reference == "policy" else args.ld_alpha,
+            ),
+            score=score,
+            max_length=args.max_length,
+            about={"model": model.config._name_or_path or type(model).__name__},
+            describe_row=lambda row: row_words(row, tokenizer),
+            show_progress=not args.disable_tqdm,
+            in_step=accelerator.is_fsdp2,
+        )
+        train_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
+        eval_size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
+        with (
+            torch.no_grad(),
+            # FSDP2 casts the weights themselves, the policy's as well.
+            contextlib.nullcontext() if accelerator.is_fsdp2 else accelerator.autocast(),
+            evaluating(model),
+            model.disable_adapter() if without_adapter else contextlib.nullcontext(),
+        ):
+            train_dataset = builder.with_columns(train_dataset, "train", train_size)
+            eval_dataset = builder.with_columns_in_all(eval_dataset, "eval", eval_size)
+        self.splits = builder.splits
+        self.scorer = None
+        scorer.cache_clear()
+        gc.collect()  # what FSDP has sharded is held by circles
+        return train_dataset, eval_dataset
+
+    def _prepare(self, model: PreTrainedModel | PeftModel) -> nn.Module:
+        """``model`` on its device; or sharded as the policy will be."""
+        if self._accelerator.is_fsdp2:
+            # One for the cache is whole until the cache turns out to lack something.
+            return model if self._args.precompute_ref_log_probs else shard_without_optimizer(self._accelerator, model)
+        prepared = self._accelerator.prepare_model(model, evaluation_mode=True)
+        # Evaluation before training asks accelerate whether it prepared a model, and means the policy.
+        self._accelerator._models.remove(prepared)
+        return prepared
+
+    def _shard(self) -> None:
+        """Makes ``scorer`` one of a model that is sharded: the one that was given, or a copy of the policy as it is.
+
+        The policy itself is sharded later, with its optimizer.
+        """
+        if self.scorer is None:
+            model = copy.deepcopy(self._policy.root).requires_grad_(False)  # its modes too: evaluation, adapters off
+            self.scorer = Scorer(model, model, FusedHead(model), self._packing.attention_of(model))
+        self.scorer.root = shard_without_optimizer(self._accelerator, self.scorer.root)
+        dtype = compute_dtype(self._accelerator, self._policy.model)
+        self._packing.require(self.scorer, self._args.max_length, self._accelerator.device, dtype)
+
+    def _score(self, scorer: Scorer, inputs: dict[str, Any], root: nn.Module | None = None) -> Tensor:
+        return scorer.score(inputs, root=root, at_shorter=self._loss_options.ld_alpha is not None).sums
+
+    def _in_main_process(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives in the main process, in all; the others may hold no weights yet."""
+        outcome = [work() if self._accelerator.is_main_process else None]
+        broadcast_object_list(outcome)
+        return outcome[0]

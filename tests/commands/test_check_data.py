@@ -1,0 +1,134 @@
+"""`fastdpo check-data`, and `--strict` in training."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from tiny_models import make_model
+from toy_data import chat_rows, make_tokenizer, text_rows, write_jsonl
+
+from fastdpo.commands.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_uncached(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.delenv("FASTDPO_TRACEBACK", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def check(tokenizer: str, file: Path, *more: str) -> int:
+    return main(["check-data", str(file), "--model_name_or_path", tokenizer, *more])
+
+
+def doubtful() -> list[dict[str, Any]]:
+    rows = text_rows(8)
+    rows[2]["chosen"] = ""
+    rows[5]["rejected"] = rows[5]["chosen"]
+    return rows
+
+
+def test_sound_pairs(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", chat_rows(8))
+    assert check(tokenizer, path, "--strict", "--per_device_train_batch_size", "4") == 0
+    said = capsys.readouterr().out
+    assert "8 of 8 pairs can be trained on." in said
+    assert "Tokens a step of 4 pairs" in said and "through the head" in said
+    assert "row 0" in said and "<|assistant|>" in said  # the mask of one row is shown
+    assert "prompt, not scored · chosen, scored · rejected, scored · cut off" in said
+
+
+def test_doubts_are_shown_and_refused_when_strict(
+    tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", doubtful())
+    assert check(tokenizer, path) == 0
+    said = capsys.readouterr().out
+    assert "dropped: chosen or rejected is empty" in said and "kept, but: chosen and rejected are identical" in said
+    assert "7 of 8 pairs can be trained on, 1 doubts." in said
+    assert [int(row) for row in re.findall(r"^row (\d+) ", said, re.MULTILINE)] == [2, 5]
+    assert check(tokenizer, path, "--strict", "--rows", "1") == 2
+    captured = capsys.readouterr()
+    assert "fastdpo check-data: error: strict: 1 of 8 rows (row 2) dropped: chosen or rejected is empty" in captured.err
+    assert [int(row) for row in re.findall(r"^row (\d+) ", captured.out, re.MULTILINE)] == [2]
+    assert "Traceback" not in captured.err
+
+
+def test_pairs_that_are_all_dropped(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", text_rows(3))
+    assert check(tokenizer, path, "--max_length", "4") == 2
+    captured = capsys.readouterr()
+    assert "No row is left of 3. 3 dropped because the prompt alone fills max_length (max_length is 4)" in captured.err
+    assert "row 0" in captured.out  # and one sees them
+    assert check(tokenizer, path, "--max_length", "none") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["nowhere/pairs.jsonl", "--model_name_or_path", "x"], "No such file or folder: nowhere/pairs.jsonl"),
+        (["PAIRS"], "the following arguments are required: --model_name_or_path"),
+        (["PAIRS", "--model_name_or_path", "./nowhere"], "--model_name_or_path ./nowhere: "),
+        (["PAIRS", "--model_name_or_path", "TOKENIZER", "--max_length", "1"], "max_length must be at least 2"),
+        (["PAIRS", "--model_name_or_path", "TOKENIZER", "--truncation_mode", "keep"], "invalid choice: 'keep'"),
+        (["PAIRS", "--model_name_or_path", "TOKENIZER", "--dataset_train_split", "dev"], 'nknown split "dev"'),
+        (["PAIRS", "--model_name_or_path", "TOKENIZER", "--per_device_train_batch_size", "0"], "at least 1"),
+        (["PAIRS", "--model_name_or_path", "TOKENIZER", "--stricter"], "unrecognized arguments: --stricter"),
+    ],
+)
+def test_bad_words(
+    words: list[str], expected: str, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", text_rows(3))
+    known = {"PAIRS": str(path), "TOKENIZER": tokenizer}
+    assert main(["check-data", *(known.get(word, word) for word in words)]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_tokenised_rows_are_refused(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}]
+    assert check(tokenizer, write_jsonl(tmp_path / "ids.jsonl", rows)) == 2
+    assert "holds token ids already" in capsys.readouterr().err
+
+
+def test_no_weights_are_loaded(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not list(Path(tokenizer).glob("*.safetensors"))  # there are none to load
+    assert check(tokenizer, write_jsonl(tmp_path / "pairs.jsonl", text_rows(3))) == 0
+
+
+def test_help_suffices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-data", "--help"]) == 0
+    said = capsys.readouterr().out
+    for text in ("--strict", "--rows", "--max_length", "exit code:", "examples:", "no weights are loaded"):
+        assert text in said
+    assert main(["--help"]) == 0
+    assert "check-data" in capsys.readouterr().out
+
+
+def test_strict_training_stops_before_it_starts(
+    tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model("llama", len(make_tokenizer())).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    for rows, code in ((doubtful(), 2), (text_rows(8), 0)):
+        path = write_jsonl(tmp_path / f"pairs{code}.jsonl", rows)
+        words = ["--model_name_or_path", tmp_path / "model", "--dataset_name", path, "--output_dir", tmp_path / "run"]
+        words += ["--max_steps", 1, "--use_cpu", "--save_strategy", "no", "--strict"]
+        assert main(["train", *map(str, words)]) == code
+        if code:
+            assert "fastdpo train: error: strict: 1 of 8 rows (row 2) dropped" in capsys.readouterr().err
+            assert not (tmp_path / "run").exists()
+    assert "model.safetensors" in {path.name for path in (tmp_path / "run").iterdir()}

@@ -1,0 +1,96 @@
+"""Loading the compiled libraries: what they tell of themselves, and what a user reads when they do not fit."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastdpo
+from fastdpo.logps import native as _native
+
+PACKAGE = Path(fastdpo.__file__).parent
+
+
+def test_build_info() -> None:
+    info = fastdpo.build_info()
+    assert info["version"] == fastdpo.__version__
+    assert info["torch_running"] == torch.__version__
+    assert info["torch_built_against"] == torch.__version__.split("+")[0]
+    assert info["cpu_path"] in ("avx512_bf16", "avx512", "avx2", "plain")
+    fused = info["cpu_path"] != "plain"
+    assert info["cpu_products"]["float64"] == "at::mm in chunks"
+    assert info["cpu_products"]["float32"] == ("fused, float32 operands" if fused else "at::mm in chunks")
+    assert (info["cpu_products"]["bfloat16"] == "fused, bfloat16 operands") == (info["cpu_path"] == "avx512_bf16")
+    assert re.search(r"\d+\.\d+", info["compiler"])
+    built = (PACKAGE / "fastdpo_cuda.so").is_file()
+    assert bool(info["cuda_archs"]) == built
+    assert set(info["cuda_archs"]) <= {"8.0", "8.6", "8.9", "9.0a", "10.0", "12.0"}
+    loaded = "loaded" if torch.version.cuda else "built, not loaded: this torch has no CUDA"
+    assert info["cuda_library"] == (loaded if built else "not built")
+    assert info["cuda_level1"] == "built" or info["cuda_level1"].startswith("not built: ")
+    assert built or info["cuda_level1"] == "not built: there was no nvcc"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The package's Python files alone, as a checkout that was never built."""
+    target = tmp_path / "fastdpo"
+    target.mkdir()
+    for file in PACKAGE.glob("*.py"):
+        shutil.copy2(file, target)
+    return target
+
+
+def import_error(copy: Path) -> str:
+    code = f"import sys; sys.path.insert(0, {str(copy.parent)!r}); import fastdpo"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode != 0
+    return result.stderr.strip().splitlines()[-1]
+
+
+def test_import_without_the_extension_says_how_to_build_it(copy: Path) -> None:
+    assert import_error(copy) == (
+        "ImportError: fastdpo's compiled extension is missing: "
+        "build it with `pip install --no-build-isolation -e .` in fastdpo's source folder."
+    )
+
+
+def test_import_under_another_torch_says_so_and_how_to_rebuild(copy: Path) -> None:
+    facts = json.loads((PACKAGE / "_build.json").read_text())
+    shutil.copy2(PACKAGE / facts["library"], copy)
+    (copy / "_build.json").write_text(json.dumps(facts | {"torch": "2.10.0"}))
+    message = import_error(copy)
+    assert "built for torch 2.10.0" in message
+    assert f"this is torch {torch.__version__}" in message
+    assert "rebuild it with `pip install --no-build-isolation -e .`" in message
+
+
+def test_import_under_another_python_says_so(copy: Path) -> None:
+    facts = json.loads((PACKAGE / "_build.json").read_text())
+    (copy / "_build.json").write_text(json.dumps(facts | {"python": "3.9.1", "library": "_C.cpython-39.so"}))
+    assert "and Python 3.9.1, but this is" in import_error(copy)
+
+
+def test_import_needs_torch_alone() -> None:
+    """Who drops the loss into a loop of their own does not wait for transformers."""
+    others = ["transformers", "datasets", "accelerate", "peft"]
+    code = f"import sys, fastdpo; print([m for m in {others} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "driver", "knows"),
+    [("13.0", 12080, "12.8"), ("13.0", 13000, None), ("12.6", 13010, None), ("13.0", 0, None)],
+)
+def test_a_driver_that_is_older_than_the_library(nvcc: str, driver: int, knows: str | None) -> None:
+    said = _native._driver_misfit(nvcc, driver)
+    assert (said is None) == (knows is None)
+    assert knows is None or f"built with CUDA 13.0, and this machine's driver knows {knows}. Update" in said

@@ -1,0 +1,396 @@
+"""dpo_loss, preference_loss and DPOLoss against the oracle, and what they say to misuse."""
+
+from __future__ import annotations
+
+import math
+import re
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from grouped_losses import groups_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loss_batches import Batch, make_batch
+from loss_cases import LOSSES, MIX, SORTED, Tokens, expected_losses, expected_rewards, has_reference, loss_options
+from oracle import assert_within, oracle
+from torch import Tensor
+
+from fastdpo import DPOLoss, DPOOutput, LossOptions, dpo_loss, preference_loss
+from fastdpo.logps.native import operand_dtype
+from fastdpo.loss.oracle import losses_of_sequences
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# Errors of a token's log-probability: float32 sums over at most 20 products, whatever the inputs.
+LOGP_TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 4e-6, torch.float16: 4e-6}
+OUTPUTS = ("entropy", "mean_logits", "is_top1")
+REFERENCES = ("hidden", "tokens", "sequences", "none")
+
+
+def reference_arguments(batch: Batch, kind: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """dpo_loss's arguments for a reference given in this way, or in the nearest that the options allow."""
+    if not has_reference(options):
+        return {}, "none"
+    if kind == "none" and {"f_divergence_type", "ld_reference"} & set(options):
+        kind = "hidden"
+    if kind == "sequences" and "ld_alpha" in options and options.get("ld_reference") != "policy":
+        kind = "tokens"
+    if kind == "none":
+        return {}, kind
+    if kind == "hidden":
+        return {"ref_hidden": batch.ref_hidden, "ref_weight": batch.ref_weight, "ref_bias": batch.bias.detach()}, kind
+    # What is not scored may hold anything.
+    by_token = batch.double().ref_logps()
+    if kind == "tokens":
+        return {"ref_logps": by_token.where(batch.targets != -100, float("nan"))}, kind
+    return {"ref_logps": by_token.sum(1)}, kind
+
+
+@pytest.mark.parametrize("loss", (*LOSSES, MIX))
+@settings(max_examples=10)
+@given(
+    seed=st.integers(0, 2**31),
+    pairs=st.integers(1, 4),
+    length=st.integers(1, 8),
+    h=st.integers(2, 20),
+    v=st.sampled_from([2, 31, 300]),
+    dtype=st.sampled_from(DTYPES),
+    data=st.data(),
+    kind=st.sampled_from(REFERENCES),
+    packed=st.sampled_from([None, torch.int32, torch.int64]),
+    grouped=st.booleans(),
+    kept=st.sampled_from([0, 3, 10, None]),
+    model=st.sampled_from([{}, {"softcap": 5.0, "logit_scale": 0.5, "temperature": 0.7}]),
+    outputs=st.sampled_from([(), OUTPUTS, ("is_top1",)]),
+)
+def test_matches_the_oracle(
+    loss: str,
+    seed: int,
+    pairs: int,
+    length: int,
+    h: int,
+    v: int,
+    dtype: torch.dtype,
+    data: st.DataObject,
+    kind: str,
+    packed: torch.dtype | None,
+    grouped: bool,
+    kept: int | None,
+    model: dict[str, Any],
+    outputs: tuple[str, ...],
+) -> None:
+    options = data.draw(loss_options(loss))
+    batch = make_batch(seed, pairs, length, h, v, dtype, **model)
+    ours, leaves = batch.with_leaves()
+    arguments, kind = reference_arguments(ours, kind, options)
+    rows, layout = ours, {}
+    if packed is not None:
+        rows, layout["cu_seqlens"] = ours.packed(packed)
+        if kind == "hidden":
+            arguments["ref_hidden"] = rows.ref_hidden
+        if kind == "tokens":
+            arguments["ref_logps"] = replace(ours, ref_hidden=arguments["ref_logps"]).packed()[0].ref_hidden
+    workspace = None if kept is None else batch.room_for(kept)
+    with groups_of(1) if grouped else nullcontext():
+        output = dpo_loss(**rows.policy(), **arguments, **layout, **options, workspace=workspace, outputs=outputs)
+    grads = torch.autograd.grad(output.loss, leaves)
+
+    wide, _ = batch.double().with_leaves()
+    tokens = wide.tokens()
+    expected = expected_losses(tokens, with_reference=kind != "none", **options)
+    slopes = torch.autograd.grad(expected.sum(), tokens.policy, retain_graph=True)[0].abs()
+    # Each log-probability and its reference's may be off by the tolerance; WPO's weights multiply what they are.
+    unit = LOGP_TOLERANCE[dtype]
+    bound = 2 * unit * (1 + expected.detach().abs() + slopes.sum() + 1 / options["beta"] * slopes.max())
+    assert ((output.losses.double() - expected.detach()).abs() <= bound).all(), (output.losses, expected)
+    assert abs(output.loss.item() - expected.mean().item()) <= bound.mean()
+
+    slopes = torch.autograd.grad(expected.mean(), tokens.policy)[0]
+    inputs = (ours.hidden.flatten(0, 1), ours.weight, ours.targets.flatten(), ours.bias)
+    exact = oracle(*inputs, slopes.flatten(), operand_dtype=operand_dtype(dtype), **model)
+    # Slopes err as well; those that change fast with the log-probabilities by more than what the bounds leave room for.
+    fast = "f_divergence_type" in options or {"orpo", "discopop"} & {*LossOptions(**options).loss_types}
+    factor = 100 if fast else 2
+    # A slope that is a difference errs by what its terms do, which change by at most beta a nat.
+    of_slopes = 2 * unit * options["beta"] * length / pairs
+    sizes = {"hidden": 2 * wide.weight.abs().max(), "weight": wide.hidden.abs().sum(), "bias": tokens.scored.sum()}
+    for name, grad in zip(("hidden", "weight", "bias"), grads, strict=True):
+        truth, bound = exact.grads[name].view(grad.shape), exact.grad_bounds[name].view(grad.shape)
+        assert_within(name, grad, truth, factor * bound + of_slopes * sizes[name])
+    assert_output(output, tokens, wide, expected_rewards(tokens, with_reference=kind != "none", **options), options)
+    assert {name for name in OUTPUTS if getattr(output, name) is not None} == set(outputs)
+
+
+def assert_output(
+    output: DPOOutput, tokens: Tokens, wide: Batch, rewards: tuple[Tensor, Tensor], options: dict[str, Any]
+) -> None:
+    """Everything but the losses, of tokens' sums; each is a mean or a sum of what float32 rounds."""
+    scored, pairs = tokens.scored, len(output.losses)
+    compute = output.loss.dtype
+    rounding = {"rtol": 8 * torch.finfo(compute).eps, "atol": LOGP_TOLERANCE[compute] * scored.shape[1]}
+    # The policy's log-probabilities are the rewards of a loss without a reference.
+    lengthwise = {k: v for k, v in options.items() if k in ("ld_alpha", "average_log_prob")}
+    logps = expected_rewards(tokens, with_reference=False, loss_type="sigmoid", beta=1.0, **lengthwise)
+    fields = {
+        "chosen_logps": logps[0],
+        "rejected_logps": logps[1],
+        "chosen_rewards": rewards[0],
+        "rejected_rewards": rewards[1],
+    }
+    if options.get("use_weighting"):
+        aligned = (tokens.policy - tokens.log_sum_sq_probs).sum(1) / scored.sum(1)
+        fields["weights"] = aligned.exp().view(2, pairs).prod(0)
+    else:
+        assert output.weights is None
+    exact = wide.outputs()
+    for name in ("entropy", "mean_logits"):
+        if getattr(output, name) is not None:
+            fields[name] = getattr(exact, name).sum(1) / scored.sum(1)
+    for name, expected in fields.items():
+        torch.testing.assert_close(getattr(output, name), expected.detach().to(compute), **rounding, msg=name)
+    for name in DPOOutput.__dataclass_fields__:
+        if getattr(output, name) is not None:
+            assert getattr(output, name).requires_grad == (name == "loss"), name
+    assert torch.equal(torch.cat((output.chosen_tokens, output.rejected_tokens)), scored.sum(1))
+    if output.is_top1 is not None:
+        assert output.is_top1.dtype == compute and ((output.is_top1 >= 0) & (output.is_top1 <= 1)).all()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradcheck(name: str, grouped: bool) -> None:
+    batch = make_batch(12, 3, 4, 3, 7, torch.float64)
+    rows, leaves = batch.with_leaves()
+    options = {"loss_type": name} | ({"label_smoothing": 0.1} if name == "exo_pair" else {})
+    arguments = {"ref_logps": batch.ref_logps()} if has_reference(options) else {}
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        inputs = replace(rows, hidden=hidden, weight=weight, bias=bias).policy()
+        with groups_of(1 if grouped else 1 << 62):
+            output = dpo_loss(**inputs, **arguments, **options, workspace=batch.room_for(2))
+        assert ("GroupedLoss" in type(output.loss.grad_fn).__name__) == (grouped and name not in SORTED)
+        return output.loss
+
+    assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_extremes_leave_loss_and_gradients_finite(name: str, dtype: torch.dtype) -> None:
+    """One-token completions that are certain, impossible (e^-2000), or the same; a reference that says the opposite."""
+    weight = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=dtype)
+    logits = torch.tensor([2000.0, -2000.0, 2000.0, -2000.0, 40.0, -2000.0, 2000.0, 2000.0, -2000.0, -40.0])
+    hidden = torch.stack((logits, torch.zeros_like(logits)), dim=1).to(dtype).unsqueeze(1)
+    targets = torch.ones(10, 1, dtype=torch.int64)
+    options = {"loss_type": name} | ({"label_smoothing": 0.1} if name == "exo_pair" else {})
+    for ref_logps in (None, torch.zeros(10), torch.tensor([-2000.0, 0.0] * 5)):
+        if ref_logps is not None and not has_reference(options):
+            continue
+        for min_group in (1, 1 << 62):
+            leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+            with groups_of(min_group):
+                output = dpo_loss(*leaves, targets, ref_logps=ref_logps, outputs=OUTPUTS, **options)
+            assert output.losses.isfinite().all() and all(value.isfinite() for value in output.metrics().values())
+            grads = torch.autograd.grad(output.loss, leaves)
+            if dtype == torch.float16:  # a slope of 400 times a hidden state of 2000 is beyond it
+                grads = [grad.nan_to_num(nan=float("nan"), posinf=0.0, neginf=0.0) for grad in grads]
+            assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_metrics_are_means_over_what_their_names_say() -> None:
+    batch = make_batch(8, 3, 9, 16, 11, torch.float64)
+    output = dpo_loss(**batch.policy(), ref_logps=batch.ref_logps(), outputs=OUTPUTS)
+    metrics = output.metrics()
+    exact, scored = batch.outputs(), batch.targets != -100
+    chosen = torch.arange(6)[:, None] < 3
+    rewards = 0.1 * (exact.logps - batch.ref_logps()).sum(1)
+    expected = {
+        "rewards/chosen": rewards[:3].mean(),
+        "rewards/rejected": rewards[3:].mean(),
+        "rewards/accuracies": (rewards[:3] > rewards[3:]).double().mean(),
+        "rewards/margins": (rewards[:3] - rewards[3:]).mean(),
+        "logps/chosen": exact.logps.sum(1)[:3].mean(),
+        "logps/rejected": exact.logps.sum(1)[3:].mean(),
+        "entropy": exact.entropy[scored].mean(),
+        "logits/chosen": exact.mean_logits[scored & chosen].mean(),
+        "logits/rejected": exact.mean_logits[scored & ~chosen].mean(),
+        "mean_token_accuracy": exact.is_top1[scored & chosen].double().mean(),
+    }
+    assert 0 < expected["mean_token_accuracy"] < 1
+    assert metrics.keys() == expected.keys()
+    for name, value in metrics.items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+    assert not any(value.requires_grad for value in metrics.values())
+    assert set(dpo_loss(**batch.policy()).metrics()) == set(list(expected)[:6])
+
+
+def test_policy_equal_to_reference_is_ln_2_and_no_reward() -> None:
+    for dtype in DTYPES:
+        batch = make_batch(1, 3, 9, 16, 5000, dtype)
+        batch.hidden.requires_grad_()
+        batch.weight.requires_grad_()
+        output = dpo_loss(**batch.policy(), ref_hidden=batch.hidden.detach().clone())
+        assert output.loss.item() == pytest.approx(math.log(2), rel=1e-7)
+        assert not output.chosen_rewards.any()
+        assert not output.rejected_rewards.any()
+
+
+def test_no_gradient_flows_through_the_reference() -> None:
+    """By default its output embedding is the policy's, of which it is another use."""
+    batch = make_batch(2, 3, 9, 16, 200, torch.float32)
+    rows, leaves = batch.with_leaves()
+    shared = dpo_loss(**rows.policy(), ref_hidden=rows.ref_hidden.requires_grad_())
+    other, detached = batch.with_leaves()
+    apart = dpo_loss(
+        **other.policy(), ref_hidden=batch.ref_hidden.detach(), ref_weight=batch.weight, ref_bias=batch.bias
+    )
+    assert torch.equal(shared.loss, apart.loss)
+    grads = [torch.autograd.grad(*x) for x in ((shared.loss, leaves), (apart.loss, detached))]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "packed"),
+    [
+        ({"ld_alpha": 0.3, "use_weighting": True, "outputs": OUTPUTS}, True),
+        ({"loss_type": ["sigmoid", "sft"], "sft_reduction": "batch", "f_divergence_type": "js_divergence"}, False),
+        ({"loss_type": "aot", "average_log_prob": True}, False),
+    ],
+)
+def test_compiled_as_one_graph(options: dict[str, Any], packed: bool) -> None:
+    batch = make_batch(11, 3, 9, 8, 50, torch.float32)
+    layout = {}
+    if packed:
+        batch, layout["cu_seqlens"] = batch.packed()
+    found = []
+    for function in (dpo_loss, torch.compile(dpo_loss, fullgraph=True, backend="aot_eager")):
+        rows, leaves = batch.with_leaves()
+        arguments = {"ref_hidden": rows.ref_hidden, "ref_weight": rows.ref_weight}
+        output = function(**rows.policy(), **arguments, **layout, **options)
+        found.append((output.loss.detach(), output.losses, output.metrics(), *torch.autograd.grad(output.loss, leaves)))
+    torch.testing.assert_close(*found)
+
+
+def test_module_is_the_function() -> None:
+    batch = make_batch(9, 3, 9, 16, 200, torch.float32, softcap=5.0, logit_scale=0.5)
+    options = {"beta": 0.3, "loss_type": ["ipo", "sft"], "ipo_reduction": "sum", "outputs": ["entropy"]}
+    arguments = {"bias": batch.bias, "ref_hidden": batch.ref_hidden, "ref_weight": batch.ref_weight}
+    module = DPOLoss(**options, **batch.model)
+    output = module(batch.hidden, batch.weight, batch.targets, **arguments)
+    expected = dpo_loss(**batch.policy(), **{k: arguments[k] for k in ("ref_hidden", "ref_weight")}, **options)
+    assert torch.equal(output.loss, expected.loss) and torch.equal(output.entropy, expected.entropy)
+    assert "beta=0.3, loss_type=['ipo', 'sft']" in repr(module)
+    with pytest.raises(ValueError, match="loss_type 'hinge' does not define simpo_gamma"):
+        DPOLoss(loss_type="hinge", simpo_gamma=0.1)
+
+
+def test_preference_loss_takes_the_authors_positional_arguments() -> None:
+    a, b, c, d = torch.randn(4, 5, dtype=torch.float64).unbind(0)
+
+    def expected(reference: bool = True, **options: Any) -> Tensor:
+        return losses_of_sequences(torch.cat((a, b)), torch.cat((c, d)) if reference else None, beta=0.2, **options)
+
+    values, chosen, rejected = preference_loss(a, b, c, d, 0.2, 0.1)
+    torch.testing.assert_close(values, expected(label_smoothing=0.1))
+    torch.testing.assert_close(chosen, 0.2 * (a - c))
+    torch.testing.assert_close(rejected, 0.2 * (b - d))
+    torch.testing.assert_close(preference_loss(a, b, c, d, 0.2, 0.0, True)[0], expected(loss_type="ipo"))
+    for refs in ((None, None), (c, d)):
+        torch.testing.assert_close(preference_loss(a, b, *refs, 0.2, 0.0, False, True)[0], expected(reference=False))
+    a.requires_grad_()
+    assert not preference_loss(a, b, c, d, 0.2)[1].requires_grad
+
+
+LOGPS = {
+    name: torch.zeros(3)
+    for name in (
+        "policy_chosen_logps",
+        "policy_rejected_logps",
+        "reference_chosen_logps",
+        "reference_rejected_logps",
+    )
+}
+PREFERENCE_MISUSE = [
+    ({"beta": 0.0}, "beta is 0.0; it should be above 0"),
+    ({"loss_type": "dpo"}, "loss_type is 'dpo'; it should be one of sigmoid, sigmoid_norm, hinge"),
+    ({"label_smoothing": 0.5}, "label_smoothing is 0.5; it should be at least 0 and below 0.5"),
+    ({"label_smoothing": 0.1, "loss_type": "hinge"}, "loss_type 'hinge' does not define label_smoothing"),
+    ({"ipo_reduction": "mean"}, "loss_type 'sigmoid' does not define ipo_reduction; it defines average_log_prob"),
+    ({"ipo_reduction": "max", "loss_type": "ipo"}, "ipo_reduction is 'max'; it should be one of 'mean', 'sum'"),
+    ({"loss_type": "ipo"}, "give chosen_lengths and rejected_lengths"),
+    ({"ipo": True, "loss_type": "hinge"}, "ipo=True means loss_type='ipo'"),
+    ({"reference_chosen_logps": None}, "reference_chosen_logps is None; give a tensor, or reference_free=True"),
+    ({"policy_rejected_logps": torch.zeros(2)}, "policy_rejected_logps has shape (2,); it should be that of policy"),
+    ({"pair_weights": torch.zeros(2)}, "pair_weights has shape (2,); it should be that of policy_chosen_logps, (3,)"),
+    (
+        {"average_log_prob": True},
+        "loss_type 'sigmoid' takes means over tokens: give chosen_lengths and rejected_lengths",
+    ),
+    ({"loss_type": "ipo"}, "give chosen_lengths and rejected_lengths, or ipo_reduction='sum'"),
+    ({"loss_type": "simpo"}, "reference_chosen_logps is given, but loss_type 'simpo' has no reference; it should be"),
+    ({"ld_alpha": 0.5}, "ld_alpha needs the log-probabilities of tokens, of which these are sums; use dpo_loss"),
+    ({"use_weighting": True}, "use_weighting needs the log-probabilities of tokens"),
+    (
+        {"f_divergence_type": "forward_kl", "reference_free": True},
+        "f_divergence_type is 'forward_kl', a divergence from a reference, but none is given",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), PREFERENCE_MISUSE)
+def test_misuse_of_preference_loss(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        preference_loss(**({"beta": 0.1} | LOGPS | arguments))
+
+
+ROWS = make_batch(10, 2, 5, 8, 20, torch.float32)
+POLICY = {k: getattr(ROWS, k) for k in ("hidden", "weight", "targets")}
+BATCH = POLICY | {k: getattr(ROWS, k) for k in ("ref_hidden", "ref_weight")}
+EMPTY = torch.where(torch.arange(4)[:, None] == 3, -100, BATCH["targets"])
+PACKED = {"hidden": torch.randn(10, 8), "weight": BATCH["weight"], "targets": torch.zeros(10, dtype=torch.int64)}
+DPO_MISUSE = [
+    (POLICY | {"targets": EMPTY}, ValueError, "every position is ignore_index (-100): rejected of pair 1"),
+    (POLICY | {"targets": BATCH["targets"][:3]}, ValueError, "targets has shape (3, 5); it should be [2B, T]"),
+    (POLICY | {"hidden": BATCH["hidden"].long()}, TypeError, "hidden has dtype torch.int64"),
+    (BATCH | {"ref_hidden": BATCH["hidden"][:, :4]}, ValueError, "ref_hidden has shape (4, 4, 8); all but its last"),
+    (BATCH | {"ref_logps": torch.zeros(4)}, ValueError, "ref_logps already is the reference"),
+    (POLICY | {"ref_logps": torch.zeros(3)}, ValueError, "ref_logps has shape (3,); it should be (4,), one a"),
+    (POLICY | {"ref_weight": BATCH["weight"]}, ValueError, "ref_weight and ref_bias belong to ref_hidden"),
+    (PACKED | {"cu_seqlens": torch.tensor([0, 3, 10, 10])}, ValueError, "cu_seqlens has shape (4,)"),
+    (PACKED | {"cu_seqlens": torch.tensor([0, 11, 10])}, ValueError, "cu_seqlens should rise from 0 to N = 10"),
+    (PACKED | {"cu_seqlens": torch.tensor([0.0, 5.0, 10.0])}, TypeError, "cu_seqlens has dtype torch.float32"),
+    (PACKED | {"cu_seqlens": torch.tensor([0, 10, 10])}, ValueError, "rejected of pair 0"),
+    (POLICY | {"beta": -1.0}, ValueError, "beta is -1.0"),
+    (POLICY | {"outputs": ["logits"]}, ValueError, "outputs names 'logits'; it may name entropy, mean_logits, is_top1"),
+    (POLICY | {"outputs": ["log_sum_sq_probs"]}, ValueError, "outputs names 'log_sum_sq_probs'; it may name"),
+    (BATCH | {"loss_type": "orpo"}, ValueError, "ref_hidden is given, but loss_type 'orpo' has no reference; leave it"),
+    (
+        POLICY | {"loss_type": "cpo", "ref_logps": torch.zeros(4)},
+        ValueError,
+        "ref_logps is given, but loss_type 'cpo' has no reference; leave it out",
+    ),
+    (
+        POLICY | {"ld_alpha": 0.5, "ref_logps": torch.zeros(4)},
+        ValueError,
+        "ref_logps has one number a completion, but ld_alpha weighs the reference's tokens as well: give ref_logps of",
+    ),
+    (
+        POLICY | {"ld_alpha": 0.5, "ld_reference": "policy"},
+        ValueError,
+        "ld_reference is 'policy', but there is no reference; leave it out",
+    ),
+    (
+        POLICY | {"f_divergence_type": "js_divergence"},
+        ValueError,
+        "f_divergence_type is 'js_divergence', a divergence from a reference, but none is given",
+    ),
+    (POLICY | {"workspace": -1}, ValueError, "workspace is -1; it should be at least 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), DPO_MISUSE)
+def test_misuse_of_dpo_loss(arguments: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        dpo_loss(**arguments)

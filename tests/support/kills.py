@@ -1,0 +1,93 @@
+"""Runs of the command line in processes of their own, which die as a machine does: no handler runs, nothing is flushed.
+
+Processes are forked from one that has imported everything, because the imports take longer than the runs.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerState
+
+from fastdpo.commands import train as train_command
+from fastdpo.commands.cli import main
+from fastdpo.ref_cache import build as ref_build
+from fastdpo.ref_cache import files as ref_cache
+from fastdpo.trainer import DPOTrainer
+
+# What a run does whenever it writes a checkpoint, in this order, and the file that it leaves.
+CHECKPOINT_WRITERS = {
+    "weights": (DPOTrainer, "save_model", "model.safetensors"),
+    "optimizer": (DPOTrainer, "_save_optimizer_and_scheduler", "optimizer.pt"),
+    "rng": (DPOTrainer, "_save_rng_state", "rng_state.pth"),
+    "state": (TrainerState, "save_to_json", "trainer_state.json"),
+}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When to die: the ``count``-th time that ``what`` happens in a process.
+
+    ``what`` is "step" (an optimiser step ends), "cache" (half of a file of the reference cache is written), or one of
+    ``CHECKPOINT_WRITERS`` (half of that file is).
+    """
+
+    what: str
+    count: int
+
+
+def run_process(words: list[str], log: Path, moment: Moment | None = None) -> int:
+    """The exit code of ``fastdpo *words``, negative for a signal; its output goes to the file ``log``."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "fastdpo.commands.train", "fastdpo.commands.cache_ref"])
+    process = context.Process(target=_run, args=(words, log, moment))
+    process.start()
+    process.join(timeout=300)
+    if process.is_alive():
+        process.kill()
+        raise TimeoutError(f"fastdpo {' '.join(words)}: still running. {log.read_text()}")
+    return process.exitcode
+
+
+def _run(words: list[str], log: Path, moment: Moment | None) -> None:
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    ref_build.PART_SECONDS = 0.0  # every batch of the reference cache is written
+    if moment is not None:
+        _arm(moment)
+    sys.exit(main(words))
+
+
+def _arm(moment: Moment) -> None:
+    if moment.what == "step":
+        owner, name = train_command.GentleStop, "on_step_end"
+    elif moment.what == "cache":
+        owner, name = ref_cache, "_write"
+    else:
+        owner, name, file = CHECKPOINT_WRITERS[moment.what]
+    original, left = getattr(owner, name), [moment.count]
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] > 0:
+            return original(*args, **kwargs)
+        if moment.what == "cache":
+            path, content = args
+            path.with_name(f"{ref_cache._UNFINISHED}{path.name}").write_bytes(content[: len(content) // 2])
+        elif moment.what in CHECKPOINT_WRITERS:
+            original(*args, **kwargs)
+            folder = Path(args[1])  # after self: a folder, or a file in it
+            torn = (folder if folder.is_dir() else folder.parent) / file
+            os.truncate(torn, torn.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, name, dying)

@@ -1,0 +1,96 @@
+"""What is uploaded of a run: the model, the tokenizer and the card, and nothing that the run wrote for its owner."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import transformers
+from huggingface_hub.utils import filter_repo_objects
+from toy_data import text_rows, write_jsonl
+
+from fastdpo.commands.cli import main
+from fastdpo.trainer import hub
+
+CARD_AND_TOKENIZER = {"README.md", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+MODEL = {"config.json", "generation_config.json", "model.safetensors"}
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+CHECKPOINT = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin"}
+
+pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
+
+
+class FakeApi:
+    """Keeps what would be sent, of the files that are there at that moment."""
+
+    def __init__(self) -> None:
+        self.sent: list[dict[str, Any]] = []
+
+    def create_repo(self, name: str, **_: Any) -> Any:
+        return SimpleNamespace(repo_id=f"me/{name}")
+
+    def upload_folder(self, *, folder_path: str, ignore_patterns: Any, run_as_future: bool, **about: Any) -> Any:
+        folder = Path(folder_path)
+        files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        self.sent.append({"files": set(filter_repo_objects(files, ignore_patterns=ignore_patterns)), **about})
+        done: Future = Future()
+        done.set_result(None)
+        return done if run_as_future else None
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
+    api = FakeApi()
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: api)
+    monkeypatch.setattr(hub, "HfApi", lambda: api)
+    return api
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", text_rows(8))
+
+
+def words(model: Path, pairs: Path, output_dir: Path, *more: str) -> list[str]:
+    flags = {"model_name_or_path": model, "dataset_name": pairs, "output_dir": output_dir, "report_to": "none"}
+    flags |= {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2, "hub_model_id": "mine"}
+    flags |= {"report_pairs": 2, "report_samples": 1, "report_max_new_tokens": 2}
+    given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return ["train", *given, "--use_cpu", "--disable_tqdm", "--push_to_hub", "--precompute_ref_log_probs", *more]
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_it_is_the_model_the_tokenizer_and_the_card(
+    adapter: bool, model: Path, pairs: Path, tmp_path: Path, api: FakeApi
+) -> None:
+    more = ["--use_peft", "--lora_target_modules", "q_proj"] if adapter else []
+    for _ in range(2):  # the second run sets the first one's checkpoints aside, and finds its reports
+        assert main(words(model, pairs, tmp_path / "run", *more)) == 0
+    there = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"previous-1", "_ref_cache", "report.html", "training.png", "checkpoint-2"} <= there
+    weights = ADAPTER if adapter else MODEL
+    *during, end = api.sent[len(api.sent) // 2 :]
+    assert end["files"] == weights | CARD_AND_TOKENIZER
+    assert end["repo_id"] == "me/mine" and end["commit_message"] == "End of training"
+    steps = [f"Training in progress, step {step}" for step in (1, 2)]
+    assert [sent["commit_message"] for sent in during] == [*steps, "Model save"]
+    assert all(sent["files"] == end["files"] for sent in during)  # with the first run's card
+
+
+@pytest.mark.parametrize(
+    ("strategy", "where"),
+    [("end", []), ("checkpoint", ["last-checkpoint"] * 2), ("all_checkpoints", ["checkpoint-1", "checkpoint-2"])],
+)
+def test_checkpoints_go_where_they_were_asked_for(
+    strategy: str, where: list[str], model: Path, pairs: Path, tmp_path: Path, api: FakeApi
+) -> None:
+    assert main(words(model, pairs, tmp_path / "run", "--hub_strategy", strategy)) == 0
+    checkpoints = [sent for sent in api.sent if "path_in_repo" in sent]
+    assert [sent["path_in_repo"] for sent in checkpoints] == where
+    for sent in checkpoints:
+        assert sent["files"] == MODEL | CHECKPOINT | CARD_AND_TOKENIZER - {"README.md"}
+    others = [sent["files"] for sent in api.sent if "path_in_repo" not in sent]
+    assert len(others) == len(where) + 2 and others[-1] == MODEL | CARD_AND_TOKENIZER
