@@ -64,7 +64,7 @@ def account(
     found["identical_after_truncation"] = _identical_once_cut(
         tokenised, kept, np.minimum(prompt + chosen, limit), np.minimum(prompt + rejected, limit), found, summary
     )
-    found["duplicate"], found["contradicted"] = _repeated_rows(tokenised, kept)
+    found["duplicate"], found["contradicted"] = repeated_rows(tokenised, kept)
     for reasons, counts in ((WARN_REASONS, summary.warned), (NOTES, summary.noted)):
         for reason in reasons:
             _count(summary, counts, reason, found.get(reason, ()))
@@ -126,7 +126,7 @@ def _identical_once_cut(
     return same
 
 
-def _repeated_rows(tokenised: datasets.Dataset, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def repeated_rows(tokenised: datasets.Dataset, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows that say again what a row before them says, and rows that say the opposite."""
     rows = tokenised.select(kept)
     digests = np.concatenate([row_digests(rows, order) for order in (TOKEN_COLUMNS, _SWAPPED)])

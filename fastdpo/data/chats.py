@@ -95,7 +95,11 @@ class ChatRenderer:
         try:
             rendered = self._in_forms(bound, facts.forms if facts else (), prompt, sides, setting, facts)
         except Exception as error:  # templates raise whatever their authors chose
-            rendered = self._in_another_form(bound, prompt, sides, setting, error, row.where)
+            # Where the template takes messages of this shape, it is the words that it refuses.
+            rendered = None if facts else self._in_another_form(bound, prompt, sides, setting)
+            if rendered is None:
+                cause = _cause(error, prompt + sides[0])
+                raise DataError(f"{row.where}: the chat template refused the messages: {cause}") from error
         rendered.found += [f"kwargs_not_read:{name}" for name in unread]
         if row.tools:
             rendered.found += _tools_left_out(row.tools, rendered.prompt)
@@ -121,21 +125,14 @@ class ChatRenderer:
         return self._facts[key]
 
     def _in_another_form(
-        self,
-        template: BoundTemplate,
-        prompt: Messages,
-        sides: tuple[Messages, Messages],
-        setting: bytes,
-        error: Exception,
-        where: str,
-    ) -> Rendered:
+        self, template: BoundTemplate, prompt: Messages, sides: tuple[Messages, Messages], setting: bytes
+    ) -> Rendered | None:
         for forms in forms_for(prompt + sides[0] + sides[1]):
             try:
                 return self._in_forms(template, forms, prompt, sides, setting, None)
             except Exception:
                 continue
-        messages = prompt + sides[0]
-        raise DataError(f"{where}: the chat template refused the messages: {_cause(error, messages)}") from error
+        return None
 
     def _in_forms(
         self,
@@ -208,7 +205,9 @@ class ChatRenderer:
             drop = "prompt_scored"
         result = _Side(whole, None, found, drop)
         if not drop:
-            self._score(result, template, prompt, side, said.places[-1], opening, facts)
+            first = said.places[behind]
+            lead = whole[shared : first[0]] if first else ""
+            self._score(result, template, prompt, side, said.places[-1], opening, lead, facts)
         return result
 
     def _score(
@@ -219,6 +218,7 @@ class ChatRenderer:
         side: Messages,
         last_answer: Span | None,
         opening: str,
+        lead: str,
         facts: SideFacts | None,
     ) -> None:
         """Which part of the text counts, and how it ends."""
@@ -233,6 +233,7 @@ class ChatRenderer:
                 opening=opening,
                 end_token=end_token,
                 header=header,
+                special_tokens=self._special,
             )
             if spans is None:
                 result.drop = "turns_not_told_apart"
@@ -242,7 +243,7 @@ class ChatRenderer:
                 result.found.append("between_not_scored")
             if spans[-1][1] < len(result.whole):
                 result.whole = result.whole[: spans[-1][1]]
-        elif facts and facts.lead.strip():
+        elif lead.strip() and not side[0].get("tool_calls"):
             result.found.append("answer_opened" if opening else "header_scored")
         if header:
             result.found.append("header_cut")
@@ -309,6 +310,6 @@ def _cause(error: Exception, messages: Messages) -> str:
         without = [m["role"] for m in messages if name not in m and name in ("content", "role", "tool_calls")]
         who = f"a message of {without[0]}" if without else "a message or tool call"
         return f"it reads {name!r}, which {who} does not have ({said}; roles: {roles})"
-    if "concatenate str" in said or "unsupported operand" in said:
+    if "concatenate str" in said or "has no element" in said or "unsupported operand" in said:
         return f"it takes text where a message has a list, an object or nothing ({said}; roles: {roles})"
     return f"{said} (roles: {roles})"

@@ -26,7 +26,6 @@ class SideFacts:
 
     Attributes:
         faults: what is not rendered, with the numbers of messages in prompt + completion.
-        lead: what the template writes between the prompt's end and what the answer says.
         tail: what it writes after that; None where it cannot be told.
         end_token: the first special token of that; None if there is none.
         header: what it writes after that and what begins another turn.
@@ -34,7 +33,6 @@ class SideFacts:
     """
 
     faults: tuple[Fault, ...]
-    lead: str
     tail: str | None
     end_token: str | None
     header: str
@@ -123,18 +121,14 @@ def _side_facts(
 ) -> SideFacts:
     faults, places = compare(whole, prompt + side)
     shared = len(commonprefix((before, whole)))
-    last_word, first_answer, last_answer = places[len(prompt) - 1], places[len(prompt)], places[-1]
-    lead = tail = None
-    header = ""
-    if first_answer and not side[0].get("tool_calls"):
-        lead = whole[shared : first_answer[0]]
+    last_word, last_answer = places[len(prompt) - 1], places[-1]
+    tail, header = None, ""
     if last_answer:
         tail, header = _without_header(whole[last_answer[1] :], whole[: last_answer[0]], opening, special_tokens)
     return SideFacts(
         faults=tuple(faults),
-        lead=lead or "",
         tail=tail,
-        end_token=_first_of(special_tokens, tail or ""),
+        end_token=first_of(special_tokens, tail or ""),
         header=header,
         prompt_scored=last_word is not None and last_word[1] > shared,
     )
@@ -144,14 +138,15 @@ def _without_header(tail: str, before_answer: str, opening: str, special_tokens:
     """What follows an answer, parted where another turn begins: with what stands before every answer."""
     if opening.strip() and tail.endswith(opening):
         return tail.removesuffix(opening), opening
-    end_token = _first_of(special_tokens, tail)
+    end_token = first_of(special_tokens, tail)
     rest = tail.partition(end_token)[2] if end_token else ""
     if rest.strip() and before_answer.endswith(rest):
         return tail.removesuffix(rest), rest
     return tail, ""
 
 
-def _first_of(tokens: Collection[str], text: str) -> str | None:
+def first_of(tokens: Collection[str], text: str) -> str | None:
+    """The token that stands first in a text; None if there is none."""
     return min((token for token in tokens if token in text), key=lambda t: (text.find(t), -len(t)), default=None)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from os.path import commonprefix
+
 from fastdpo.data.claims import compare
+from fastdpo.data.facts import first_of
 from fastdpo.data.templates import BoundTemplate, Messages
 
 Span = tuple[int, int]
@@ -17,6 +21,7 @@ def answer_spans(
     opening: str,
     end_token: str | None,
     header: str,
+    special_tokens: Collection[str],
 ) -> list[Span] | None:
     """Where each of a completion's answers begins and ends in the text, or None if it cannot be told.
 
@@ -32,20 +37,19 @@ def answer_spans(
         opening, end_token, header: see :class:`fastdpo.data.facts.Facts`.
     """
     answers = [i for i, message in enumerate(completion) if message["role"] == "assistant"]
+    found = _Finder(template, prompt, completion, whole, opening, end_token, header, special_tokens)
     if template.template.marks_answers:
-        text, spans = template.render_marked(prompt + completion)
-        spans = [(start, min(end, len(whole))) for start, end in spans[-len(answers) :]]
-        if text.startswith(whole) and _are_sound(spans, answers, completion, whole):
-            return spans
-    found = _Finder(template, prompt, completion, whole, opening, end_token, header)
+        text, marked = template.render_marked(prompt + completion)
+        if text.startswith(whole) and len(marked) >= len(answers):
+            spans = [found.after_opening(i, span) for i, span in zip(answers, marked[-len(answers) :], strict=True)]
+            if _are_sound(spans, answers, completion, whole):
+                return spans
     spans = [found.span(i) for i in answers]
     sound = None not in spans and _are_sound(spans, answers, completion, whole)
     return spans if sound else None
 
 
 def _are_sound(spans: list[Span], answers: list[int], completion: Messages, whole: str) -> bool:
-    if len(spans) != len(answers):
-        return False
     for position, ((start, end), answer) in enumerate(zip(spans, answers, strict=True)):
         if _missing(whole[start:end], completion[answer : answer + 1]):
             return False
@@ -72,16 +76,26 @@ class _Finder:
         opening: str,
         end_token: str | None,
         header: str,
+        special_tokens: Collection[str],
     ) -> None:
         self.template, self.whole = template, whole
         self.messages, self.first = prompt + completion, len(prompt)
-        self.opening, self.end_token, self.header = opening.strip(), end_token, header
+        self.end_token, self.header, self.special_tokens = end_token, header, special_tokens
+        # What opens a thought is not there before an answer that has none.
+        self.opening = opening.partition("<think>")[0].strip()
+        self.more = opening[opening.find(self.opening) + len(self.opening) :]
         self.places = compare(whole, self.messages).places
 
     def span(self, answer: int) -> Span | None:
         number = self.first + answer
         start, end = self._start(number), self._end(number)
         return None if start is None or end is None else (start, end)
+
+    def after_opening(self, answer: int, span: Span) -> Span:
+        """A span that a template marks, without what it writes before every answer, which some mark as well."""
+        start, end = span[0], min(span[1], len(self.whole))
+        own = self._start(self.first + answer)
+        return (own, end) if own is not None and start <= own < end else (start, end)
 
     def _start(self, number: int) -> int | None:
         before = self._render(number, answer=True)
@@ -91,7 +105,10 @@ class _Finder:
         if not here or not last or not self.opening:
             return None
         found = self.whole.rfind(self.opening, last[1], here[0])
-        return None if found < 0 else found + len(self.opening)
+        if found < 0:
+            return None
+        start = found + len(self.opening)
+        return start + len(commonprefix((self.more, self.whole[start : here[0]])))
 
     def _end(self, number: int) -> int | None:
         if number == len(self.messages) - 1:
@@ -102,8 +119,10 @@ class _Finder:
         here, following = self.places[number], self.places[number + 1]
         if not here or not self.end_token:
             return None
-        found = self.whole.find(self.end_token, here[1], following[0] if following else None)
-        return None if found < 0 else found + len(self.end_token)
+        between = self.whole[here[1] : following[0] if following else None]
+        # Some templates end a turn in the midst otherwise than the last.
+        token = self.end_token if self.end_token in between else first_of(self.special_tokens, between)
+        return None if token is None else here[1] + between.find(token) + len(token)
 
     def _render(self, count: int, answer: bool) -> str | None:
         try:

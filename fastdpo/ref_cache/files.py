@@ -31,6 +31,7 @@ from safetensors.numpy import save
 
 from fastdpo.data.row_digests import rows_fingerprint
 from fastdpo.errors import InputError
+from fastdpo.ref_cache.fingerprints import DATED
 
 logger = logging.getLogger(__name__)
 
@@ -280,6 +281,12 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
             found += [f"the model's {key} was {before[key]!r} and is {now[key]!r}" for key in keys]
         elif name == "weights":
             found.append(f"the weights differ ({before[:12]} there, {now[:12]} here)")
+        elif name == "chat_template" and before and now and before.partition(DATED)[0] == now.partition(DATED)[0]:
+            days = [value.partition(DATED)[2] or "another" for value in (before, now)]
+            found.append(
+                f"the chat template writes the date, which was {days[0]} and is {days[1]} (--template_date {days[0]} "
+                "renders it as before)"
+            )
         elif name in ("tokenizer", "chat_template"):
             found.append(f"the {name.replace('_', ' ')} differs")
         else:

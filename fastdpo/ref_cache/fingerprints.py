@@ -18,6 +18,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+# Between a template's fingerprint and the day that it writes, if it writes one.
+DATED = ", on "
 _CHUNK = 1 << 24  # elements hashed at a time: 64 MB of float32
 # What a configuration says about the process, the generation or the training, and not about the function computed.
 _IDLE_CONFIG_KEYS = frozenset(

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.prepare import REFERENCE_COLUMNS
+from fastdpo.data.templates import read_template
 from fastdpo.model.adapters import HAS_ADAPTER, is_adapter, load_adapter, load_tokenizer
 from fastdpo.model.quantization import make_trainable, refuse_quantized_alone
 from fastdpo.trainer.config import DPOConfig
@@ -127,11 +128,20 @@ def find_tokenizer(source: str, args: DPOConfig, *, needed: bool) -> PreTrainedT
             )
         return None
     try:
-        return load_tokenizer(source, revision=_revision(args), trust_remote_code=args.trust_remote_code)
+        return with_chat_template(
+            load_tokenizer(source, revision=_revision(args), trust_remote_code=args.trust_remote_code), args
+        )
     except (OSError, ValueError):
         if needed:
             raise
         return None
+
+
+def with_chat_template(tokenizer: PreTrainedTokenizerBase, args: DPOConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer with ``args.chat_template_path``'s template, if there is one; the model is saved with it."""
+    if args.chat_template_path is not None:
+        tokenizer.chat_template = read_template(args.chat_template_path)
+    return tokenizer
 
 
 def pad_token_id(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, pad_token: str | None) -> int:

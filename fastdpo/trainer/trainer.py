@@ -30,6 +30,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.prepare import REFERENCE_COLUMNS, PreferenceCollator, prepare
+from fastdpo.data.row_digests import MASK_COLUMNS
 from fastdpo.data.summary import DataSummary
 from fastdpo.loss.pair_losses import PairLosses
 from fastdpo.model.adapters import adapters_are_neutral, copy_of_what_is_trained
@@ -56,6 +57,7 @@ from fastdpo.trainer.setup import (
     is_tokenised,
     load_model,
     pad_token_id,
+    with_chat_template,
 )
 from fastdpo.trainer.start_check import check_start
 from fastdpo.trainer.throughput import Throughput
@@ -164,6 +166,8 @@ class DPOTrainer(HubUploads):
             processing_class = find_tokenizer(
                 self._processing_class_source, args, needed=not is_tokenised(train_dataset)
             )
+        else:
+            processing_class = with_chat_template(processing_class, args)
         has_own_collator = data_collator is not None
         if has_own_collator and args.max_tokens_per_batch is not None:
             raise ValueError(
@@ -243,6 +247,9 @@ class DPOTrainer(HubUploads):
                 num_proc=args.dataset_num_proc,
                 batch_size=args.per_device_train_batch_size,
                 strict=args.strict,
+                score=args.score,
+                end_token=args.end_token,
+                template_date=args.template_date,
             )
         return dataset
 
@@ -254,7 +261,7 @@ class DPOTrainer(HubUploads):
 
     def _set_signature_columns_if_needed(self) -> None:
         # What Trainer keeps of the rows; its own guess is what the model's forward takes.
-        self._signature_columns = [*TOKEN_COLUMNS, *REFERENCE_COLUMNS]
+        self._signature_columns = [*TOKEN_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device

@@ -15,7 +15,7 @@ from toy_data import assistant, chat_rows, make_tokenizer, text_rows, user, with
 
 from fastdpo.data import PreferenceCollator, examine, prepare
 from fastdpo.data.files import DataError, load_preferences
-from fastdpo.data.summary import DROP_REASONS, DROP_REMEDIES, WARN_EXPLANATIONS, WARN_REASONS
+from fastdpo.data.reasons import DROP_REASONS, DROP_REMEDIES, NOTES, WARN_EXPLANATIONS, WARN_REASONS
 
 TOKENIZER = make_tokenizer()
 ROW = {"prompt": "How many bridges?", "chosen": " Seven.", "rejected": " I do not know."}
