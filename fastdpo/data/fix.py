@@ -86,7 +86,7 @@ def _in_own_form(row: dict[str, Any], warn: list[str], implicit: bool, number: i
         sides = [pair.chosen, pair.rejected]
         if "prompt_repeated" in warn:
             sides = [side[len(pair.prompt) :] for side in sides]
-        messages = [in_form([_without_nulls(m) for m in part], forms) for part in (pair.prompt, *sides)]
+        messages = [in_form(part, forms) for part in (pair.prompt, *sides)]
         out = dict(zip(("prompt", "chosen", "rejected"), messages, strict=True))
         out |= {"tools": pair.tools} if pair.tools is not None else {}
         out |= {"chat_template_kwargs": pair.kwargs} if pair.kwargs else {}
@@ -100,7 +100,3 @@ def _in_own_form(row: dict[str, Any], warn: list[str], implicit: bool, number: i
         else:
             out[name] = value
     return out
-
-
-def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in message.items() if value is not None}

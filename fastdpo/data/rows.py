@@ -55,6 +55,8 @@ def read_row(row: dict[str, Any], implicit: bool, where: str) -> Row | str:
     chat = _is_chat(chosen, f"{where}, chosen")
     if chat != _is_chat(rejected, f"{where}, rejected"):
         raise DataError(f"{where}: one of chosen and rejected is a string, the other a message list; make them alike.")
+    if chat:  # Arrow has every field in every message of a column, and templates are given none that is null
+        chosen, rejected = _without_nulls(chosen), _without_nulls(rejected)
     if _is_empty(chosen) or _is_empty(rejected):
         return "empty_completion"
     warn: list[str] = []
@@ -66,6 +68,7 @@ def read_row(row: dict[str, Any], implicit: bool, where: str) -> Row | str:
     else:
         if chat != _is_chat(prompt, f"{where}, prompt"):
             raise DataError(f"{where}: the prompt is a message list but chosen and rejected are strings.")
+        prompt = _without_nulls(prompt) if chat else prompt
         size = len(prompt)
         if _says_something(prompt) and chosen[:size] == prompt and rejected[:size] == prompt:
             warn.append("prompt_repeated")
@@ -114,6 +117,13 @@ def _is_chat(value: Any, where: str) -> bool:
         if not isinstance(message.get("content"), (str, list, type(None))):
             raise DataError(f"{where}: a message's content must be a string, found {type_name(message['content'])}.")
     return True
+
+
+def _without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in message.items() if value is not None} if None in message.values() else message
+        for message in messages
+    ]
 
 
 def _says_something(prompt: str | list[dict[str, Any]]) -> bool:

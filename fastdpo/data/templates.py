@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jinja2 import meta
+from jinja2 import meta, nodes
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -45,12 +45,13 @@ class ChatTemplate:
 
     @cached_property
     def reads(self) -> frozenset[str]:
-        """Names that the template takes from outside."""
+        """Names of variables that the template takes from outside."""
         return frozenset(meta.find_undeclared_variables(self.compiled.environment.parse(self.source)))
 
-    @property
+    @cached_property
     def writes_date(self) -> bool:
-        return "strftime_now" in self.reads
+        names = self.compiled.environment.parse(self.source).find_all(nodes.Name)
+        return any(name.name == "strftime_now" for name in names)
 
     def variables(self, kwargs: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
         """A row's ``chat_template_kwargs`` that the template reads, and the names of the others.
