@@ -262,8 +262,13 @@ def test_nothing_of_an_answer_is_taken_for_said_by_chance() -> None:
     assert tokenize(row, tokenizer).drop == "answer_left_out"
 
 
-@pytest.mark.parametrize("key", ["chat_template", "truncation", "max_length", "tokenize", "tools", "messages", "eos_token",
-                                 "strftime_now", "add_generation_prompt", "padding", "raise_exception"])  # fmt: skip
+RESERVED = (
+    ["chat_template", "truncation", "padding", "max_length", "tokenize", "return_dict", "add_generation_prompt", "tools"]
+    + ["messages", "documents", "eos_token", "strftime_now", "raise_exception"]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", RESERVED)
 def test_no_row_decides_how_the_template_is_applied(key: str) -> None:
     with pytest.raises(DataError, match=f"row 0, chat_template_kwargs: '{key}' is no variable of the chat template"):
         found("qwen3_hybrid", [assistant("So.")], chat_template_kwargs={key: "x"})

@@ -11,8 +11,11 @@ from toy_data import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 _FOLDER = Path(__file__).parent / "templates"
-_SPECIAL = re.compile(r"<\|\w+>|<\w+\|>|<[|｜][\w▁/ -]+[|｜]>|\[\|\w+\|\]|</?(?:start_of_turn|end_of_turn|end_of_utterance|sop)>"
-                      r"|<extra_id_\d>|\[/?(?:INST|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS|SYSTEM_PROMPT|gMASK)\]")  # fmt: skip
+_SPECIAL = re.compile(
+    r"<\|\w+>|<\w+\|>|<[|｜][\w▁/ -]+[|｜]>|\[\|\w+\|\]|<extra_id_\d>"
+    r"|</?(?:start_of_turn|end_of_turn|end_of_utterance|sop)>"
+    r"|\[/?(?:INST|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS|SYSTEM_PROMPT|gMASK)\]"
+)
 # What templates put together of pieces.
 _PUT_TOGETHER = ["<|system|>", "<|user|>", "<|assistant|>", "[|system|]", "[|user|]", "[|assistant|]"]
 

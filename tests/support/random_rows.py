@@ -1,4 +1,4 @@
-"""Random preference rows of message lists: roles, tools, calls, reasoning, parts, dates, nulls, quotes, JSON-like texts.
+"""Random rows of message lists: roles, tools, calls, reasoning, parts, dates, nulls, quotes, texts that look like JSON.
 
 Each text begins with a tag of its own (``Ua1z``), so that a test can tell which of them came through.
 """
