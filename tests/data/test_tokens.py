@@ -263,8 +263,8 @@ def test_nothing_of_an_answer_is_taken_for_said_by_chance() -> None:
 
 
 RESERVED = (
-    ["chat_template", "truncation", "padding", "max_length", "tokenize", "return_dict", "add_generation_prompt", "tools"]
-    + ["messages", "documents", "eos_token", "strftime_now", "raise_exception"]
+    ["chat_template", "truncation", "padding", "max_length", "tokenize", "return_dict", "add_generation_prompt"]
+    + ["tools", "messages", "documents", "eos_token", "strftime_now", "raise_exception"]
 )  # fmt: skip
 
 
