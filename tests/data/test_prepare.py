@@ -14,6 +14,7 @@ import pytest
 import rich.console
 import torch
 from datasets import Dataset, DatasetDict
+from families import family_template, tokenizer_with
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy_data import (
@@ -31,6 +32,7 @@ from trl.trainer.dpo_trainer import DPOTrainer as TRLTrainer
 
 from fastdpo.data import PreferenceCollator, prepare
 from fastdpo.data.files import TOKEN_COLUMNS, DataError, load_preferences
+from fastdpo.data.row_digests import row_digests
 from fastdpo.data.summary import LengthStats
 
 REAL_PAIRS = Path(__file__).parents[3] / "shared/data/preferences_en.jsonl"
@@ -251,6 +253,56 @@ def test_prepare_carries_reference_logps_past_dropped_rows() -> None:
     kept, _ = prepare(Dataset.from_list(rows), TOKENIZERS["plain"])
     assert kept["ref_chosen_logps"][:] == [0.0, -2.0, -3.0]
     assert set(kept.column_names) == {*TOKEN_COLUMNS, "ref_chosen_logps", "ref_rejected_logps"}
+
+
+def test_rows_prepared_on_another_day_are_not_taken_for_todays() -> None:
+    rows, tokenizer = Dataset.from_list(chat_rows(2)), tokenizer_with(family_template("granite"))
+    days = {}
+    for day in ("2026-03-01", "2026-03-02", "2026-03-01"):
+        kept, summary = prepare(rows, tokenizer, template_date=day)
+        assert f"date: {day}" in tokenizer.decode(kept[0]["prompt_ids"]).replace("March 0", "2026-03-0").replace(
+            ", 2026", ""
+        )
+        assert summary.noted == {"dated": 2} and summary.details == {"dated": [day]}
+        days.setdefault(day, kept._fingerprint)
+        assert days[day] == kept._fingerprint
+    assert len(set(days.values())) == 2
+    plain = tokenizer_with(family_template("chatml"))  # writes none, and any day's rows are the same
+    assert prepare(rows, plain)[0]._fingerprint == prepare(rows, plain, template_date="2026-03-01")[0]._fingerprint
+
+
+@pytest.mark.parametrize(("option", "message"), [
+    ({"score": "first"}, "score must be one of assistant, last"),
+    ({"template_date": "1.3."}, "template_date is '1.3.'"),
+    ({"end_token": "bread"}, "end_token is 'bread', which is no special token"),
+])  # fmt: skip
+def test_bad_options_are_refused(option: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(Dataset.from_list(chat_rows(2)), TOKENIZERS["plain"], **option)
+
+
+AGENT = [{"role": "tool", "content": "seven"}, assistant("There are seven.")]
+
+
+def test_masks_of_several_turns_are_columns_and_cut_and_told_apart() -> None:
+    rows = chat_rows(3)
+    rows[1]["chosen"] = [assistant("Let me see."), *AGENT]
+    tokenizer = TOKENIZERS["plain"]
+    kept, summary = prepare(Dataset.from_list(rows), tokenizer)
+    assert summary.noted == {"between_not_scored": 1}
+    assert kept["chosen_mask"][0] == [] and kept["rejected_mask"][1] == []
+    mask, ids = kept["chosen_mask"][1], kept["chosen_ids"][1]
+    scored = tokenizer.decode([token for token, counts in zip(ids, mask, strict=True) if counts])
+    assert scored == "Let me see.<|end|>There are seven.<|end|>"
+    last, _ = prepare(Dataset.from_list(rows), tokenizer, score="last")
+    assert last["chosen_ids"][1] == ids and last["chosen_mask"][1] != mask
+    assert (row_digests(last) != row_digests(kept)).any(1).tolist() == [False, True, False]
+    # The first answer is not scored, and the last lies beyond the limit: nothing is left.
+    limit = len(kept["prompt_ids"][1]) + last["chosen_mask"][1].index(1)
+    for size, dropped in ((limit, 1), (limit + 1, 0)):
+        rows_at = Dataset.from_list([rows[1]] * 2 + [rows[0] | {"prompt": [user("a")]}])
+        found = prepare(rows_at, tokenizer, max_length=size, score="last")[1].dropped.get("prompt_too_long", 0)
+        assert found == 2 * dropped
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, Features, List, Value
+from families import family_template, tokenizer_with
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -326,6 +327,27 @@ def test_what_differs_is_named(change: dict[str, Any], message: str, complete: b
             builder(tmp_path, failing_after(1)).with_columns(token_rows(), "train", 3)
     with pytest.raises(RefCacheError, match=rf"model: toy\): {message}\.\nDelete .* or name another folder"):
         builder(tmp_path, never, **change).with_columns(token_rows(), "train", 3)
+
+
+def test_another_day_in_the_chat_template_is_named(tmp_path: Path) -> None:
+    one, other = (f"{'ef' * 32}, on 2026-03-0{day}" for day in (1, 2))
+    builder(tmp_path, chat_template=one).with_columns(token_rows(), "train", 3)
+    with pytest.raises(RefCacheError, match=(
+        r"the chat template writes the date, which was 2026-03-01 and is 2026-03-02 \(--template_date 2026-03-01 "
+    )):  # fmt: skip
+        builder(tmp_path, never, chat_template=other).with_columns(token_rows(), "train", 3)
+    builder(tmp_path, never, chat_template=one).with_columns(token_rows(), "train", 3)
+
+
+def test_the_day_is_part_of_the_identity_where_it_is_written() -> None:
+    model, collator = make_model("llama"), PreferenceCollator(0)
+
+    def template(family: str, day: str | None) -> str:
+        tokenizer = tokenizer_with(family_template(family))
+        return reference_identity(model, {}, tokenizer, collator, "no", template_date=day)["chat_template"]
+
+    assert template("granite", "2026-03-01") == template("granite", None) + ", on 2026-03-01"
+    assert template("chatml", "2026-03-01") == template("chatml", None)
 
 
 def changed(rows: list[dict[str, Any]], *which: int) -> list[dict[str, Any]]:
