@@ -8,7 +8,10 @@ strings or as message lists.
 from __future__ import annotations
 
 import datetime
+import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -200,7 +203,8 @@ def _tokenize_batch(
 ) -> dict[str, list[Any]]:
     """Columns of rows → columns of ids, with the fate of each row."""
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    found = _row_tokenizer(tokenizer, preparation, implicit).tokenize(rows, indices)
+    with _without_garbage_collection():
+        found = _row_tokenizer(tokenizer, preparation, implicit).tokenize(rows, indices)
     return {
         "prompt_ids": [tokens.prompt for tokens in found],
         "chosen_ids": [tokens.chosen for tokens in found],
@@ -210,6 +214,19 @@ def _tokenize_batch(
         "drop": [tokens.drop for tokens in found],
         "warn": [tokens.warn for tokens in found],
     }
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """A batch makes many objects and hardly a circle; looking for these all along takes a fifth of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.collect(0)  # those of this batch, and not all that libraries hold
+            gc.enable()
 
 
 _row_tokenizers: list[tuple[tuple[Any, ...], RowTokenizer]] = []

@@ -69,7 +69,8 @@ class ChatTemplate:
         return {name: kwargs[name] for name in kwargs if name in self.reads}, [n for n in kwargs if n not in self.reads]
 
     def bind(self, tools: Any, variables: dict[str, Any]) -> BoundTemplate:
-        return BoundTemplate(self, {**self._given, "tools": tools, **variables})
+        # Jinja looks all of its globals through for every rendering; once will do.
+        return BoundTemplate(self, {**self.compiled.globals, **self._given, "tools": tools, **variables})
 
 
 class BoundTemplate:
@@ -80,7 +81,10 @@ class BoundTemplate:
 
     def render(self, messages: Messages, answer: bool = False) -> str:
         """The text of messages in the form of :func:`plain`; with ``answer``, and the beginning of an answer."""
-        return self.template.compiled.render(messages=messages, add_generation_prompt=answer, **self._given)
+        compiled = self.template.compiled
+        given = {**self._given, "messages": messages, "add_generation_prompt": answer}
+        context = compiled.environment.context_class(compiled.environment, given, compiled.name, compiled.blocks)
+        return "".join(compiled.root_render_func(context))
 
     def render_marked(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
         """The text without the beginning of an answer, and where its ``{% generation %}`` blocks lie."""
