@@ -11,12 +11,11 @@ import pyarrow.compute as pc
 
 from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.reasons import DROP_REASONS, DROP_REMEDIES, NOTES, WARN_REASONS
-from fastdpo.data.row_digests import MASK_COLUMNS, row_digests
+from fastdpo.data.row_digests import MASK_COLUMNS, part_hashes
 from fastdpo.data.summary import DataSummary, LengthStats
 from fastdpo.data.truncation import cut
 from fastdpo.data.work import estimate_work
 
-_SWAPPED = ("prompt_ids", "rejected_ids", "chosen_ids")
 _MOST_DETAILS = 5
 
 
@@ -128,10 +127,10 @@ def _identical_once_cut(
 
 def repeated_rows(tokenised: datasets.Dataset, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows that say again what a row before them says, and rows that say the opposite."""
-    rows = tokenised.select(kept)
-    digests = np.concatenate([row_digests(rows, order) for order in (TOKEN_COLUMNS, _SWAPPED)])
-    pairs = np.ascontiguousarray(digests).view([("a", np.uint64), ("b", np.uint64)]).reshape(-1)
-    codes = np.unique(pairs, return_inverse=True)[1]
+    prompt, chosen, rejected = part_hashes(tokenised.select(kept)).T
+    pairs = np.concatenate([np.stack([prompt, chosen, rejected], 1), np.stack([prompt, rejected, chosen], 1)])
+    names = np.ascontiguousarray(pairs).view([(name, np.int64) for name in "pcr"]).reshape(-1)
+    codes = np.unique(names, return_inverse=True)[1]
     here = np.arange(len(kept))
     name, opposite = codes[: len(kept)], codes[len(kept) :]
     first = np.full(2 * len(kept), len(kept))

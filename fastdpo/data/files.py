@@ -242,7 +242,7 @@ def check_columns(dataset: datasets.Dataset, source: str = "the dataset") -> Non
     found = dataset.column_names
     missing = [name for name in ("chosen", "rejected") if name not in found]
     if missing:
-        near = {name: difflib.get_close_matches(name, found, n=1) for name in missing}
+        near = {name: difflib.get_close_matches(name, found, n=1, cutoff=0.75) for name in missing}
         hints = "".join(f" Is {match[0]!r} meant for {name!r}?" for name, match in near.items() if match)
         raise DataError(
             f"{source}: missing column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}; found "

@@ -36,6 +36,29 @@ def row_digests(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS) -> n
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, ROW_DIGEST_BYTES)
 
 
+def part_hashes(dataset: Dataset) -> np.ndarray:
+    """int64 [rows, 3]: a hash each of prompt, chosen and rejected, with their masks; the same within this process."""
+    found = []
+    masks = [name if name in dataset.column_names else None for name in (None, *MASK_COLUMNS)]
+    columns = [*TOKEN_COLUMNS, *filter(None, masks)]
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        hashes = []
+        for name, mask in zip(TOKEN_COLUMNS, masks, strict=True):
+            parts = _pieces(table.column(name))
+            if mask:
+                parts = [(ids, marks) for ids, marks in zip(parts, _pieces(table.column(mask)), strict=True)]
+            hashes.append([hash(part) for part in parts])
+        found.append(np.array(hashes, np.int64).T)
+    return np.concatenate(found) if found else np.zeros((0, len(TOKEN_COLUMNS)), np.int64)
+
+
+def _pieces(column: pa.ChunkedArray) -> list[bytes]:
+    """The bytes of each list of a column."""
+    ids, starts = _ids_and_starts(column)
+    whole, bounds = ids.tobytes(), (starts * ids.itemsize).tolist()
+    return [whole[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+
+
 def _ids_and_starts(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """All ids of a column of lists, one after another, and where each row's begin; one entry more than rows."""
     lists = column.combine_chunks()

@@ -420,6 +420,7 @@ def test_num_proc_changes_nothing() -> None:
         ([{"prompt": "p", "chosen": "", "rejected": "x"}] * 3, "left of 3. 3 dropped because chosen or rejected is"),
         ([{"prompt": "p", "chosen": "c"}], r"missing column 'rejected'; found 'prompt', 'chosen'\. Needed"),
         ([{"question": "p", "Chosen": "c", "reject": "d"}], "missing columns .*Is 'reject' meant for 'rejected'"),
+        ([{"prompt": "p", "chosen": "c", "project": "d"}], r"missing column 'rejected'; .* renames\)\.$"),
         ([{"prompt": "p", "chosen": 1, "rejected": 2}], "column 'chosen' has type .*int64"),
         ([{"chosen": [{"from": "a", "value": "x"}], "rejected": [{"from": "a", "value": "y"}]}], "'chosen' has type"),
         ([{"prompt": "p", "chosen": "c", "rejected": "d", "image": "x.png"}], "column 'image' found, but only text"),
