@@ -211,6 +211,18 @@ def test_an_end_token_is_appended_where_there_is_none() -> None:
     assert other.warn == []
 
 
+def test_the_next_turns_header_is_no_part_of_an_answer() -> None:
+    tokenizer = tokenizer_with(family_template("command_a_with_header"))
+    for answer in ([assistant("So.")], [assistant("So."), user("Eh?"), assistant("Yes.")]):
+        row = {"prompt": [user("Why?")], "chosen": answer, "rejected": [assistant("No.")]}
+        tokens = tokenize(row, tokenizer)
+        assert "header_cut" in tokens.warn
+        for side in SIDES:
+            assert scored_text(tokens, side, tokenizer) == "".join(
+                f"{message['content']}<|END_OF_TURN_TOKEN|>" for message in row[side] if message["role"] == "assistant"
+            )
+
+
 def test_a_template_that_is_given_what_it_cannot_take_says_what() -> None:
     tokenizer = tokenizer_with("{% for m in messages %}{{ m.role + m.content.text }}{% endfor %}")
     row = {"prompt": [user("Why?")], "chosen": [assistant("So.")], "rejected": [assistant("No.")]}
