@@ -152,7 +152,7 @@ def test_every_peer_computes_the_same(name, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_truth_is_autograds(variant, monkeypatch):
-    monkeypatch.setattr("truth._CHUNK_BYTES", 8 * 72 * 7)  # several chunks, the last one short
+    monkeypatch.setattr("loss_layer.truth._CHUNK_BYTES", 8 * 72 * 7)  # several chunks, the last one short
     problem = make_problem(small_case(**VARIANTS[variant]))
     truth, exact = compute_truth(problem, BETA), exact_step(problem)
     assert truth.loss == pytest.approx(exact.loss, rel=1e-12)

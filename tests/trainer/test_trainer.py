@@ -26,6 +26,11 @@ from fastdpo.trainer.trainer import disable_dropout
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
 def losses(trainer: DPOTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
