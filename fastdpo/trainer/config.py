@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from fastdpo.data.prepare import TRUNCATION_MODES
 from fastdpo.loss.objectives import F_DIVERGENCES, OBJECTIVES
@@ -21,8 +21,8 @@ class DPOConfig(TrainingArguments):
 
     Names and defaults are those of TRL's ``DPOConfig``, except:
 
-    - ``bf16``: on where there is an accelerator that computes in it, and off on a CPU (TRL: on everywhere, which
-      raises on a CPU unless ``use_cpu`` is given).
+    - ``bf16``: on where there is an accelerator that computes in it, and off on a CPU (TRL: on everywhere). Asked for
+      without an accelerator, it runs on the CPU (TRL: raises unless ``use_cpu`` is given).
     - ``include_num_input_tokens_seen``: ``non_padding``, for the metric ``num_tokens`` to survive a resume.
     - ``precompute_ref_log_probs``: keeps them on disk, in ``ref_cache``, and reads them from there the next time.
     - ``loss_type``: SimPO, ORPO and CPO as well, which need no reference. Options of the losses are those of
@@ -208,6 +208,8 @@ class DPOConfig(TrainingArguments):
             )
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if (self.bf16 or self.bf16_full_eval) and not torch.accelerator.is_available() and not is_torch_xla_available():
+            self.use_cpu = True  # where it would run anyway: transformers refuses bfloat16 unless that is said
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to copy to, and torch warns of it
         # transformers calls it activation_checkpointing, and warns about the older name that everyone's scripts use.

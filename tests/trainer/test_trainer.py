@@ -525,6 +525,13 @@ def test_config_defaults_run_on_this_machine(tmp_path):
     assert (args.learning_rate, args.logging_steps, args.beta, args.max_length) == (1e-6, 10, 0.1, 1024)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without an accelerator")
+@pytest.mark.parametrize("options", [{"bf16": True}, {"bf16_full_eval": True}])
+def test_config_takes_bfloat16_without_an_accelerator(tmp_path, options):
+    args = DPOConfig(str(tmp_path), **options)
+    assert args.device == torch.device("cpu") and all(getattr(args, name) for name in options)
+
+
 def test_trainer_refuses(tmp_path, tokenizer):
     model = make_model("llama")
     rows = Dataset.from_list(text_rows(2))
