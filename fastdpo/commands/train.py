@@ -110,11 +110,8 @@ def _start_report(
     if not trainer.is_world_process_zero():
         return None
     size = report_args.size()
-    if checkpoint is None and (size.pairs or size.samples):
-        console.print(
-            f"For the report: rewards of {size.pairs} pairs and {size.samples} completions, before and after "
-            "(--report_pairs, --report_samples)."
-        )
+    if checkpoint is None and (size.pairs != 0 or size.samples != 0):
+        console.print("For the report: a look at the policy, before and after (--report_pairs, --report_samples).")
     names = (settings["model_name_or_path"], settings["dataset_name"])
     return RunReport(
         trainer,

@@ -27,25 +27,30 @@ class Drawing:
             the vocabulary, with the logits divided by this.
         seed: of the draws; the caller's random state is left as it was.
         batch_size: prompts at a time.
+        max_seconds: after which a batch's completions are cut where they are (at least a token long); None for no such
+            limit.
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     seed: int = 0
     batch_size: int = 8
+    max_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("temperature", 0), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it should be at least {least}")
+        for name, least in (("max_new_tokens", 1), ("temperature", 0), ("batch_size", 1), ("max_seconds", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it should be at least {least}")
 
 
 @dataclass(frozen=True)
 class Text:
-    """A completion; ``ended`` is False where it was cut at the length limit."""
+    """A completion of so many tokens; ``ended`` is False where it was cut at a limit."""
 
     text: str
     ended: bool
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,7 @@ def _generation_config(drawing: Drawing, ends: set[int], pad: int) -> Generation
     return GenerationConfig(
         do_sample=drawing.temperature > 0,
         max_new_tokens=drawing.max_new_tokens,
+        max_time=drawing.max_seconds,
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
         use_cache=True,
@@ -186,7 +192,7 @@ def _pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tenso
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: set[int]) -> Text:
     length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return Text(tokenizer.decode(tokens[:length], skip_special_tokens=True), ended=length < len(tokens))
+    return Text(tokenizer.decode(tokens[:length], skip_special_tokens=True), length < len(tokens), length)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from fastdpo.report.facts import command_line, device_name, environment
 from fastdpo.report.page import write_report
@@ -60,7 +63,7 @@ class RunReport:
         end, notes = None, self._notes()
         if look:
             try:
-                end = self._taker.take()
+                end = self._taker.take(like=self._start)
             except KeyboardInterrupt:
                 notes.append("The look at the policy when the run stopped was itself stopped.")
         trainer = self._trainer
@@ -89,6 +92,7 @@ class RunReport:
             has_reference=trainer.args.loss_options.takes_reference,
             first_step=getattr(trainer, "_initial_global_step", 0),
             seconds=seconds,
+            whole_seconds=time.time() - psutil.Process().create_time(),
             start=self._start,
             end=end,
             summaries=trainer.data_summaries,

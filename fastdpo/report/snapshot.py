@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from datasets import Dataset
 from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.model.generation import Drawing, complete
 from fastdpo.model.scoring import evaluating
+from fastdpo.report.look_budget import LookBudget, pairs_of_run
 from fastdpo.trainer.checkpoints import START_FILE
 
 if TYPE_CHECKING:
@@ -28,17 +30,23 @@ _LONGEST_PROMPT = 512
 
 @dataclass(frozen=True)
 class SnapshotSize:
-    """How much is looked at; 0 for nothing of a kind.
+    """How much is looked at; 0 for nothing of a kind, None for as much as the run's length pays for.
 
     Attributes:
-        pairs: rows to compute the implicit rewards of.
-        samples: prompts to complete, greedily.
-        max_new_tokens: where completions are cut.
+        pairs: rows to compute the implicit rewards of; None for at most 64.
+        samples: prompts to complete, greedily; None for at most 4.
+        max_new_tokens: where completions are cut; None for 64, or earlier.
     """
 
-    pairs: int = 64
-    samples: int = 4
-    max_new_tokens: int = 64
+    pairs: int | None = None
+    samples: int | None = None
+    max_new_tokens: int | None = None
+
+
+# What None stands for where the time suffices.
+MOST = SnapshotSize(pairs=64, samples=4, max_new_tokens=64)
+# Shorter completions, cut for want of time, say nothing.
+_FEWEST_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,8 @@ class Snapshot:
         chosen_rewards, rejected_rewards: implicit rewards, one a row.
         samples: prompts with completions.
         no_rewards, no_samples: why there are none; empty where there are some.
+        max_new_tokens: where the completions were cut.
+        seconds: that looking took.
     """
 
     key: str
@@ -73,6 +83,8 @@ class Snapshot:
     samples: list[Sample] = field(default_factory=list)
     no_rewards: str = ""
     no_samples: str = ""
+    max_new_tokens: int = 0
+    seconds: float = 0.0
 
     @property
     def margins(self) -> list[float]:
@@ -104,20 +116,36 @@ class SnapshotTaker:
     weights: where they are sharded, the snapshot says that there is nothing to see.
     """
 
-    def __init__(self, trainer: DPOTrainer, size: SnapshotSize) -> None:
-        self._trainer, self._size = trainer, size
+    def __init__(self, trainer: DPOTrainer, size: SnapshotSize, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._trainer, self._size, self._clock = trainer, size, clock
         dataset, self._rows_of = _dataset_of(trainer)
-        count = min(len(dataset), size.pairs)
+        count = min(len(dataset), MOST.pairs if size.pairs is None else size.pairs)
         # Rows for samples come from a choice of their own, which does not change with the number of pairs.
-        self._rows = [dataset[i] for i in _spread(len(dataset), count)]
-        self._samples = _different_prompts(dataset, size.samples)
+        self._rows = [dataset[i] for i in _evenly_ordered(_spread(len(dataset), count))]
+        self._samples = _different_prompts(dataset, MOST.samples if size.samples is None else size.samples)
         ids = [[row[name] for name in TOKEN_COLUMNS] for row in self._rows + self._samples]
         words = json.dumps([self._rows_of, asdict(size), ids])
         self.key = hashlib.sha256(words.encode()).hexdigest()[:16]
 
-    def take(self) -> Snapshot:
-        """Look at the policy as it is now."""
+    def take(self, like: Snapshot | None = None) -> Snapshot:
+        """Look at the policy as it is now.
+
+        Args:
+            like: look at as much as this earlier snapshot did, so that the two can be compared; None for what the size
+                says, or for what the run's length pays for.
+        """
         trainer = self._trainer
+        args = trainer.args
+        budget = LookBudget(
+            pairs_of_run(
+                args.max_steps,
+                args.num_train_epochs,
+                len(trainer.train_dataset),
+                args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                args.world_size,
+            ),
+            self._clock,
+        )
         about = {"key": self.key, "step": trainer.state.global_step, "rows_of": self._rows_of}
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             why = "the weights are sharded over processes, and these snapshots need them whole"
@@ -128,43 +156,66 @@ class SnapshotTaker:
         with torch.random.fork_rng(devices), evaluating(trainer.model), trainer.accelerator.autocast():
             # What cannot be drawn is missing in the report; it is no reason to lose the run that it is about.
             try:
-                found |= self._take_rewards()
+                found |= self._take_rewards(budget, like)
             except Exception as error:
                 found["no_rewards"] = f"scoring them failed: {_in_a_line(error)}"
             try:
-                found |= self._take_samples()
+                found |= self._take_samples(budget, like)
             except Exception as error:
                 found["no_samples"] = f"generating them failed: {_in_a_line(error)}"
-        return Snapshot(**about, **found)
+        return Snapshot(**about, **found, seconds=budget.elapsed)
 
-    def _take_rewards(self) -> dict[str, Any]:
+    def _take_rewards(self, budget: LookBudget, like: Snapshot | None) -> dict[str, Any]:
         if not self._rows:
             return {"no_rewards": "--report_pairs is 0"}
         trainer = self._trainer
         sums: dict[str, list[float]] = {"chosen_reward": [], "rejected_reward": []}
         size = trainer.args.per_device_eval_batch_size
-        for start in range(0, len(self._rows), size):
-            inputs = trainer._prepare_inputs(trainer.data_collator(self._rows[start : start + size]))
+        rows = self._rows[: len(like.chosen_rewards)] if like and like.chosen_rewards else self._rows
+        must = self._size.pairs is not None or rows is not self._rows
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            if start and not must and not budget.allows(len(batch)):
+                break
+            inputs = trainer._prepare_inputs(trainer.data_collator(batch))
             with torch.no_grad():
                 _, per_pair = trainer.pair_losses(trainer.model, inputs)
             for name, values in sums.items():
-                values += per_pair[name].tolist()
+                values += per_pair[name].tolist()  # waits for the device, as a clock needs it
+            budget.count(len(batch))
         return {"chosen_rewards": sums["chosen_reward"], "rejected_rewards": sums["rejected_reward"]}
 
-    def _take_samples(self) -> dict[str, Any]:
+    def _take_samples(self, budget: LookBudget, like: Snapshot | None) -> dict[str, Any]:
         tokenizer = self._trainer.processing_class
-        if not self._size.samples:
+        if self._size.samples == 0:
             return {"no_samples": "--report_samples is 0"}
         if tokenizer is None:
             return {"no_samples": "the data came as token ids, and there is no tokenizer to read them with"}
         model = self._trainer.model
-        drawing = Drawing(max_new_tokens=self._size.max_new_tokens, batch_size=max(1, len(self._samples)))
+        repeats = like is not None and bool(like.samples)
+        asked = like.max_new_tokens if repeats else self._size.max_new_tokens
+        drawing = Drawing(
+            max_new_tokens=MOST.max_new_tokens if asked is None else asked,
+            batch_size=max(1, len(self._samples)),
+            max_seconds=budget.half if asked is None and self._rows else None,
+        )
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LONGEST_PROMPT
         longest = min(_LONGEST_PROMPT, limit - drawing.max_new_tokens)
         rows = [row for row in self._samples if 0 < len(row["prompt_ids"]) <= longest]
+        if repeats:
+            rows = rows[: len(like.samples)]
+        elif self._size.samples is None and self._rows:  # a prompt costs less to read than a pair to score
+            rows = rows[: max(1, int(budget.half / 2 / budget.seconds_per_pair))]
         if not rows:
             return {"no_samples": f"no prompt of the rows looked at has between 1 and {longest} tokens"}
         texts = complete(model, tokenizer, [row["prompt_ids"] for row in rows], drawing)
+
+        cut = max((text.tokens for text in texts if not text.ended), default=drawing.max_new_tokens)
+        if not repeats and cut < min(_FEWEST_TOKENS, drawing.max_new_tokens):
+            return {
+                "no_samples": f"in a tenth of this run's time {cut} tokens can be drawn; --report_samples "
+                f"{len(rows)} --report_max_new_tokens {drawing.max_new_tokens} draws them all the same"
+            }
 
         def read(ids: list[int]) -> str:
             return tokenizer.decode(ids, skip_special_tokens=True)
@@ -180,7 +231,8 @@ class SnapshotTaker:
                     ended=text.ended,
                 )
                 for row, text in zip(rows, texts, strict=True)
-            ]
+            ],
+            "max_new_tokens": cut,
         }
 
 
@@ -224,6 +276,13 @@ def _dataset_of(trainer: DPOTrainer) -> tuple[Dataset, str]:
 def _spread(total: int, count: int) -> list[int]:
     """``count`` of the numbers below ``total``, evenly spread."""
     return np.linspace(0, total - 1, count).round().astype(int).tolist()
+
+
+def _evenly_ordered(rows: list[int]) -> list[int]:
+    """The same rows in an order of which every beginning is spread over them (van der Corput's, base 2)."""
+    bits = max(1, (len(rows) - 1).bit_length())
+    order = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits))
+    return [rows[i] for i in order if i < len(rows)]
 
 
 def _different_prompts(dataset: Dataset, count: int) -> list[dict[str, Any]]:
