@@ -56,9 +56,10 @@ class LookBudget:
         run = _STEP_OVER_SCORING * self.seconds_per_pair * self._pairs_of_run
         return max(LEAST_SECONDS, SHARE * run / 2) / 2
 
-    def allows(self, pairs: int) -> bool:
-        """Whether so many pairs more can be scored in their half."""
-        return self.elapsed + pairs * self.seconds_per_pair <= self.half
+    def affordable(self, most: int) -> int:
+        """How many pairs more, up to ``most``, can be scored in their half; no more at once than were scored before."""
+        left = self.half - self.elapsed
+        return max(0, min(most, self._pairs, int(left / max(self.seconds_per_pair, 1e-9))))
 
 
 def pairs_of_run(max_steps: int, num_train_epochs: float, rows: int, pairs_per_step: int, processes: int) -> float:

@@ -173,10 +173,14 @@ class SnapshotTaker:
         size = trainer.args.per_device_eval_batch_size
         rows = self._rows[: len(like.chosen_rewards)] if like and like.chosen_rewards else self._rows
         must = self._size.pairs is not None or rows is not self._rows
-        for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            if start and not must and not budget.allows(len(batch)):
+        start = 0
+        while start < len(rows):
+            # One pair tells what the others would take; then as many at a time as the time that is left is for.
+            count = size if must else budget.affordable(size) if start else 1
+            if not count:
                 break
+            batch = rows[start : start + count]
+            start += len(batch)
             inputs = trainer._prepare_inputs(trainer.data_collator(batch))
             with torch.no_grad():
                 _, per_pair = trainer.pair_losses(trainer.model, inputs)

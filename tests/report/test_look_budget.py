@@ -41,7 +41,10 @@ def test_both_looks_are_a_share_of_a_run_that_costs_more_than_scoring(pairs: int
 
 def test_pairs_are_scored_while_their_half_lasts() -> None:
     budget = scored(1_000, (4, 2.0), (4, 2.0))  # 1,000 s of run, 50 s a look, 25 s for rewards, 4 of them gone
-    assert budget.allows(42) and not budget.allows(43)
+    assert (budget.affordable(5), budget.affordable(50)) == (5, 8)
+    late = scored(1_000, (40, 20.0), (8, 4.0))
+    assert late.affordable(50) == 2
+    assert scored(1_000, (40, 20.0), (9, 4.5), (2, 1.0)).affordable(50) == 0
 
 
 def test_pairs_of_a_run() -> None:
