@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,75 +18,68 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+class HeadKeywords(TypedDict, total=False):
+    """The options of :func:`dpo_loss` that are not the loss's."""
+
+    ignore_index: int
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    workspace: int | None
+    outputs: Sequence[str]
+    allow_empty: bool
+
+
+class DPOLossKeywords(HeadKeywords, LossKeywords, total=False):
+    """The options of :func:`dpo_loss`; the others of its arguments are :class:`DPOLossInputs`."""
+
+    beta: float
+    loss_type: str | Sequence[str]
+    label_smoothing: float
+
+
+class DPOLossInputs(TypedDict, total=False):
+    """What :func:`dpo_loss` takes beside hidden, weight and targets: of one batch, or of one model."""
+
+    ref_hidden: Tensor | None
+    ref_weight: Tensor | None
+    ref_logps: Tensor | None
+    bias: Tensor | None
+    ref_bias: Tensor | None
+    cu_seqlens: Tensor | None
+    low_rank: LowRankUpdate | Sequence[LowRankUpdate]
+    group: dist.ProcessGroup | None
+    sequence_group: dist.ProcessGroup | None
+
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(dpo_loss).parameters.items()
+    if name in DPOLossKeywords.__annotations__
+}
+
+
 class DPOLoss(nn.Module):
     """:func:`dpo_loss` as a module: the options are given once, the tensors at each call.
 
-    Args: as the options of :func:`dpo_loss`.
+    Args:
+        options: as those of :func:`dpo_loss`, with its defaults.
+
+    Attributes:
+        options: the same, by name.
+
+    Raises:
+        TypeError, ValueError: there is no such option; as :class:`fastdpo.LossOptions`.
     """
 
-    def __init__(
-        self,
-        *,
-        beta: float = 0.1,
-        loss_type: str | Sequence[str] = "sigmoid",
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
-        temperature: float = 1.0,
-        workspace: int | None = None,
-        outputs: Sequence[str] = (),
-        allow_empty: bool = False,
-        **options: Unpack[LossKeywords],
-    ) -> None:
+    def __init__(self, **options: Unpack[DPOLossKeywords]) -> None:
         super().__init__()
-        LossOptions(beta, loss_type, label_smoothing, **options)  # raises
-        self.options = {
-            "beta": beta,
-            "loss_type": loss_type,
-            "label_smoothing": label_smoothing,
-            "ignore_index": ignore_index,
-            "logit_scale": logit_scale,
-            "softcap": softcap,
-            "temperature": temperature,
-            "workspace": workspace,
-            "outputs": tuple(outputs),
-            "allow_empty": allow_empty,
-            **options,
-        }
+        self.options: dict[str, Any] = _DEFAULTS | options
+        LossOptions(**{k: v for k, v in self.options.items() if k not in HeadKeywords.__annotations__})  # raises
 
-    def forward(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        *,
-        ref_hidden: Tensor | None = None,
-        ref_weight: Tensor | None = None,
-        ref_logps: Tensor | None = None,
-        bias: Tensor | None = None,
-        ref_bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        low_rank: LowRankUpdate | Sequence[LowRankUpdate] = (),
-        group: dist.ProcessGroup | None = None,
-        sequence_group: dist.ProcessGroup | None = None,
-    ) -> DPOOutput:
-        """Shapes, result and errors as in :func:`dpo_loss`."""
-        return dpo_loss(
-            hidden,
-            weight,
-            targets,
-            ref_hidden=ref_hidden,
-            ref_weight=ref_weight,
-            ref_logps=ref_logps,
-            bias=bias,
-            ref_bias=ref_bias,
-            cu_seqlens=cu_seqlens,
-            low_rank=low_rank,
-            group=group,
-            sequence_group=sequence_group,
-            **self.options,
-        )
+    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **inputs: Unpack[DPOLossInputs]) -> DPOOutput:
+        """Arguments, result and errors as of :func:`dpo_loss`, without the options."""
+        return dpo_loss(hidden, weight, targets, **inputs, **self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
