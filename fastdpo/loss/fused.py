@@ -21,7 +21,7 @@ from fastdpo.logps.ops import OUTPUTS, OpInputs, named_outputs, op_inputs
 from fastdpo.logps.out_of_memory import in_less_memory
 from fastdpo.logps.primitive import DEFAULT_RETAIN_BYTES, Vocabulary, differentiable_logps, vocabulary_of
 from fastdpo.logps.sharded import gathered, refuse_sharded
-from fastdpo.loss.groups import grouped_loss, plan_of, row_bytes
+from fastdpo.loss.groups import GroupedBatch, grouped_loss, plan_of, row_bytes
 from fastdpo.loss.options import LossKeywords, LossOptions
 from fastdpo.loss.outputs import DPOOutput
 from fastdpo.loss.pair_losses import PairLosses
@@ -217,9 +217,8 @@ def _policy_sums(
     if trains and is_here and sequences.counts is not None:
         plan = plan_of(inputs, weight, bias, sequences.counts, workspace)
     if plan is not None and len(plan.groups) > 1 and not losses_of.options.couples_pairs:
-        loss, sums, extras = grouped_loss(
-            hidden, weight, bias, inputs, sequences.lengths, sequences.counts, plan, losses_of, outputs
-        )
+        batch = GroupedBatch(inputs, sequences.lengths, sequences.counts, plan, losses_of, tuple(outputs))
+        loss, sums, extras = grouped_loss(hidden, weight, bias, batch)
         return sums, extras, loss
     retain_bytes = plan.kept * row_bytes(inputs) if plan is not None and len(plan.groups) == 1 else workspace
     logps, *extras = differentiable_logps(inputs, retain_bytes, outputs, vocabulary)
