@@ -107,15 +107,18 @@ class RSOLoss(_PairLoss):
 
 
 def _of_call(
-    first: ChosenRejectedLogps | Tensor, second: ChosenRejectedLogps | Tensor, *older: Tensor | None
+    first: ChosenRejectedLogps | Tensor,
+    second: ChosenRejectedLogps | Tensor,
+    third: Tensor | None,
+    fourth: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The policy's and the reference's chosen and rejected log-probabilities, from either of torchtune's calls."""
-    tensors = [isinstance(value, Tensor) for value in (first, second)]
-    if all(tensors) and all(isinstance(value, Tensor) for value in older):
-        return first, second, *older
-    if any(tensors) or any(value is not None for value in older):
-        raise TypeError(
-            "the call is neither of torchtune's two: give the policy's and the reference's ChosenRejectedOutputs, or "
-            "four tensors: policy chosen, policy rejected, reference chosen, reference rejected log-probabilities"
-        )
-    return first.chosen_logps, first.rejected_logps, second.chosen_logps, second.rejected_logps
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if isinstance(third, Tensor) and isinstance(fourth, Tensor):
+            return first, second, third, fourth
+    elif not (isinstance(first, Tensor) or isinstance(second, Tensor)) and third is None and fourth is None:
+        return first.chosen_logps, first.rejected_logps, second.chosen_logps, second.rejected_logps
+    raise TypeError(
+        "the call is neither of torchtune's two: give the policy's and the reference's ChosenRejectedOutputs, or "
+        "four tensors: policy chosen, policy rejected, reference chosen, reference rejected log-probabilities"
+    )

@@ -66,22 +66,29 @@ def preference_loss(
         if getattr(o, name) not in (None, False):
             raise ValueError(f"{name} needs the log-probabilities of tokens, of which these are sums; use dpo_loss")
 
-    reference = {"reference_chosen_logps": reference_chosen_logps, "reference_rejected_logps": reference_rejected_logps}
-    if reference_free or not o.takes_reference:
-        given = [name for name, value in reference.items() if value is not None]
-        if given and not reference_free:
-            raise ValueError(f"{given[0]} is given, but {o.described} has no reference; it should be None")
+    tensors: dict[str, Tensor | None] = {
+        "policy_chosen_logps": policy_chosen_logps,
+        "policy_rejected_logps": policy_rejected_logps,
+    }
+    references = {
+        "reference_chosen_logps": reference_chosen_logps,
+        "reference_rejected_logps": reference_rejected_logps,
+    }
+    if o.takes_reference and not reference_free:
+        tensors |= references
+    else:
+        for name, value in references.items():
+            if value is not None and not reference_free:
+                raise ValueError(f"{name} is given, but {o.described} has no reference; it should be None")
         check_without_reference(o)
-        reference = {}
-    logps = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps, **reference}
-    lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-    for name, value in logps.items():
+    for name, value in tensors.items():
         if value is None:
             raise ValueError(f"{name} is None; give a tensor, or reference_free=True to go without a reference")
-    if o.needs_tokens and None in lengths.values():
+    if o.needs_tokens and (chosen_lengths is None or rejected_lengths is None):
         hint = ", or ipo_reduction='sum'" if o.loss_types == ("ipo",) else ""
         raise ValueError(f"{o.described} takes means over tokens: give chosen_lengths and rejected_lengths{hint}")
-    for name, value in {**logps, **lengths, "pair_weights": pair_weights}.items():
+    beside = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths, "pair_weights": pair_weights}
+    for name, value in {**tensors, **beside}.items():
         if value is not None and value.shape != policy_chosen_logps.shape:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}; it should be that of policy_chosen_logps, "
@@ -89,24 +96,23 @@ def preference_loss(
             )
 
     # Losses are differences and powers of what 16 bits hold to some three digits.
-    logps = {name: value.float() if value.dtype.itemsize == 2 else value for name, value in logps.items()}
-    nll = -logps["policy_chosen_logps"]
-    if o.average_log_prob:
-        of_length = (chosen_lengths, rejected_lengths) * 2
-        logps = {name: value / n for (name, value), n in zip(logps.items(), of_length, strict=False)}
-    chosen, rejected, *ref = logps.values()
-    ref_chosen, ref_rejected = ref or (0.0, 0.0)
+    logps = [x.float() if x.dtype.itemsize == 2 else x for x in tensors.values() if x is not None]
+    nll = -logps[0]
+    if o.average_log_prob and chosen_lengths is not None and rejected_lengths is not None:
+        logps = [x / n for x, n in zip(logps, (chosen_lengths, rejected_lengths) * 2, strict=False)]
+    chosen, rejected, *reference = logps
+    ref_chosen, ref_rejected = reference or (0.0, 0.0)
     pairs = Pairs(
-        chosen - ref_chosen,
-        rejected - ref_rejected,
-        chosen,
-        rejected,
-        ref_chosen,
-        ref_rejected,
-        nll,
-        chosen_lengths,
-        rejected_lengths,
-        None if chosen_lengths is None else chosen_lengths.to(nll.dtype).mean(),
+        chosen=chosen - ref_chosen,
+        rejected=rejected - ref_rejected,
+        chosen_logps=chosen,
+        rejected_logps=rejected,
+        ref_chosen_logps=ref_chosen,
+        ref_rejected_logps=ref_rejected,
+        chosen_nll=nll,
+        chosen_tokens=chosen_lengths,
+        rejected_tokens=rejected_lengths,
+        batch_tokens=None if chosen_lengths is None else chosen_lengths.to(nll.dtype).mean(),
     )
     losses = mixed_losses(pairs, o)
     if pair_weights is not None:

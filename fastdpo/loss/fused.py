@@ -8,7 +8,7 @@ is in ``groups.py``. Notation: B pairs; a log-ratio is log pi(y|x) - log pi_ref(
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -146,7 +146,7 @@ def dpo_loss(
         allow_empty=allow_empty,
         group=sequence_group,
     )
-    head_options = {
+    head_options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "logit_scale": logit_scale,
         "softcap": softcap,
@@ -216,13 +216,13 @@ def _policy_sums(
     is_here = vocabulary.is_here and sequences.group is None
     if trains and is_here and sequences.counts is not None:
         plan = plan_of(inputs, weight, bias, sequences.counts, workspace)
-    if plan is not None and len(plan.groups) > 1 and not losses_of.options.couples_pairs:
-        batch = GroupedBatch(inputs, sequences.lengths, sequences.counts, plan, losses_of, tuple(outputs))
-        loss, sums, extras = grouped_loss(hidden, weight, bias, batch)
-        return sums, extras, loss
+        if len(plan.groups) > 1 and not losses_of.options.couples_pairs:
+            batch = GroupedBatch(inputs, sequences.lengths, sequences.counts, plan, losses_of, tuple(outputs))
+            loss, sums, extras = grouped_loss(hidden, weight, bias, batch)
+            return sums, extras, loss
     retain_bytes = plan.kept * row_bytes(inputs) if plan is not None and len(plan.groups) == 1 else workspace
-    logps, *extras = differentiable_logps(inputs, retain_bytes, outputs, vocabulary)
-    fields = named_outputs(extras, outputs, inputs)
+    logps, *values = differentiable_logps(inputs, retain_bytes, outputs, vocabulary)
+    fields = named_outputs(values, outputs, inputs)
     extras = {name: sequences.sums(value.view(targets.shape)).double() for name, value in fields.items()}
     return sequences.segment_sums(logps.view(targets.shape)), extras, None
 

@@ -78,7 +78,7 @@ def grouped_loss(
     Raises:
         IndexError: a target outside [0, V); on CUDA that row is NaN.
     """
-    loss, sums, extras = _GroupedLoss.apply(hidden, weight, bias, batch)
+    loss, sums, extras = _GroupedLoss.apply(hidden, weight, bias, batch)  # type: ignore[no-untyped-call]
     return loss, sums, dict(zip(batch.outputs, extras, strict=True))
 
 
@@ -95,7 +95,7 @@ class _GroupedLoss(torch.autograd.Function):
         pairs = len(counts) // 2
         starts = [0, *accumulate(counts)]
         scored = _scored_positions(inputs, starts[-1])
-        gradients = _Gradients((hidden, weight, bias), ctx.needs_input_grad[:3], compute_dtype(inputs.hidden.dtype))
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3], compute_dtype(inputs.hidden.dtype))
         sums = hidden.new_empty(lengths.shape, dtype=torch.float64)
         extras = hidden.new_empty((len(outputs), 2 * pairs), dtype=torch.float64)
         for first, last in plan.groups:
@@ -141,18 +141,19 @@ class _Gradients:
     """Where the groups' gradients come together: hidden's rows, and the sums of weight's and bias's.
 
     Args:
-        inputs: hidden, weight, bias.
-        needs: of which of them the gradient is needed; the others' are None.
+        needs: of which of hidden, weight and bias the gradient is needed; the others' are None.
         compute: the dtype of the sums.
     """
 
-    def __init__(self, inputs: Sequence[Tensor | None], needs: Sequence[bool], compute: torch.dtype) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], compute: torch.dtype
+    ) -> None:
         self.compute = compute
         # float16 would lose small gradients before the loss's scale, by which the backward multiplies, can save them.
-        of_hidden = torch.float32 if inputs[0].dtype == torch.float16 else inputs[0].dtype
+        of_hidden = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         self.hidden, self.weight, self.bias = (
-            torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) if need else None
-            for x, need, dtype in zip(inputs, needs, (of_hidden, compute, compute), strict=True)
+            None if x is None or not need else torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+            for x, need, dtype in zip((hidden, weight, bias), needs, (of_hidden, compute, compute), strict=True)
         )
 
     def take(
@@ -235,7 +236,7 @@ def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if not factor.is_cuda and factor.item() == 1 and not (gradient.dtype == dtype and _graph_is_kept()):
         return gradient.to(dtype)
     result = torch.empty_like(gradient, dtype=dtype)
-    for out, part in zip(result.view(-1).split(_PART), gradient.view(-1).split(_PART), strict=True):
+    for out, part in zip(torch.split(result.view(-1), _PART), torch.split(gradient.view(-1), _PART), strict=True):
         # A 0-dim factor would be rounded to the 16 bits of a gradient that has no more.
         torch.mul(part.to(factor.dtype), factor, out=out)
     return result

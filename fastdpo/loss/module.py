@@ -52,7 +52,7 @@ class DPOLossInputs(TypedDict, total=False):
     sequence_group: dist.ProcessGroup | None
 
 
-_DEFAULTS = {
+_DEFAULTS: dict[str, Any] = {
     name: parameter.default
     for name, parameter in inspect.signature(dpo_loss).parameters.items()
     if name in DPOLossKeywords.__annotations__
@@ -74,7 +74,7 @@ class DPOLoss(nn.Module):
 
     def __init__(self, **options: Unpack[DPOLossKeywords]) -> None:
         super().__init__()
-        self.options: dict[str, Any] = _DEFAULTS | options
+        self.options: dict[str, Any] = {**_DEFAULTS, **options}
         LossOptions(**{k: v for k, v in self.options.items() if k not in HeadKeywords.__annotations__})  # raises
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **inputs: Unpack[DPOLossInputs]) -> DPOOutput:

@@ -200,15 +200,15 @@ class LossOptions:
                     f"{self.described} does not define {option.name}; it defines {', '.join(defined) or 'no options'}"
                 )
         # These change the log-probabilities that all losses of a mix are made from: all but sft's, which are apart.
-        for option in ("f_divergence_type", "average_log_prob", "ld_alpha", "use_weighting"):
-            if getattr(self, option) == LossOptions.__dataclass_fields__[option].default:
+        for changed in ("f_divergence_type", "average_log_prob", "ld_alpha", "use_weighting"):
+            if getattr(self, changed) == LossOptions.__dataclass_fields__[changed].default:
                 continue
-            apart = {"sft"} if option != "use_weighting" else set()
-            without = [name for name in names if option not in OBJECTIVES[name].options and name not in apart]
+            apart = {"sft"} if changed != "use_weighting" else set()
+            without = [name for name in names if changed not in OBJECTIVES[name].options and name not in apart]
             if without:
                 raise ValueError(
-                    f"{option} would change every loss of the mix, but {', '.join(map(repr, without))} does not define "
-                    "it"
+                    f"{changed} would change every loss of the mix, but {', '.join(map(repr, without))} does not "
+                    "define it"
                 )
 
     def _check_combinations(self) -> None:

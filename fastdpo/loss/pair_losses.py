@@ -47,7 +47,7 @@ def _given(options: LossOptions, names: Sequence[str]) -> dict[str, Any]:
 
 def combine_segments(sums: Tensor, options: LossOptions, *, of_policy: bool) -> Tensor:
     """[2n, S] to [2n]: a sequence's log-probability from those of its segments (LD-DPO's weights, if any)."""
-    if sums.shape[1] == 2 and (of_policy or options.ld_reference != "policy"):
+    if options.ld_alpha is not None and sums.shape[1] == 2 and (of_policy or options.ld_reference != "policy"):
         return sums[:, 0] + options.ld_alpha * sums[:, 1]
     return sums.sum(1)
 
