@@ -236,20 +236,6 @@ def test_policy_equal_to_reference_is_ln_2_and_no_reward() -> None:
         assert not output.rejected_rewards.any()
 
 
-def test_no_gradient_flows_through_the_reference() -> None:
-    """By default its output embedding is the policy's, of which it is another use."""
-    batch = make_batch(2, 3, 9, 16, 200, torch.float32)
-    rows, leaves = batch.with_leaves()
-    shared = dpo_loss(**rows.policy(), ref_hidden=rows.ref_hidden.requires_grad_())
-    other, detached = batch.with_leaves()
-    apart = dpo_loss(
-        **other.policy(), ref_hidden=batch.ref_hidden.detach(), ref_weight=batch.weight, ref_bias=batch.bias
-    )
-    assert torch.equal(shared.loss, apart.loss)
-    grads = [torch.autograd.grad(*x) for x in ((shared.loss, leaves), (apart.loss, detached))]
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*grads, strict=True))
-
-
 @pytest.mark.parametrize(
     ("options", "packed"),
     [
@@ -281,10 +267,6 @@ MISUSE = [
     (POLICY | {"targets": EMPTY}, ValueError, "every position is ignore_index (-100): rejected of pair 1"),
     (POLICY | {"targets": BATCH["targets"][:3]}, ValueError, "targets has shape (3, 5); it should be [2B, T]"),
     (POLICY | {"hidden": BATCH["hidden"].long()}, TypeError, "hidden has dtype torch.int64"),
-    (BATCH | {"ref_hidden": BATCH["hidden"][:, :4]}, ValueError, "ref_hidden has shape (4, 4, 8); all but its last"),
-    (BATCH | {"ref_logps": torch.zeros(4)}, ValueError, "ref_logps already is the reference"),
-    (POLICY | {"ref_logps": torch.zeros(3)}, ValueError, "ref_logps has shape (3,); it should be (4,), one a"),
-    (POLICY | {"ref_weight": BATCH["weight"]}, ValueError, "ref_weight and ref_bias belong to ref_hidden"),
     (PACKED | {"cu_seqlens": torch.tensor([0, 3, 10, 10])}, ValueError, "cu_seqlens has shape (4,)"),
     (PACKED | {"cu_seqlens": torch.tensor([0, 11, 10])}, ValueError, "cu_seqlens should rise from 0 to N = 10"),
     (PACKED | {"cu_seqlens": torch.tensor([0.0, 5.0, 10.0])}, TypeError, "cu_seqlens has dtype torch.float32"),
@@ -292,27 +274,6 @@ MISUSE = [
     (POLICY | {"beta": -1.0}, ValueError, "beta is -1.0"),
     (POLICY | {"outputs": ["logits"]}, ValueError, "outputs names 'logits'; it may name entropy, mean_logits, is_top1"),
     (POLICY | {"outputs": ["log_sum_sq_probs"]}, ValueError, "outputs names 'log_sum_sq_probs'; it may name"),
-    (BATCH | {"loss_type": "orpo"}, ValueError, "ref_hidden is given, but loss_type 'orpo' has no reference; leave it"),
-    (
-        POLICY | {"loss_type": "cpo", "ref_logps": torch.zeros(4)},
-        ValueError,
-        "ref_logps is given, but loss_type 'cpo' has no reference; leave it out",
-    ),
-    (
-        POLICY | {"ld_alpha": 0.5, "ref_logps": torch.zeros(4)},
-        ValueError,
-        "ref_logps has one number a completion, but ld_alpha weighs the reference's tokens as well: give ref_logps of",
-    ),
-    (
-        POLICY | {"ld_alpha": 0.5, "ld_reference": "policy"},
-        ValueError,
-        "ld_reference is 'policy', but there is no reference; leave it out",
-    ),
-    (
-        POLICY | {"f_divergence_type": "js_divergence"},
-        ValueError,
-        "f_divergence_type is 'js_divergence', a divergence from a reference, but none is given",
-    ),
     (POLICY | {"workspace": -1}, ValueError, "workspace is -1; it should be at least 0"),
 ]
 
