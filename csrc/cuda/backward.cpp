@@ -8,7 +8,6 @@
 //
 // What backward_chunk is depends on the level (chunk.h), as in the forward.
 #include <algorithm>
-#include <string>
 
 #include "../fastdpo.h"
 #include "head_gradients.h"
