@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from itertools import product
 from pathlib import Path
 
@@ -319,6 +320,32 @@ def prompt_batch(*prompts):
     ids = torch.tensor([[PAD] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return ids, mask
+
+
+class CalledByTheOlderName(LlamaForCausalLM):
+    """As before transformers 5.24, where ``past_key_values`` is the only name of the cache."""
+
+    def forward(self, input_ids, past_key_values=None, **kwargs):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return super().forward(input_ids, past_key_values=past_key_values, **kwargs)
+
+
+def test_the_cache_is_named_as_the_model_names_it():
+    model = tiny_model(0)
+    older = CalledByTheOlderName(model.config).eval()
+    older.load_state_dict(model.state_dict())
+    ids, mask = prompt_batch([2, 3], [3])
+
+    def draw(from_model):
+        generator = torch.Generator().manual_seed(0)
+        return sample_tokens(from_model, ids, mask, end_id=-1, pad_id=PAD, max_new_tokens=8, generator=generator)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        new, old = draw(model), draw(older)
+    assert new.tokens.shape[1] == 8  # no token ends them: all but the first come from the cache
+    assert torch.equal(new.tokens, old.tokens) and torch.equal(new.logps, old.logps)
 
 
 def all_completions():
