@@ -568,4 +568,4 @@ def test_the_whole_demo(tmp_path):
     moved = [not torch.equal(a, b) for a, b in zip(base.parameters(), trained.parameters(), strict=True)]
     assert all(moved)
     assert "4/4" in done.stdout and "after DPO" in done.stdout and "fastdpo train" in done.stdout
-    assert "Traceback" not in done.stderr
+    assert done.stderr == ""  # no line of another library on the screen
