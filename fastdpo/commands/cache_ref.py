@@ -93,10 +93,7 @@ def run(argv: list[str]) -> int:
     Raises:
         UsageError: the flags, the data, the model or the cache that is there cannot be used.
     """
-    try:
-        script_args, model_args, training_args, *_, cache_args = CacheRefParser().read(argv)
-    except SystemExit as exit_:  # --help
-        return int(exit_.code or 0)
+    script_args, model_args, training_args, *_, cache_args = CacheRefParser().read(argv)
     check_sources(script_args, model_args)
     training_args.precompute_ref_log_probs = True
     folder = Path(training_args.ref_cache or Path(training_args.output_dir) / DEFAULT_FOLDER)

@@ -9,39 +9,23 @@ from transformers import AutoTokenizer
 
 from fastdpo.data.account import nothing_left_message, strict_message
 from fastdpo.data.files import TOKEN_COLUMNS, load_preferences
-from fastdpo.data.prepare import TRUNCATION_MODES, examine
+from fastdpo.data.prepare import examine
 from fastdpo.data.view import legend, show_row, worst_rows
 from fastdpo.errors import UsageError, bad_input
 
-EPILOG = """\
-Prints how many pairs are kept, how many are dropped and why, their lengths in tokens, and what a training step costs
-with padded rows and with packed ones; then the doubtful rows, decoded, coloured by what is scored and what is not.
-The mask of every row is checked by decoding it. Nothing is trained, and no weights are loaded.
 
-exit code: 0 if the pairs can be trained on; 2 if not, or, with --strict, if any is dropped or doubtful.
-
-examples:
-  fastdpo check-data pairs.jsonl --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct
-  fastdpo check-data pairs.jsonl --model_name_or_path ./my-model --max_length 2048 --strict --rows 20
-"""
-
-
-def run(argv: list[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run ``fastdpo check-data``.
 
     Args:
-        argv: the words after ``fastdpo check-data``.
+        args: of its parser.
 
     Returns:
         0.
 
     Raises:
-        UsageError: the pairs, the tokenizer or the flags cannot be used; or, with ``--strict``, there are doubts.
+        UsageError: the pairs or the tokenizer cannot be used; or, with ``--strict``, there are doubts.
     """
-    try:
-        args = _make_parser().parse_args(argv)
-    except SystemExit as exit_:  # --help, and argparse's own errors
-        return int(exit_.code or 0)
     console = Console(highlight=False)
     with bad_input():
         dataset = load_preferences(args.file, split=args.dataset_train_split, config_name=args.dataset_config)
@@ -74,42 +58,3 @@ def run(argv: list[str]) -> int:
     doubtful = f", {sum(summary.warned.values())} doubts" if summary.warned else ""
     console.print(f"{len(kept)} of {summary.rows_in} pairs can be trained on{doubtful}.")
     return 0
-
-
-def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastdpo check-data",
-        description="What training would make of a file of preference pairs, without training.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("file", help="pairs: a .jsonl, .json, .parquet or .csv file, a folder, or a Hub dataset")
-    flag = parser.add_argument
-    flag(
-        "--model_name_or_path", required=True, help="model whose tokenizer and chat template to use: a Hub id or folder"
-    )
-    flag("--model_revision", default="main", help="branch, tag or commit of the model on the Hub (default: main)")
-    flag("--trust_remote_code", action="store_true", help="run Python code that comes with the tokenizer")
-    flag("--dataset_config", help="configuration of the dataset, where it has several")
-    flag("--dataset_train_split", default="train", help="split, or slice of one (default: train)")
-    flag(
-        "--max_length", type=_length, default=1024, help="most tokens of prompt and completion, or none (default: 1024)"
-    )
-    flag("--truncation_mode", default="keep_start", choices=TRUNCATION_MODES, help="which end of a long row to keep")
-    flag("--per_device_train_batch_size", type=_count, default=8, help="pairs a step, for its cost (default: 8)")
-    flag("--dataset_num_proc", type=_count, help="processes to tokenize with")
-    flag("--rows", type=int, default=6, help="how many rows to show at most (default: 6)")
-    flag("--strict", action="store_true", help="any dropped or doubtful pair is an error")
-    return parser
-
-
-def _length(text: str) -> int | None:
-    return None if text.lower() == "none" else int(text)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: it should be at least 1")
-    return value

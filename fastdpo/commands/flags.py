@@ -7,7 +7,6 @@ import difflib
 import json
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
+from fastdpo.commands.help_page import FlagHelp, HelpPage
 from fastdpo.errors import UsageError, bad_input
 from fastdpo.report.snapshot import SnapshotSize
 from fastdpo.trainer.config import DPOConfig
@@ -185,11 +185,12 @@ class ReportArguments:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class _HelpFormatter(argparse.HelpFormatter):
+class _Words(argparse.HelpFormatter):
     """One spelling of each flag, where argparse lists --a_b and --a-b; short choices; defaults that say something."""
 
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=min(shutil.get_terminal_size().columns, 110))
+    def describe(self, action: argparse.Action) -> FlagHelp:
+        text = self._expand_help(action) if action.help else ""
+        return FlagHelp(action.dest, self._format_action_invocation(action), text)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         names = [name for name in action.option_strings if "-" not in name.lstrip("-")]
@@ -231,7 +232,6 @@ class TrainParser(HfArgumentParser):
         super().__init__(
             self.dataclasses,
             prog=f"fastdpo {self.command}",
-            formatter_class=_HelpFormatter,
             allow_abbrev=False,  # an abbreviation would accept a misspelt flag as another one
         )
         self.add_argument("--config", help="YAML file of flags (without the dashes); the command line wins over it.")
@@ -260,7 +260,7 @@ class TrainParser(HfArgumentParser):
         first.add_argument("--help_all", action="store_true")
         early, _ = first.parse_known_args(argv)
         if early.help_all:
-            print(self._format_help(everything=True))
+            print(self.help_page().render(everything=True))
             self.exit()
         namespace = self._read_yaml(Path(early.config)) if early.config else None
         namespace, unknown = self.parse_known_args(argv, namespace)
@@ -275,26 +275,21 @@ class TrainParser(HfArgumentParser):
         raise UsageError(f"{message}\n  (fastdpo {self.command} --help describes the flags.)")
 
     def format_help(self) -> str:
-        return self._format_help(everything=False)
+        return self.help_page().render(everything=False)
 
-    def _format_help(self, everything: bool) -> str:
-        formatter = self._get_formatter()
-        formatter.add_text(f"fastdpo {self.command}: {self.summary}")
+    def help_page(self) -> HelpPage:
+        """What ``--help`` and ``--help_all`` say."""
+        describe = _Words(self.prog).describe
         first = {action.dest: action for action in reversed(self._actions)}  # --x, and not --no_x, which comes later
-        groups = [(title, [first[name] for name in names]) for title, names in self.groups().items()]
-        shown = {action.dest for _, actions in groups for action in actions}
-        others = {action.dest: action for action in reversed(self._actions) if action.dest not in shown}
-        if everything:
-            groups.append(("training, less usual", [others[name] for name in sorted(others)]))
-        for title, actions in groups:
-            formatter.start_section(title)
-            formatter.add_arguments(actions)
-            formatter.end_section()
-        if not everything:
-            formatter.start_section(self.others_title)
-            formatter.add_text(", ".join(f"--{name}" for name in sorted(others)))
-            formatter.end_section()
-        return f"{formatter.format_help()}\n{self.help_epilog}"
+        sections = [(title, [describe(first[name]) for name in names]) for title, names in self.groups().items()]
+        shown = {flag.name for _, flags in sections for flag in flags}
+        return HelpPage(
+            heading=f"fastdpo {self.command}: {self.summary}",
+            sections=sections,
+            others_title=self.others_title,
+            others=[describe(first[name]) for name in sorted(first.keys() - shown)],
+            epilog=self.help_epilog,
+        )
 
     def groups(self) -> dict[str, Sequence[str]]:
         """Titles, and the flags under each, that ``--help`` describes."""

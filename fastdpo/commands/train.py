@@ -46,11 +46,8 @@ def run(argv: list[str]) -> int:
     Raises:
         UsageError: the flags, the data or the model cannot be used.
     """
-    try:
-        parser = TrainParser()
-        arguments = parser.read(argv)
-    except SystemExit as exit_:  # --help
-        return int(exit_.code or 0)
+    parser = TrainParser()
+    arguments = parser.read(argv)
     script_args, model_args, training_args, report_args = arguments
     settings = all_settings(arguments)  # as they were asked for: making the trainer fills some in
     output_dir = Path(training_args.output_dir)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 
@@ -80,7 +81,7 @@ def write_model_card(
         The file.
     """
     path = Path(trainer.args.output_dir) / CARD_FILE
-    card = ModelCard.load(path) if path.exists() else ModelCard("---\n---\n")
+    card = _card_at(path)
     is_adapter = isinstance(trainer.model, PeftModel)
     base = trainer.model.config._name_or_path
     data = card.data
@@ -99,6 +100,12 @@ def write_model_card(
     path.parent.mkdir(parents=True, exist_ok=True)
     card.save(path)
     return path
+
+
+def _card_at(path: Path) -> ModelCard:
+    """What is there, or nothing; with a block of metadata, be it an empty one: ModelCard warns where it finds none."""
+    text = path.read_bytes().decode("utf-8-sig") if path.exists() else ""
+    return ModelCard(text if REGEX_YAML_BLOCK.search(text) else f"---\n{{}}\n---\n{text}")
 
 
 def _merged(text: str, ours: str) -> str:

@@ -571,7 +571,10 @@ def test_version_info_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -
     assert main([]) == 2
 
 
-def test_train_help_is_grouped_and_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_help_is_grouped_and_names_every_flag(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert main(["train", "--help"]) == 0
     short = capsys.readouterr().out
     groups = [line for line in short.splitlines() if line.endswith(":") and not line.startswith(" ")]
