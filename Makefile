@@ -40,9 +40,9 @@ lint: venv
 	$(RUN) -m ruff format --check .
 	$(CLANG_FORMAT) --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
 
-# NO_MKDOCS_2_WARNING: its theme's advertisement.
+# Not --quiet, with which --strict sees no warning. NO_MKDOCS_2_WARNING: without the theme's advertisement.
 docs: venv
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 ifeq ($(VENV),none)
 venv: build

@@ -91,22 +91,21 @@ def test_trls_line_takes_effect() -> None:
 
 
 def test_the_loss_that_contributing_adds_is_its_oracles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its functions, as they stand there, in the place that it says."""
-    in_oracle, in_objectives = (code for code in blocks(CONTRIBUTING, "python") if "def _dpop" in code)
+    """Its functions, as they stand there, in the modules that it says."""
+    of_oracle, of_objectives = (code for code in blocks(CONTRIBUTING, "python") if "def _dpop" in code)
     ours, theirs = dict(vars(objectives)), dict(vars(oracle))
-    exec(in_objectives, ours)
-    exec(in_oracle, theirs)
-    row = re.search(r'^"dpop": (Objective\(.*\)),$', text_of(CONTRIBUTING), re.M)[1]
-    monkeypatch.setitem(OBJECTIVES, "dpop", eval(row, ours))
+    exec(of_objectives, ours)
+    exec(of_oracle, theirs)
     monkeypatch.setitem(oracle._PAIRWISE, "dpop", theirs["_dpop"])
     logps = -20 * torch.rand(4, 50, dtype=torch.float64)
     assert (logps[0] < logps[2]).any() and (logps[0] > logps[2]).any()  # on both sides of the penalty
-    losses = fastdpo.preference_loss(*logps, beta=0.3, loss_type="dpop")[0]
-    policy, ref = torch.cat((logps[0], logps[1])), torch.cat((logps[2], logps[3]))
-    torch.testing.assert_close(losses, losses_of_sequences(policy, ref, beta=0.3, loss_type="dpop"))
-    # What the page says of it: with lambda 0 it is DPO.
-    margins = ours["_dpop"](pairs_of(logps), beta=0.3, dpop_lambda=0.0)
-    torch.testing.assert_close(margins, fastdpo.preference_loss(*logps, beta=0.3)[0])
+    for options in ({}, {"dpop_lambda": 50.0}):
+        expected = losses_of_sequences(logps[:2].flatten(), logps[2:].flatten(), beta=0.3, loss_type="dpop", **options)
+        torch.testing.assert_close(ours["_dpop"](pairs_of(logps), beta=0.3, **options), expected)
+    dpo = fastdpo.preference_loss(*logps, beta=0.3)[0]
+    torch.testing.assert_close(ours["_dpop"](pairs_of(logps), beta=0.3, dpop_lambda=0.0), dpo)
+    row = re.search(r'^"dpop": (Objective\(.*\)),$', text_of(CONTRIBUTING), re.M)[1]
+    assert {"dpop_lambda", *OBJECTIVES["hinge"].options} == set(eval(row, ours).options)
 
 
 def pairs_of(logps: torch.Tensor) -> objectives.Pairs:
