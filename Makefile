@@ -18,12 +18,13 @@ RUN := $(VENV)/bin/python
 CLANG_FORMAT := $(VENV)/bin/clang-format
 endif
 
-.PHONY: help demo test lint venv build clean
+.PHONY: help demo test lint docs venv build clean
 
 help:
 	@echo "make demo    train a small language model, then improve it with DPO; no download, under 5 minutes"
 	@echo "make test    build, and run the whole test suite"
 	@echo "make lint    formatting and lint, as a change must have them"
+	@echo "make docs    the documentation, into site/; a broken link is an error"
 	@echo "make venv    make .venv with all that is needed, and build"
 	@echo "make clean   remove what was built"
 	@echo "VENV=none    use the active environment instead of .venv; PYTHON=... names its interpreter"
@@ -38,6 +39,10 @@ lint: venv
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(CLANG_FORMAT) --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
+
+# Not --quiet, with which --strict sees no warning. NO_MKDOCS_2_WARNING: without the theme's advertisement.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 ifeq ($(VENV),none)
 venv: build
@@ -59,4 +64,4 @@ build:
 	$(RUN) -m pip install -q --no-build-isolation --no-deps -e .
 
 clean:
-	rm -rf build fastdpo/*.so fastdpo/_build.json *.egg-info
+	rm -rf build site fastdpo/*.so fastdpo/_build.json *.egg-info

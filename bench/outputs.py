@@ -4,7 +4,7 @@
     python bench/outputs.py --case small --json small.json  and every round
 
 Calls with and without take turns in one process. On the CPU one thread runs and its CPU time is taken, so that others
-on the machine count little. bench/README.md has the method.
+on the machine count little. docs/benchmarks/loss-layer.md has the method.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     python bench/run.py --case small --plot out.png   time and memory over tokens and over the vocabulary
 
 Every measurement runs in a process of its own, after a warm-up on the real shapes, with the peers in turn round after
-round; figures are medians over the rounds. bench/README.md tells the method and how to read the table.
+round; figures are medians over the rounds. docs/benchmarks/loss-layer.md tells the method and how to read the table.
 """
 
 from __future__ import annotations
