@@ -101,7 +101,7 @@ def what_differs(entries: list[dict[str, Any]]) -> list[str]:
     return [f"{name}: not always the same text" for name, texts in said.items() if len(texts) > 1] + notes
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout, built")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
@@ -109,11 +109,14 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.rounds < 1:
         parser.error(f"--rounds is {args.rounds}; it should be at least 1")
-    checkouts = {"here": HERE}
-    if args.against:
-        checkouts["against"] = args.against.resolve()
-        if not (checkouts["against"] / "fastdpo").is_dir():
-            parser.error(f"--against {args.against}: no checkout of fastdpo")
+    if args.against and not (args.against / "fastdpo").is_dir():
+        parser.error(f"--against {args.against}: no checkout of fastdpo")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    checkouts = {"here": HERE} | ({"against": args.against.resolve()} if args.against else {})
     command = sys.argv if arguments is None else ["bench/startup.py", *arguments]
     report = machine.facts_of_run(command, "cpu")
     console = Console(highlight=False)

@@ -40,8 +40,8 @@ def preference_loss(
         policy_chosen_logps, policy_rejected_logps: [B] float, sums of log pi(token) over each completion, in nats.
         reference_chosen_logps, reference_rejected_logps: [B], the same under the reference model. None with
             ``reference_free`` (where they are not used), and for a loss that has no reference (simpo, orpo, cpo).
-        beta, label_smoothing, loss_type (default ``sigmoid``), options: see :class:`fastdpo.LossOptions`, but for
-            ``ld_alpha`` and ``use_weighting``, which need tokens: they are :func:`dpo_loss`'s.
+        beta, label_smoothing, loss_type, options: see :class:`fastdpo.LossOptions`; None is ``sigmoid``. Not
+            ``ld_alpha`` and ``use_weighting``, which need tokens: they are :func:`fastdpo.dpo_loss`'s.
         ipo: the DPO authors' switch: ``loss_type="ipo"`` on sums, as their implementation computes it.
         reference_free: take the reference's log-probabilities as 0.
         chosen_lengths, rejected_lengths: [B], numbers of scored tokens; needed by losses that average over tokens.

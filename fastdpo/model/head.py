@@ -215,7 +215,7 @@ class FusedHead:
             :class:`HeadOutput`, fields of shape [K].
 
         Raises:
-            As a call of this object.
+            ValueError, NotImplementedError: as a call of this object.
         """
         if input_ids.dim() != 2 or input_ids.shape[0] != 1:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it should be [1, N], one packed row")

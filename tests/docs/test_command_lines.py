@@ -112,7 +112,7 @@ def known_flags() -> set[str]:
         parsers.append(read_by_fastdpo([command, *needed.get(command, [])]).parser)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
-        for script in ("run", "train", "rlhf", "outputs", "cuda_blocks"):
+        for script in ("run", "train", "rlhf", "outputs", "startup", "cuda_blocks"):
             read_by_script(script, [])
     flags = {flag for parser in parsers for flag in parser._option_string_actions}
     return {flag for flag in flags if flag.startswith("--")} | {"--debug", "--run-slow"}
