@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 from common import machine
-from loss_layer.cases import HEADS, IGNORE_INDEX, Case, Problem, make_problem, named_case
+from loss_layer.cases import HEADS, IGNORE_INDEX, Case, named_case
+from loss_layer.problem import Problem
 from loss_layer.tables import outputs_table
+from loss_layer.tensors import make_problem
 
 import fastdpo
 from fastdpo.logps import OUTPUTS

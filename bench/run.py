@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
                 everything.append(measure(one, f"{point:,} {axis}", found))
             print(sweep_tables(axis, found), end="\n\n", flush=True)
         if args.plot:
-            from common.plot import plot_sweeps
+            from loss_layer.plot import plot_sweeps
 
             plot_sweeps(report["sweeps"], machine.describe(report["machine"]), args.plot)
     else:

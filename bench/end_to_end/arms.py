@@ -26,7 +26,7 @@ class Arm:
     Attributes:
         library: fastdpo or trl.
         about: one line for the reader of a table.
-        order: one of ``train_data.ORDERS``.
+        order: one of ``data.ORDERS``.
         cached: the reference's log-probabilities are computed once, before training.
         our_head: TRL with ``fastdpo.integrations.trl.enable()``.
         options: what is given to its DPOConfig in every setting.

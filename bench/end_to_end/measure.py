@@ -1,4 +1,4 @@
-"""Runs in a process of its own, started by train_runner.py: trains one arm, and says what that cost.
+"""Runs in a process of its own, started by runner.py: trains one arm, and says what that cost.
 
 Seconds are by the wall clock between the ends of optimiser steps, the first of them the last one of the warm-up, so
 that collation, metrics and the trainer's own work count. Memory is the peak beyond what the process held before the

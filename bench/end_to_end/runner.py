@@ -34,7 +34,7 @@ class Options:
 
 
 class Runs:
-    """Starts processes of train_measure.py, and compares each with the first one of its order.
+    """Starts processes of measure.py, and compares each with the first one of its order.
 
     TRL's arms come first where there are any, so that the first one is TRL's.
     """

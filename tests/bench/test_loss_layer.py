@@ -20,21 +20,13 @@ import run
 import torch
 import torch.nn.functional as F
 from common import machine
-from common.plot import plot_sweeps
 from loss_layer import runner
-from loss_layer.cases import (
-    BETA,
-    HEADS,
-    IGNORE_INDEX,
-    Case,
-    Problem,
-    load_problem,
-    make_problem,
-    named_case,
-    save_problem,
-)
+from loss_layer.cases import BETA, HEADS, IGNORE_INDEX, Case, named_case
 from loss_layer.peers import PEERS
+from loss_layer.plot import plot_sweeps
+from loss_layer.problem import Problem
 from loss_layer.tables import case_table, sweep_tables
+from loss_layer.tensors import load_problem, make_problem, save_problem
 from loss_layer.truth import compute_truth, errors
 from oracle import assert_within
 from torch import Tensor
