@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from fastdpo.loss.sequences import Sequences
 from fastdpo.model.attention import SEGMENTS, RowAttention
-from fastdpo.model.head import IGNORE_INDEX, FusedHead, HeadOutput
+from fastdpo.model.head import FusedHead, HeadOutput
+from fastdpo.model.head_calls import IGNORE_INDEX
 from fastdpo.model.packing import PackedRow
 
 

@@ -38,7 +38,7 @@ from trl.trainer import utils as trl_utils
 
 from fastdpo.data import prepare
 from fastdpo.integrations import trl as our_head
-from fastdpo.model import head
+from fastdpo.model import head_calls
 from fastdpo.trainer.reference import Reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -155,7 +155,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for library, method in CACHE_METHODS.items():
         trainer_class, _ = trainer_classes(library)
         monkeypatch.setattr(trainer_class, method, getattr(trainer_class, method))
-    monkeypatch.setattr(head, "token_logps", head.token_logps)
+    monkeypatch.setattr(head_calls, "token_logps", head_calls.token_logps)
     monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", trl_utils._ChunkedLogProbFunction)
     yield
     our_head.disable()
