@@ -32,6 +32,11 @@ def is_adapter(name: str, *, revision: str | None = None) -> bool:
         return False
 
 
+def has_transformers_adapter(model: nn.Module) -> bool:
+    """Whether transformers itself put an adapter into the model: ``from_pretrained`` of an adapter's name does."""
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
 def base_of_adapter(name: str, *, revision: str | None = None) -> str | None:
     """The name of the model that an adapter was trained on; None where ``name`` is no adapter."""
     if not is_adapter(name, revision=revision):

@@ -29,11 +29,9 @@ from fastdpo.ref_cache.files import DEFAULT_FOLDER
 from fastdpo.ref_cache.fingerprints import base_weights
 from fastdpo.ref_cache.identity import reference_identity, row_words
 from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.datasets import EvalDataset
 from fastdpo.trainer.fsdp2 import keep_requires_grad, shard_without_optimizer
-from fastdpo.trainer.setup import compute_dtype
-
-# What Trainer takes for evaluation: a dataset, or several by name.
-EvalDataset = Dataset | dict[str, Dataset] | None
+from fastdpo.trainer.models import compute_dtype
 
 
 class Reference:
