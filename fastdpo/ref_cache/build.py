@@ -29,7 +29,8 @@ from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.prepare import REFERENCE_COLUMNS
 from fastdpo.data.row_digests import row_digests, rows_fingerprint
 from fastdpo.logps.out_of_memory import is_out_of_memory
-from fastdpo.ref_cache.files import CacheKey, RefCache, RefCacheError
+from fastdpo.ref_cache.files import RefCache, RefCacheError
+from fastdpo.ref_cache.key import CacheKey
 
 # A kill costs no more than this, and a write is small beside it.
 PART_SECONDS = 20.0

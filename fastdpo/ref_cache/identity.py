@@ -28,7 +28,7 @@ def reference_identity(
     mixed_precision: str,
     ld_alpha: float | None = None,
 ) -> dict[str, Any]:
-    """The fields of :class:`fastdpo.ref_cache.CacheKey` beside those of the rows.
+    """The fields of :class:`fastdpo.ref_cache.key.CacheKey` beside those of the rows.
 
     Args:
         model: the reference, with an adapter or without.
