@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
@@ -13,11 +13,10 @@ from fastdpo.report.facts import command_line, device_name, environment
 from fastdpo.report.page import write_report
 from fastdpo.report.picture import draw_training
 from fastdpo.report.record import RunRecord
-from fastdpo.report.snapshot import Snapshot, SnapshotSize, SnapshotTaker, take_start
+from fastdpo.report.snapshot import Snapshot, SnapshotSize
+from fastdpo.report.snapshot_taker import SnapshotTaker, take_start
 from fastdpo.trainer.checkpoints import find_checkpoints
-
-if TYPE_CHECKING:
-    from fastdpo.trainer.trainer import DPOTrainer
+from fastdpo.trainer.trainer import DPOTrainer
 
 REPORT_FILE, PICTURE_FILE = "report.html", "training.png"
 

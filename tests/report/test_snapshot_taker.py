@@ -1,4 +1,4 @@
-"""fastdpo.report.snapshot: what is looked at, and that looking changes nothing."""
+"""fastdpo.report.snapshot_taker: what is looked at, and that looking changes nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from tiny_models import make_model
 from toy_data import make_tokenizer, text_rows
 
 from fastdpo import DPOConfig, DPOTrainer
-from fastdpo.report.snapshot import Snapshot, SnapshotSize, SnapshotTaker, _evenly_ordered, take_start
+from fastdpo.report.snapshot import Snapshot, SnapshotSize
+from fastdpo.report.snapshot_rows import evenly_ordered
+from fastdpo.report.snapshot_taker import SnapshotTaker, take_start
 from fastdpo.trainer.checkpoints import START_FILE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,7 +153,7 @@ def test_completions_that_time_cuts_too_short_are_not_shown(tmp_path: Path, monk
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 12])
 def test_every_beginning_of_the_rows_is_spread_over_them(count: int) -> None:
-    order = _evenly_ordered(list(range(count)))
+    order = evenly_ordered(list(range(count)))
     assert sorted(order) == list(range(count)) and order[0] == 0
     for taken in range(2, count + 1):
         gaps = np.diff([*sorted(order[:taken]), count])
