@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from common.jobs import Job, serve
 from common.memory import memory_of
-from end_to_end.arms import ARMS, CACHE_METHODS, Arm, Setting, make_trainer, trainer_classes
+from common.trainers import CACHE_METHODS, trainer_classes
+from end_to_end.arms import ARMS, Arm, Setting, make_trainer
 from end_to_end.cases import TrainCase
 from end_to_end.data import load_rows, load_tokenizer
 from end_to_end.profile import Profile

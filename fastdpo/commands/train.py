@@ -80,7 +80,7 @@ def run(argv: list[str]) -> int:
 
 def _is_done(checkpoint: Path, args: DPOConfig) -> bool:
     """Whether the run ends at the checkpoint, and its results were written, of which the report is the last."""
-    output_dir = Path(args.output_dir)
+    output_dir = args.folder
     at_end = is_end(checkpoint, max_steps=args.max_steps, num_train_epochs=args.num_train_epochs)
     return at_end and came_from(output_dir, checkpoint) and (output_dir / REPORT_FILE).exists()
 
@@ -147,7 +147,7 @@ def _finish(
     report: RunReport | None,
 ) -> None:
     """Save everything, and say where it is."""
-    output_dir = Path(trainer.args.output_dir)
+    output_dir = trainer.args.folder
     trainer.save_model(str(output_dir))
     trainer.save_metrics("train", metrics)
     trainer.save_state()

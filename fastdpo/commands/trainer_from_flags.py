@@ -21,14 +21,22 @@ from fastdpo.trainer.trainer import DPOTrainer
 
 def check_sources(script_args: ScriptArguments, model_args: ModelArguments) -> None:
     """Raises UsageError unless pairs and a model are named."""
-    _require(script_args.dataset_name, "--dataset_name", "a Hub dataset, a folder, or a .jsonl file of pairs")
-    _require(model_args.model_name_or_path, "--model_name_or_path", "a Hub model, or a folder with one")
-    _check_model_path(model_args.model_name_or_path)
+    _dataset_of(script_args)
+    _check_model_path(_model_of(model_args))
 
 
-def _require(value: str | None, flag: str, meaning: str) -> None:
+def _dataset_of(script_args: ScriptArguments) -> str:
+    return _required(script_args.dataset_name, "--dataset_name", "a Hub dataset, a folder, or a .jsonl file of pairs")
+
+
+def _model_of(model_args: ModelArguments) -> str:
+    return _required(model_args.model_name_or_path, "--model_name_or_path", "a Hub model, or a folder with one")
+
+
+def _required(value: str | None, flag: str, meaning: str) -> str:
     if not value:
         raise UsageError(f"{flag} is needed: {meaning}.")
+    return value
 
 
 def _check_model_path(name: str) -> None:
@@ -53,16 +61,17 @@ def make_trainer(script_args: ScriptArguments, model_args: ModelArguments, train
         "dtype": model_args.dtype,
         "trust_remote_code": training_args.trust_remote_code,
         **_quantization_kwargs(model_args, training_args),
-    } | (training_args.model_init_kwargs or {})
-    with bad_input(f"--model_name_or_path {model_args.model_name_or_path}"):
+    } | training_args.init_kwargs
+    model = _model_of(model_args)
+    with bad_input(f"--model_name_or_path {model}"):
         tokenizer = load_tokenizer(
-            model_args.model_name_or_path,
+            model,
             revision=model_args.model_revision,
             trust_remote_code=training_args.trust_remote_code,
         )
     with bad_input():
         return DPOTrainer(
-            model=model_args.model_name_or_path,
+            model=model,
             args=training_args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -73,7 +82,7 @@ def make_trainer(script_args: ScriptArguments, model_args: ModelArguments, train
 
 def _load_pairs(script_args: ScriptArguments, split: str) -> Dataset:
     with bad_input():
-        return load_preferences(script_args.dataset_name, split=split, config_name=script_args.dataset_config)
+        return load_preferences(_dataset_of(script_args), split=split, config_name=script_args.dataset_config)
 
 
 def make_peft_config(model_args: ModelArguments) -> LoraConfig | None:
@@ -115,7 +124,7 @@ def _quantization_kwargs(model_args: ModelArguments, training_args: DPOConfig) -
             raise UsageError(f"{', '.join(idle)} would have no effect without --load_in_4bit.")
     if not (model_args.load_in_4bit or model_args.load_in_8bit):
         return {}
-    if "quantization_config" in (training_args.model_init_kwargs or {}):
+    if "quantization_config" in training_args.init_kwargs:
         raise UsageError("--model_init_kwargs has a quantization_config, beside --load_in_4bit or --load_in_8bit.")
     # Products in the run's precision, where TRL has that of --dtype: float32, unless it is given.
     dtype = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else model_args.dtype

@@ -178,7 +178,7 @@ def completion_log_probs(model: PreTrainedModel, samples: TokenSamples) -> Tenso
     # Positions beyond the end are never attended to by what comes before them; only the prompt's padding is hidden.
     mask = torch.cat([samples.prompt_mask, torch.ones_like(samples.tokens)], dim=1)
     steps = samples.tokens.shape[1]
-    logits = model(
+    logits: Tensor = model(
         ids[:, :-1],
         attention_mask=mask[:, :-1],
         position_ids=_positions(mask)[:, :-1],

@@ -41,7 +41,8 @@ def base_of_adapter(name: str, *, revision: str | None = None) -> str | None:
     """The name of the model that an adapter was trained on; None where ``name`` is no adapter."""
     if not is_adapter(name, revision=revision):
         return None
-    return PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+    base: str | None = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+    return base
 
 
 def load_adapter(name: str, *, revision: str | None = None, **base_kwargs: Any) -> PeftModel:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from fastdpo.logps.outputs import TokenLogps
 from fastdpo.model.head_calls import IGNORE_INDEX, Probing, Scoring
 from fastdpo.model.head_layers import HeadLayer, find_heads, swapped_forward
+from fastdpo.model.language_model import language_model
 from fastdpo.model.logit_transform import LogitTransform
 
 
@@ -78,7 +79,7 @@ class FusedHead:
                 "the model has a PEFT prompt-learning adapter (prompt tuning, prefix tuning, p-tuning), which puts "
                 "virtual tokens before the text; use an adapter on weights, such as LoRA"
             )
-        self._lm = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._lm = language_model(model)
         self._name = f"{type(self._lm).__name__} (model_type {self._lm.config.model_type!r})"
         if self._lm.config.is_encoder_decoder:
             raise NotImplementedError(f"{self._name} is an encoder-decoder; only causal language models are supported")
@@ -189,6 +190,7 @@ class FusedHead:
         if isinstance(model, nn.DataParallel):
             raise NotImplementedError("nn.DataParallel is not supported; start one process per device (torchrun)")
         self.inspect_once(model)
+        assert self._transform is not None
         scoring = Scoring(
             name=self._name,
             targets=targets,
@@ -257,6 +259,7 @@ class FusedHead:
                 raise NotImplementedError(
                     f"the output embedding of {self._name} is called with {', '.join(kwargs)}, which is not supported"
                 )
+            assert self._armed is not None, "our forward stands in the layer during our calls alone"
             return self._armed(module, hidden)
 
         return forward

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fastdpo.logps.low_rank import LowRankUpdate
 from fastdpo.logps.outputs import TokenLogps
 from fastdpo.logps.primitive import token_logps
-from fastdpo.model.head_adapters import LoraLinear, active_updates
+from fastdpo.model.head_adapters import active_updates
 from fastdpo.model.head_layers import HeadLayer, check_adapter
 from fastdpo.model.logit_transform import LogitTransform, fit_transform, probes
 
@@ -66,7 +68,7 @@ class Scoring:
             )
         if not self.only_columns:
             hidden = hidden[:, self.columns]
-        updates = ()
+        updates: tuple[LowRankUpdate, ...] = ()
         if isinstance(head, LoraLinear):
             check_adapter(head, self.name)  # another adapter may have come since
             updates = active_updates(head, hidden)
@@ -87,6 +89,7 @@ class Scoring:
 
     def logps_in(self, logits: Tensor) -> Tensor:
         """The log-probabilities [B, K] of what the model returned for logits."""
+        assert self.result is not None, "the output embedding was not called"
         logps = self.result.logps
         if logits.shape != (*self.targets.shape, 1) or logits.dtype != logps.dtype:
             raise NotImplementedError(
@@ -111,7 +114,7 @@ class Probing:
     def __call__(self, head: HeadLayer, hidden: Tensor) -> Tensor:
         """Whatever comes in, [1, P, V] goes out."""
         dtype = torch.promote_types(head.weight.dtype, torch.float32)
-        self.sent = probes(head.out_features, dtype, head.weight.device)
+        self.sent = probes(head.weight.shape[0], dtype, head.weight.device)
         return self.sent.clone()[None]  # some models write into their logits
 
     def transform_in(self, logits: Tensor) -> LogitTransform:
@@ -120,4 +123,5 @@ class Probing:
         Raises:
             NotImplementedError: it is not a scale and a softcap.
         """
+        assert self.sent is not None, "the output embedding was not called"
         return fit_transform(self.sent, logits, self.name)

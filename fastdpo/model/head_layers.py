@@ -10,11 +10,12 @@ import contextlib
 import types
 from collections.abc import Callable, Iterator, Sequence
 
+from peft.tuners.lora import Linear as LoraLinear
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastdpo.model.head_adapters import LoraLinear, why_not_supported
+from fastdpo.model.head_adapters import why_not_supported
 
 _HOW_NOT_TO_QUANTIZE = (
     ". Leave it out when the model is quantised: by default BitsAndBytesConfig does; where llm_int8_skip_modules is "

@@ -74,16 +74,16 @@ def check_rows(
             raise RowsNotSupportedError(
                 f"{name} has a sliding window of {window} tokens, which it does not pass on to its attention"
             )
-    error = float((packed - padded).abs().max())
+    difference = float((packed - padded).abs().max())
     # Models take norms and softmaxes in float32, also in float64.
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     rounding = _ROUNDING * eps * float(padded.abs().max())
     allowed = min(rounding, _SHARE * float((plain - padded).abs().max()))
     # Written so that NaN is refused.
-    if not error <= allowed:
+    if not difference <= allowed:
         raise RowsNotSupportedError(
             f"{name} computes something else in packed rows than in padded ones: log-probabilities of a made-up row "
-            f"differ by {error:.2g} nats, where {allowed:.2g} would be rounding"
+            f"differ by {difference:.2g} nats, where {allowed:.2g} would be rounding"
         )
     # The same shapes and the same numbers give the same bits; but how many tokens an expert gets depends on others.
     if leak > 0 and not hasattr(config, "output_router_logits"):
@@ -115,7 +115,8 @@ def _score_made_up(
     padded = out.logps[out.mask]
 
     def row_of(rows: list[dict[str, list[int]]]) -> PackedRow:
-        return RowCollator(layout, collate)(rows)["micro_batches"][0]["row"].to(device)
+        row: PackedRow = RowCollator(layout, collate)(rows)["micro_batches"][0]["row"]
+        return row.to(device)
 
     row, changed_row = row_of(pairs), row_of(changed)
     with attention.watched() as windows:

@@ -43,7 +43,7 @@ class Packing:
 
     def attention_of(self, model: PreTrainedModel | PeftModel) -> RowAttention | None:
         """What ``model`` needs to take the batches; None for padded rows."""
-        return None if self.layout == "padded" else RowAttention(model, self.backend)
+        return None if self.backend is None else RowAttention(model, self.backend)
 
     def require(self, scorer: Scorer, max_length: int | None, device: torch.device, dtype: torch.dtype) -> None:
         """:func:`fastdpo.model.packing_check.check_rows`, of a layout that was chosen ``unchecked``.
@@ -51,7 +51,7 @@ class Packing:
         Raises:
             NotImplementedError: the model does not suit; the message says why.
         """
-        if self.layout == "padded":
+        if self.backend is None:
             return
         try:
             check_rows(scorer, self.layout, self.backend, max_length, device, dtype)

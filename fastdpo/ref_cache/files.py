@@ -69,13 +69,19 @@ class RefCache:
                 )
             return None
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             known = manifest["format"] == FORMAT and manifest["key"].keys() == {f.name for f in fields(CacheKey)}
             complete = manifest["complete"]
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise RefCacheError(f"{path} cannot be read ({error!r}). {_advice(self.folder)}") from error
         if not known or not isinstance(complete, bool):
             raise RefCacheError(f"{path} is of another version of fastdpo. {_advice(self.folder)}")
+        return manifest
+
+    def _manifest_that_is_there(self) -> dict[str, Any]:
+        manifest = self.manifest()
+        if manifest is None:
+            raise RefCacheError(f"{self.folder / MANIFEST} is gone. {_advice(self.folder)}")
         return manifest
 
     def check(self, key: CacheKey, digests: np.ndarray, describe_row: Callable[[int], str] = str) -> CacheKey:
@@ -91,7 +97,7 @@ class RefCache:
         Raises:
             RefCacheError: something differs; the message says all that does.
         """
-        manifest = self.manifest()
+        manifest = self._manifest_that_is_there()
         there, here = manifest["key"], asdict(key)
         found = differences(there, here)
         if there["rows"] != here["rows"]:
@@ -116,7 +122,7 @@ class RefCache:
         Raises:
             RefCacheError: the file is damaged.
         """
-        manifest = self.manifest()
+        manifest = self._manifest_that_is_there()
         tensors = read_tensors(self.folder / LOGPS, key=manifest["key_fingerprint"])
         if tensors is None:
             raise RefCacheError(f"{self.folder / LOGPS} is damaged or absent. {_advice(self.folder)}")

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -48,7 +48,7 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of ``model`` without those of an adapter, under the names that they have without an adapter."""
     if not isinstance(model, PeftModel):
         return dict(model.state_dict())
-    prefix = model.base_model.prefix
+    prefix = cast(str, model.base_model.prefix)
     weights = {}
     for name, tensor in model.get_base_model().state_dict().items():
         parts = name.split(".")

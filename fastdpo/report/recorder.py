@@ -47,7 +47,7 @@ class RunReport:
     ) -> None:
         self._trainer, self._title = trainer, title
         self._settings, self._changed, self._argv = settings, changed, argv
-        self._output_dir = Path(trainer.args.output_dir)
+        self._output_dir = trainer.args.folder
         self._resumed = checkpoint is not None
         self._taker = SnapshotTaker(trainer, size)
         self._start = take_start(self._taker, self._output_dir, checkpoint)

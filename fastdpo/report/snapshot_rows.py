@@ -26,7 +26,7 @@ def dataset_of(trainer: DPOTrainer) -> tuple[Dataset, str]:
 
 def spread(total: int, count: int) -> list[int]:
     """``count`` of the numbers below ``total``, evenly spread."""
-    return np.linspace(0, total - 1, count).round().astype(int).tolist()
+    return [int(i) for i in np.linspace(0, total - 1, count).round()]
 
 
 def evenly_ordered(rows: list[int]) -> list[int]:

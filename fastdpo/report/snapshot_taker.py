@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.model.generation import Drawing, complete
+from fastdpo.model.language_model import language_model
 from fastdpo.model.scoring import evaluating
 from fastdpo.report.look_budget import LookBudget, pairs_of_run
 from fastdpo.report.snapshot import Sample, Snapshot, SnapshotSize
@@ -65,7 +66,7 @@ class SnapshotTaker:
             ),
             self._clock,
         )
-        about = {"key": self.key, "step": trainer.state.global_step, "rows_of": self._rows_of}
+        about: dict[str, Any] = {"key": self.key, "step": trainer.state.global_step, "rows_of": self._rows_of}
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             why = "the weights are sharded over processes, and these snapshots need them whole"
             return Snapshot(**about, no_rewards=why, no_samples=why)
@@ -115,18 +116,19 @@ class SnapshotTaker:
         if tokenizer is None:
             return {"no_samples": "the data came as token ids, and there is no tokenizer to read them with"}
         model = self._trainer.model
-        repeats = like is not None and bool(like.samples)
-        asked = like.max_new_tokens if repeats else self._size.max_new_tokens
+        before = like if like and like.samples else None
+        asked = before.max_new_tokens if before else self._size.max_new_tokens
         drawing = Drawing(
             max_new_tokens=_MOST_NEW_TOKENS if asked is None else asked,
             batch_size=max(1, len(self._samples)),
             max_seconds=budget.half if asked is None and self._rows else None,
         )
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_PROMPT
+        config = language_model(model).config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None) or LONGEST_PROMPT
         longest = min(LONGEST_PROMPT, limit - drawing.max_new_tokens)
         rows = [row for row in self._samples if 0 < len(row["prompt_ids"]) <= longest]
-        if repeats:
-            rows = rows[: len(like.samples)]
+        if before:
+            rows = rows[: len(before.samples)]
         elif self._size.samples is None and self._rows:  # a prompt costs less to read than a pair to score
             rows = rows[: max(1, int(budget.half / 2 / budget.seconds_per_pair))]
         if not rows:
@@ -134,20 +136,20 @@ class SnapshotTaker:
         texts = complete(model, tokenizer, [row["prompt_ids"] for row in rows], drawing)
 
         cut = max((text.tokens for text in texts if not text.ended), default=drawing.max_new_tokens)
-        if not repeats and cut < min(_FEWEST_TOKENS, drawing.max_new_tokens):
+        if not before and cut < min(_FEWEST_TOKENS, drawing.max_new_tokens):
             return {
                 "no_samples": f"in a tenth of this run's time {cut} tokens can be drawn; --report_samples "
                 f"{len(rows)} --report_max_new_tokens {drawing.max_new_tokens} draws them all the same"
             }
 
         def read(ids: list[int]) -> str:
-            return tokenizer.decode(ids, skip_special_tokens=True)
+            return cast(str, tokenizer.decode(ids, skip_special_tokens=True))
 
         return {
             "samples": [
                 Sample(
                     # With its special tokens: they are what the model is given.
-                    prompt=tokenizer.decode(row["prompt_ids"]),
+                    prompt=cast(str, tokenizer.decode(row["prompt_ids"])),
                     chosen=read(row["chosen_ids"]),
                     rejected=read(row["rejected_ids"]),
                     completion=text.text,

@@ -46,7 +46,7 @@ def check_arguments(
         raise TypeError(f"peft_config is a {type(peft_config).__name__}; it should be a peft.PeftConfig")
     if isinstance(model, str):
         has_adapter = is_adapter(model, revision=revision_of(args))
-        quantized = isinstance((args.model_init_kwargs or {}).get("quantization_config"), BitsAndBytesConfig)
+        quantized = isinstance(args.init_kwargs.get("quantization_config"), BitsAndBytesConfig)
         if quantized and not has_adapter and peft_config is None:
             refuse_quantized_alone()
     else:

@@ -24,6 +24,8 @@ class PairBatches(Trainer):
     What it hands to ``compute_loss`` as ``num_items_in_batch`` are the pairs of an optimiser step.
     """
 
+    _signature_columns: list[str] | None  # type: ignore[assignment]  # Trainer says None alone
+
     def _set_signature_columns_if_needed(self) -> None:
         # What Trainer keeps of the rows; its own guess is what the model's forward takes.
         self._signature_columns = [*TOKEN_COLUMNS, *REFERENCE_COLUMNS]

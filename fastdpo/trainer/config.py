@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import TrainingArguments
@@ -43,7 +44,7 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Recompute activations in the backward pass, to save memory. On by default."},
     )
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # type: ignore[assignment]  # None until this machine was asked
         default=None,
         metadata={"help": "Mixed precision in bfloat16. By default on where the accelerator computes in bfloat16."},
     )
@@ -215,7 +216,17 @@ class DPOConfig(TrainingArguments):
         # transformers calls it activation_checkpointing, and warns about the older name that everyone's scripts use.
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing is not False
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
+
+    @property
+    def folder(self) -> Path:
+        """``output_dir``, which is named once this object is made."""
+        return Path(cast(str, self.output_dir))
+
+    @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """``model_init_kwargs``, which are no text any more once this object is made; empty for none."""
+        return dict(cast(dict[str, Any], self.model_init_kwargs or {}))
 
     @property
     def loss_options(self) -> LossOptions:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias, cast
+
 from datasets import Dataset
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.prepare import PreferenceCollator, prepare
 from fastdpo.data.summary import DataSummary
 from fastdpo.model.adapters import load_tokenizer
+from fastdpo.model.language_model import language_model
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.models import revision_of
 
 # What Trainer takes for evaluation: a dataset, or several by name.
-EvalDataset = Dataset | dict[str, Dataset] | None
+EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 
 
 class DatasetPreparer:
@@ -53,9 +56,10 @@ class DatasetPreparer:
             raise TypeError(f"the {name} dataset is a {type(dataset).__name__}; it should be a datasets.Dataset")
         if is_tokenised(dataset):
             return dataset
-        args, tokenizer = self._args, self.tokenizer
+        args = self._args
+        tokenizer = self.tokenizer
         if tokenizer is None:
-            tokenizer = find_tokenizer(self._source, args, needed=True)
+            tokenizer = cast(PreTrainedTokenizerBase, find_tokenizer(self._source, args, needed=True))
         with args.main_process_first(desc=f"tokenizing the {name} dataset"):
             dataset, self.summaries[name] = prepare(
                 dataset,
@@ -75,7 +79,9 @@ class DatasetPreparer:
         return None if datasets is None else self.prepare(datasets, name)
 
 
-def make_collator(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig) -> PreferenceCollator:
+def make_collator(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig
+) -> PreferenceCollator:
     """What makes padded batches of rows, as the settings have it."""
     return PreferenceCollator(
         pad_token_id=pad_token_id(model, tokenizer, args.pad_token),
@@ -107,16 +113,18 @@ def find_tokenizer(source: str, args: DPOConfig, *, needed: bool) -> PreTrainedT
         return None
 
 
-def pad_token_id(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, pad_token: str | None) -> int:
+def pad_token_id(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None, pad_token: str | None
+) -> int:
     """What to pad with: ``pad_token``, which becomes the tokenizer's, or what it and the model have."""
     if tokenizer is None:
         if pad_token is not None:
             raise ValueError(f"pad_token is {pad_token!r}, but there is no tokenizer to look it up in")
-        pad_id = model.config.pad_token_id
+        pad_id: int | None = language_model(model).config.pad_token_id
         return 0 if pad_id is None else pad_id  # attention_mask hides it, whichever it is
     if pad_token is None:
         pad_token = tokenizer.pad_token or tokenizer.eos_token
     if pad_token not in tokenizer.get_vocab():
         raise ValueError(f"pad_token is {pad_token!r}, which is not in the tokenizer's vocabulary")
     tokenizer.pad_token = pad_token
-    return tokenizer.pad_token_id
+    return cast(int, tokenizer.pad_token_id)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import cast
 
 from accelerate import Accelerator
 from torch import nn
 from transformers import DataCollator
 
+from fastdpo.data.prepare import PreferenceCollator
 from fastdpo.model.packing import RowCollator
 from fastdpo.model.packing_choice import choose_packing, obstacles_in
 from fastdpo.model.scoring import Scorer
@@ -77,7 +79,8 @@ class BatchLayout:
         """What makes such batches, where ``padded`` makes padded ones."""
         if self.packing.layout == "padded" and self._args.max_tokens_per_batch is None:
             return padded
-        return RowCollator(self.packing.layout, padded, self._args.max_tokens_per_batch)
+        # Packed rows, or parts of a batch, are not chosen where the caller gave a collator.
+        return RowCollator(self.packing.layout, cast(PreferenceCollator, padded), self._args.max_tokens_per_batch)
 
     def look_once(self, model: nn.Module) -> None:
         """What could not be looked at while the weights were not there; ``model`` is the policy as it is called now.

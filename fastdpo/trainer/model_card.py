@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from fastdpo.data.files import FILE_FORMATS
 from fastdpo.loss.options import LossOptions
+from fastdpo.model.language_model import language_model
 from fastdpo.trainer.config import DPOConfig
 
 CARD_FILE = "README.md"
@@ -81,7 +82,8 @@ class CardFacts:
     @property
     def base(self) -> str:
         """Name or path of what was trained further; empty for a model made in memory."""
-        return self.model.config._name_or_path
+        name: str = language_model(self.model).config._name_or_path
+        return name
 
 
 def write_model_card(
@@ -105,9 +107,9 @@ def write_model_card(
     Returns:
         The file.
     """
-    path = Path(facts.args.output_dir) / CARD_FILE
+    path = facts.args.folder / CARD_FILE
     card = _card_at(path)
-    data = card.data
+    data: Any = card.data  # the kind with a model's fields, of the two that it may be
     data.library_name = data.library_name or ("peft" if isinstance(facts.model, PeftModel) else "transformers")
     data.pipeline_tag = data.pipeline_tag or "text-generation"
     if _is_hub_id(facts.base):

@@ -69,7 +69,7 @@ def make_models(
 def load_model(name: str, args: DPOConfig) -> PreTrainedModel | PeftModel:
     """The model or adapter of this name or path, with ``args.model_init_kwargs``; an adapter to be trained further."""
     # float32 weights: steps of 1e-6 are lost in bfloat16 ones.
-    kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **args.init_kwargs}
     if kwargs.get("quantization_config") is not None and args.device.type == "cpu":
         kwargs.setdefault("device_map", {"": "cpu"})  # by itself, it goes to the accelerator that use_cpu rules out
     if is_adapter(name, revision=kwargs.get("revision")):
@@ -79,7 +79,8 @@ def load_model(name: str, args: DPOConfig) -> PreTrainedModel | PeftModel:
 
 def revision_of(args: DPOConfig) -> str | None:
     """Branch, tag or commit of a model that is loaded by name; None for the default."""
-    return (args.model_init_kwargs or {}).get("revision")
+    revision: str | None = args.init_kwargs.get("revision")
+    return revision
 
 
 def check_trainable(model: PreTrainedModel | PeftModel, args: DPOConfig, *, is_sharded: bool) -> None:

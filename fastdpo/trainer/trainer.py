@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from fastdpo.data.prepare import REFERENCE_COLUMNS
 from fastdpo.data.summary import DataSummary
 from fastdpo.model.head import FusedHead
+from fastdpo.model.language_model import language_model
 from fastdpo.model.packing_choice import Packing
 from fastdpo.model.scoring import Scorer, count_pairs, micro_batches
 from fastdpo.ref_cache.build import CachedSplit
@@ -89,6 +90,11 @@ class DPOTrainer(PairBatches, HubUploads):
         fastdpo.ref_cache.RefCacheError: the reference cache on disk belongs to another model, other data or settings.
     """
 
+    # Narrower than Trainer has them.
+    args: DPOConfig
+    model: PreTrainedModel | PeftModel
+    processing_class: PreTrainedTokenizerBase | None
+
     # compute_loss divides by the pairs of the accumulation window.
     loss_is_scaled_for_ga = True
 
@@ -110,6 +116,7 @@ class DPOTrainer(PairBatches, HubUploads):
             name = model if isinstance(model, str) else model.config._name_or_path or model.config.model_type
             args = DPOConfig(f"{name.rstrip('/').split('/')[-1]}-DPO")
         check_arguments(model, ref_model, args, data_collator, train_dataset, processing_class, peft_config)
+        assert train_dataset is not None
         set_seed(args.seed)  # a new adapter is random
         later = _weights_come_later(args)
         has_reference_columns = set(REFERENCE_COLUMNS) <= set(train_dataset.column_names)
@@ -122,13 +129,12 @@ class DPOTrainer(PairBatches, HubUploads):
             needs_reference=asks_reference and not args.precompute_ref_log_probs,
             is_sharded=later,
         )
-        source = model if isinstance(model, str) else policy.config._name_or_path
+        source = model if isinstance(model, str) else language_model(policy).config._name_or_path
         self._preparer = DatasetPreparer(
             source, processing_class, args, needs_tokenizer=not is_tokenised(train_dataset)
         )
         tokenizer = self._preparer.tokenizer
-        has_own_collator = data_collator is not None
-        padded = data_collator if has_own_collator else make_collator(policy, tokenizer, args)
+        padded = make_collator(policy, tokenizer, args) if data_collator is None else data_collator
         train_dataset = self._preparer.prepare(train_dataset, "train")
         eval_dataset = self._preparer.prepare_all(eval_dataset, "eval")
 
@@ -166,20 +172,14 @@ class DPOTrainer(PairBatches, HubUploads):
             self._reference,
             args,
             self.accelerator,
-            has_own_collator=has_own_collator,
+            has_own_collator=data_collator is not None,
             has_aux_loss=bool(aux_coef),
             # FSDP leaves the model where it was loaded until the training loop shards it.
             weights_come_later=later or self.is_fsdp_enabled,
         )
         self.data_collator = self._layout.collator(padded)
         if args.precompute_ref_log_probs:
-            self.train_dataset, self.eval_dataset = self._reference.precompute(
-                self.train_dataset,
-                self.eval_dataset,
-                collate=self.data_collator,
-                to_device=self._prepare_inputs,
-                tokenizer=tokenizer if self.data_summaries else None,
-            )
+            self._precompute_reference()
 
     @property
     def data_summaries(self) -> dict[str, DataSummary]:
@@ -201,7 +201,16 @@ class DPOTrainer(PairBatches, HubUploads):
         """With ``args.precompute_ref_log_probs``, what was read and computed for each dataset, by name."""
         return self._reference.splits
 
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+    def _precompute_reference(self) -> None:
+        self.train_dataset, self.eval_dataset = self._reference.precompute(
+            self.train_dataset,
+            self.eval_dataset,
+            collate=self.data_collator,
+            to_device=self._prepare_inputs,
+            tokenizer=self.processing_class if self.data_summaries else None,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader[Any]:
         """As ``Trainer``'s; takes raw rows as well."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._preparer.prepare(eval_dataset, "evaluate")
@@ -255,8 +264,8 @@ class DPOTrainer(PairBatches, HubUploads):
         total = torch.zeros((), device=self.args.device)
         # Gradient checkpointing runs layers again in the backward, which must find the same attention.
         attention = self._policy.attention
-        attention = contextlib.nullcontext() if attention is None else attention.active()
-        with self._advising(training=True), attention:
+        attending = contextlib.nullcontext() if attention is None else attention.active()
+        with self._advising(training=True), attending:
             for i, part in enumerate(parts):
                 # Processes may have different numbers of parts: they meet in the last one's backward.
                 is_last = i + 1 == len(parts)
@@ -308,7 +317,7 @@ class DPOTrainer(PairBatches, HubUploads):
 
     def evaluation_loop(
         self,
-        dataloader: DataLoader,
+        dataloader: DataLoader[Any],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
@@ -327,7 +336,8 @@ class DPOTrainer(PairBatches, HubUploads):
         if sums := self._eval_sums.take():
             # Trainer's own mean counts a short batch of several processes as a full one.
             metrics = {"loss": sums["loss"] / sums["pairs"], **means_of(sums)}
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+            named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+            output = output._replace(metrics=(output.metrics or {}) | named)
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -336,7 +346,7 @@ class DPOTrainer(PairBatches, HubUploads):
         with whole_weights(self.accelerator) if whole else contextlib.nullcontext():
             super().save_model(output_dir, _internal_call)
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # TRL's arguments, which come to the same calls
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,

@@ -18,10 +18,11 @@ import pytest
 import torch
 import train
 from common.jobs import Job
+from common.trainers import CACHE_METHODS, trainer_classes
 from end_to_end import measure as train_measure
 from end_to_end import runner as train_runner
 from end_to_end.agreement import differences, disagreement, tolerance
-from end_to_end.arms import ARMS, CACHE_METHODS, Setting, trainer_classes
+from end_to_end.arms import ARMS, Setting
 from end_to_end.cases import MODELS, TrainCase, make_model, named_cases
 from end_to_end.data import (
     ORDERS,
