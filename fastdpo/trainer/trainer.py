@@ -94,6 +94,7 @@ class DPOTrainer(PairBatches, HubUploads):
     args: DPOConfig
     model: PreTrainedModel | PeftModel
     processing_class: PreTrainedTokenizerBase | None
+    train_dataset: Dataset
 
     # compute_loss divides by the pairs of the accumulation window.
     loss_is_scaled_for_ga = True
