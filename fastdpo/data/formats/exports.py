@@ -45,7 +45,7 @@ def _convert_argilla(row: Row) -> Answers | Row | LeftOut:
     asked = [column for column in columns if column.endswith(_RESPONSES)]
     questions = _argilla_questions(columns, row.get)
     if not questions:
-        if any(row[column] for column in asked):
+        if all(row[column] for column in asked):
             raise DataError(f"none of {', '.join(asked)} names columns of the row")
         return NOBODY
     responses = _submitted(row, questions[0])

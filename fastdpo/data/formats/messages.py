@@ -49,9 +49,15 @@ def system_first(system: Any, messages: list[Row]) -> list[Row]:
 
 def as_messages(value: Any) -> Any:
     """One message, or a list in either spelling, as a list with roles; other values as they are."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, dict):
         value = [value]
-    if is_message_list(value) and all("from" in m and "value" in m and "role" not in m for m in value):
+    if (
+        is_message_list(value)
+        and "from" in value[0]
+        and all("from" in m and "value" in m and "role" not in m for m in value)
+    ):
         return from_sharegpt(value)
     return value
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -35,7 +35,7 @@ class Exact:
         return self.pa_type
 
     def encode_example(self, value: Any) -> str | None:
-        return None if value is None else to_json(value)
+        return None if value is None else _ENCODE(value)
 
     def decode_example(self, text: str | None, token_per_repo_id: Any = None) -> Any:
         return None if text is None else json.loads(text)
@@ -59,8 +59,8 @@ _TYPES: dict[str, Any] = {
 }
 
 
-def to_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=default)
+_COMPACT: dict[str, Any] = {"ensure_ascii": False, "separators": (",", ":")}
+_ENCODE = json.JSONEncoder(**_COMPACT).encode
 
 
 def kind_of(values: Sequence[Any], column: str) -> str:
@@ -103,8 +103,8 @@ def to_array(values: Sequence[Any], kind: str, column: str) -> pa.Array:
         def refuse(value: Any) -> Any:
             raise DataError(f"column {column!r}: {type_name(value)} cannot be part of a message; write it as text.")
 
-        default = refuse if column in USED_COLUMNS else str
-        values = [None if value is None else to_json(value, default) for value in values]
+        encode = json.JSONEncoder(default=refuse if column in USED_COLUMNS else str, **_COMPACT).encode
+        values = [None if value is None else encode(value) for value in values]
     return pa.array(values, features_of({column: kind}).arrow_schema.field(column).type)
 
 
