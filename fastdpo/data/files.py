@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
 
 from fastdpo.data.columns import check_columns
-from fastdpo.data.reading.opening import FILE_FORMATS, DataFile, format_of
-from fastdpo.data.reading.read import How, read_dataset, read_files
-from fastdpo.data.reading.sources import files_of, looks_like_a_path, missing_path_message
+from fastdpo.data.reading.finding import DataFiles, Found, cut, find, splits_in
+from fastdpo.data.reading.opening import FILE_FORMATS, DataFile
+from fastdpo.data.reading.read import How, read_dataset, read_files, rows_of_dataset, rows_of_files
 from fastdpo.data.terms import TOKEN_COLUMNS, USED_COLUMNS, DataError, first_line, type_name
 
 __all__ = [
@@ -22,10 +21,9 @@ __all__ = [
     "check_columns",
     "first_line",
     "load_preferences",
+    "stream_preferences",
     "type_name",
 ]
-
-_OWN_READERS = ("json", "csv", "parquet", "arrow")  # builders of datasets, whose files are read here instead
 
 
 def load_preferences(
@@ -35,6 +33,7 @@ def load_preferences(
     config_name: str | None = None,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
+    data_files: DataFiles | None = None,
 ) -> datasets.Dataset:
     """Load preference pairs, of any format that is known, and check that the columns are there.
 
@@ -48,6 +47,8 @@ def load_preferences(
         format: the format, where it cannot be told or is one's own: its name, or ``path/to/file.py:function``, a
             function of a row that returns ``{"prompt": ..., "chosen": ..., "rejected": ...}``, a list of such, or None.
         columns: where columns have other names: ``{"prompt": "question", ...}``.
+        data_files: which files of a Hub dataset or a folder, by split; or, with ``name`` one of ``json``, ``csv`` and
+            ``parquet``, the files alone.
 
     Returns:
         The pairs, in the columns ``prompt`` (unless the answers begin with it), ``chosen`` and ``rejected``, with
@@ -58,125 +59,69 @@ def load_preferences(
         DataError: nothing is there, the format is unknown, a line cannot be parsed, the split does not exist, there
             are no rows, or columns are missing or of the wrong type.
     """
-    names = [name] if isinstance(name, str) else list(name)
-    if not names:
-        raise DataError("No file is named.")
+    found = _find(name, config_name, data_files)
     how = How(format, dict(columns) if columns else None)
-    what = names[0] if len(names) == 1 else f"{len(names)} files"
-    paths = [Path(each).expanduser() for each in names]
-    if len(names) == 1 and not paths[0].exists() and not looks_like_a_path(names[0]):
-        dataset = _load_by_builder(names[0], split, config_name, how)
-    elif len(names) == 1 and _is_saved(paths[0]):
-        dataset = _call_loader(lambda: _load_saved(paths[0], split), what)
+    if found.dataset is not None:
+        dataset = found.dataset(split)
         if not set(TOKEN_COLUMNS) <= set(dataset.column_names):
-            dataset = read_dataset(dataset, what, how)
-    elif len(names) == 1 and paths[0].is_dir() and (config_name or _says_its_files(paths[0])):
-        dataset = _load_by_builder(names[0], split, config_name, how)
+            dataset = read_dataset(dataset, found.what, how)
     else:
-        by_split: dict[str, list[DataFile]] = {}
-        for path in paths:
-            if not path.exists():
-                raise DataError(missing_path_message(path))
-            for each, files in files_of(path).items():
-                by_split.setdefault(each, []).extend(files)
-        dataset = _read_splits(by_split, split, what, how)
+        wanted = {each: read_files(found.files[each](), how) for each in splits_in(split) & found.files.keys()}
+        dataset = cut(wanted, split, found.what, known=list(found.files))
     if len(dataset) == 0:
-        raise DataError(f"{what}: split {split!r} has no rows.{_why_empty(dataset)}")
+        read = f" Read as {dataset.info.description}." if dataset.info.description else ""
+        raise DataError(f"{found.what}: split {split!r} has no rows.{read}")
     if not set(TOKEN_COLUMNS) <= set(dataset.column_names):  # what prepare made and save_to_disk wrote is as good
-        check_columns(dataset, what)
+        check_columns(dataset, found.what)
     return dataset
 
 
-def _why_empty(dataset: datasets.Dataset) -> str:
-    return f" Read as {dataset.info.description}." if dataset.info.description else ""
+def stream_preferences(
+    name: str | Sequence[str],
+    *,
+    split: str = "train",
+    config_name: str | None = None,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    data_files: DataFiles | None = None,
+) -> datasets.IterableDataset:
+    """The same pairs one after another, read as they are needed: for sets that are larger than memory and disk.
 
+    Args:
+        name, config_name, format, columns, data_files: as for :func:`load_preferences`. Files of the Hub are fetched,
+            and then read as they are needed.
+        split: which split; no slice, for that takes the number of rows.
 
-def _read_splits(by_split: Mapping[str, Sequence[DataFile]], split: str, what: str, how: How) -> datasets.Dataset:
-    """What of the splits' files ``split`` names: a split, a slice of one, or a sum of such."""
-    wanted = {name: read_files(by_split[name], how) for name in by_split if name in split}
-    return _cut(wanted, split, what, known=by_split)
+    Returns:
+        Rows as those of :func:`load_preferences`, without what a row has nothing in. It can be shuffled by way of a
+        buffer, and its ``state_dict`` says where it is.
 
-
-def _cut(
-    splits: Mapping[str, datasets.Dataset], split: str, what: str, known: Mapping[str, Any] | None = None
-) -> datasets.Dataset:
-    sizes = {name: len(rows) for name, rows in splits.items()}
-    try:
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
-    except (ValueError, AssertionError, TypeError) as error:
-        detail = first_line(str(error) or type(error).__name__)
-        names = ", ".join(known if known is not None else splits)
-        raise DataError(f"{what}: {detail.rstrip('.')}. There is: {names}.{_split_hint()}") from error
-    pieces = [
-        splits[part.splitname].select(range(part.from_ or 0, sizes[part.splitname] if part.to is None else part.to))
-        for part in parts
-    ]
-    return pieces[0] if len(pieces) == 1 else datasets.concatenate_datasets(pieces)
-
-
-def _split_hint() -> str:
-    return (
-        " Choose one with --dataset_train_split or --dataset_test_split; a slice such as 'train[:90%]' or "
-        "'train[90%:]' cuts a part for evaluation out of a dataset that has one split."
-    )
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The Hub, and folders that say what is in them
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _is_saved(path: Path) -> bool:
-    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
-
-
-def _load_saved(path: Path, split: str) -> datasets.Dataset:
-    saved = datasets.load_from_disk(str(path))
-    return _cut(saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}, split, str(path))
-
-
-def _says_its_files(path: Path) -> bool:
-    """Whether a card in the folder says which files are which."""
-    card = path / "README.md"
-    if not card.is_file():
-        return False
-    head = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
-    return head.startswith("---") and "\nconfigs:" in head
-
-
-def _load_by_builder(name: str, split: str, config_name: str | None, how: How) -> datasets.Dataset:
-    """By way of ``datasets``, which finds and fetches the files; those that are read here it does not read."""
-    what = f"dataset {name!r}"
-    builder = _call_loader(lambda: datasets.load_dataset_builder(name, config_name), what)
-    files = builder.config.data_files
-    if builder.dataset_name in _OWN_READERS or type(builder).__module__.rsplit(".", 1)[-1] in _OWN_READERS:
-        urls = {each: list(files[each]) for each in files}
-        if urls and all(format_of(url) is not None for each in urls.values() for url in each):
-            wanted = {each: urls[each] for each in urls if each in split}
-            paths = _call_loader(lambda: datasets.DownloadManager(dataset_name=name).download(wanted), what)
-            local = {
-                each: [DataFile.at(Path(path), url) for path, url in zip(paths[each], wanted[each], strict=True)]
-                for each in wanted
-            }
-            wanted_rows = {each: read_files(found, how) for each, found in local.items()}
-            return _cut(wanted_rows, split, what, known=urls)
-    dataset = _call_loader(lambda: datasets.load_dataset(name, config_name, split=split), what)
-    return read_dataset(dataset, what, how)
-
-
-def _call_loader(load: Callable[[], Any], source: str) -> Any:
-    try:
-        return load()
-    except DataError:
-        raise
-    except ConnectionError as error:
+    Raises:
+        DataError: nothing is there, or the split does not exist; and while it is read, a line that cannot be parsed or
+            is of another format.
+    """
+    found = _find(name, config_name, data_files)
+    how = How(format, dict(columns) if columns else None)
+    if found.dataset is not None:
+        rows = found.dataset(split)
+        return datasets.IterableDataset.from_generator(
+            _dataset_stream, gen_kwargs={"dataset": rows, "source": found.what, "how": how}
+        )
+    if split not in found.files:
         raise DataError(
-            f"{source}: there is no such file or folder here, and the Hub could not be reached ({error}). Check the "
-            "name and the network; a local file needs its path and one of the extensions "
-            f"{', '.join(FILE_FORMATS)}."
-        ) from error
-    except (ValueError, OSError, datasets.exceptions.DatasetsError, StopIteration) as error:
-        # Libraries wrap what happened in "An error occurred while generating the dataset".
-        detail = first_line(str(error.__cause__ or error) or type(error).__name__)
-        hint = _split_hint() if "nknown split" in detail or "nvalid split" in detail else ""
-        raise DataError(f"{source}: {detail}{hint}") from error
+            f"{found.what}: there is no split {split!r} to be streamed, there is: {', '.join(found.files)}. A slice of "
+            "one takes the number of its rows; leave streaming out, or name files for each part."
+        )
+    return datasets.IterableDataset.from_generator(_file_stream, gen_kwargs={"files": found.files[split](), "how": how})
+
+
+def _find(name: str | Sequence[str], config_name: str | None, data_files: DataFiles | None) -> Found:
+    return find([name] if isinstance(name, str) else list(name), config_name, data_files)
+
+
+def _file_stream(files: list[DataFile], how: How) -> Iterator[dict[str, Any]]:
+    yield from rows_of_files(files, how, [])
+
+
+def _dataset_stream(dataset: datasets.Dataset, source: str, how: How) -> Iterator[dict[str, Any]]:
+    yield from rows_of_dataset(dataset, source, how, [])
