@@ -14,7 +14,8 @@ from rich.console import Console
 from transformers import ProgressCallback
 
 from fastdpo.commands.flags import ModelArguments, ReportArguments, ScriptArguments, TrainParser
-from fastdpo.data.files import load_preferences
+from fastdpo.commands.pairs import check_sources as check_pairs
+from fastdpo.commands.pairs import label_of, load_pairs
 from fastdpo.errors import INTERRUPTED, UsageError, bad_input
 from fastdpo.model.adapters import load_tokenizer
 from fastdpo.model.quantization import make_quantization_config
@@ -28,7 +29,6 @@ from fastdpo.trainer.progress import OneLineProgress, format_metrics
 from fastdpo.trainer.trainer import DPOTrainer
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from peft import LoraConfig
 
 console = Console(highlight=False, soft_wrap=True)
@@ -64,7 +64,7 @@ def run(argv: list[str]) -> int:
     if trainer.is_world_process_zero():
         _say_what_it_trains_on(trainer, output_dir)
         _say_where_it_starts(checkpoint, output_dir)
-    report = _start_report(trainer, report_args, settings, parser, argv, checkpoint)
+    report = _start_report(trainer, script_args, report_args, settings, parser, argv, checkpoint)
 
     stop = GentleStop()
     trainer.add_callback(stop)
@@ -97,6 +97,7 @@ def _is_done(checkpoint: Path, args: DPOConfig) -> bool:
 
 def _start_report(
     trainer: DPOTrainer,
+    script_args: ScriptArguments,
     report_args: ReportArguments,
     settings: dict[str, Any],
     parser: TrainParser,
@@ -109,7 +110,7 @@ def _start_report(
     size = report_args.size()
     if checkpoint is None and (size.pairs != 0 or size.samples != 0):
         console.print("For the report: a look at the policy, before and after (--report_pairs, --report_samples).")
-    names = (settings["model_name_or_path"], settings["dataset_name"])
+    names = (settings["model_name_or_path"], label_of(script_args))
     return RunReport(
         trainer,
         size,
@@ -123,7 +124,7 @@ def _start_report(
 
 def check_sources(script_args: ScriptArguments, model_args: ModelArguments) -> None:
     """Raises UsageError unless pairs and a model are named."""
-    _require(script_args.dataset_name, "--dataset_name", "a Hub dataset, a folder, or a .jsonl file of pairs")
+    check_pairs(script_args)
     _require(model_args.model_name_or_path, "--model_name_or_path", "a Hub model, or a folder with one")
     _check_model_path(model_args.model_name_or_path)
 
@@ -146,9 +147,8 @@ def make_trainer(script_args: ScriptArguments, model_args: ModelArguments, train
         UsageError: the flags, the data or the model cannot be used.
     """
     # The pairs first: they are read in a second, where a model may take minutes to load.
-    train_dataset = _load_pairs(script_args, script_args.dataset_train_split)
     evaluates = training_args.eval_strategy != "no"
-    eval_dataset = _load_pairs(script_args, script_args.dataset_test_split) if evaluates else None
+    train_dataset, eval_dataset = load_pairs(script_args, evaluates=evaluates, seed=training_args.seed)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -171,11 +171,6 @@ def make_trainer(script_args: ScriptArguments, model_args: ModelArguments, train
             processing_class=tokenizer,
             peft_config=make_peft_config(model_args),
         )
-
-
-def _load_pairs(script_args: ScriptArguments, split: str) -> Dataset:
-    with bad_input():
-        return load_preferences(script_args.dataset_name, split=split, config_name=script_args.dataset_config)
 
 
 def make_peft_config(model_args: ModelArguments) -> LoraConfig | None:
@@ -284,7 +279,7 @@ def _finish(
     trainer.save_model(str(output_dir))
     trainer.save_metrics("train", metrics)
     trainer.save_state()
-    trainer.create_model_card(dataset_name=script_args.dataset_name)
+    trainer.create_model_card(dataset_name=label_of(script_args))
     if report is not None:
         report.write(metrics["train_runtime"])
         what = "adapter and tokenizer" if isinstance(trainer.model, PeftModel) else "model and tokenizer"
@@ -301,7 +296,7 @@ def _finish(
         ):
             console.print(f"  {label:<27} {path}")
     if trainer.args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=label_of(script_args))
 
 
 def _say_how_to_resume(argv: list[str], output_dir: Path) -> None:

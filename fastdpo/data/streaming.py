@@ -26,25 +26,18 @@ CHUNK = 1000  # rows that are examined at a time
 
 
 def prepare_stream(
-    rows: datasets.IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    strict: bool = False,
-    buffer_size: int | None = None,
-    seed: int = 0,
-    **how: Any,
+    rows: datasets.IterableDataset, tokenizer: PreTrainedTokenizerBase, *, strict: bool = False, **how: Any
 ) -> datasets.IterableDataset:
     """What :func:`fastdpo.data.prepare` makes of rows, made as they are needed.
 
-    What it says at the beginning of a run of all rows, this says of each chunk of rows that has something to say.
-    Repeated pairs are seen within a chunk.
+    What it says of all rows, this says of each chunk of rows that has something to say. Repeated pairs are seen within
+    a chunk.
 
     Args:
-        rows: of :func:`fastdpo.data.stream_preferences`, or any with the same columns.
+        rows: of :func:`fastdpo.data.stream_preferences`, or any with the same columns; shuffled by way of a buffer
+            (``rows.shuffle(seed=…, buffer_size=…)``) or in their own order.
         tokenizer: what they are tokenised with.
         strict: whether a row that is dropped or doubtful is an error.
-        buffer_size: rows come from among so many, chosen at random; None for the order in which they are.
-        seed: of that choice. Another epoch has another one.
         how: what ``prepare`` takes beside these (``max_length``, ``truncation_mode``, …).
 
     Returns:
@@ -54,10 +47,8 @@ def prepare_stream(
     Raises:
         DataError: see ``prepare``; when the rows are asked for.
     """
-    wrapped = datasets.IterableDataset.from_generator(_one_column, gen_kwargs={"rows": rows})
-    if buffer_size is not None:
-        wrapped = wrapped.shuffle(seed=seed, buffer_size=buffer_size)
-    return wrapped.map(
+    whole = rows.map(_in_one_column).select_columns(["row"])  # rows need not have the same columns
+    return whole.map(
         _tokenize,
         batched=True,
         batch_size=CHUNK,
@@ -66,9 +57,22 @@ def prepare_stream(
     )
 
 
-def _one_column(rows: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        yield {"row": row}
+def columns_of_stream(rows: datasets.IterableDataset) -> list[str]:
+    """The columns of the first row, which is read for it where nothing says them.
+
+    Raises:
+        DataError: there is no row.
+    """
+    if rows.column_names is not None:
+        return list(rows.column_names)
+    first = next(iter(rows), None)
+    if first is None:
+        raise DataError("The stream has no rows.")
+    return list(first)
+
+
+def _in_one_column(row: dict[str, Any]) -> dict[str, Any]:
+    return {"row": row}
 
 
 def _tokenize(

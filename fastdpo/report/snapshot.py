@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.model.generation import Drawing, complete
@@ -140,7 +140,7 @@ class SnapshotTaker:
             pairs_of_run(
                 args.max_steps,
                 args.num_train_epochs,
-                len(trainer.train_dataset),
+                _pairs_in(trainer),
                 args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
                 args.world_size,
             ),
@@ -267,6 +267,17 @@ def take_start(taker: SnapshotTaker, output_dir: Path, checkpoint: Path | None) 
     return None
 
 
+_OF_A_STREAM = 200  # pairs of a stream among which those to look at are chosen
+
+
+def _pairs_in(trainer: DPOTrainer) -> int:
+    """How many pairs an epoch has; for a stream, as many as the run reads."""
+    if isinstance(trainer.train_dataset, Dataset):
+        return len(trainer.train_dataset)
+    args = trainer.args
+    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
 def _dataset_of(trainer: DPOTrainer) -> tuple[Dataset, str]:
     held_out = trainer.eval_dataset
     if isinstance(held_out, dict) and held_out:
@@ -274,6 +285,9 @@ def _dataset_of(trainer: DPOTrainer) -> tuple[Dataset, str]:
         return held_out, f"the evaluation set {name}, which is not trained on"
     if isinstance(held_out, Dataset):
         return held_out, "the evaluation set, which is not trained on"
+    if isinstance(trainer.train_dataset, IterableDataset):
+        first = list(trainer.train_dataset.take(_OF_A_STREAM))
+        return Dataset.from_list(first), "the first pairs of the training stream, for there is no evaluation set"
     return trainer.train_dataset, "the training set, for there is no evaluation set"
 
 

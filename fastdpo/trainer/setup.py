@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.prepare import REFERENCE_COLUMNS
+from fastdpo.data.streaming import columns_of_stream
 from fastdpo.model.adapters import HAS_ADAPTER, is_adapter, load_adapter, load_tokenizer
 from fastdpo.model.quantization import make_trainable, refuse_quantized_alone
 from fastdpo.trainer.config import DPOConfig
@@ -59,9 +60,11 @@ def check_arguments(
         )
     if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class is a {type(processing_class).__name__}; it should be a tokenizer")
-    if not isinstance(train_dataset, Dataset):
+    if not isinstance(train_dataset, (Dataset, IterableDataset)):
         raise TypeError(f"train_dataset is a {type(train_dataset).__name__}; it should be a datasets.Dataset")
-    given = [name for name in REFERENCE_COLUMNS if name in train_dataset.column_names]
+    if isinstance(train_dataset, IterableDataset):
+        _check_stream(args)
+    given = [name for name in REFERENCE_COLUMNS if name in columns_of(train_dataset)]
     if len(given) == 1:
         raise ValueError(f"train_dataset has the column {given[0]} alone; it should have both, or neither")
     if given and (ref_model is not None or args.precompute_ref_log_probs):
@@ -77,6 +80,28 @@ def check_arguments(
                 f"loss_type {', '.join(args.loss_type)} has no reference, but a reference is given "
                 f"({', '.join(name for name, is_given in named.items() if is_given)}); leave it out"
             )
+
+
+def _check_stream(args: DPOConfig) -> None:
+    """Raises for what a run on pairs that are read as they are needed cannot have."""
+    if args.max_steps <= 0:
+        raise ValueError(
+            "train_dataset is a stream, of which nobody knows how many pairs it has: give max_steps (--max_steps)"
+        )
+    if args.precompute_ref_log_probs:
+        raise ValueError(
+            "train_dataset is a stream, whose reference log-probabilities cannot be computed beforehand: leave "
+            "precompute_ref_log_probs out, or the streaming"
+        )
+    if args.world_size > 1:
+        raise NotImplementedError(
+            f"train_dataset is a stream, which is not supported on {args.world_size} processes; leave streaming out"
+        )
+
+
+def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
+    """The names of the columns; a stream's first row is read for it."""
+    return columns_of_stream(dataset) if isinstance(dataset, IterableDataset) else dataset.column_names
 
 
 def load_model(name: str, args: DPOConfig) -> PreTrainedModel | PeftModel:
@@ -149,9 +174,9 @@ def pad_token_id(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, pa
     return tokenizer.pad_token_id
 
 
-def is_tokenised(dataset: Dataset) -> bool:
+def is_tokenised(dataset: Dataset | IterableDataset) -> bool:
     """Whether the rows are token ids already."""
-    return set(TOKEN_COLUMNS) <= set(dataset.column_names)
+    return set(TOKEN_COLUMNS) <= set(columns_of(dataset))
 
 
 def aux_loss_coef(model: PreTrainedModel | PeftModel, args: DPOConfig) -> float:

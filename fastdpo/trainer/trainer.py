@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -30,6 +30,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.prepare import REFERENCE_COLUMNS, PreferenceCollator, prepare
+from fastdpo.data.streaming import prepare_stream
 from fastdpo.data.summary import DataSummary
 from fastdpo.loss.pair_losses import PairLosses
 from fastdpo.model.adapters import adapters_are_neutral, copy_of_what_is_trained
@@ -49,6 +50,7 @@ from fastdpo.trainer.setup import (
     aux_loss_coef,
     check_arguments,
     check_trainable,
+    columns_of,
     compute_dtype,
     disable_dropout,
     find_tokenizer,
@@ -95,7 +97,8 @@ class DPOTrainer(HubUploads):
         ref_model: the reference. By default see above.
         args: by default ``DPOConfig("<model>-DPO")``.
         data_collator: by default ``fastdpo.data.PreferenceCollator``, whose batches another one must also make.
-        train_dataset, eval_dataset: ``datasets.Dataset``; for evaluation also a dict of them.
+        train_dataset, eval_dataset: ``datasets.Dataset``; for evaluation also a dict of them. To train on, also a
+            ``datasets.IterableDataset``, whose rows are tokenised as they are needed.
         processing_class: the tokenizer; by default the one that was saved with the model.
         callbacks, optimizers: as for ``Trainer``.
         peft_config: puts a new adapter on ``model``.
@@ -139,7 +142,7 @@ class DPOTrainer(HubUploads):
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         check_trainable(model, args, is_sharded=_weights_come_later(args))
-        has_reference_columns = set(REFERENCE_COLUMNS) <= set(train_dataset.column_names)
+        has_reference_columns = set(REFERENCE_COLUMNS) <= set(columns_of(train_dataset))
         self._loss_options = args.loss_options
         needs_reference = self._loss_options.takes_reference and not has_reference_columns
         if ref_model is None and needs_reference and not args.precompute_ref_log_probs:
@@ -178,6 +181,8 @@ class DPOTrainer(HubUploads):
                 pad_to_multiple_of=args.pad_to_multiple_of,
             )
         train_dataset = self._prepare(train_dataset, "train", processing_class, args)
+        if isinstance(train_dataset, IterableDataset):
+            args.accelerator_config.dispatch_batches = False  # it would cut batches as if each tensor's rows were pairs
         if isinstance(eval_dataset, dict):
             eval_dataset = {key: self._prepare(rows, key, processing_class, args) for key, rows in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -228,12 +233,21 @@ class DPOTrainer(HubUploads):
     def _prepare(
         self, dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig
     ) -> Dataset:
-        if not isinstance(dataset, Dataset):
+        streamed = name == "train" and isinstance(dataset, IterableDataset)
+        if not isinstance(dataset, Dataset) and not streamed:
             raise TypeError(f"the {name} dataset is a {type(dataset).__name__}; it should be a datasets.Dataset")
         if is_tokenised(dataset):
             return dataset
         if tokenizer is None:
             tokenizer = find_tokenizer(self._processing_class_source, args, needed=True)
+        if streamed:
+            return prepare_stream(
+                dataset,
+                tokenizer,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                strict=args.strict,
+            )
         with args.main_process_first(desc=f"tokenizing the {name} dataset"):
             dataset, self.data_summaries[name] = prepare(
                 dataset,

@@ -25,6 +25,7 @@ from toy_data import assistant, chat_rows, make_tokenizer, text_rows, user, writ
 from fastdpo.data import prepare
 from fastdpo.data.files import load_preferences
 from fastdpo.data.reading import store
+from fastdpo.data.reading.read import as_said
 from fastdpo.data.terms import DataError
 
 pytestmark = pytest.mark.usefixtures("quiet_and_uncached")
@@ -268,6 +269,19 @@ def test_keys_that_structs_fill_in_are_left_out_and_null_columns_stay(tmp_path: 
     assert load_preferences(str(tmp_path / "a.parquet"))[1]["tools"] is None
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
     assert rows_of(tmp_path / "saved") == rows
+
+
+def test_rows_that_are_given_as_a_dataset_lose_what_structs_fill_in_too(tmp_path: Path) -> None:
+    def rows(*arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        # The template renders a content that is a list by printing it, with all that it holds.
+        return [chat_rows(1)[0] | {"chosen": [{"role": "assistant", "content": [{"x": a}]}]} for a in arguments]
+
+    arguments = [{"city": "Oslo"}, {"a": 1}, {"b": None}]
+    alone = [prepare(datasets.Dataset.from_list(rows(a)), make_tokenizer())[0]["chosen_ids"][0] for a in arguments[:2]]
+    together, _ = prepare(datasets.Dataset.from_list(rows(*arguments)), make_tokenizer())
+    assert together["chosen_ids"][:2] == alone
+    plain = datasets.Dataset.from_list(chat_rows(3))
+    assert as_said(plain) is plain  # as nearly all sets are
 
 
 def test_every_spelling_of_strings_and_lists_in_arrow_is_read(tmp_path: Path) -> None:

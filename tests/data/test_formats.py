@@ -384,6 +384,12 @@ def test_what_makes_no_pair_is_counted(name: str, counts: dict[str, int], tmp_pa
         assert sorted(description.split("; left out ")[1:]) == sorted(f"{n}: {why}" for why, n in counts.items())
 
 
+def test_every_format_is_described() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    for name, each in FORMATS.items():
+        assert f"| `{name}` | [{each.title}]({each.source}) |" in page
+
+
 def test_every_format_says_where_it_comes_from() -> None:
     assert all(
         each.source.startswith("https://") and each.title and each.name == name for name, each in FORMATS.items()

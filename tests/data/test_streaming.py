@@ -53,7 +53,7 @@ def test_a_chunk_holds_its_rows_exactly() -> None:
 
 def test_the_buffers_shuffle_loses_nothing_and_another_epoch_has_another(path: Path) -> None:
     plain = [row["ref_chosen_logps"] for row in prepare_stream(stream_preferences(str(path)), TOKENIZER)]
-    shuffled = prepare_stream(stream_preferences(str(path)), TOKENIZER, buffer_size=5, seed=3)
+    shuffled = prepare_stream(stream_preferences(str(path)).shuffle(seed=3, buffer_size=5), TOKENIZER)
     orders = []
     for epoch in (0, 1, 0):
         shuffled.set_epoch(epoch)

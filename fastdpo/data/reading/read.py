@@ -14,7 +14,7 @@ from fastdpo.data.formats.registry import definition_of
 from fastdpo.data.reading.opening import DataFile
 from fastdpo.data.reading.rows import rows_of
 from fastdpo.data.reading.store import Facts, digest_of, key_of, stored
-from fastdpo.data.reading.table_rows import dataset_rows
+from fastdpo.data.reading.table_rows import dataset_rows, fills_in_nulls
 from fastdpo.data.terms import DataError
 
 
@@ -104,6 +104,15 @@ def read_dataset(dataset: datasets.Dataset, source: str, how: How) -> datasets.D
     pairs, facts = stored(key, lambda facts: rows_of_dataset(dataset, source, how, facts))
     pairs.info.description = read_as(facts, [source])
     return pairs
+
+
+def as_said(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The dataset as it is, or, where structs filled in nulls that its rows did not say, without these."""
+    if not fills_in_nulls(dataset):
+        return dataset
+    rows, _ = stored(key_of("said", dataset._fingerprint), lambda facts: (row for _, row in dataset_rows(dataset)))
+    rows.info.description = dataset.info.description
+    return rows
 
 
 def unite(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:

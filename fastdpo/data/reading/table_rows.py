@@ -50,6 +50,21 @@ def dataset_rows(dataset: datasets.Dataset) -> Iterator[tuple[str, dict[str, Any
     yield from _rows((batch for table in tables for batch in table.to_batches()), dataset.features.arrow_schema, exact)
 
 
+def fills_in_nulls(dataset: datasets.Dataset) -> bool:
+    """Whether a struct in a column has a null."""
+    table = dataset.data
+    return any(_null_in_struct(chunk) for column in table.columns for chunk in column.chunks)
+
+
+def _null_in_struct(array: pa.Array) -> bool:
+    kind = array.type
+    if pa.types.is_struct(kind):
+        return any(child.null_count or _null_in_struct(child) for child in array.flatten())
+    if pa.types.is_map(kind):
+        return bool(array.items.null_count) or _null_in_struct(array.items)
+    return _is_list(kind) and _null_in_struct(array.flatten())
+
+
 def _rows(
     batches: Iterable[pa.RecordBatch], schema: pa.Schema, exact: Iterable[str] = ()
 ) -> Iterator[tuple[str, dict[str, Any]]]:
