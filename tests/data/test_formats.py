@@ -503,7 +503,7 @@ def test_columns_of_other_names_are_read_by_a_mapping(tmp_path: Path) -> None:
 
 
 OWN = """
-from fastdpo.data.formats.base import Answers
+from fastdpo.data import Answers
 
 def one(row):
     return {"prompt": row["q"], "chosen": row["a"][0], "rejected": row["a"][1]}
