@@ -7,6 +7,7 @@ import argparse
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from fastdpo.commands.pairs import columns_of
 from fastdpo.data.account import nothing_left_message, strict_message
 from fastdpo.data.files import TOKEN_COLUMNS, load_preferences
 from fastdpo.data.prepare import examine
@@ -28,9 +29,15 @@ def run(args: argparse.Namespace) -> int:
     """
     console = Console(highlight=False)
     with bad_input():
-        dataset = load_preferences(args.file, split=args.dataset_train_split, config_name=args.dataset_config)
+        dataset = load_preferences(
+            args.files,
+            split=args.dataset_train_split,
+            config_name=args.dataset_config,
+            format=args.format,
+            columns=columns_of(args.columns),
+        )
     if set(TOKEN_COLUMNS) <= set(dataset.column_names):
-        raise UsageError(f"{args.file} holds token ids already; check the file that they were made from.")
+        raise UsageError(f"{', '.join(args.files)} holds token ids already; check the file that they were made from.")
     with bad_input(f"--model_name_or_path {args.model_name_or_path}"):
         tokenizer = AutoTokenizer.from_pretrained(
             args.model_name_or_path, revision=args.model_revision, trust_remote_code=args.trust_remote_code

@@ -27,8 +27,12 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("file", help="pairs: a .jsonl, .json, .parquet or .csv file, a folder, or a Hub dataset")
+    parser.add_argument(
+        "files", nargs="+", metavar="file", help="pairs: files, folders, or a Hub dataset; docs/data.md lists formats"
+    )
     flag = parser.add_argument
+    flag("--format", help="format of the pairs, where it cannot be told: a name, or FILE.py:FUNCTION")
+    flag("--columns", action="append", help="columns of other names: prompt=question,chosen=good,rejected=bad")
     flag(
         "--model_name_or_path", required=True, help="model whose tokenizer and chat template to use: a Hub id or folder"
     )

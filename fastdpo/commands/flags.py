@@ -80,9 +80,12 @@ HELP = {
 class ScriptArguments:
     """Which pairs."""
 
-    dataset_name: str | None = field(
+    dataset_name: list[str] | None = field(
         default=None,
-        metadata={"help": "Pairs: a Hub dataset, a folder, or a .jsonl, .json, .parquet or .csv file."},
+        metadata={
+            "help": "Pairs: a Hub dataset, folders, or files (.jsonl, .json, .parquet, .arrow, .csv, .tsv; text also "
+            "compressed: .gz, .bz2, .xz, .zst), one after another."
+        },
     )
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of the dataset, where it has several."}
@@ -91,6 +94,44 @@ class ScriptArguments:
     dataset_test_split: str = field(
         default="test", metadata={"help": "Split, or slice of one, to evaluate on when --eval_strategy is not 'no'."}
     )
+    format: str | None = field(
+        default=None,
+        metadata={"help": "Format of the pairs, where it cannot be told: a name of docs/data.md, or FILE.py:FUNCTION."},
+    )
+    columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns of other names: prompt=question,chosen=good,rejected=bad."}
+    )
+    datasets: list[str] | None = field(
+        default=None,
+        metadata={"help": "A mixture, as a list in --config: entries with path, name, data_files, split, fraction."},
+    )
+    test_split_size: float | None = field(
+        default=None, metadata={"help": "Share, or number, of the pairs to hold out, and to evaluate on."}
+    )
+    dataset_streaming: bool = field(
+        default=False,
+        metadata={"help": "Read pairs as they are needed, for sets larger than memory. Needs --max_steps."},
+    )
+    streaming: bool = field(default=False, metadata={"help": "The same, as TRL's mixtures call it."})
+    dataset_shuffle_buffer: int = field(
+        default=10_000,
+        metadata={"help": "Streamed pairs come in random order from among so many; 0 for their own order."},
+    )
+
+    @property
+    def names(self) -> list[str]:
+        """What ``dataset_name`` names."""
+        return [self.dataset_name] if isinstance(self.dataset_name, str) else self.dataset_name or []
+
+    @property
+    def is_streamed(self) -> bool:
+        return self.dataset_streaming or self.streaming
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset_name, list) and len(self.dataset_name) == 1:  # the one, as in TRL
+            (self.dataset_name,) = self.dataset_name
+        if self.dataset_shuffle_buffer < 0:
+            raise ValueError(f"dataset_shuffle_buffer is {self.dataset_shuffle_buffer}; it should be at least 0")
 
 
 @dataclass
@@ -355,5 +396,5 @@ class TrainParser(HfArgumentParser):
 def _as_words(key: str, value: Any) -> list[str]:
     """A YAML value as command-line words."""
     if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
+        return [f"--{key}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
     return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import ProgressCallback
 
 from fastdpo.commands.flags import ReportArguments, ScriptArguments, TrainParser
+from fastdpo.commands.pairs import label_of
 from fastdpo.commands.preparation import console, say_what_was_prepared
 from fastdpo.commands.trainer_from_flags import check_sources, make_trainer
 from fastdpo.errors import INTERRUPTED
@@ -54,7 +55,7 @@ def run(argv: list[str]) -> int:
     if trainer.is_world_process_zero():
         _say_what_it_trains_on(trainer, output_dir)
         _say_where_it_starts(checkpoint, output_dir)
-    report = _start_report(trainer, report_args, settings, parser, argv, checkpoint)
+    report = _start_report(trainer, script_args, report_args, settings, parser, argv, checkpoint)
 
     stop = GentleStop()
     trainer.add_callback(stop)
@@ -87,6 +88,7 @@ def _is_done(checkpoint: Path, args: DPOConfig) -> bool:
 
 def _start_report(
     trainer: DPOTrainer,
+    script_args: ScriptArguments,
     report_args: ReportArguments,
     settings: dict[str, Any],
     parser: TrainParser,
@@ -99,7 +101,7 @@ def _start_report(
     size = report_args.size()
     if checkpoint is None and (size.pairs != 0 or size.samples != 0):
         console.print("For the report: a look at the policy, before and after (--report_pairs, --report_samples).")
-    names = (settings["model_name_or_path"], settings["dataset_name"])
+    names = (settings["model_name_or_path"], label_of(script_args))
     return RunReport(
         trainer,
         size,
@@ -151,7 +153,7 @@ def _finish(
     trainer.save_model(str(output_dir))
     trainer.save_metrics("train", metrics)
     trainer.save_state()
-    trainer.create_model_card(dataset_name=script_args.dataset_name)
+    trainer.create_model_card(dataset_name=label_of(script_args))
     if report is not None:
         report.write(metrics["train_runtime"])
         what = "adapter and tokenizer" if isinstance(trainer.model, PeftModel) else "model and tokenizer"
@@ -168,7 +170,7 @@ def _finish(
         ):
             console.print(f"  {label:<27} {path}")
     if trainer.args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=label_of(script_args))
 
 
 def _say_how_to_resume(argv: list[str], output_dir: Path) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 
 from fastdpo.commands.flags import ModelArguments, ScriptArguments
-from fastdpo.data.files import load_preferences
+from fastdpo.commands.pairs import check_sources as check_pairs
+from fastdpo.commands.pairs import load_pairs
 from fastdpo.errors import UsageError, bad_input
 from fastdpo.model.adapters import load_tokenizer
 from fastdpo.model.quantization import make_quantization_config
@@ -21,12 +21,8 @@ from fastdpo.trainer.trainer import DPOTrainer
 
 def check_sources(script_args: ScriptArguments, model_args: ModelArguments) -> None:
     """Raises UsageError unless pairs and a model are named."""
-    _dataset_of(script_args)
+    check_pairs(script_args)
     _check_model_path(_model_of(model_args))
-
-
-def _dataset_of(script_args: ScriptArguments) -> str:
-    return _required(script_args.dataset_name, "--dataset_name", "a Hub dataset, a folder, or a .jsonl file of pairs")
 
 
 def _model_of(model_args: ModelArguments) -> str:
@@ -52,9 +48,8 @@ def make_trainer(script_args: ScriptArguments, model_args: ModelArguments, train
         UsageError: the flags, the data or the model cannot be used.
     """
     # The pairs first: they are read in a second, where a model may take minutes to load.
-    train_dataset = _load_pairs(script_args, script_args.dataset_train_split)
     evaluates = training_args.eval_strategy != "no"
-    eval_dataset = _load_pairs(script_args, script_args.dataset_test_split) if evaluates else None
+    train_dataset, eval_dataset = load_pairs(script_args, evaluates=evaluates, seed=training_args.seed)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -78,11 +73,6 @@ def make_trainer(script_args: ScriptArguments, model_args: ModelArguments, train
             processing_class=tokenizer,
             peft_config=make_peft_config(model_args),
         )
-
-
-def _load_pairs(script_args: ScriptArguments, split: str) -> Dataset:
-    with bad_input():
-        return load_preferences(_dataset_of(script_args), split=split, config_name=script_args.dataset_config)
 
 
 def make_peft_config(model_args: ModelArguments) -> LoraConfig | None:

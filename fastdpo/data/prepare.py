@@ -17,6 +17,7 @@ import torch
 
 from fastdpo.data.account import account, nothing_left_message, strict_message
 from fastdpo.data.files import TOKEN_COLUMNS, USED_COLUMNS, DataError, check_columns
+from fastdpo.data.reading.read import as_said
 from fastdpo.data.rows import tokenize_batch
 from fastdpo.data.summary import WARN_EXPLANATIONS, WARN_REASONS, DataSummary
 from fastdpo.data.truncation import TRUNCATION_MODES, check_truncation, cut
@@ -125,6 +126,7 @@ def examine(
     if len(dataset) == 0:
         raise DataError("The dataset has no rows.")
     check_columns(dataset)
+    dataset = as_said(dataset)
 
     carried = [name for name in REFERENCE_COLUMNS if name in dataset.column_names]
     token_list = datasets.List(datasets.Value("int32"))
@@ -143,6 +145,7 @@ def examine(
         desc="Tokenizing preference pairs",
     )
     kept, summary = account(tokenised, max_length, truncation_mode, batch_size)
+    summary.read_as = dataset.info.description or ""
     summary.unused_columns = [name for name in dataset.column_names if name not in (*USED_COLUMNS, *carried)]
     return tokenised, kept, summary
 

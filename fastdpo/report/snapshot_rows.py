@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from fastdpo.trainer.trainer import DPOTrainer
 
 # Longer prompts are not completed: their cost would have no bound, and nobody reads them.
 LONGEST_PROMPT = 512
+# Pairs of a stream among which those to look at are chosen.
+_OF_A_STREAM = 200
 
 
 def dataset_of(trainer: DPOTrainer) -> tuple[Dataset, str]:
@@ -21,7 +23,18 @@ def dataset_of(trainer: DPOTrainer) -> tuple[Dataset, str]:
         return held_out, f"the evaluation set {name}, which is not trained on"
     if isinstance(held_out, Dataset):
         return held_out, "the evaluation set, which is not trained on"
+    if isinstance(trainer.train_dataset, IterableDataset):
+        first = list(trainer.train_dataset.take(_OF_A_STREAM))
+        return Dataset.from_list(first), "the first pairs of the training stream, for there is no evaluation set"
     return trainer.train_dataset, "the training set, for there is no evaluation set"
+
+
+def pairs_in(trainer: DPOTrainer) -> int:
+    """How many pairs an epoch has; for a stream, as many as the run reads."""
+    if isinstance(trainer.train_dataset, Dataset):
+        return len(trainer.train_dataset)
+    args = trainer.args
+    return int(args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 def spread(total: int, count: int) -> list[int]:

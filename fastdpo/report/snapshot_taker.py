@@ -18,7 +18,7 @@ from fastdpo.model.language_model import language_model
 from fastdpo.model.scoring import evaluating
 from fastdpo.report.look_budget import LookBudget, pairs_of_run
 from fastdpo.report.snapshot import Sample, Snapshot, SnapshotSize
-from fastdpo.report.snapshot_rows import LONGEST_PROMPT, dataset_of, different_prompts, evenly_ordered, spread
+from fastdpo.report.snapshot_rows import LONGEST_PROMPT, dataset_of, different_prompts, evenly_ordered, pairs_in, spread
 from fastdpo.trainer.checkpoints import START_FILE
 from fastdpo.trainer.trainer import DPOTrainer
 
@@ -60,7 +60,7 @@ class SnapshotTaker:
             pairs_of_run(
                 args.max_steps,
                 args.num_train_epochs,
-                len(trainer.train_dataset),
+                pairs_in(trainer),
                 args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
                 args.world_size,
             ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -12,6 +12,7 @@ from fastdpo.data.prepare import REFERENCE_COLUMNS
 from fastdpo.model.adapters import HAS_ADAPTER, has_transformers_adapter, is_adapter
 from fastdpo.model.quantization import refuse_quantized_alone
 from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.datasets import columns_of
 from fastdpo.trainer.models import revision_of
 
 
@@ -66,9 +67,11 @@ def check_arguments(
             f"max_tokens_per_batch is {args.max_tokens_per_batch}, but data_collator is given, and makes the "
             "batches; leave one of them out"
         )
-    if not isinstance(train_dataset, Dataset):
+    if not isinstance(train_dataset, (Dataset, IterableDataset)):
         raise TypeError(f"train_dataset is a {type(train_dataset).__name__}; it should be a datasets.Dataset")
-    given = [name for name in REFERENCE_COLUMNS if name in train_dataset.column_names]
+    if isinstance(train_dataset, IterableDataset):
+        _check_stream(args)
+    given = [name for name in REFERENCE_COLUMNS if name in columns_of(train_dataset)]
     if len(given) == 1:
         raise ValueError(f"train_dataset has the column {given[0]} alone; it should have both, or neither")
     if given and (ref_model is not None or args.precompute_ref_log_probs):
@@ -84,6 +87,23 @@ def check_arguments(
                 f"loss_type {', '.join(args.loss_type)} has no reference, but a reference is given "
                 f"({', '.join(name for name, is_given in named.items() if is_given)}); leave it out"
             )
+
+
+def _check_stream(args: DPOConfig) -> None:
+    """Raises for what a run on pairs that are read as they are needed cannot have."""
+    if args.max_steps <= 0:
+        raise ValueError(
+            "train_dataset is a stream, of which nobody knows how many pairs it has: give max_steps (--max_steps)"
+        )
+    if args.precompute_ref_log_probs:
+        raise ValueError(
+            "train_dataset is a stream, whose reference log-probabilities cannot be computed beforehand: leave "
+            "precompute_ref_log_probs out, or the streaming"
+        )
+    if args.world_size > 1:
+        raise NotImplementedError(
+            f"train_dataset is a stream, which is not supported on {args.world_size} processes; leave streaming out"
+        )
 
 
 def check_distribution(args: DPOConfig, kind: str | None, *, has_reference: bool, is_fsdp2: bool) -> None:

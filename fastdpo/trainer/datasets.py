@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TypeAlias, cast
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.prepare import PreferenceCollator, prepare
+from fastdpo.data.streaming import columns_of_stream, prepare_stream
 from fastdpo.data.summary import DataSummary
 from fastdpo.model.adapters import load_tokenizer
 from fastdpo.model.language_model import language_model
@@ -18,6 +19,7 @@ from fastdpo.trainer.models import revision_of
 
 # What Trainer takes for evaluation: a dataset, or several by name.
 EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
+TrainDataset: TypeAlias = Dataset | IterableDataset
 
 
 class DatasetPreparer:
@@ -44,6 +46,21 @@ class DatasetPreparer:
         self.tokenizer = find_tokenizer(source, args, needed=needs_tokenizer) if tokenizer is None else tokenizer
         self.summaries: dict[str, DataSummary] = {}
 
+    def prepare_to_train(self, dataset: TrainDataset) -> TrainDataset:
+        """The dataset to train on: all of it, as :meth:`prepare` does, or a stream, whose rows are tokenised later."""
+        if not isinstance(dataset, IterableDataset):
+            return self.prepare(dataset, "train")
+        if is_tokenised(dataset):
+            return dataset
+        args = self._args
+        return prepare_stream(
+            dataset,
+            self._some_tokenizer(),
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            strict=args.strict,
+        )
+
     def prepare(self, dataset: Dataset, name: str) -> Dataset:
         """``dataset``, tokenised.
 
@@ -57,9 +74,7 @@ class DatasetPreparer:
         if is_tokenised(dataset):
             return dataset
         args = self._args
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            tokenizer = cast(PreTrainedTokenizerBase, find_tokenizer(self._source, args, needed=True))
+        tokenizer = self._some_tokenizer()
         with args.main_process_first(desc=f"tokenizing the {name} dataset"):
             dataset, self.summaries[name] = prepare(
                 dataset,
@@ -71,6 +86,11 @@ class DatasetPreparer:
                 strict=args.strict,
             )
         return dataset
+
+    def _some_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is not None:
+            return self.tokenizer
+        return cast(PreTrainedTokenizerBase, find_tokenizer(self._source, self._args, needed=True))
 
     def prepare_all(self, datasets: EvalDataset, name: str) -> EvalDataset:
         """The same for what ``Trainer`` takes for evaluation: a dataset, several by name, or None."""
@@ -91,9 +111,14 @@ def make_collator(
     )
 
 
-def is_tokenised(dataset: Dataset) -> bool:
+def is_tokenised(dataset: TrainDataset) -> bool:
     """Whether the rows are token ids already."""
-    return set(TOKEN_COLUMNS) <= set(dataset.column_names)
+    return set(TOKEN_COLUMNS) <= set(columns_of(dataset))
+
+
+def columns_of(dataset: TrainDataset) -> list[str]:
+    """The names of the columns; a stream's first row is read for it."""
+    return columns_of_stream(dataset) if isinstance(dataset, IterableDataset) else list(dataset.column_names)
 
 
 def find_tokenizer(source: str, args: DPOConfig, *, needed: bool) -> PreTrainedTokenizerBase | None:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -29,7 +29,7 @@ from fastdpo.ref_cache.build import CachedSplit
 from fastdpo.trainer.arguments import check_arguments, check_distribution
 from fastdpo.trainer.batches import PairBatches
 from fastdpo.trainer.config import DPOConfig
-from fastdpo.trainer.datasets import DatasetPreparer, is_tokenised, make_collator
+from fastdpo.trainer.datasets import DatasetPreparer, TrainDataset, columns_of, is_tokenised, make_collator
 from fastdpo.trainer.fsdp2 import keep_output_dtypes, reshard, shard_without_optimizer, whole_weights
 from fastdpo.trainer.hub import HubUploads
 from fastdpo.trainer.layout import BatchLayout
@@ -74,7 +74,8 @@ class DPOTrainer(PairBatches, HubUploads):
         ref_model: the reference. By default see above.
         args: by default ``DPOConfig("<model>-DPO")``.
         data_collator: by default ``fastdpo.data.PreferenceCollator``, whose batches another one must also make.
-        train_dataset, eval_dataset: ``datasets.Dataset``; for evaluation also a dict of them.
+        train_dataset, eval_dataset: ``datasets.Dataset``; for evaluation also a dict of them. To train on, also a
+            ``datasets.IterableDataset``, whose rows are tokenised as they are needed.
         processing_class: the tokenizer; by default the one that was saved with the model.
         callbacks, optimizers: as for ``Trainer``.
         peft_config: puts a new adapter on ``model``.
@@ -94,7 +95,7 @@ class DPOTrainer(PairBatches, HubUploads):
     args: DPOConfig
     model: PreTrainedModel | PeftModel
     processing_class: PreTrainedTokenizerBase | None
-    train_dataset: Dataset
+    train_dataset: TrainDataset
 
     # compute_loss divides by the pairs of the accumulation window.
     loss_is_scaled_for_ga = True
@@ -106,7 +107,7 @@ class DPOTrainer(PairBatches, HubUploads):
         args: DPOConfig | None = None,
         *,
         data_collator: DataCollator | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: TrainDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -120,7 +121,7 @@ class DPOTrainer(PairBatches, HubUploads):
         assert train_dataset is not None
         set_seed(args.seed)  # a new adapter is random
         later = _weights_come_later(args)
-        has_reference_columns = set(REFERENCE_COLUMNS) <= set(train_dataset.column_names)
+        has_reference_columns = set(REFERENCE_COLUMNS) <= set(columns_of(train_dataset))
         asks_reference = args.loss_options.takes_reference and not has_reference_columns
         policy, ref_model = make_models(
             model,
@@ -136,7 +137,9 @@ class DPOTrainer(PairBatches, HubUploads):
         )
         tokenizer = self._preparer.tokenizer
         padded = make_collator(policy, tokenizer, args) if data_collator is None else data_collator
-        train_dataset = self._preparer.prepare(train_dataset, "train")
+        train_dataset = self._preparer.prepare_to_train(train_dataset)
+        if isinstance(train_dataset, IterableDataset):
+            args.accelerator_config.dispatch_batches = False  # it would cut batches as if each tensor's rows were pairs
         eval_dataset = self._preparer.prepare_all(eval_dataset, "eval")
 
         self._policy = Scorer(policy, policy, FusedHead(policy))
@@ -203,6 +206,7 @@ class DPOTrainer(PairBatches, HubUploads):
         return self._reference.splits
 
     def _precompute_reference(self) -> None:
+        assert isinstance(self.train_dataset, Dataset)  # check_arguments refuses a stream
         self.train_dataset, self.eval_dataset = self._reference.precompute(
             self.train_dataset,
             self.eval_dataset,

@@ -457,12 +457,12 @@ GOOD = json.dumps(text_rows(1)[0])
         ("d.jsonl", "", r"d\.jsonl is empty"),
         ("e.jsonl", "\n \n", r"e\.jsonl holds only blank lines"),
         ("f.json", f"[\n{GOOD},\n{GOOD}", r"f\.json, line 3: not valid JSON"),
-        ("g.json", f'[{GOOD}, "x"]', r"g\.json: item 1 of the list must be a JSON object, it is a string"),
+        ("g.json", f'[{GOOD}, "x"]', r"g\.json, item 1: .* must be a JSON object, this one is a string"),
         ("h.txt", GOOD, r"h\.txt: unknown extension '\.txt'.*\.jsonl"),
-        ("i.jsonl", '{"prompt": "p", "answer": "x"}\n', r"missing columns 'chosen', 'rejected'; found 'prompt'"),
+        ("i.jsonl", '{"prompt": "p", "replies": "x"}\n', r"missing columns 'chosen', 'rejected'; found 'prompt'"),
         ("j.jsonl", '{"prompt": "p", "chosen": 1, "rejected": 2}\n', r"column 'chosen' has type .*int64.*needed:"),
         ("k.csv", "prompt,chosen\na,b\n", r"missing column 'rejected'"),
-        ("l.parquet", "not a parquet file", r"l\.parquet: "),
+        ("l.parquet", "not a parquet file", r"l\.parquet cannot be read: "),
     ],
 )
 def test_broken_files_are_refused_with_the_place(name: str, content: str, message: str, tmp_path: Path) -> None:
