@@ -13,17 +13,20 @@ PYTEST_FLAGS ?=
 ifeq ($(VENV),none)
 RUN := $(PYTHON)
 CLANG_FORMAT := clang-format
+LINT_IMPORTS := lint-imports
 else
 RUN := $(VENV)/bin/python
 CLANG_FORMAT := $(VENV)/bin/clang-format
+LINT_IMPORTS := $(VENV)/bin/lint-imports
 endif
 
-.PHONY: help demo test lint venv build clean
+.PHONY: help demo test lint docs venv build clean
 
 help:
 	@echo "make demo    train a small language model, then improve it with DPO; no download, under 5 minutes"
 	@echo "make test    build, and run the whole test suite"
-	@echo "make lint    formatting and lint, as a change must have them"
+	@echo "make lint    formatting, lint, types and the direction of imports, as a change must have them"
+	@echo "make docs    the documentation, into site/; a broken link is an error"
 	@echo "make venv    make .venv with all that is needed, and build"
 	@echo "make clean   remove what was built"
 	@echo "VENV=none    use the active environment instead of .venv; PYTHON=... names its interpreter"
@@ -37,7 +40,13 @@ test: venv
 lint: venv
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	PYTHONPATH=bench $(LINT_IMPORTS) --no-logo
 	$(CLANG_FORMAT) --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
+
+# Not --quiet, with which --strict sees no warning. NO_MKDOCS_2_WARNING: without the theme's advertisement.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 ifeq ($(VENV),none)
 venv: build
@@ -48,7 +57,7 @@ $(VENV)/installed: pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q '$(TORCH)'
 	$(VENV)/bin/python -m pip install -q $(BUILD_TOOLS)
-	$(VENV)/bin/python -m pip install --no-build-isolation -e '.[test]'
+	$(VENV)/bin/python -m pip install --no-build-isolation -e '.[test,lint]'
 	touch $@
 
 build: $(VENV)/installed
@@ -59,4 +68,4 @@ build:
 	$(RUN) -m pip install -q --no-build-isolation --no-deps -e .
 
 clean:
-	rm -rf build fastdpo/*.so fastdpo/_build.json *.egg-info
+	rm -rf build site fastdpo/*.so fastdpo/_build.json *.egg-info

@@ -25,6 +25,12 @@
 # is said to be missing, and counts as a failure.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+case " $* " in
+  *" -h "* | *" --help "*)
+    sed -n '2,/^set/s/^# \{0,1\}//p' bench/gpu.sh
+    exit 0
+    ;;
+esac
 out=${OUT:-bench/results}
 python=${PYTHON:-python3}
 levels=${LEVELS:-0 1}

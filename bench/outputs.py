@@ -4,7 +4,7 @@
     python bench/outputs.py --case small --json small.json  and every round
 
 Calls with and without take turns in one process. On the CPU one thread runs and its CPU time is taken, so that others
-on the machine count little. bench/README.md has the method.
+on the machine count little. docs/benchmarks/loss-layer.md has the method.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 from common import machine
-from loss_layer.cases import HEADS, IGNORE_INDEX, Case, Problem, make_problem, named_case
+from loss_layer.cases import HEADS, IGNORE_INDEX, Case, named_case
+from loss_layer.problem import Problem
 from loss_layer.tables import outputs_table
+from loss_layer.tensors import make_problem
 
 import fastdpo
 from fastdpo.logps import OUTPUTS

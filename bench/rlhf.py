@@ -5,7 +5,7 @@
     python bench/rlhf.py --show out.json               the tables of a run that was kept
 
 Every arm starts from the same model and has to reach the same true reward on held-out prompts within the same KL. What
-that cost is told part by part. bench/README.md tells the protocol.
+that cost is told part by part. docs/benchmarks/against-rlhf.md tells the protocol.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     python bench/run.py --case small --plot out.png   time and memory over tokens and over the vocabulary
 
 Every measurement runs in a process of its own, after a warm-up on the real shapes, with the peers in turn round after
-round; figures are medians over the rounds. bench/README.md tells the method and how to read the table.
+round; figures are medians over the rounds. docs/benchmarks/loss-layer.md tells the method and how to read the table.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
                 everything.append(measure(one, f"{point:,} {axis}", found))
             print(sweep_tables(axis, found), end="\n\n", flush=True)
         if args.plot:
-            from common.plot import plot_sweeps
+            from loss_layer.plot import plot_sweeps
 
             plot_sweeps(report["sweeps"], machine.describe(report["machine"]), args.plot)
     else:

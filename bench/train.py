@@ -5,7 +5,8 @@
     python bench/train.py --show out.json              the tables of a run that was kept
 
 All arms train the same model on the same pairs, and a run whose losses or gradient norms differ from TRL's has no
-figures. Every run is a process of its own, the arms in turn round after round. bench/README.md tells the method.
+figures. Every run is a process of its own, the arms in turn round after round.
+docs/benchmarks/end-to-end.md tells the method.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from .logps.low_rank import LowRankUpdate as LowRankUpdate
 from .logps.native import build_info as build_info
 from .logps.outputs import TokenLogps as TokenLogps
 from .logps.primitive import token_logps as token_logps
-from .loss.fused import DPOLoss as DPOLoss
+from .loss.from_logps import preference_loss as preference_loss
 from .loss.fused import dpo_loss as dpo_loss
-from .loss.fused import preference_loss as preference_loss
+from .loss.module import DPOLoss as DPOLoss
 from .loss.options import LossOptions as LossOptions
 from .loss.outputs import DPOOutput as DPOOutput
 from .loss.sequence_parallel import sum_over_group as sum_over_group

@@ -22,8 +22,8 @@ import torch
 from against_rlhf.forwards import counted
 from against_rlhf.run import Run, Settings
 from against_rlhf.task import batches_of_pairs
+from common.trainers import CACHE_METHODS, trainer_classes
 from datasets import Dataset
-from end_to_end.arms import CACHE_METHODS, trainer_classes
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence

@@ -1,4 +1,7 @@
-"""The benchmark from its first job to its results: tuning, seeds, endpoints. bench/README.md tells it in words."""
+"""The benchmark from its first job to its results: tuning, seeds, endpoints.
+
+docs/benchmarks/against-rlhf.md tells it in words.
+"""
 
 from __future__ import annotations
 

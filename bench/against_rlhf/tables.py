@@ -10,7 +10,7 @@ from against_rlhf.arms import ARMS
 from against_rlhf.evaluate import TARGETS, reached
 from against_rlhf.ledger import PARTS
 from against_rlhf.results import TOTALS, costs, spent_at
-from loss_layer.tables import align
+from common.tables import align
 
 LEGEND = """\
 s: CPU seconds of one thread, medians over the seeds that met the target; training: rollout, scoring, value, update;

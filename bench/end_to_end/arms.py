@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.trainers import trainer_classes
 from datasets import Dataset
 from end_to_end.cases import TrainCase, make_model
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -26,7 +27,7 @@ class Arm:
     Attributes:
         library: fastdpo or trl.
         about: one line for the reader of a table.
-        order: one of ``train_data.ORDERS``.
+        order: one of ``data.ORDERS``.
         cached: the reference's log-probabilities are computed once, before training.
         our_head: TRL with ``fastdpo.integrations.trl.enable()``.
         options: what is given to its DPOConfig in every setting.
@@ -77,18 +78,6 @@ ARMS: dict[str, Arm] = {
         choices=_OUR_CHOICES,
     ),
 }
-
-# The method by which each library asks the reference beforehand, to be timed.
-CACHE_METHODS = {"trl": "_precompute_ref_logps", "fastdpo": "_precompute_reference"}
-
-
-def trainer_classes(library: str) -> tuple[type[Trainer], type[Any]]:
-    """DPOTrainer and DPOConfig; the other library is not imported."""
-    if library == "trl":
-        from trl import DPOConfig, DPOTrainer
-    else:
-        from fastdpo import DPOConfig, DPOTrainer
-    return DPOTrainer, DPOConfig
 
 
 def make_trainer(

@@ -1,4 +1,4 @@
-"""Runs in a process of its own, started by train_runner.py: trains one arm, and says what that cost.
+"""Runs in a process of its own, started by runner.py: trains one arm, and says what that cost.
 
 Seconds are by the wall clock between the ends of optimiser steps, the first of them the last one of the warm-up, so
 that collation, metrics and the trainer's own work count. Memory is the peak beyond what the process held before the
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from common.jobs import Job, serve
 from common.memory import memory_of
-from end_to_end.arms import ARMS, CACHE_METHODS, Arm, Setting, make_trainer, trainer_classes
+from common.trainers import CACHE_METHODS, trainer_classes
+from end_to_end.arms import ARMS, Arm, Setting, make_trainer
 from end_to_end.cases import TrainCase
 from end_to_end.data import load_rows, load_tokenizer
 from end_to_end.profile import Profile

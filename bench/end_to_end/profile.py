@@ -119,9 +119,9 @@ class Profile(TrainerCallback):
 def _watch_head(library: str, profile: Profile) -> None:
     """Replace what the library's models call in place of their output embedding by a watched one."""
     if library == "fastdpo":
-        from fastdpo.model import head
+        from fastdpo.model import head_calls
 
-        own = head.token_logps
+        own = head_calls.token_logps
 
         def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *args: Any, **kwargs: Any) -> Any:
             positions = int((targets != kwargs["ignore_index"]).sum())
@@ -129,7 +129,7 @@ def _watch_head(library: str, profile: Profile) -> None:
                 profile, positions, hidden, lambda: own(hidden, weight, targets, *args, **kwargs), lambda r: r.logps
             )
 
-        head.token_logps = token_logps
+        head_calls.token_logps = token_logps
         return
     from trl.trainer import utils
 

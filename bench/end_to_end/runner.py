@@ -34,7 +34,7 @@ class Options:
 
 
 class Runs:
-    """Starts processes of train_measure.py, and compares each with the first one of its order.
+    """Starts processes of measure.py, and compares each with the first one of its order.
 
     TRL's arms come first where there are any, so that the first one is TRL's.
     """
@@ -80,7 +80,7 @@ def prepare(case: TrainCase, data: Path | None, folder: Path) -> dict[str, Any]:
 
 
 def run_case(case: TrainCase, options: Options, say: Say) -> dict[str, Any]:
-    """Everything found, as it stands in the JSON file: see bench/README.md."""
+    """Everything found, as it stands in the JSON file: see docs/benchmarks/end-to-end.md."""
     arms = sorted(options.arms, key=lambda name: ARMS[name].library != "trl")
     found: dict[str, Any] = dataclasses.asdict(case) | {
         "tolerance": dataclasses.asdict(tolerance(case)),

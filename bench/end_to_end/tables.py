@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from common.tables import align
 from end_to_end.profile import COUNTS, PARTS
-from loss_layer.tables import align
 
 LEGEND = """\
 pairs/s: optimiser steps alone; with cache: the same with the cached reference's own pass, in a run of one epoch, and

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from common.jobs import Job, serve
 from common.memory import memory_of
-from loss_layer.cases import BETA, Case, Problem, load_problem, make_problem, save_problem
-from loss_layer.peers import PEERS, Outcome, Peer, load_peer_file
+from loss_layer.cases import BETA, Case
+from loss_layer.peers import PEERS, Peer, load_peer_file
+from loss_layer.problem import Outcome, Problem
+from loss_layer.tensors import load_problem, make_problem, save_problem
 from loss_layer.truth import Truth, compute_truth, errors
 
 _REPEAT_SECONDS = 1.0  # a step is repeated until about this long is spent, so that cheap cases are not all noise

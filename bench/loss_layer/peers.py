@@ -12,29 +12,20 @@ A peer is a subclass of ``Peer`` with a name; it may stand here or in a file of 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from loss_layer.cases import BETA, IGNORE_INDEX, Case, Problem
+from loss_layer.cases import BETA, IGNORE_INDEX, Case
+from loss_layer.problem import Outcome, Problem
 from torch import Tensor
 
 from fastdpo.logps import DEFAULT_RETAIN_BYTES
 from fastdpo.logps.native import operand_dtype
 
 PEERS: dict[str, type[Peer]] = {}
-
-
-@dataclass
-class Outcome:
-    """What a step returned, detached. The gradients are in the problem."""
-
-    loss: Tensor
-    sequence_logps: Tensor  # [2B]
-    token_logps: Tensor | None = None  # [scored]; None where the peer does not tell
 
 
 class Peer:

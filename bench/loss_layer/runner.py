@@ -51,7 +51,7 @@ class Jobs:
 
 
 def run_case(case: Case, options: Options, say: Say) -> dict[str, Any]:
-    """Everything found, as it stands in the JSON file: see bench/README.md."""
+    """Everything found, as it stands in the JSON file: see docs/benchmarks/loss-layer.md."""
     found: dict[str, Any] = dataclasses.asdict(case) | {
         "tokens": case.tokens,
         "scored_tokens": case.scored_tokens,

@@ -7,15 +7,11 @@ Log-probabilities and loss are those of every token; the gradients are compared 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from loss_layer.problem import Outcome, Problem
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from loss_layer.cases import Problem
-    from loss_layer.peers import Outcome
 
 _CHUNK_BYTES = 256 << 20  # of float64 at a time
 _SAMPLED_TOKENS = 64

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from fastdpo.commands.flags import ModelArguments, ScriptArguments, TrainParser
-from fastdpo.commands.train import check_sources, console, make_trainer, say_what_was_cached
+from fastdpo.commands.preparation import console, say_what_was_prepared
+from fastdpo.commands.trainer_from_flags import check_sources, make_trainer
 from fastdpo.errors import INTERRUPTED, bad_input
 from fastdpo.ref_cache.files import DEFAULT_FOLDER, MANIFEST, RefCache
 
@@ -93,10 +94,7 @@ def run(argv: list[str]) -> int:
     Raises:
         UsageError: the flags, the data, the model or the cache that is there cannot be used.
     """
-    try:
-        script_args, model_args, training_args, *_, cache_args = CacheRefParser().read(argv)
-    except SystemExit as exit_:  # --help
-        return int(exit_.code or 0)
+    script_args, model_args, training_args, *_, cache_args = CacheRefParser().read(argv)
     check_sources(script_args, model_args)
     training_args.precompute_ref_log_probs = True
     folder = Path(training_args.ref_cache or Path(training_args.output_dir) / DEFAULT_FOLDER)
@@ -111,9 +109,7 @@ def run(argv: list[str]) -> int:
         print(f"\nStopped. What was computed is kept in {folder}. To go on:\n  {command}", file=sys.stderr)
         return INTERRUPTED
     if trainer.is_world_process_zero():
-        for name, summary in trainer.data_summaries.items():
-            console.print(f"\n[bold]{name}[/]", summary.table(), sep="\n")
-        say_what_was_cached(trainer)
+        say_what_was_prepared(trainer)
         console.print(f"To train with them: fastdpo train … --ref_cache {shlex.quote(str(folder))}")
     return 0
 

@@ -8,12 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
-from fastdpo.commands.compare import add_model_flags, check_models, make_drawing, make_loader
+from fastdpo.commands.generation_flags import CHAT_HELP
+from fastdpo.commands.models import check_models, make_drawing, make_loader
 from fastdpo.commands.side_by_side import Comparison, Side, answers, is_chat, sides_of, table_of
 from fastdpo.errors import UsageError, bad_input
 from fastdpo.model.generation import Drawing, LoadedModel, Prompt, Text
-
-_HELP = "/reset forgets the conversation, /quit (or Ctrl-D) ends it."
 
 
 class Conversation:
@@ -51,11 +50,11 @@ class Conversation:
         self._messages = []
 
 
-def run(argv: list[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run ``fastdpo chat``.
 
     Args:
-        argv: the words after ``fastdpo chat``.
+        args: of its parser.
 
     Returns:
         0.
@@ -63,16 +62,6 @@ def run(argv: list[str]) -> int:
     Raises:
         UsageError: the flags or a model cannot be used.
     """
-    parser = argparse.ArgumentParser(
-        prog="fastdpo chat",
-        description="Talk to a model, or to several side by side: a line from you, an answer from each.",
-        epilog=_HELP,
-    )
-    add_model_flags(parser)
-    try:
-        args = parser.parse_args(argv)
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
     check_models(args.model)
     drawing = make_drawing(args)
     with bad_input():
@@ -88,7 +77,7 @@ def run(argv: list[str]) -> int:
 
 
 def _converse(conversations: list[Conversation], drawing: Drawing, console: Console) -> None:
-    console.print(_HELP, style="dim")
+    console.print(CHAT_HELP, style="dim")
     for conversation in conversations:
         if not conversation.is_chat:
             console.print(f"{conversation.side.label}: no chat template in use; each line is a prompt of its own.")
@@ -113,7 +102,7 @@ def _converse(conversations: list[Conversation], drawing: Drawing, console: Cons
                 with console.status("…"):
                     texts = [conversation.answer(line, now) for conversation in conversations]
             except ValueError as error:
-                console.print(f"{error}\n{_HELP}", style="yellow")
+                console.print(f"{error}\n{CHAT_HELP}", style="yellow")
                 continue
             for conversation, text in zip(conversations, texts, strict=True):
                 conversation.remember(line, text)

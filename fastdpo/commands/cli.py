@@ -1,6 +1,7 @@
 """The command ``fastdpo``: what a person types, and what a person reads when it goes wrong.
 
-Commands are imported when they run, so that ``fastdpo --help`` does not wait for transformers.
+Commands are imported when they run, after their flags have been read, so that help does not wait for torch or
+transformers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from fastdpo.commands.help_page import HelpPage
+from fastdpo.commands.quick_help import print_help
+from fastdpo.commands.quiet import hush_other_libraries
 from fastdpo.errors import BAD_INPUT, INTERRUPTED, UsageError
 
 EPILOG = """\
@@ -35,11 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = _make_parser().parse_args(argv)
-    except SystemExit as exit_:  # how argparse ends --help, --version and its own errors
-        return int(exit_.code or 0)
+    except SystemExit as exit_:
+        return _exit_code(exit_)
     show_traceback = args.debug or os.environ.get("FASTDPO_TRACEBACK", "") not in ("", "0")
+    hush_other_libraries()
     try:
         return args.run(args.rest)
+    except SystemExit as exit_:
+        return _exit_code(exit_)
     except UsageError as error:
         if show_traceback:
             raise
@@ -50,6 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"\nfastdpo {args.command}: stopped.", file=sys.stderr)
         return INTERRUPTED
+
+
+def _exit_code(exit_: SystemExit) -> int:
+    """How argparse ends ``--help``, ``--version`` and its own errors; anybody else's goes on."""
+    if isinstance(exit_.code, int):
+        return exit_.code
+    raise exit_
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -80,33 +94,58 @@ def _add_command(commands: argparse._SubParsersAction, name: str, text: str, run
 
 
 def _train(argv: list[str]) -> int:
+    if print_help("train", argv, _train_page):
+        return 0
     from fastdpo.commands.train import run
 
     return run(argv)
 
 
+def _train_page() -> HelpPage:
+    from fastdpo.commands.flags import TrainParser
+
+    return TrainParser().help_page()
+
+
 def _check_data(argv: list[str]) -> int:
+    from fastdpo.commands.check_data_flags import make_parser
+
+    args = make_parser().parse_args(argv)
     from fastdpo.commands.check_data import run
 
-    return run(argv)
+    return run(args)
 
 
 def _cache_ref(argv: list[str]) -> int:
+    if print_help("cache-ref", argv, _cache_ref_page):
+        return 0
     from fastdpo.commands.cache_ref import run
 
     return run(argv)
 
 
+def _cache_ref_page() -> HelpPage:
+    from fastdpo.commands.cache_ref import CacheRefParser
+
+    return CacheRefParser().help_page()
+
+
 def _compare(argv: list[str]) -> int:
+    from fastdpo.commands.generation_flags import make_compare_parser
+
+    args = make_compare_parser().parse_args(argv)
     from fastdpo.commands.compare import run
 
-    return run(argv)
+    return run(args)
 
 
 def _chat(argv: list[str]) -> int:
+    from fastdpo.commands.generation_flags import make_chat_parser
+
+    args = make_chat_parser().parse_args(argv)
     from fastdpo.commands.chat import run
 
-    return run(argv)
+    return run(args)
 
 
 def _demo(argv: list[str]) -> int:
@@ -117,10 +156,7 @@ def _demo(argv: list[str]) -> int:
 
 def _info(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="fastdpo info", description="Print what was built, and against what.")
-    try:
-        parser.parse_args(argv)
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
+    parser.parse_args(argv)
     from fastdpo import build_info
 
     facts = build_info()

@@ -7,7 +7,6 @@ import difflib
 import json
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
+from fastdpo.commands.help_page import FlagHelp, HelpPage
 from fastdpo.errors import UsageError, bad_input
 from fastdpo.report.snapshot import SnapshotSize
 from fastdpo.trainer.config import DPOConfig
@@ -80,9 +80,12 @@ HELP = {
 class ScriptArguments:
     """Which pairs."""
 
-    dataset_name: str | None = field(
+    dataset_name: list[str] | None = field(
         default=None,
-        metadata={"help": "Pairs: a Hub dataset, a folder, or a .jsonl, .json, .parquet or .csv file."},
+        metadata={
+            "help": "Pairs: a Hub dataset, folders, or files (.jsonl, .json, .parquet, .arrow, .csv, .tsv; text also "
+            "compressed: .gz, .bz2, .xz, .zst), one after another."
+        },
     )
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of the dataset, where it has several."}
@@ -91,6 +94,44 @@ class ScriptArguments:
     dataset_test_split: str = field(
         default="test", metadata={"help": "Split, or slice of one, to evaluate on when --eval_strategy is not 'no'."}
     )
+    format: str | None = field(
+        default=None,
+        metadata={"help": "Format of the pairs, where it cannot be told: a name of docs/data.md, or FILE.py:FUNCTION."},
+    )
+    columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns of other names: prompt=question,chosen=good,rejected=bad."}
+    )
+    datasets: list[str] | None = field(
+        default=None,
+        metadata={"help": "A mixture, as a list in --config: entries with path, name, data_files, split, fraction."},
+    )
+    test_split_size: float | None = field(
+        default=None, metadata={"help": "Share, or number, of the pairs to hold out, and to evaluate on."}
+    )
+    dataset_streaming: bool = field(
+        default=False,
+        metadata={"help": "Read pairs as they are needed, for sets larger than memory. Needs --max_steps."},
+    )
+    streaming: bool = field(default=False, metadata={"help": "The same, as TRL's mixtures call it."})
+    dataset_shuffle_buffer: int = field(
+        default=10_000,
+        metadata={"help": "Streamed pairs come in random order from among so many; 0 for their own order."},
+    )
+
+    @property
+    def names(self) -> list[str]:
+        """What ``dataset_name`` names."""
+        return [self.dataset_name] if isinstance(self.dataset_name, str) else self.dataset_name or []
+
+    @property
+    def is_streamed(self) -> bool:
+        return self.dataset_streaming or self.streaming
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset_name, list) and len(self.dataset_name) == 1:  # the one, as in TRL
+            (self.dataset_name,) = self.dataset_name
+        if self.dataset_shuffle_buffer < 0:
+            raise ValueError(f"dataset_shuffle_buffer is {self.dataset_shuffle_buffer}; it should be at least 0")
 
 
 @dataclass
@@ -155,20 +196,26 @@ class ModelArguments:
 class ReportArguments:
     """What report.html shows of the policy, before and after training."""
 
-    report_pairs: int = field(
-        default=SnapshotSize.pairs, metadata={"help": "Pairs whose implicit rewards are drawn; 0 for none."}
+    report_pairs: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs whose implicit rewards are drawn; 0 for none. By default up to 64: as many as take little "
+            "of the run's time, completions included at most a tenth (or 4 seconds)."
+        },
     )
-    report_samples: int = field(
-        default=SnapshotSize.samples, metadata={"help": "Prompts that are completed, greedily; 0 for none."}
+    report_samples: int | None = field(
+        default=None,
+        metadata={"help": "Prompts that are completed, greedily; 0 for none. By default up to 4, as time allows."},
     )
-    report_max_new_tokens: int = field(
-        default=SnapshotSize.max_new_tokens, metadata={"help": "Most tokens of such a completion."}
+    report_max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Most tokens of such a completion. By default up to 64, as time allows."}
     )
 
     def __post_init__(self) -> None:
         for name, least in (("report_pairs", 0), ("report_samples", 0), ("report_max_new_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it should be at least {least}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it should be at least {least}")
 
     def size(self) -> SnapshotSize:
         return SnapshotSize(self.report_pairs, self.report_samples, self.report_max_new_tokens)
@@ -179,11 +226,12 @@ class ReportArguments:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class _HelpFormatter(argparse.HelpFormatter):
+class _Words(argparse.HelpFormatter):
     """One spelling of each flag, where argparse lists --a_b and --a-b; short choices; defaults that say something."""
 
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=min(shutil.get_terminal_size().columns, 110))
+    def describe(self, action: argparse.Action) -> FlagHelp:
+        text = self._expand_help(action) if action.help else ""
+        return FlagHelp(action.dest, self._format_action_invocation(action), text)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         names = [name for name in action.option_strings if "-" not in name.lstrip("-")]
@@ -225,7 +273,6 @@ class TrainParser(HfArgumentParser):
         super().__init__(
             self.dataclasses,
             prog=f"fastdpo {self.command}",
-            formatter_class=_HelpFormatter,
             allow_abbrev=False,  # an abbreviation would accept a misspelt flag as another one
         )
         self.add_argument("--config", help="YAML file of flags (without the dashes); the command line wins over it.")
@@ -254,7 +301,7 @@ class TrainParser(HfArgumentParser):
         first.add_argument("--help_all", action="store_true")
         early, _ = first.parse_known_args(argv)
         if early.help_all:
-            print(self._format_help(everything=True))
+            print(self.help_page().render(everything=True))
             self.exit()
         namespace = self._read_yaml(Path(early.config)) if early.config else None
         namespace, unknown = self.parse_known_args(argv, namespace)
@@ -269,26 +316,21 @@ class TrainParser(HfArgumentParser):
         raise UsageError(f"{message}\n  (fastdpo {self.command} --help describes the flags.)")
 
     def format_help(self) -> str:
-        return self._format_help(everything=False)
+        return self.help_page().render(everything=False)
 
-    def _format_help(self, everything: bool) -> str:
-        formatter = self._get_formatter()
-        formatter.add_text(f"fastdpo {self.command}: {self.summary}")
+    def help_page(self) -> HelpPage:
+        """What ``--help`` and ``--help_all`` say."""
+        describe = _Words(self.prog).describe
         first = {action.dest: action for action in reversed(self._actions)}  # --x, and not --no_x, which comes later
-        groups = [(title, [first[name] for name in names]) for title, names in self.groups().items()]
-        shown = {action.dest for _, actions in groups for action in actions}
-        others = {action.dest: action for action in reversed(self._actions) if action.dest not in shown}
-        if everything:
-            groups.append(("training, less usual", [others[name] for name in sorted(others)]))
-        for title, actions in groups:
-            formatter.start_section(title)
-            formatter.add_arguments(actions)
-            formatter.end_section()
-        if not everything:
-            formatter.start_section(self.others_title)
-            formatter.add_text(", ".join(f"--{name}" for name in sorted(others)))
-            formatter.end_section()
-        return f"{formatter.format_help()}\n{self.help_epilog}"
+        sections = [(title, [describe(first[name]) for name in names]) for title, names in self.groups().items()]
+        shown = {flag.name for _, flags in sections for flag in flags}
+        return HelpPage(
+            heading=f"fastdpo {self.command}: {self.summary}",
+            sections=sections,
+            others_title=self.others_title,
+            others=[describe(first[name]) for name in sorted(first.keys() - shown)],
+            epilog=self.help_epilog,
+        )
 
     def groups(self) -> dict[str, Sequence[str]]:
         """Titles, and the flags under each, that ``--help`` describes."""
@@ -354,5 +396,5 @@ class TrainParser(HfArgumentParser):
 def _as_words(key: str, value: Any) -> list[str]:
     """A YAML value as command-line words."""
     if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
+        return [f"--{key}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
     return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]

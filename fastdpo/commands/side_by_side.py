@@ -8,8 +8,9 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from peft import PeftModel
 from rich.table import Table
 from rich.text import Text as RichText
 
@@ -71,7 +72,7 @@ def answers(
             ids.append(encode_prompt(loaded.tokenizer, prompt, as_chat=chat))
         except ValueError as error:
             raise ValueError(f"{side.label}, prompt {i + 1}: {error}") from error
-    with loaded.model.disable_adapter() if side.adapter_off else contextlib.nullcontext():
+    with cast(PeftModel, loaded.model).disable_adapter() if side.adapter_off else contextlib.nullcontext():
         try:
             return complete(loaded.model, loaded.tokenizer, ids, drawing)
         except ValueError as error:

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.reasons import DROP_REASONS, DROP_REMEDIES, NOTES, WARN_REASONS
 from fastdpo.data.row_digests import MASK_COLUMNS, part_hashes
 from fastdpo.data.summary import DataSummary, LengthStats
+from fastdpo.data.terms import TOKEN_COLUMNS
 from fastdpo.data.truncation import cut
 from fastdpo.data.work import estimate_work
 

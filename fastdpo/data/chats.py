@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.claims import Fault, compare
 from fastdpo.data.facts import Facts, SideFacts, find_facts, shape_of
-from fastdpo.data.files import DataError, first_line
 from fastdpo.data.forms import forms_for, in_form
 from fastdpo.data.settings import Preparation
 from fastdpo.data.templates import BoundTemplate, Messages, plain, template_of
+from fastdpo.data.terms import DataError, first_line
 from fastdpo.data.turns import Span, answer_spans
 
 if TYPE_CHECKING:

@@ -2,284 +2,126 @@
 
 from __future__ import annotations
 
-import difflib
-import gzip
-import json
-import zlib
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import datasets
 
-from fastdpo.errors import InputError
+from fastdpo.data.columns import check_columns
+from fastdpo.data.reading.finding import DataFiles, Found, cut, find, splits_in
+from fastdpo.data.reading.opening import FILE_FORMATS, DataFile
+from fastdpo.data.reading.read import How, read_dataset, read_files, rows_of_dataset, rows_of_files
+from fastdpo.data.terms import TOKEN_COLUMNS, USED_COLUMNS, DataError, first_line, type_name
 
-# Each also with .gz behind it, but for parquet, which is compressed inside.
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-# What rows may have beside the reference's log-probabilities; other columns are left out, and named in the summary.
-USED_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+__all__ = [
+    "FILE_FORMATS",
+    "TOKEN_COLUMNS",
+    "USED_COLUMNS",
+    "DataError",
+    "check_columns",
+    "first_line",
+    "load_preferences",
+    "stream_preferences",
+    "type_name",
+]
 
 
-# An answer "NA", "None" or "42" is text, and so is an empty cell.
-CSV_OPTIONS = {"keep_default_na": False, "converters": dict.fromkeys(("prompt", "chosen", "rejected"), str)}
-# Columns in which public sets keep the prompt under another name.
-PROMPT_NAMES = ("question", "instruction", "input", "query", "context", "user", "problem")
+def load_preferences(
+    name: str | Sequence[str],
+    *,
+    split: str = "train",
+    config_name: str | None = None,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    data_files: DataFiles | None = None,
+) -> datasets.Dataset:
+    """Load preference pairs, of any format that is known, and check that the columns are there.
 
-
-class DataError(InputError):
-    """Preference data that cannot be used; the message says which input, what is wrong, and what to do."""
-
-
-def load_preferences(name: str, *, split: str = "train", config_name: str | None = None) -> datasets.Dataset:
-    """Load preference pairs and check that the columns are there.
+    What the files say is kept to the character; see docs/data.md for what becomes of each format.
 
     Args:
-        name: a dataset id on the Hugging Face Hub; or a folder, written by ``save_to_disk`` or holding json, jsonl,
-            parquet or csv files; or one such file, also with .gz (but for parquet).
-        split: which split; slices such as ``train[:90%]`` work everywhere. A single file has one split, ``train``.
+        name: a dataset id on the Hugging Face Hub; or a folder, written by ``save_to_disk`` or holding files of pairs;
+            or such a file; or several of these, one after another.
+        split: which split; slices such as ``train[:90%]`` work everywhere. A file alone has one split, ``train``.
         config_name: the configuration, where a Hub dataset or a folder has several.
+        format: the format, where it cannot be told or is one's own: its name, or ``path/to/file.py:function``, a
+            function of a row that returns ``{"prompt": ..., "chosen": ..., "rejected": ...}``, a list of such, or None.
+        columns: where columns have other names: ``{"prompt": "question", ...}``.
+        data_files: which files of a Hub dataset or a folder, by split; or, with ``name`` one of ``json``, ``csv`` and
+            ``parquet``, the files alone.
 
     Returns:
-        The rows, unchanged, with at least the columns ``chosen`` and ``rejected``.
+        The pairs, in the columns ``prompt`` (unless the answers begin with it), ``chosen`` and ``rejected``, with
+        ``tools`` where rows have them, and with what else the rows have. ``info.description`` says what they were read
+        as.
 
     Raises:
         DataError: nothing is there, the format is unknown, a line cannot be parsed, the split does not exist, there
             are no rows, or columns are missing or of the wrong type.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        dataset = _load_folder(path, split, config_name)
-    elif path.exists():
-        dataset = _load_file(path, split)
-    elif _looks_like_a_path(name):
-        raise DataError(_missing_path_message(path))
+    found = _find(name, config_name, data_files)
+    how = How(format, dict(columns) if columns else None)
+    if found.dataset is not None:
+        dataset = found.dataset(split)
+        if not set(TOKEN_COLUMNS) <= set(dataset.column_names):
+            dataset = read_dataset(dataset, found.what, how)
     else:
-        dataset = _call_loader(lambda: datasets.load_dataset(name, config_name, split=split), f"dataset {name!r}")
+        wanted = {each: read_files(found.files[each](), how) for each in splits_in(split) & found.files.keys()}
+        dataset = cut(wanted, split, found.what, known=list(found.files))
     if len(dataset) == 0:
-        raise DataError(f"{name}: split {split!r} has no rows.")
+        read = f" Read as {dataset.info.description}." if dataset.info.description else ""
+        raise DataError(f"{found.what}: split {split!r} has no rows.{read}")
     if not set(TOKEN_COLUMNS) <= set(dataset.column_names):  # what prepare made and save_to_disk wrote is as good
-        check_columns(dataset, name)
+        check_columns(dataset, found.what)
     return dataset
 
 
-def _looks_like_a_path(name: str) -> bool:
-    """A Hub id is ``name`` or ``owner/name``, with no file extension of ours."""
-    return name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name or _format_of(Path(name)) is not None
+def stream_preferences(
+    name: str | Sequence[str],
+    *,
+    split: str = "train",
+    config_name: str | None = None,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    data_files: DataFiles | None = None,
+) -> datasets.IterableDataset:
+    """The same pairs one after another, read as they are needed: for sets that are larger than memory and disk.
 
+    Args:
+        name, config_name, format, columns, data_files: as for :func:`load_preferences`. Files of the Hub are fetched,
+            and then read as they are needed.
+        split: which split; no slice, for that takes the number of rows.
 
-def _format_of(path: Path) -> str | None:
-    """The loader for a file, by its extensions; None if there is none."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] == [".gz"]:
-        file_format = FILE_FORMATS.get("".join(suffixes[-2:-1]))
-        return None if file_format == "parquet" else file_format
-    return FILE_FORMATS.get("".join(suffixes[-1:]))
+    Returns:
+        Rows as those of :func:`load_preferences`, without what a row has nothing in. It can be shuffled by way of a
+        buffer, and its ``state_dict`` says where it is.
 
-
-def _open(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def _missing_path_message(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"No such file or folder: {path} (the folder {path.parent} does not exist either)."
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
-    hint = f" Did you mean {path.parent / near[0]}?" if near else f" Look into {path.parent.resolve()}."
-    return f"No such file or folder: {path}.{hint}"
-
-
-def _load_file(path: Path, split: str) -> datasets.Dataset:
-    file_format = _format_of(path)
-    if file_format is None:
-        raise DataError(
-            f"{path}: unknown extension {path.suffix or '(none)'!r}. Files with the extension "
-            f"{', '.join(FILE_FORMATS)}, and these with .gz, can be read."
-        )
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty (0 bytes).")
-    try:
-        if file_format != "parquet":
-            _check_encoding(path)
-        if file_format == "json":
-            _check_json(path)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}.") from error
-    options = CSV_OPTIONS if file_format == "csv" else {}
-    return _call_loader(
-        lambda: datasets.load_dataset(file_format, data_files=str(path), split=split, **options), str(path)
-    )
-
-
-def _load_folder(path: Path, split: str, config_name: str | None) -> datasets.Dataset:
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _call_loader(lambda: _load_saved(path, split), str(path))
-    files = sorted(p for p in path.rglob("*") if _format_of(p) is not None)
-    if not files:
-        raise DataError(
-            f"{path}: nothing to read in this folder. It should have been written by save_to_disk, or hold "
-            f"{', '.join(FILE_FORMATS)} files."
-        )
-    options = CSV_OPTIONS if all(_format_of(file) == "csv" for file in files) else {}
-    try:
-        return _call_loader(lambda: datasets.load_dataset(str(path), config_name, split=split, **options), str(path))
-    except DataError:
-        # The loader seldom says which file it stumbled over. If it is the text of one, this raises something better.
-        for file in files:
-            if _format_of(file) == "json":
-                _check_json(file)
-        raise
-
-
-def _load_saved(path: Path, split: str) -> datasets.Dataset:
-    saved = datasets.load_from_disk(str(path))
-    splits = saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict({"train": saved})
-    sizes = {name: len(rows) for name, rows in splits.items()}
-    parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
-    pieces = [
-        splits[part.splitname].select(range(part.from_ or 0, sizes[part.splitname] if part.to is None else part.to))
-        for part in parts
-    ]
-    return datasets.concatenate_datasets(pieces)
-
-
-def _call_loader(load: Callable[[], datasets.Dataset], source: str) -> datasets.Dataset:
-    try:
-        return load()
-    except ConnectionError as error:
-        raise DataError(
-            f"{source}: there is no such file or folder here, and the Hub could not be reached ({error}). Check the "
-            "name and the network; a local file needs its path and one of the extensions "
-            f"{', '.join(FILE_FORMATS)}."
-        ) from error
-    except (ValueError, OSError, datasets.exceptions.DatasetsError, StopIteration) as error:
-        # Libraries wrap what happened in "An error occurred while generating the dataset".
-        detail = str(error.__cause__ or error) or type(error).__name__
-        raise DataError(f"{source}: {first_line(detail)}{_split_hint(detail)}") from error
-
-
-def _split_hint(detail: str) -> str:
-    if "nknown split" not in detail and "nvalid split" not in detail:
-        return ""
-    return (
-        " Choose one with --dataset_train_split or --dataset_test_split; a slice such as 'train[:90%]' or "
-        "'train[90%:]' cuts a part for evaluation out of a dataset that has one split."
-    )
-
-
-def first_line(text: str) -> str:
-    return text.strip().splitlines()[0]
-
-
-def _check_encoding(path: Path) -> None:
-    """Name what a spreadsheet or a Windows editor may have written instead of UTF-8."""
-    with _open(path) as file:
-        start = file.read(4)
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or (len(start) > 1 and start.count(0) * 2 >= len(start)):
-        raise DataError(f"{path} is UTF-16 or UTF-32 text. Save the file as UTF-8.")
-
-
-def _check_json(path: Path) -> None:
-    """Parse a file line by line (or whole, when it is one JSON list), to name the line on which it breaks.
-
-    The loader's own messages count characters or blocks, and it accepts some things that would surprise later on.
+    Raises:
+        DataError: nothing is there, or the split does not exist; and while it is read, a line that cannot be parsed or
+            is of another format.
     """
-    with _open(path) as file:
-        start = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start.startswith(b"["):
-        _check_json_list(path)
-        return
-    rows = 0
-    with _open(path) as file:
-        for number, raw in enumerate(file, 1):
-            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            if line.strip():
-                rows += 1
-                _check_json_line(line, f"{path}, line {number}")
-    if not rows:
-        raise DataError(f"{path} holds only blank lines.")
-
-
-def _check_json_line(line: bytes, where: str) -> None:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte {error.start + 1} of the line). Save the file as UTF-8.") from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: not valid JSON: {error.msg} at column {error.colno}. Each line must be one whole JSON object; "
-            "mend or remove this line."
-        ) from error
-    if b"\\ud" in line.lower() and _has_lone_surrogate(row):
-        raise DataError(f"{where}: half of a surrogate pair (\\ud8xx without \\udcxx): a character was cut in two.")
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: each line must be a JSON object, this one is {type_name(row)}.")
-
-
-def _has_lone_surrogate(row: Any) -> bool:
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _check_json_list(path: Path) -> None:
-    try:
-        with _open(path) as file:
-            rows = json.loads(file.read().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start + 1}). Save the file as UTF-8.") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}.") from error
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}: item {number} of the list must be a JSON object, it is {type_name(row)}.")
-
-
-def check_columns(dataset: datasets.Dataset, source: str = "the dataset") -> None:
-    """Raise DataError unless ``chosen`` and ``rejected`` are there and the columns can hold text or messages."""
-    found = dataset.column_names
-    missing = [name for name in ("chosen", "rejected") if name not in found]
-    if missing:
-        near = {name: difflib.get_close_matches(name, found, n=1, cutoff=0.75) for name in missing}
-        hints = "".join(f" Is {match[0]!r} meant for {name!r}?" for name, match in near.items() if match)
-        raise DataError(
-            f"{source}: missing column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}; found "
-            f"{', '.join(map(repr, found))}. Needed: 'chosen' and 'rejected', and 'prompt' unless both begin with it "
-            f"(dataset.rename_column renames).{hints}"
+    found = _find(name, config_name, data_files)
+    how = How(format, dict(columns) if columns else None)
+    if found.dataset is not None:
+        rows = found.dataset(split)
+        return datasets.IterableDataset.from_generator(
+            _dataset_stream, gen_kwargs={"dataset": rows, "source": found.what, "how": how}
         )
-    texts = dataset.features["chosen"]
-    if "prompt" not in found and isinstance(texts, datasets.Value) and texts.dtype != "null":
-        # Without a prompt column, what chosen and rejected share would be the prompt.
-        near = [name for name in found if name.lower() in (*PROMPT_NAMES, "prompts", "prompt")]
-        if near:
-            raise DataError(
-                f"{source}: no column 'prompt', but {', '.join(map(repr, near))}, which would be left out. Rename it "
-                "to 'prompt', or remove it if chosen and rejected begin with the prompt."
-            )
-    images = [name for name in ("image", "images") if name in found]
-    if images:
-        raise DataError(f"{source}: column {images[0]!r} found, but only text pairs can be trained on; remove it.")
-    for name in ("prompt", "chosen", "rejected"):
-        if name in found and not _may_hold_text(dataset.features[name]):
-            raise DataError(
-                f"{source}: column {name!r} has type {dataset.features[name]}; needed: strings, or lists of messages "
-                '{"role": ..., "content": ...}.'
-            )
+    if split not in found.files:
+        raise DataError(
+            f"{found.what}: there is no split {split!r} to be streamed, there is: {', '.join(found.files)}. A slice of "
+            "one takes the number of its rows; leave streaming out, or name files for each part."
+        )
+    return datasets.IterableDataset.from_generator(_file_stream, gen_kwargs={"files": found.files[split](), "how": how})
 
 
-def _may_hold_text(feature: Any) -> bool:
-    """Whether a column's type can be strings or messages. A column of mixed JSON is judged row by row, later."""
-    if isinstance(feature, datasets.Value):
-        # A column that is null throughout has type "null"; its rows are dropped and counted like any null.
-        return feature.dtype in ("string", "large_string", "null")
-    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-    if isinstance(inner, dict):
-        return "role" in inner
-    return "Json" in (type(feature).__name__, type(inner).__name__)
+def _find(name: str | Sequence[str], config_name: str | None, data_files: DataFiles | None) -> Found:
+    return find([name] if isinstance(name, str) else list(name), config_name, data_files)
 
 
-def type_name(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), f"{value!r} ({type(value).__name__})")
+def _file_stream(files: list[DataFile], how: How) -> Iterator[dict[str, Any]]:
+    yield from rows_of_files(files, how, [])
+
+
+def _dataset_stream(dataset: datasets.Dataset, source: str, how: How) -> Iterator[dict[str, Any]]:
+    yield from rows_of_dataset(dataset, source, how, [])

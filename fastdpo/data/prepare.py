@@ -21,12 +21,14 @@ import pyarrow.compute as pc
 import torch
 
 from fastdpo.data.account import account, nothing_left_message, strict_message
-from fastdpo.data.files import TOKEN_COLUMNS, USED_COLUMNS, DataError, check_columns
+from fastdpo.data.columns import check_columns
+from fastdpo.data.reading.read import as_said
 from fastdpo.data.reasons import WARN_EXPLANATIONS
 from fastdpo.data.row_digests import MASK_COLUMNS
 from fastdpo.data.settings import Preparation, parse_date
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.templates import writes_date
+from fastdpo.data.terms import REFERENCE_COLUMNS, TOKEN_COLUMNS, USED_COLUMNS, DataError
 from fastdpo.data.tokens import RowTokenizer
 from fastdpo.data.truncation import TRUNCATION_MODES, check_truncation, cut
 
@@ -37,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["REFERENCE_COLUMNS", "TRUNCATION_MODES", "PreferenceCollator", "examine", "prepare"]
 
-# Someone who brings reference log-probabilities of their own keeps them.
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 BATCH = 1000  # rows tokenised at a time
 
 
@@ -149,6 +149,7 @@ def examine(
     if len(dataset) == 0:
         raise DataError("The dataset has no rows.")
     check_columns(dataset)
+    dataset = as_said(dataset)
     preparation = _preparation(tokenizer, score, end_token, template_date)
 
     carried = [name for name in REFERENCE_COLUMNS if name in dataset.column_names]
@@ -176,6 +177,7 @@ def examine(
     if not any(pc.sum(pc.list_value_length(column)).as_py() for column in masks):
         tokenised = tokenised.remove_columns(list(MASK_COLUMNS))
     kept, summary = account(tokenised, max_length, truncation_mode, batch_size)
+    summary.read_as = dataset.info.description or ""
     summary.unused_columns = [name for name in dataset.column_names if name not in (*USED_COLUMNS, *carried)]
     return tokenised, kept, summary
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from fastdpo.data.files import TOKEN_COLUMNS
+from fastdpo.data.terms import TOKEN_COLUMNS
 
 ROW_DIGEST_BYTES = 16
 # 1 on the tokens of a completion that count; empty where all do. Absent where that holds of all rows.

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastdpo.data.chats import Chat
-from fastdpo.data.files import DataError, type_name
 from fastdpo.data.templates import check_json
+from fastdpo.data.terms import DataError, type_name
 
 
 @dataclass

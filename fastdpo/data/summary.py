@@ -53,6 +53,7 @@ class DataSummary:
         truncation_mode: which end the collator keeps.
         unused_columns: columns of the input that nothing was made of.
         work: what a step costs, of the rows kept; None where no row is.
+        read_as: the format that the rows were read as, and what was left out before them; "" where that is not known.
     """
 
     rows_in: int
@@ -68,6 +69,7 @@ class DataSummary:
     first_rows: dict[str, list[int]] = field(default_factory=dict)
     unused_columns: list[str] = field(default_factory=list)
     work: Work | None = None
+    read_as: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain numbers, strings, lists and dicts, for JSON."""
@@ -104,6 +106,8 @@ class DataSummary:
         table.add_column("what")
         table.add_column("rows", justify="right")
         table.add_column("where", style="dim")
+        if self.read_as:
+            table.add_row("read as", "", self.read_as)
         table.add_row("rows in", str(self.rows_in), "")
         table.add_row("kept", str(self.rows_kept), "", style="bold")
         for side, count in self.truncated.items():

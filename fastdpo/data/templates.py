@@ -14,7 +14,7 @@ from jinja2 import meta, nodes
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from fastdpo.data.files import DataError, type_name
+from fastdpo.data.terms import DataError, type_name
 
 Messages = list[dict[str, Any]]
 

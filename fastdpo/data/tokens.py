@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.chats import Chat, ChatRenderer, Rendered
 from fastdpo.data.encode import Encoder, Ids
-from fastdpo.data.files import DataError
 from fastdpo.data.mask import judge_text, same_text, without_leading
 from fastdpo.data.rows import Row, Text, common_prefix_length, read_row
 from fastdpo.data.settings import Preparation
+from fastdpo.data.terms import DataError
 from fastdpo.data.turns import Span
 
 if TYPE_CHECKING:

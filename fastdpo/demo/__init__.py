@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
 
     Raises:
-        fastdpo.commands.cli.UsageError: the output folder cannot be used.
+        fastdpo.errors.UsageError: the output folder cannot be used.
     """
     try:
         config = parse_args(argv)

@@ -216,7 +216,8 @@ def draw_prompt(rng: random.Random) -> str:
 
 def draw_prompts(count: int, rng: random.Random, exclude: Collection[str] = ()) -> list[str]:
     """``count`` prompts, all different, none of them in ``exclude``."""
-    seen, prompts = set(exclude), []
+    seen = set(exclude)
+    prompts: list[str] = []
     while len(prompts) < count:
         prompt = draw_prompt(rng)
         if prompt not in seen:

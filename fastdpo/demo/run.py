@@ -36,7 +36,7 @@ def run(config: DemoConfig, console: Console) -> dict[str, Any]:
     """Run the demo; returns what it writes to ``summary.json``.
 
     Raises:
-        fastdpo.commands.cli.UsageError: the output folder cannot be used.
+        fastdpo.errors.UsageError: the output folder cannot be used.
     """
     start = time.perf_counter()
     folder = OutputFolder(config.output_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,11 @@ def _positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
+def _cache_argument(model: PreTrainedModel) -> str:
+    """What its forward calls the cache: transformers 5.24 has renamed it, and warns of the older name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def _draw(weights: Tensor, generator: torch.Generator) -> Tensor:
     """One index a row, int64 [N, 1], with chances in proportion to weights [N, V].
 
@@ -79,13 +85,18 @@ def sample_tokens(
     ended = torch.zeros(rows, dtype=torch.bool, device=prompt_ids.device)
     lengths = prompt_ids.new_zeros(rows)
 
-    cache = DynamicCache(config=model.config)
+    cache, cache_name = DynamicCache(config=model.config), _cache_argument(model)
     live = torch.arange(rows, device=prompt_ids.device)  # which row each entry of the running batch is
     ids, mask = prompt_ids, prompt_mask
     positions = _positions(prompt_mask)
     for step in range(max_new_tokens):
         logits = model(
-            ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+            **{cache_name: cache},
         ).logits[:, -1]
         log_probs = logits.float().log_softmax(dim=-1)
         weights = log_probs.exp() if temperature == 1.0 else (log_probs / temperature).softmax(dim=-1)
@@ -167,7 +178,7 @@ def completion_log_probs(model: PreTrainedModel, samples: TokenSamples) -> Tenso
     # Positions beyond the end are never attended to by what comes before them; only the prompt's padding is hidden.
     mask = torch.cat([samples.prompt_mask, torch.ones_like(samples.tokens)], dim=1)
     steps = samples.tokens.shape[1]
-    logits = model(
+    logits: Tensor = model(
         ids[:, :-1],
         attention_mask=mask[:, :-1],
         position_ids=_positions(mask)[:, :-1],

@@ -104,11 +104,11 @@ class _Report(TrainerCallback):
         self._on_step = on_step
         self._last: dict[str, float] = {}
 
-    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        if "loss" in logs:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs is not None and "loss" in logs:
             self._last = logs
 
-    def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._on_step(state.global_step, self._last)
 
 

@@ -125,7 +125,7 @@ class FusedLinearDPOLoss(nn.Module):
             TypeError, ValueError, IndexError: as :func:`fastdpo.dpo_loss`; a reference model that is to be used and is
                 not given.
         """
-        reference = {}
+        reference: dict[str, Any] = {}
         if self.use_ref_model:
             if ref_input is None or ref_weight is None:
                 name = "ref_input" if ref_input is None else "ref_weight"
@@ -142,6 +142,7 @@ class FusedLinearDPOLoss(nn.Module):
             **reference,
             **self._options(),
         )
+        assert output.mean_logits is not None  # as it was asked for
         chosen_mean, rejected_mean = output.mean_logits.chunk(2)
         nll = torch.zeros_like(output.loss)
         if self.compute_nll_loss:

@@ -10,7 +10,7 @@ Its ``SimPOLoss``, gone from 0.6, is ``fastdpo.dpo_loss(..., loss_type="simpo")`
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -30,20 +30,8 @@ class ChosenRejectedLogps(Protocol):
         """[B], the same of the rejected completions."""
 
 
-class DPOLoss(nn.Module):
-    """DPO (arXiv 2305.18290, eq. 7); with ``label_smoothing`` conservative DPO.
-
-    Args:
-        beta, label_smoothing: see :class:`fastdpo.LossOptions`.
-
-    Raises:
-        ValueError: one of them is out of range.
-    """
-
-    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.beta, self.label_smoothing = beta, label_smoothing
-        LossOptions(beta, "sigmoid", label_smoothing)  # raises
+class _PairLoss(nn.Module):
+    """A loss of torchtune's: what is called."""
 
     @property
     def is_reference_free(self) -> bool:
@@ -72,10 +60,33 @@ class DPOLoss(nn.Module):
             ValueError: the shapes do not agree.
         """
         logps = _of_call(policy_inputs, reference_inputs, reference_chosen_logps, reference_rejected_logps)
-        return preference_loss(*logps, self.beta, self.label_smoothing)
+        return preference_loss(*logps, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        """The keywords of :func:`fastdpo.preference_loss`."""
+        raise NotImplementedError
 
 
-class RSOLoss(nn.Module):
+class DPOLoss(_PairLoss):
+    """DPO (arXiv 2305.18290, eq. 7); with ``label_smoothing`` conservative DPO.
+
+    Args:
+        beta, label_smoothing: see :class:`fastdpo.LossOptions`.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
+
+    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.beta, self.label_smoothing = beta, label_smoothing
+        LossOptions(**self._options())  # raises
+
+    def _options(self) -> dict[str, Any]:
+        return {"beta": self.beta, "label_smoothing": self.label_smoothing}
+
+
+class RSOLoss(_PairLoss):
     """The hinge of RSO (Liu et al. 2023, arXiv 2309.06657, sec. 3.2): ``hinge``, with gamma for beta.
 
     Args:
@@ -91,33 +102,23 @@ class RSOLoss(nn.Module):
         if not gamma > 0:
             raise ValueError(f"gamma is {gamma}; it should be above 0 (0.1 is usual)")
 
-    @property
-    def is_reference_free(self) -> bool:
-        """As :attr:`DPOLoss.is_reference_free`."""
-        return False
-
-    def forward(
-        self,
-        policy_inputs: ChosenRejectedLogps | Tensor,
-        reference_inputs: ChosenRejectedLogps | Tensor,
-        reference_chosen_logps: Tensor | None = None,
-        reference_rejected_logps: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Arguments, result and errors as of :meth:`DPOLoss.forward`."""
-        logps = _of_call(policy_inputs, reference_inputs, reference_chosen_logps, reference_rejected_logps)
-        return preference_loss(*logps, self.gamma, loss_type="hinge")
+    def _options(self) -> dict[str, Any]:
+        return {"beta": self.gamma, "loss_type": "hinge"}
 
 
 def _of_call(
-    first: ChosenRejectedLogps | Tensor, second: ChosenRejectedLogps | Tensor, *older: Tensor | None
+    first: ChosenRejectedLogps | Tensor,
+    second: ChosenRejectedLogps | Tensor,
+    third: Tensor | None,
+    fourth: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The policy's and the reference's chosen and rejected log-probabilities, from either of torchtune's calls."""
-    tensors = [isinstance(value, Tensor) for value in (first, second)]
-    if all(tensors) and all(isinstance(value, Tensor) for value in older):
-        return first, second, *older
-    if any(tensors) or any(value is not None for value in older):
-        raise TypeError(
-            "the call is neither of torchtune's two: give the policy's and the reference's ChosenRejectedOutputs, or "
-            "four tensors: policy chosen, policy rejected, reference chosen, reference rejected log-probabilities"
-        )
-    return first.chosen_logps, first.rejected_logps, second.chosen_logps, second.rejected_logps
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if isinstance(third, Tensor) and isinstance(fourth, Tensor):
+            return first, second, third, fourth
+    elif not (isinstance(first, Tensor) or isinstance(second, Tensor)) and third is None and fourth is None:
+        return first.chosen_logps, first.rejected_logps, second.chosen_logps, second.rejected_logps
+    raise TypeError(
+        "the call is neither of torchtune's two: give the policy's and the reference's ChosenRejectedOutputs, or "
+        "four tensors: policy chosen, policy rejected, reference chosen, reference rejected log-probabilities"
+    )

@@ -42,7 +42,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -51,6 +51,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdpo import logps
+from fastdpo.logps.graphs import outside_of_graphs
 
 SUPPORTED_VERSION = "1.16"
 
@@ -157,7 +158,7 @@ class _TokenLogpsFunction:
         chunk_size: int,  # of TRL's tiles; our kernels choose their own
         final_logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
-        outputs: Sequence[str] = logps.OUTPUTS,
+        outputs: Iterable[str] = logps.OUTPUTS,
     ) -> tuple[Tensor | None, ...]:
         with _regathered_in_backward(weight, bias):
             result = logps.token_logps(
@@ -198,7 +199,7 @@ def _regathered_in_backward(weight: Tensor, bias: Tensor | None) -> Iterator[Non
     """
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    if not is_deepspeed_zero3_enabled():
+    if not is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
         yield
         return
     gathered = [parameter for parameter in (weight, bias) if parameter is not None]
@@ -237,8 +238,8 @@ class _EntropyForLogging(torch.autograd.Function):
         return None, None
 
 
-@torch.compiler.disable
+@outside_of_graphs("tracing would run into what the backward raises")
 def _entropy_for_logging(entropy: Tensor, log_probs: Tensor) -> Tensor:
     """The entropy, connected to the log-probabilities' inputs, so that a gradient into it is not lost in silence."""
-    # Tracing would run into what the backward raises: hence not compiled.
-    return _EntropyForLogging.apply(entropy, log_probs)
+    connected: Tensor = _EntropyForLogging.apply(entropy, log_probs)  # type: ignore[no-untyped-call]
+    return connected

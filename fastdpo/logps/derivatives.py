@@ -23,7 +23,8 @@ def first_derivative(compute: Callable[..., Gradients], *inputs: Tensor | None) 
     """
     if torch.compiler.is_compiling():  # which refuses second derivatives itself
         return compute(*inputs)
-    return _FirstDerivative.apply(compute, *inputs)
+    gradients: Gradients = _FirstDerivative.apply(compute, *inputs)  # type: ignore[no-untyped-call]
+    return gradients
 
 
 class _FirstDerivative(torch.autograd.Function):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdpo.logps.graphs import outside_of_graphs
 from fastdpo.logps.low_rank_rows import ALIGNMENT, WideRows, wide_logps
 from fastdpo.logps.native import compute_dtype
 from fastdpo.logps.ops import OUTPUTS, OpInputs
@@ -38,7 +39,7 @@ class LowRankUpdate:
     hidden: Tensor | None = None
 
 
-@torch.compiler.disable(reason="token_logps(low_rank=...) runs outside of compiled graphs")
+@outside_of_graphs("token_logps(low_rank=...) runs outside of compiled graphs")
 def low_rank_logps(
     inputs: OpInputs, updates: Sequence[LowRankUpdate], retain_bytes: int, outputs: Sequence[str]
 ) -> tuple[Tensor, ...]:

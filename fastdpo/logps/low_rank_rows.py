@@ -50,7 +50,8 @@ def wide_logps(rows: WideRows, retain_bytes: int, names: Sequence[str]) -> tuple
         rows = rows._replace(wide=rows.wide.float())
     grad = torch.is_grad_enabled()
     needs = [grad and x is not None and x.requires_grad for x in rows[:4]]
-    return _WideLogps.apply(*rows, needs, retain_bytes, tuple(names))
+    results: tuple[Tensor, ...] = _WideLogps.apply(*rows, needs, retain_bytes, tuple(names))  # type: ignore[no-untyped-call]
+    return results
 
 
 class _Chunk(NamedTuple):
@@ -189,9 +190,10 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of wide, weight, b and bias; None for what needs none."""
     rows, whole = WideRows(wide, weight, b, bias, targets, scalars), WholeRows(logp, lse)
-    need_wide, *need_head = needs
-    grad_wide = (direction * grad_logps.unsqueeze(1)).to(wide.dtype) if need_wide else None
-    grads = [torch.empty_like(x) if need else None for x, need in zip(rows[1:4], need_head, strict=True)]
+    need_head = needs[1:]
+    grad_wide = None if direction is None else (direction * grad_logps.unsqueeze(1)).to(wide.dtype)
+    head = zip((weight, b, bias), need_head, strict=True)
+    grads = [torch.empty_like(x) if need and x is not None else None for x, need in head]
     if any(need_head):
         for chunk, *state in zip(_chunks(rows), *_halves(of_chunks), strict=True):
             _weight_gradients(rows, chunk, state, whole, grad_logps, keeps, grads)
@@ -243,11 +245,11 @@ def _weight_gradients(
         row_bytes = size * operand_dtype(rows.wide.dtype).itemsize
         for block in _blocks(len(rows.targets), max(1, _CHUNK_BYTES[rows.wide.device.type] // row_bytes)):
             add(block, *_exponentials(rows, chunk, block, whole, compute))
-    if grad_weight is not None:
+    if weight_sum is not None and grad_weight is not None:
         grad_weight[chunk.entries] = weight_sum[:, : rows.weight.shape[1]]
-    if grad_b is not None:
+    if weight_sum is not None and grad_b is not None:
         grad_b[chunk.entries] = weight_sum[:, width - rank :]
-    if grad_bias is not None:
+    if bias_sum is not None and grad_bias is not None:
         grad_bias[chunk.entries] = bias_sum
 
 

@@ -71,13 +71,14 @@ def forward_op(
     """logps, row_state, direction, retained and the extra outputs, as csrc/fastdpo.h defines them."""
     *tensors, scalars = inputs
     try:
-        return torch.ops.fastdpo.token_logps_forward(
+        results: tuple[Tensor, ...] = torch.ops.fastdpo.token_logps_forward(
             *tensors,
             **scalars,
             need_direction=need_direction,
             retain_bytes=retain_bytes,
             **{op_name: name in outputs for name, op_name in OUTPUTS.items()},
         )
+        return results
     except RuntimeError as error:
         # The only kind of error that torch's stable ABI, through which the CUDA op goes, has.
         if "`targets`[" in str(error):
@@ -106,7 +107,7 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, from the forward's ``state``: (row_state, direction, retained)."""
     *tensors, scalars = inputs
-    return torch.ops.fastdpo.token_logps_backward(
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.fastdpo.token_logps_backward(
         grad_logps.contiguous(),  # a sum's is one number, expanded
         *tensors,
         *state,
@@ -117,6 +118,7 @@ def backward_op(
         need_weight=need_weight,
         need_bias=need_bias,
     )
+    return gradients
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

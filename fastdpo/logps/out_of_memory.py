@@ -11,7 +11,7 @@ import torch
 from fastdpo.logps.ops import OpInputs
 
 # What there is where torch has no error of its own: the CPU's allocator raises a RuntimeError, and so do our CUDA ops,
-# which see torch through its stable ABI (csrc/cuda/token_logps.cpp).
+# which see torch through its stable ABI (csrc/cuda/inputs.cpp).
 _MESSAGES = ("DefaultCPUAllocator", "can't allocate memory", "fastdpo: out of memory")
 
 T = TypeVar("T")

@@ -153,7 +153,7 @@ def differentiable_logps(
     grad = torch.is_grad_enabled()
     need_grads = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     function = _TokenLogps if torch.compiler.is_compiling() else _EagerTokenLogps
-    logps, _, _, _, *extras = function.apply(
+    logps, _, _, _, *extras = function.apply(  # type: ignore[no-untyped-call]
         hidden, weight, targets, bias, need_grads, scalars, retain_bytes, tuple(outputs)
     )
     return logps, *extras

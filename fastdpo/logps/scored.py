@@ -47,13 +47,7 @@ class ScoredRows:
             raise ValueError(
                 f"num_scored is {num_scored}; targets has {len(positions)} that are not ignore_index ({ignore_index})"
             )
-        wrong = (mask & ((targets < 0) | (targets >= vocabulary))).nonzero()
-        if len(wrong):
-            t = int(wrong[0])
-            raise IndexError(
-                f"targets[{t}] is {int(targets[t])}; it should be in [0, {int(vocabulary)}), the rows of weight, or "
-                f"ignore_index ({ignore_index})"
-            )
+        refuse_foreign_targets(targets, mask, vocabulary, ignore_index)
         return cls(mask, positions)
 
     def pick(self, values: Tensor) -> Tensor:
@@ -70,3 +64,14 @@ class ScoredRows:
 
         empty = logps.new_empty(0)
         return spread(logps), *(spread(outputs[name]) if name in outputs else empty for name in OUTPUTS)
+
+
+def refuse_foreign_targets(targets: Tensor, scored: Tensor, vocabulary: Tensor | int, ignore_index: int) -> None:
+    """IndexError where a scored target is no entry of the vocabulary; the host waits for the device."""
+    wrong = (scored & ((targets < 0) | (targets >= vocabulary))).nonzero()
+    if len(wrong):
+        t = int(wrong[0])
+        raise IndexError(
+            f"targets[{t}] is {int(targets[t])}; it should be in [0, {int(vocabulary)}), the rows of weight, or "
+            f"ignore_index ({ignore_index})"
+        )

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from fastdpo.logps import vocab_shards
 from fastdpo.logps.derivatives import first_derivative, refuse_forward_mode
+from fastdpo.logps.graphs import outside_of_graphs
 from fastdpo.logps.ops import OUTPUTS, OpInputs, backward_op, forward_op
 from fastdpo.logps.scored import ScoredRows
 
 
-@torch.compiler.disable(reason="token_logps(group=...) runs outside of compiled graphs")
+@outside_of_graphs("token_logps(group=...) runs outside of compiled graphs")
 def vocab_parallel_logps(
     inputs: OpInputs, group: dist.ProcessGroup, retain_bytes: int, outputs: Sequence[str]
 ) -> tuple[Tensor, ...]:
@@ -36,7 +37,7 @@ def vocab_parallel_logps(
     grad = torch.is_grad_enabled()
     needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     names = tuple(name for name in OUTPUTS if name in outputs)
-    logps, *extras = _ShardedLogps.apply(*shard, ends, ends[rank] - weight.shape[0], group, needs, retain_bytes, names)
+    logps, *extras = _ShardedLogps.apply(*shard, ends, ends[rank] - weight.shape[0], group, needs, retain_bytes, names)  # type: ignore[no-untyped-call]
     return rows.spread(logps, dict(zip(names, extras, strict=True)))
 
 
@@ -127,7 +128,7 @@ def _gradients(
         need_weight=need_weight,
         need_bias=need_bias,
     )
-    if need_hidden:
+    if grad_hidden is not None and summed is not None:
         summed.wait()
         grad_hidden = grad_hidden.to(hidden.dtype)
     return grad_hidden, grad_weight if need_weight else None, grad_bias if need_bias else None

@@ -111,9 +111,9 @@ def combine(stats: Tensor, owner: Tensor, sizes: Tensor, names: Sequence[str]) -
     logp = target_logp.amax(0) - torch.logaddexp(torch.zeros_like(above), above)
     whole = WholeRows(logp, lse.logsumexp(0))
 
-    outputs, rest = {}, iter(rest)
+    outputs, remaining = {}, iter(rest)
     for name in names:
-        values = next(rest)
+        values = next(remaining)
         if name == "entropy":
             mass = relative(lse, whole.lse)
             outputs[name] = (mass * values + torch.special.entr(mass)).sum(0)
@@ -122,7 +122,7 @@ def combine(stats: Tensor, owner: Tensor, sizes: Tensor, names: Sequence[str]) -
         elif name == "mean_logits":
             outputs[name] = (values * sizes.unsqueeze(1)).sum(0) / sizes.sum()
         else:
-            target, rival = values.amax(0), next(rest).amax(0)
+            target, rival = values.amax(0), next(remaining).amax(0)
             outputs[name] = (rival - target).masked_fill(rival == target, 0.0)
     return whole, outputs
 
@@ -179,7 +179,8 @@ def set_kept_targets(retained: Tensor, targets: Tensor, row_state: Tensor, scala
 
 def _logit_slope(logit: Tensor, scalars: Mapping[str, Any]) -> Tensor:
     """d z / d (h.w) where z is ``logit``: LogitTransform of csrc/fastdpo.h."""
-    slope = scalars["logit_scale"] / scalars["temperature"]
+    slope: float = scalars["logit_scale"] / scalars["temperature"]
     if scalars["softcap"] == 0:
         return torch.full_like(logit, slope)
-    return slope * (1 - (logit * (scalars["temperature"] / scalars["softcap"])).square())
+    of_logit: Tensor = slope * (1 - (logit * (scalars["temperature"] / scalars["softcap"])).square())
+    return of_logit

@@ -1,32 +1,31 @@
-"""The preference losses' entry points.
+"""dpo_loss: the losses for callers who have hidden states and the output embedding.
 
-``preference_loss`` is for callers who have sequence log-probabilities, ``dpo_loss`` and its module ``DPOLoss`` for
-those who have hidden states and the output embedding. The losses themselves are in ``fastdpo.loss.objectives``, their
-options in ``fastdpo.loss.options``. Notation: B pairs; a log-ratio is log pi(y|x) - log pi_ref(y|x), in nats; rewards
-are beta times it (Rafailov et al. 2023, arXiv 2305.18290, eq. 5).
+The losses themselves are in ``objectives.py``, their options in ``options.py``; how a batch is taken in groups of pairs
+is in ``groups.py``. Notation: B pairs; a log-ratio is log pi(y|x) - log pi_ref(y|x), in nats; rewards are beta times it
+(Rafailov et al. 2023, arXiv 2305.18290, eq. 5).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastdpo.logps.low_rank import LowRankUpdate
 from fastdpo.logps.native import compute_dtype
 from fastdpo.logps.ops import OUTPUTS, OpInputs, named_outputs, op_inputs
 from fastdpo.logps.out_of_memory import in_less_memory
-from fastdpo.logps.primitive import DEFAULT_RETAIN_BYTES, Vocabulary, differentiable_logps, token_logps, vocabulary_of
+from fastdpo.logps.primitive import DEFAULT_RETAIN_BYTES, Vocabulary, differentiable_logps, vocabulary_of
 from fastdpo.logps.sharded import gathered, refuse_sharded
-from fastdpo.loss.groups import grouped_loss, plan_of, row_bytes
-from fastdpo.loss.objectives import Pairs, pair_losses, rewards
+from fastdpo.loss.groups import GroupedBatch, grouped_loss, plan_of, row_bytes
 from fastdpo.loss.options import LossKeywords, LossOptions
 from fastdpo.loss.outputs import DPOOutput
 from fastdpo.loss.pair_losses import PairLosses
+from fastdpo.loss.reference import Reference, reference_sums
 from fastdpo.loss.sequences import Sequences
 
 if TYPE_CHECKING:
@@ -34,104 +33,6 @@ if TYPE_CHECKING:
 
 # The per-token outputs that become metrics.
 METRIC_OUTPUTS = ("entropy", "mean_logits", "is_top1")
-
-
-def preference_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor | None,
-    reference_rejected_logps: Tensor | None,
-    beta: float,
-    label_smoothing: float = 0.0,
-    ipo: bool = False,
-    reference_free: bool = False,
-    *,
-    loss_type: str | Sequence[str] | None = None,
-    chosen_lengths: Tensor | None = None,
-    rejected_lengths: Tensor | None = None,
-    pair_weights: Tensor | None = None,
-    **options: Unpack[LossKeywords],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses and rewards of B pairs from sequence log-probabilities.
-
-    The positional arguments, their order and the result are those of the DPO authors' ``preference_loss``.
-
-    Args:
-        policy_chosen_logps, policy_rejected_logps: [B] float, sums of log pi(token) over each completion, in nats.
-        reference_chosen_logps, reference_rejected_logps: [B], the same under the reference model. None with
-            ``reference_free`` (where they are not used), and for a loss that has no reference (simpo, orpo, cpo).
-        beta, label_smoothing, loss_type (default ``sigmoid``), options: see :class:`fastdpo.LossOptions`, but for
-            ``ld_alpha`` and ``use_weighting``, which need tokens: they are :func:`dpo_loss`'s.
-        ipo: the DPO authors' switch: ``loss_type="ipo"`` on sums, as their implementation computes it.
-        reference_free: take the reference's log-probabilities as 0.
-        chosen_lengths, rejected_lengths: [B], numbers of scored tokens; needed by losses that average over tokens.
-        pair_weights: [B], factors of the pairs' losses, without a gradient (WPO's, say).
-
-    Returns:
-        (losses, chosen_rewards, rejected_rewards), each [B], of the log-probabilities' dtype (float32 for 16-bit
-        ones); the rewards are detached.
-
-    Raises:
-        ValueError: an option out of range, or one that the loss does not define; a missing or misshapen tensor.
-    """
-    if ipo:
-        if loss_type not in (None, "ipo") or options.get("ipo_reduction") not in (None, "sum"):
-            raise ValueError(
-                f"ipo=True means loss_type='ipo' with ipo_reduction='sum'; got loss_type={loss_type!r} and "
-                f"ipo_reduction={options.get('ipo_reduction')!r}: leave one or the other out"
-            )
-        loss_type, options["ipo_reduction"] = "ipo", "sum"
-    o = LossOptions(beta, loss_type or "sigmoid", label_smoothing, **options)
-    for name in ("ld_alpha", "use_weighting"):
-        if getattr(o, name) not in (None, False):
-            raise ValueError(f"{name} needs the log-probabilities of tokens, of which these are sums; use dpo_loss")
-
-    reference = {"reference_chosen_logps": reference_chosen_logps, "reference_rejected_logps": reference_rejected_logps}
-    if reference_free or not o.takes_reference:
-        given = [name for name, value in reference.items() if value is not None]
-        if given and not reference_free:
-            raise ValueError(f"{given[0]} is given, but {_names(o)} has no reference; it should be None")
-        _check_has_reference(o, False)
-        reference = {}
-    logps = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps, **reference}
-    lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-    for name, value in logps.items():
-        if value is None:
-            raise ValueError(f"{name} is None; give a tensor, or reference_free=True to go without a reference")
-    if o.needs_tokens and None in lengths.values():
-        hint = ", or ipo_reduction='sum'" if o.loss_types == ("ipo",) else ""
-        raise ValueError(f"{_names(o)} takes means over tokens: give chosen_lengths and rejected_lengths{hint}")
-    for name, value in {**logps, **lengths, "pair_weights": pair_weights}.items():
-        if value is not None and value.shape != policy_chosen_logps.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}; it should be that of policy_chosen_logps, "
-                f"{tuple(policy_chosen_logps.shape)}"
-            )
-
-    # Losses are differences and powers of what 16 bits hold to some three digits.
-    logps = {name: value.float() if value.dtype.itemsize == 2 else value for name, value in logps.items()}
-    nll = -logps["policy_chosen_logps"]
-    if o.average_log_prob:
-        of_length = (chosen_lengths, rejected_lengths) * 2
-        logps = {name: value / n for (name, value), n in zip(logps.items(), of_length, strict=False)}
-    chosen, rejected, *ref = logps.values()
-    ref_chosen, ref_rejected = ref or (0.0, 0.0)
-    pairs = Pairs(
-        chosen - ref_chosen,
-        rejected - ref_rejected,
-        chosen,
-        rejected,
-        ref_chosen,
-        ref_rejected,
-        nll,
-        chosen_lengths,
-        rejected_lengths,
-        None if chosen_lengths is None else chosen_lengths.to(nll.dtype).mean(),
-    )
-    losses = pair_losses(pairs, o)
-    if pair_weights is not None:
-        losses = losses * pair_weights.detach()
-    return losses, *rewards(pairs, o)
 
 
 def dpo_loss(
@@ -234,7 +135,8 @@ def dpo_loss(
     refuse_sharded(hidden=hidden, targets=targets, ref_hidden=ref_hidden)
     vocabulary = vocabulary_of(weight, bias, low_rank, group)
     weight, bias = gathered(weight), gathered(bias)
-    _check_reference(o, hidden, ref_hidden, ref_weight, ref_logps, ref_bias)
+    reference = Reference(ref_hidden, ref_weight, ref_bias, ref_logps)
+    reference.check(o, hidden)
     sequences = Sequences(
         targets,
         cu_seqlens,
@@ -244,7 +146,7 @@ def dpo_loss(
         allow_empty=allow_empty,
         group=sequence_group,
     )
-    head_options = {
+    head_options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "logit_scale": logit_scale,
         "softcap": softcap,
@@ -252,12 +154,8 @@ def dpo_loss(
         "num_scored": None if sequences.counts is None else sum(sequences.counts),
     }
     inputs = op_inputs(hidden, weight, targets, bias, **head_options)
-    if ref_hidden is not None:
-        if ref_weight is None:
-            ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
-        with torch.no_grad():
-            ref_logps = token_logps(ref_hidden, ref_weight, targets, ref_bias, group=group, **head_options).logps
-    ref_sums = _reference_sums(o, ref_logps, sequences, targets, ignore_index)
+    ref_logps = reference.computed_logps(weight, bias, targets, group, head_options)
+    ref_sums = reference_sums(o, ref_logps, sequences, targets, ignore_index)
     losses_of = PairLosses(o, sequences.lengths, ref_sums, allow_empty=allow_empty)
 
     asked = {*outputs, *(("log_sum_sq_probs",) if o.use_weighting else ())}
@@ -295,80 +193,6 @@ def dpo_loss(
     )
 
 
-class DPOLoss(nn.Module):
-    """:func:`dpo_loss` as a module: the options are given once, the tensors at each call.
-
-    Args: as the options of :func:`dpo_loss`.
-    """
-
-    def __init__(
-        self,
-        *,
-        beta: float = 0.1,
-        loss_type: str | Sequence[str] = "sigmoid",
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
-        temperature: float = 1.0,
-        workspace: int | None = None,
-        outputs: Sequence[str] = (),
-        allow_empty: bool = False,
-        **options: Unpack[LossKeywords],
-    ) -> None:
-        super().__init__()
-        LossOptions(beta, loss_type, label_smoothing, **options)  # raises
-        self.options = {
-            "beta": beta,
-            "loss_type": loss_type,
-            "label_smoothing": label_smoothing,
-            "ignore_index": ignore_index,
-            "logit_scale": logit_scale,
-            "softcap": softcap,
-            "temperature": temperature,
-            "workspace": workspace,
-            "outputs": tuple(outputs),
-            "allow_empty": allow_empty,
-            **options,
-        }
-
-    def forward(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        *,
-        ref_hidden: Tensor | None = None,
-        ref_weight: Tensor | None = None,
-        ref_logps: Tensor | None = None,
-        bias: Tensor | None = None,
-        ref_bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        low_rank: LowRankUpdate | Sequence[LowRankUpdate] = (),
-        group: dist.ProcessGroup | None = None,
-        sequence_group: dist.ProcessGroup | None = None,
-    ) -> DPOOutput:
-        """Shapes, result and errors as in :func:`dpo_loss`."""
-        return dpo_loss(
-            hidden,
-            weight,
-            targets,
-            ref_hidden=ref_hidden,
-            ref_weight=ref_weight,
-            ref_logps=ref_logps,
-            bias=bias,
-            ref_bias=ref_bias,
-            cu_seqlens=cu_seqlens,
-            low_rank=low_rank,
-            group=group,
-            sequence_group=sequence_group,
-            **self.options,
-        )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-
 def _policy_sums(
     differentiable: tuple[Tensor, Tensor, Tensor | None],
     inputs: OpInputs,
@@ -392,72 +216,15 @@ def _policy_sums(
     is_here = vocabulary.is_here and sequences.group is None
     if trains and is_here and sequences.counts is not None:
         plan = plan_of(inputs, weight, bias, sequences.counts, workspace)
-    if plan is not None and len(plan.groups) > 1 and not losses_of.options.couples_pairs:
-        loss, sums, extras = grouped_loss(
-            hidden, weight, bias, inputs, sequences.lengths, sequences.counts, plan, losses_of, outputs
-        )
-        return sums, extras, loss
+        if len(plan.groups) > 1 and not losses_of.options.couples_pairs:
+            batch = GroupedBatch(inputs, sequences.lengths, sequences.counts, plan, losses_of, tuple(outputs))
+            loss, sums, extras = grouped_loss(hidden, weight, bias, batch)
+            return sums, extras, loss
     retain_bytes = plan.kept * row_bytes(inputs) if plan is not None and len(plan.groups) == 1 else workspace
-    logps, *extras = differentiable_logps(inputs, retain_bytes, outputs, vocabulary)
-    fields = named_outputs(extras, outputs, inputs)
+    logps, *values = differentiable_logps(inputs, retain_bytes, outputs, vocabulary)
+    fields = named_outputs(values, outputs, inputs)
     extras = {name: sequences.sums(value.view(targets.shape)).double() for name, value in fields.items()}
     return sequences.segment_sums(logps.view(targets.shape)), extras, None
-
-
-def _check_reference(
-    options: LossOptions,
-    hidden: Tensor,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_logps: Tensor | None,
-    ref_bias: Tensor | None,
-) -> None:
-    """Raises ValueError unless the reference is given in one way, and the loss has a place for it."""
-    if ref_logps is not None and (ref_hidden is not None or ref_weight is not None or ref_bias is not None):
-        raise ValueError("ref_logps already is the reference: leave out ref_hidden, ref_weight and ref_bias")
-    if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
-        raise ValueError("ref_weight and ref_bias belong to ref_hidden, which is None")
-    if ref_hidden is not None and ref_hidden.shape[:-1] != hidden.shape[:-1]:
-        raise ValueError(
-            f"ref_hidden has shape {tuple(ref_hidden.shape)}; all but its last size should be those of hidden, "
-            f"{tuple(hidden.shape)}"
-        )
-    has_reference = ref_hidden is not None or ref_logps is not None
-    if has_reference and not options.takes_reference:
-        name = "ref_hidden" if ref_logps is None else "ref_logps"
-        raise ValueError(f"{name} is given, but {_names(options)} has no reference; leave it out")
-    _check_has_reference(options, has_reference)
-
-
-def _check_has_reference(options: LossOptions, has_reference: bool) -> None:
-    if options.ld_reference is not None and not has_reference:
-        raise ValueError(f"ld_reference is {options.ld_reference!r}, but there is no reference; leave it out")
-    if options.f_divergence_type != "reverse_kl" and not has_reference:
-        raise ValueError(
-            f"f_divergence_type is {options.f_divergence_type!r}, a divergence from a reference, but none is given"
-        )
-
-
-def _reference_sums(
-    options: LossOptions, ref_logps: Tensor | None, sequences: Sequences, targets: Tensor, ignore_index: int
-) -> Tensor | None:
-    """[2B, S] or [2B, 1] from log-probabilities of tokens or of sequences; ValueError where they will not do."""
-    if ref_logps is None:
-        return None
-    by_segment = options.ld_alpha is not None and options.ld_reference != "policy"
-    if ref_logps.shape == targets.shape and (by_segment or ref_logps.shape != sequences.tokens.shape):
-        return sequences.segment_sums(ref_logps.where(targets != ignore_index, 0))
-    if ref_logps.shape != sequences.tokens.shape:
-        raise ValueError(
-            f"ref_logps has shape {tuple(ref_logps.shape)}; it should be ({sequences.tokens.numel()},), one a "
-            f"completion, or targets' shape {tuple(targets.shape)}, one a token"
-        )
-    if by_segment:
-        raise ValueError(
-            "ref_logps has one number a completion, but ld_alpha weighs the reference's tokens as well: give ref_logps "
-            "of targets' shape, or ref_hidden, or ld_reference='policy'"
-        )
-    return ref_logps.double().unsqueeze(1)
 
 
 # Private; without it torch.func has token_logps alone.
@@ -473,7 +240,3 @@ def _must_not_wait(tensor: Tensor) -> bool:
         or isinstance(tensor, FakeTensor)
         or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )
-
-
-def _names(options: LossOptions) -> str:
-    return f"loss_type {', '.join(map(repr, options.loss_types))}"

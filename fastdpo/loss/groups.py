@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdpo.logps.derivatives import first_derivative, refuse_forward_mode
 from fastdpo.logps.native import compute_dtype, operand_dtype
-from fastdpo.logps.ops import OUTPUTS, OpInputs, backward_op, forward_op, named_outputs
+from fastdpo.logps.ops import OpInputs, backward_op, forward_op, named_outputs
+from fastdpo.logps.scored import refuse_foreign_targets
 from fastdpo.loss.group_plan import Plan, plan_frozen_groups, plan_groups
 
 # Losses [n] of the pairs [first, last), n of them, from the log-probabilities [2n, S] of their sequences' segments and
@@ -45,36 +46,40 @@ def plan_of(inputs: OpInputs, weight: Tensor, bias: Tensor | None, counts: Seque
     return plan_groups(tokens, workspace=workspace, row_bytes=row_bytes(inputs), sum_bytes=sum_bytes)
 
 
-def grouped_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    inputs: OpInputs,
-    lengths: Tensor,
-    counts: Sequence[int],
-    plan: Plan,
-    losses_of: LossesOf,
-    outputs: Sequence[str] = (),
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The mean of the pairs' losses, connected to autograd once; detached, the segments' log-probabilities [2B, S]
-    float64; and sums [2B] float64 over the sequences of each of ``outputs``.
+class GroupedBatch(NamedTuple):
+    """A batch, and how it is taken.
 
-    Args:
-        hidden, weight, bias: what the gradients are for, as the caller has them.
-        inputs: the same as the ops take them.
+    Attributes:
+        inputs: hidden, weight and bias as the ops take them.
         lengths: [2B, S] int64, the scored tokens of each sequence's S segments; segments and sequences lie one after
             another in ``inputs``.
         counts: the scored tokens of each sequence on the host.
         plan: which groups, and how much of each is kept.
         losses_of: the loss. It must not look beyond the pairs that it is given.
-        outputs: names of the policy's token-wise outputs.
+        outputs: names of the policy's token-wise outputs, in the order of OUTPUTS.
+    """
+
+    inputs: OpInputs
+    lengths: Tensor
+    counts: Sequence[int]
+    plan: Plan
+    losses_of: LossesOf
+    outputs: tuple[str, ...] = ()
+
+
+def grouped_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: GroupedBatch
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The mean of the pairs' losses, connected to autograd once; detached, the segments' log-probabilities [2B, S]
+    float64; and sums [2B] float64 over the sequences of each of ``batch.outputs``.
+
+    ``hidden``, ``weight`` and ``bias`` are what the gradients are for, as the caller has them.
 
     Raises:
         IndexError: a target outside [0, V); on CUDA that row is NaN.
     """
-    names = tuple(name for name in OUTPUTS if name in outputs)
-    loss, sums, extras = _GroupedLoss.apply(hidden, weight, bias, inputs, lengths, counts, plan, losses_of, names)
-    return loss, sums, dict(zip(names, extras, strict=True))
+    loss, sums, extras = _GroupedLoss.apply(hidden, weight, bias, batch)  # type: ignore[no-untyped-call]
+    return loss, sums, dict(zip(batch.outputs, extras, strict=True))
 
 
 class _GroupedLoss(torch.autograd.Function):
@@ -84,17 +89,13 @@ class _GroupedLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        inputs: OpInputs,
-        lengths: Tensor,
-        counts: Sequence[int],
-        plan: Plan,
-        losses_of: LossesOf,
-        outputs: tuple[str, ...],
+        batch: GroupedBatch,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        inputs, lengths, counts, plan, losses_of, outputs = batch
         pairs = len(counts) // 2
         starts = [0, *accumulate(counts)]
         scored = _scored_positions(inputs, starts[-1])
-        gradients = _Gradients((hidden, weight, bias), ctx.needs_input_grad[:3], compute_dtype(inputs.hidden.dtype))
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3], compute_dtype(inputs.hidden.dtype))
         sums = hidden.new_empty(lengths.shape, dtype=torch.float64)
         extras = hidden.new_empty((len(outputs), 2 * pairs), dtype=torch.float64)
         for first, last in plan.groups:
@@ -131,7 +132,7 @@ class _GroupedLoss(torch.autograd.Function):
         def gradients(grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
             return tuple(None if g is None else _times(g, grad_loss, t) for g, t in zip(saved, dtypes, strict=True))
 
-        return *first_derivative(gradients, grad_loss, *ctx.anchors), *(None,) * 6
+        return *first_derivative(gradients, grad_loss, *ctx.anchors), None
 
     jvp = staticmethod(refuse_forward_mode)
 
@@ -140,18 +141,19 @@ class _Gradients:
     """Where the groups' gradients come together: hidden's rows, and the sums of weight's and bias's.
 
     Args:
-        inputs: hidden, weight, bias.
-        needs: of which of them the gradient is needed; the others' are None.
+        needs: of which of hidden, weight and bias the gradient is needed; the others' are None.
         compute: the dtype of the sums.
     """
 
-    def __init__(self, inputs: Sequence[Tensor | None], needs: Sequence[bool], compute: torch.dtype) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], compute: torch.dtype
+    ) -> None:
         self.compute = compute
         # float16 would lose small gradients before the loss's scale, by which the backward multiplies, can save them.
-        of_hidden = torch.float32 if inputs[0].dtype == torch.float16 else inputs[0].dtype
+        of_hidden = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         self.hidden, self.weight, self.bias = (
-            torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) if need else None
-            for x, need, dtype in zip(inputs, needs, (of_hidden, compute, compute), strict=True)
+            None if x is None or not need else torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+            for x, need, dtype in zip((hidden, weight, bias), needs, (of_hidden, compute, compute), strict=True)
         )
 
     def take(
@@ -206,17 +208,11 @@ def _scored_positions(inputs: OpInputs, count: int) -> Tensor:
 
     On CUDA nothing is waited for, and so nothing raised: the op marks such a row with NaN.
     """
-    y, ignore_index, vocabulary = inputs.targets, inputs.scalars["ignore_index"], inputs.weight.shape[0]
-    scored = y != ignore_index
-    if not y.is_cuda:
+    ignore_index = inputs.scalars["ignore_index"]
+    scored = inputs.targets != ignore_index
+    if not scored.is_cuda:
         # The ops check as well, but of a group they would name the wrong position.
-        wrong = (scored & ((y < 0) | (y >= vocabulary))).nonzero()
-        if len(wrong):
-            t = int(wrong[0])
-            raise IndexError(
-                f"targets[{t}] is {int(y[t])}; it should be in [0, {vocabulary}), the rows of weight, or ignore_index "
-                f"({ignore_index})"
-            )
+        refuse_foreign_targets(inputs.targets, scored, inputs.weight.shape[0], ignore_index)
     return torch.nonzero_static(scored, size=count).squeeze(1)
 
 
@@ -240,7 +236,7 @@ def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if not factor.is_cuda and factor.item() == 1 and not (gradient.dtype == dtype and _graph_is_kept()):
         return gradient.to(dtype)
     result = torch.empty_like(gradient, dtype=dtype)
-    for out, part in zip(result.view(-1).split(_PART), gradient.view(-1).split(_PART), strict=True):
+    for out, part in zip(torch.split(result.view(-1), _PART), torch.split(gradient.view(-1), _PART), strict=True):
         # A 0-dim factor would be rounded to the 16 bits of a gradient that has no more.
         torch.mul(part.to(factor.dtype), factor, out=out)
     return result

@@ -103,6 +103,11 @@ class LossOptions:
         return (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
 
     @property
+    def described(self) -> str:
+        """What messages call the losses."""
+        return f"loss_type {', '.join(map(repr, self.loss_types))}"
+
+    @property
     def weights(self) -> tuple[float, ...]:
         """The factors of the losses."""
         return (1.0,) * len(self.loss_types) if self.loss_weights is None else tuple(self.loss_weights)
@@ -192,19 +197,18 @@ class LossOptions:
             if not any(option.name in objective.options for objective in self.objectives):
                 defined = sorted({name for objective in self.objectives for name in objective.options})
                 raise ValueError(
-                    f"loss_type {', '.join(map(repr, names))} does not define {option.name}; it defines "
-                    f"{', '.join(defined) or 'no options'}"
+                    f"{self.described} does not define {option.name}; it defines {', '.join(defined) or 'no options'}"
                 )
         # These change the log-probabilities that all losses of a mix are made from: all but sft's, which are apart.
-        for option in ("f_divergence_type", "average_log_prob", "ld_alpha", "use_weighting"):
-            if getattr(self, option) == LossOptions.__dataclass_fields__[option].default:
+        for changed in ("f_divergence_type", "average_log_prob", "ld_alpha", "use_weighting"):
+            if getattr(self, changed) == LossOptions.__dataclass_fields__[changed].default:
                 continue
-            apart = {"sft"} if option != "use_weighting" else set()
-            without = [name for name in names if option not in OBJECTIVES[name].options and name not in apart]
+            apart = {"sft"} if changed != "use_weighting" else set()
+            without = [name for name in names if changed not in OBJECTIVES[name].options and name not in apart]
             if without:
                 raise ValueError(
-                    f"{option} would change every loss of the mix, but {', '.join(map(repr, without))} does not define "
-                    "it"
+                    f"{changed} would change every loss of the mix, but {', '.join(map(repr, without))} does not "
+                    "define it"
                 )
 
     def _check_combinations(self) -> None:

@@ -107,7 +107,8 @@ class _Pair(NamedTuple):
     @property
     def flipped(self) -> float:
         """The chance that a label is flipped."""
-        return self.options.get("label_smoothing", 0.0)
+        flipped: float = self.options.get("label_smoothing", 0.0)
+        return flipped
 
 
 def _pairs(chosen: Sequence[Completion], rejected: Sequence[Completion], beta: float, **options: Any) -> list[_Pair]:
@@ -163,7 +164,7 @@ def _negative_log_likelihoods(chosen: Sequence[Completion], reduction: str) -> l
 
 def _alignment(completion: Completion) -> Number:
     """WPO's w(x, y) (Zhou et al. 2024, arXiv 2406.11827): the geometric mean of pi(token) / sum_v pi(v)^2."""
-    logs = [logp - norm for logp, norm in zip(completion.policy, completion.log_sum_sq_probs, strict=True)]
+    logs = [logp - norm for logp, norm in zip(completion.policy, completion.log_sum_sq_probs or (), strict=True)]
     return _exp(_sum(logs) / len(logs))
 
 

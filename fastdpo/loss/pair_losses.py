@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdpo.loss.objectives import Pairs, pair_losses, rewards
+from fastdpo.loss.objectives import OBJECTIVES, Pairs, divergence_scores
 from fastdpo.loss.options import LossOptions
+
+_SFT = OBJECTIVES["sft"]
+_DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef")
+
+
+def mixed_losses(pairs: Pairs, options: LossOptions) -> Tensor:
+    """[B]: the losses that ``options`` names, added up."""
+    if options.f_divergence_type != "reverse_kl":
+        divergence = _given(options, _DIVERGENCE)
+        chosen, rejected = (divergence_scores(ratios, **divergence) for ratios in (pairs.chosen, pairs.rejected))
+        pairs = pairs._replace(chosen=chosen, rejected=rejected)
+    total = torch.zeros_like(pairs.chosen_logps)
+    for objective, weight in zip(options.objectives, options.weights, strict=True):
+        losses = objective.function(pairs, **_given(options, objective.arguments))
+        sft_weight = objective.sft_weight if options.sft_weight is None else options.sft_weight
+        if sft_weight:
+            losses = losses + sft_weight * _SFT.function(pairs, **_given(options, _SFT.arguments))
+        total = total + weight * losses
+    return total
+
+
+def mixed_rewards(pairs: Pairs, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """beta times the log-ratios, or times what a loss without a reference has in their place; [B] each, detached."""
+    chosen, rejected = pairs.chosen.detach(), pairs.rejected.detach()
+    if all(objective.means_as_rewards for objective in options.objectives):
+        chosen, rejected = pairs.per_token(chosen, rejected)
+    return options.beta * chosen, options.beta * rejected
+
+
+def _given(options: LossOptions, names: Sequence[str]) -> dict[str, Any]:
+    """The options of these names, without those that are None: their defaults stand where they are used."""
+    values = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def combine_segments(sums: Tensor, options: LossOptions, *, of_policy: bool) -> Tensor:
     """[2n, S] to [2n]: a sequence's log-probability from those of its segments (LD-DPO's weights, if any)."""
-    if sums.shape[1] == 2 and (of_policy or options.ld_reference != "policy"):
+    if options.ld_alpha is not None and sums.shape[1] == 2 and (of_policy or options.ld_reference != "policy"):
         return sums[:, 0] + options.ld_alpha * sums[:, 1]
     return sums.sum(1)
 
@@ -54,13 +88,13 @@ class PairLosses:
             sums: [2n, S], the policy's log-probabilities of their segments.
             extras: sums over their sequences, [2n], of token-wise outputs; ``log_sum_sq_probs`` is needed for WPO.
         """
-        losses = pair_losses(self._pairs(sums, first, last), self.options)
+        losses = mixed_losses(self._pairs(sums, first, last), self.options)
         weights = self.weights(sums, extras, first, last)
         return losses if weights is None else losses * weights
 
     def rewards(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         """[B] each, detached, of all pairs."""
-        return rewards(self._pairs(sums.detach(), 0, len(sums) // 2), self.options)
+        return mixed_rewards(self._pairs(sums.detach(), 0, len(sums) // 2), self.options)
 
     def weights(self, sums: Tensor, extras: Mapping[str, Tensor], first: int, last: int) -> Tensor | None:
         """[n] WPO's weights of the pairs [first, last), without a gradient (arXiv 2406.11827, eq. 2); None for none."""

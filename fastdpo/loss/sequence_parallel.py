@@ -33,7 +33,8 @@ def sum_over_group(values: Tensor, group: dist.ProcessGroup) -> Tensor:
         raise TypeError(f"group is a {type(group).__name__}; it should be a torch.distributed.ProcessGroup")
     if not values.is_floating_point() and values.dtype != torch.int64:
         raise TypeError(f"values has dtype {values.dtype}; it should be a floating dtype or torch.int64")
-    return _SumOverGroup.apply(values, group)
+    total: Tensor = _SumOverGroup.apply(values, group)  # type: ignore[no-untyped-call]
+    return total
 
 
 class _SumOverGroup(torch.autograd.Function):

@@ -57,7 +57,7 @@ class Sequences:
         self.tokens = here if group is None else sum_over_group(here, group)
         self.lengths = self.tokens.unsqueeze(1)
         self.counts: Sequence[int] | None = here.tolist() if look else None
-        if look and not allow_empty:
+        if self.counts is not None and not allow_empty:
             _refuse_empty(self.counts if group is None else self.tokens.tolist(), ignore_index)
         self._within: Tensor | None = None
         if at_shorter:

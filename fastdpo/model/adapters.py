@@ -32,11 +32,17 @@ def is_adapter(name: str, *, revision: str | None = None) -> bool:
         return False
 
 
+def has_transformers_adapter(model: nn.Module) -> bool:
+    """Whether transformers itself put an adapter into the model: ``from_pretrained`` of an adapter's name does."""
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
 def base_of_adapter(name: str, *, revision: str | None = None) -> str | None:
     """The name of the model that an adapter was trained on; None where ``name`` is no adapter."""
     if not is_adapter(name, revision=revision):
         return None
-    return PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+    base: str | None = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+    return base
 
 
 def load_adapter(name: str, *, revision: str | None = None, **base_kwargs: Any) -> PeftModel:

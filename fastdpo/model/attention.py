@@ -23,6 +23,7 @@ from fastdpo.model.attention_backends import (
     flash_varlen,
     torch_varlen,
 )
+from fastdpo.model.language_model import language_model
 
 # What computes the attention. "sdpa": a call of scaled_dot_product_attention a segment, on any device. "varlen": one
 # call of torch's own variable-length flash attention (CUDA, 16 bits). "flash": one of the flash-attention package or
@@ -58,7 +59,7 @@ class RowAttention:
     def __init__(self, model: PreTrainedModel | PeftModel, backend: str = "sdpa") -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; it should be one of {', '.join(BACKENDS)}")
-        lm = model.get_base_model() if isinstance(model, PeftModel) else model
+        lm = language_model(model)
         # Parents come before their parts: setting a configuration also sets those that it contains.
         configs = (module.config for module in lm.modules() if hasattr(module, "config"))
         self._configs = list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())

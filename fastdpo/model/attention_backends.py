@@ -7,7 +7,7 @@ Each takes the module, query [1, Hq, N, D], key and value [1, Hkv, N, D], the ro
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -176,7 +176,7 @@ def torch_varlen() -> Callable[..., Tensor]:
     def varlen(q: Tensor, k: Tensor, v: Tensor, *, window_size: tuple[int, int] = (-1, 0), **options: Any) -> Tensor:
         if "softcap" in options:
             raise RowsNotSupportedError("torch's variable-length attention has no softcap")
-        return varlen_attn(
+        out = varlen_attn(
             q,
             k,
             v,
@@ -188,6 +188,7 @@ def torch_varlen() -> Callable[..., Tensor]:
             window_size=window_size,
             enable_gqa=q.shape[1] != k.shape[1],
         )
+        return cast(Tensor, out)  # a pair with what the softmax was divided by, where that is asked for
 
     return varlen
 

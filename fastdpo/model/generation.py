@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdpo.model.adapters import base_of_adapter, load_tokenizer
+from fastdpo.model.language_model import language_model
 
 Prompt = str | list[dict[str, Any]]
 
@@ -27,25 +28,30 @@ class Drawing:
             the vocabulary, with the logits divided by this.
         seed: of the draws; the caller's random state is left as it was.
         batch_size: prompts at a time.
+        max_seconds: after which a batch's completions are cut where they are (at least a token long); None for no such
+            limit.
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     seed: int = 0
     batch_size: int = 8
+    max_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("temperature", 0), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it should be at least {least}")
+        for name, least in (("max_new_tokens", 1), ("temperature", 0), ("batch_size", 1), ("max_seconds", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it should be at least {least}")
 
 
 @dataclass(frozen=True)
 class Text:
-    """A completion; ``ended`` is False where it was cut at the length limit."""
+    """A completion of so many tokens; ``ended`` is False where it was cut at a limit."""
 
     text: str
     ended: bool
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ def load_for_generation(
         ValueError, OSError: there is no such model, or it cannot be read.
     """
     base = base_of_adapter(name)
-    model = AutoModelForCausalLM.from_pretrained(base or name, dtype=dtype, trust_remote_code=trust_remote_code)
+    model: Any = AutoModelForCausalLM.from_pretrained(base or name, dtype=dtype, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     if base is not None:
         model = PeftModel.from_pretrained(model, name)
@@ -102,13 +108,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, as_chat
     """
     if isinstance(prompt, str) and as_chat:
         prompt = [{"role": "user", "content": prompt}]
+    ids: Any  # both ways to tokenise give what was asked for
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     elif tokenizer.chat_template is None:
         raise ValueError("the prompt is a list of messages, but the tokenizer has no chat template to render it with")
     else:
         try:
-            rendered = tokenizer.apply_chat_template(
+            rendered: Any = tokenizer.apply_chat_template(
                 prompt, tokenize=True, add_generation_prompt=True, return_dict=True
             )
         except Exception as error:  # templates raise whatever their authors chose
@@ -116,7 +123,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, as_chat
         ids = rendered["input_ids"]
     if not ids:
         raise ValueError("the prompt is empty, and the tokenizer puts no token before it")
-    return ids
+    return list(ids)
 
 
 @torch.no_grad()
@@ -135,7 +142,7 @@ def complete(
     if not model.can_generate():
         raise NotImplementedError(f"{type(model).__name__} cannot generate texts")
     longest = max(map(len, prompts), default=0) + drawing.max_new_tokens
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(language_model(model).config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise ValueError(
             f"a prompt and {drawing.max_new_tokens} new tokens are {longest} tokens, and the model's positions reach "
@@ -144,12 +151,13 @@ def complete(
     ends = _end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     config = _generation_config(drawing, ends, pad)
+    generate = cast(Callable[..., Tensor], model.generate)
     texts: list[Text] = []
     with _seeded(drawing.seed, model.device):
         for start in range(0, len(prompts), drawing.batch_size):
             ids, mask = _pad_left(prompts[start : start + drawing.batch_size], pad)
             inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-            drawn = model.generate(**inputs, generation_config=config)[:, ids.shape[1] :]
+            drawn = generate(**inputs, generation_config=config)[:, ids.shape[1] :]
             texts += [_decode(tokenizer, row, ends) for row in drawn.tolist()]
     return texts
 
@@ -163,6 +171,7 @@ def _generation_config(drawing: Drawing, ends: set[int], pad: int) -> Generation
     return GenerationConfig(
         do_sample=drawing.temperature > 0,
         max_new_tokens=drawing.max_new_tokens,
+        max_time=drawing.max_seconds,
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
         use_cache=True,
@@ -186,7 +195,8 @@ def _pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tenso
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: set[int]) -> Text:
     length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return Text(tokenizer.decode(tokens[:length], skip_special_tokens=True), ended=length < len(tokens))
+    text = cast(str, tokenizer.decode(tokens[:length], skip_special_tokens=True))  # of one row
+    return Text(text, length < len(tokens), length)
 
 
 @contextlib.contextmanager

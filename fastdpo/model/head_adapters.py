@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -15,6 +17,7 @@ def why_not_supported(layer: nn.Module) -> str | None:
     kind = type(layer).__mro__[2] if isinstance(layer, FSDPModule) else type(layer)
     if kind is not LoraLinear:
         return "of which only plain LoRA (peft.tuners.lora.layer.Linear) is supported"
+    layer = cast(LoraLinear, layer)
     base = layer.base_layer
     if type(base).forward is not nn.Linear.forward:
         return f"on a {type(base).__module__}.{type(base).__name__}, where only nn.Linear is supported"
@@ -45,6 +48,7 @@ def active_updates(layer: LoraLinear, hidden: Tensor) -> tuple[LowRankUpdate, ..
 
 
 def _update(layer: LoraLinear, name: str, hidden: Tensor) -> LowRankUpdate:
-    a, b, dropout = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_dropout[name]
+    a, b = (cast(nn.Linear, side[name]).weight for side in (layer.lora_A, layer.lora_B))
+    dropout = layer.lora_dropout[name]
     drops = isinstance(dropout, nn.Dropout) and dropout.training
     return LowRankUpdate(a, b, layer.scaling[name], dropout(hidden) if drops else None)

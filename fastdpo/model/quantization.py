@@ -80,4 +80,4 @@ def _keep_as_trained(layer: nn.Module) -> None:
     # On CPUs with AVX512-BF16, a 4-bit layer's first evaluation lays its weight out anew, for a product that has no
     # gradient, and leaves it so.
     if hasattr(layer, "support_avx512bf16_for_cpu"):
-        layer.support_avx512bf16_for_cpu = False
+        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # of a class that we do not import

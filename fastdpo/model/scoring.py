@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from fastdpo.loss.sequences import Sequences
 from fastdpo.model.attention import SEGMENTS, RowAttention
-from fastdpo.model.head import IGNORE_INDEX, FusedHead, HeadOutput
+from fastdpo.model.head import FusedHead, HeadOutput
+from fastdpo.model.head_calls import IGNORE_INDEX
+from fastdpo.model.language_model import language_model
 from fastdpo.model.packing import PackedRow
 
 
@@ -43,7 +45,8 @@ class SequenceScores:
 
 def micro_batches(batch: dict[str, Any]) -> list[dict[str, Any]]:
     """The parts that a batch is taken in: those of ``RowCollator``, or itself where it came from another collator."""
-    return batch.get("micro_batches", [batch])
+    parts: list[dict[str, Any]] = batch.get("micro_batches", [batch])
+    return parts
 
 
 def count_pairs(batch: dict[str, Any]) -> int:
@@ -54,10 +57,11 @@ def count_pairs(batch: dict[str, Any]) -> int:
 def count_tokens(batch: dict[str, Any], *, padding: bool) -> int | Tensor:
     """The tokens of all sequences, each with its prompt; with ``padding`` also what padded batches are filled with."""
     name = "input_ids" if padding else "attention_mask"
-    return sum(
+    total: int | Tensor = sum(
         part["row"].sequence_tokens if "row" in part else part[name].numel() if padding else part[name].sum()
         for part in micro_batches(batch)
     )
+    return total
 
 
 def model_inputs(batch: dict[str, Any]) -> Iterator[Tensor]:
@@ -92,6 +96,7 @@ def score_sequences(
         out = head(model, part["input_ids"], part["attention_mask"], labels, outputs=outputs, **model_kwargs)
         return _sums(out, outputs, Sequences(labels[:, 1:], None, IGNORE_INDEX, at_shorter=at_shorter, look=False))
     row: PackedRow = part["row"]
+    assert attention is not None, "a packed row needs the attention that was made for it"
     head.inspect_once(model)  # with what is no packed row
     with attention.active():
         out = score_row(head, model, row, outputs, **model_kwargs)
@@ -158,7 +163,7 @@ class Scorer:
 
     @property
     def lm(self) -> PreTrainedModel:
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return language_model(self.model)
 
     def score(
         self, batch: dict[str, Any], outputs: Sequence[str] = (), *, root: nn.Module | None = None, **kwargs: Any

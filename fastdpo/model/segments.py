@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,7 +71,8 @@ class Segments:
         if any(prefixes):
             ranges = [r for s in self.bounds for r in ((s.prefix_begin, s.prefix_end), (s.begin, s.end))]
             self.key_index = torch.cat([torch.arange(*r) for r in ranges])
-        self._masks: dict[Any, Any] = {}
+        self._masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
+        self._block_masks: dict[int | None, BlockMask] = {}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
@@ -81,7 +82,7 @@ class Segments:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Segments:
         other = object.__new__(Segments)
-        other.__dict__.update(self.__dict__, _masks={})
+        other.__dict__.update(self.__dict__, _masks={}, _block_masks={})
         other.cu_q, other.cu_k = change(self.cu_q), change(self.cu_k)
         other.key_index = None if self.key_index is None else change(self.key_index)
         return other
@@ -98,10 +99,11 @@ class Segments:
 
     def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
         """The same for the whole row, for FlexAttention."""
-        if window not in self._masks:
+        if window not in self._block_masks:
             mod = self.mask_mod(window, device)
-            self._masks[window] = create_block_mask(mod, None, None, self.length, self.length, device=str(device))
-        return self._masks[window]
+            length = self.length
+            self._block_masks[window] = create_block_mask(mod, None, None, length, length, device=str(device))
+        return self._block_masks[window]
 
     def mask_mod(self, window: int | None, device: torch.device) -> Callable[..., Tensor]:
         """FlexAttention's ``mask_mod(b, h, q, kv)``: whether token ``q`` of the row attends to token ``kv``."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.compute as pc
@@ -29,7 +29,8 @@ from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.prepare import REFERENCE_COLUMNS
 from fastdpo.data.row_digests import MASK_COLUMNS, row_digests, rows_fingerprint
 from fastdpo.logps.out_of_memory import is_out_of_memory
-from fastdpo.ref_cache.files import CacheKey, RefCache, RefCacheError
+from fastdpo.ref_cache.files import RefCache, RefCacheError
+from fastdpo.ref_cache.key import CacheKey
 
 # A kill costs no more than this, and a write is small beside it.
 PART_SECONDS = 20.0
@@ -159,11 +160,12 @@ class ReferenceBuilder:
         )
         scored: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         written = time.monotonic()
+        told = [0, sum(map(len, share))]  # pairs: done, all
         bar = tqdm(
             total=int(sum(lengths[batch].sum() for batch in share)),  # time goes with tokens, not with rows
             desc=f"Reference log-probabilities, {name}",
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {postfix[0]} of {postfix[1]} pairs [{elapsed}<{remaining}]",
-            postfix=[0, sum(map(len, share))],
+            postfix=cast(Any, told),  # for bar_format, which reads it as it is then
             disable=not (self.show_progress and self.accelerator.is_main_process),
         )
 
@@ -171,17 +173,19 @@ class ReferenceBuilder:
             columns = dataset[batch.tolist()]
             return self._score([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
 
+        def keep() -> None:
+            if scored:
+                cache.write_part(key, *_joined(scored))
+
         with bar, contextlib.ExitStack() as stack:
-            # However this ends, short of a kill.
-            stack.callback(lambda: scored and cache.write_part(key, *_joined(scored)))
+            stack.callback(keep)  # however this ends, short of a kill
             for batch in share:
                 chosen, rejected = score(batch)
                 scored.append((batch, chosen.cpu().numpy(), rejected.cpu().numpy()))
                 if time.monotonic() - written >= PART_SECONDS:
                     cache.write_part(key, *_joined(scored))
                     scored, written = [], time.monotonic()
-                if not bar.disable:
-                    bar.postfix[0] += len(batch)
+                told[0] += len(batch)
                 bar.update(int(lengths[batch].sum()))
             # The main process has the most batches: one more than others, or as many.
             if self.in_step and len(share) < len(batches[:: self.accelerator.num_processes]):
@@ -232,7 +236,7 @@ class ReferenceBuilder:
         return outcome[0]
 
 
-def _joined(scored: list[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
+def _joined(scored: Sequence[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
     return [np.concatenate(arrays) for arrays in zip(*scored, strict=True)]
 
 
@@ -242,7 +246,9 @@ def longer_lengths(dataset: Dataset, max_length: int | None) -> np.ndarray:
     for table in dataset.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(batch_size=10_000):
         prompt, chosen, rejected = (pc.list_value_length(table.column(name)).to_numpy() for name in TOKEN_COLUMNS)
         lengths.append(prompt.astype(np.int64) + np.maximum(chosen, rejected))
-    return np.minimum(np.concatenate(lengths), np.iinfo(np.int64).max if max_length is None else max_length)
+    limit = np.iinfo(np.int64).max if max_length is None else max_length
+    cut: np.ndarray = np.minimum(np.concatenate(lengths), limit)
+    return cut
 
 
 def sorted_batches(lengths: np.ndarray, batch_size: int, done: np.ndarray) -> list[np.ndarray]:

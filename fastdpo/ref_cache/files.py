@@ -1,4 +1,4 @@
-"""The reference's log-probabilities of one dataset, on disk: what they belong to, and files that survive a kill.
+"""The reference's log-probabilities of one dataset, on disk: what is there, and what it belongs to.
 
 A folder holds
 
@@ -7,31 +7,28 @@ A folder holds
     part-<name>.safetensors    while the cache is built: the rows scored so far
     logps.safetensors          when it is complete: chosen_logps and rejected_logps [rows], in the dataset's order
 
-Every file is written beside its place, flushed to the disk, and then renamed, so that a kill leaves it whole or absent.
-The numbers are sums over each completion; weighted ones where the loss weighs tokens (LD-DPO).
+A kill leaves every file whole or absent. The numbers are sums over each completion; weighted ones where the loss weighs
+tokens (LD-DPO).
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
-import os
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from fastdpo.data.row_digests import rows_fingerprint
 from fastdpo.errors import InputError
-from fastdpo.ref_cache.fingerprints import DATED
+from fastdpo.ref_cache.durable import UNFINISHED, read_tensors, write_json, write_tensors
+from fastdpo.ref_cache.key import CacheKey, differences, row_differences
 
 logger = logging.getLogger(__name__)
 
@@ -39,43 +36,11 @@ FORMAT = 1
 # In the folder of a run. What begins with an underscore is not pushed to the Hub with the model.
 DEFAULT_FOLDER = "_ref_cache"
 MANIFEST, ROWS, LOGPS, PARTS = "manifest.json", "rows.safetensors", "logps.safetensors", "part-*.safetensors"
-_UNFINISHED = ".unfinished-"
 _LOCK = ".lock"
 
 
 class RefCacheError(InputError):
     """A reference cache that cannot be used; the message says which, why, and what to do."""
-
-
-@dataclass(frozen=True)
-class CacheKey:
-    """What reference log-probabilities depend on. Two caches are interchangeable when all of this is equal.
-
-    Attributes:
-        weights: fingerprint of the reference's weights.
-        config: what its configuration says about the function that it computes.
-        weights_dtype, compute_dtype: of the weights in memory, and of the products (another under autocast).
-        tokenizer, chat_template: fingerprints; None where rows came tokenised, or there is no template.
-        max_length, truncation_mode: how sequences are cut.
-        masking: what made the mask of the tokens that count, and LD-DPO's weight of some of them.
-        num_rows, rows: how many rows, and the fingerprint of their token ids before any cut.
-    """
-
-    weights: str
-    config: dict[str, Any]
-    weights_dtype: str
-    compute_dtype: str
-    tokenizer: str | None
-    chat_template: str | None
-    max_length: int | None
-    truncation_mode: str | None
-    masking: str
-    num_rows: int
-    rows: str
-
-    def fingerprint(self) -> str:
-        """sha256 over all of it: parts carry it, so that those of another cache are never taken in."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 class RefCache:
@@ -104,13 +69,19 @@ class RefCache:
                 )
             return None
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             known = manifest["format"] == FORMAT and manifest["key"].keys() == {f.name for f in fields(CacheKey)}
             complete = manifest["complete"]
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise RefCacheError(f"{path} cannot be read ({error!r}). {_advice(self.folder)}") from error
         if not known or not isinstance(complete, bool):
             raise RefCacheError(f"{path} is of another version of fastdpo. {_advice(self.folder)}")
+        return manifest
+
+    def _manifest_that_is_there(self) -> dict[str, Any]:
+        manifest = self.manifest()
+        if manifest is None:
+            raise RefCacheError(f"{self.folder / MANIFEST} is gone. {_advice(self.folder)}")
         return manifest
 
     def check(self, key: CacheKey, digests: np.ndarray, describe_row: Callable[[int], str] = str) -> CacheKey:
@@ -126,9 +97,9 @@ class RefCache:
         Raises:
             RefCacheError: something differs; the message says all that does.
         """
-        manifest = self.manifest()
+        manifest = self._manifest_that_is_there()
         there, here = manifest["key"], asdict(key)
-        found = _differences(there, here)
+        found = differences(there, here)
         if there["rows"] != here["rows"]:
             found.append(self._row_differences(there, digests, describe_row))
         if found:
@@ -140,20 +111,10 @@ class RefCache:
         return CacheKey(**there)
 
     def _row_differences(self, there: dict[str, Any], digests: np.ndarray, describe_row: Callable[[int], str]) -> str:
-        before = _read_tensors(self.folder / ROWS)
+        before = read_tensors(self.folder / ROWS)
         if before is None or rows_fingerprint(before["digests"]) != there["rows"]:
             return f"the rows differ ({there['num_rows']} there, {len(digests)} here)"
-        before = before["digests"]
-        common = min(len(before), len(digests))
-        differing = np.flatnonzero((before[:common] != digests[:common]).any(1))
-        counts = f"{len(before)} rows there, {len(digests)} here" if len(before) != len(digests) else ""
-        if not len(differing):
-            return f"{counts}, equal as far as both go"
-        if not counts and sorted(map(bytes, before)) == sorted(map(bytes, digests)):
-            return "the same rows in another order"
-        first = int(differing[0])
-        more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
-        return f"{counts + ', ' if counts else ''}kept row {first} differs ({describe_row(first)}){more}"
+        return row_differences(before["digests"], digests, describe_row)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """(chosen, rejected), each [rows], of a complete cache.
@@ -161,8 +122,8 @@ class RefCache:
         Raises:
             RefCacheError: the file is damaged.
         """
-        manifest = self.manifest()
-        tensors = _read_tensors(self.folder / LOGPS, key=manifest["key_fingerprint"])
+        manifest = self._manifest_that_is_there()
+        tensors = read_tensors(self.folder / LOGPS, key=manifest["key_fingerprint"])
         if tensors is None:
             raise RefCacheError(f"{self.folder / LOGPS} is damaged or absent. {_advice(self.folder)}")
         return tensors["chosen_logps"], tensors["rejected_logps"]
@@ -188,7 +149,7 @@ class RefCache:
     def begin(self, key: CacheKey, digests: np.ndarray, about: dict[str, Any]) -> None:
         """Write what the log-probabilities to come belong to. ``about``: facts that are not compared."""
         self.discard()
-        _write(self.folder / ROWS, save({"digests": np.ascontiguousarray(digests)}, _metadata({"digests": digests})))
+        write_tensors(self.folder / ROWS, {"digests": digests})
         self._write_manifest(key, about, complete=False)
 
     def discard(self) -> None:
@@ -201,19 +162,19 @@ class RefCache:
         """Keep the log-probabilities of some rows. Safe from several processes, and against a kill at any moment."""
         tensors = {"rows": rows, "chosen_logps": chosen, "rejected_logps": rejected}
         path = self.folder / PARTS.replace("*", uuid.uuid4().hex[:16])
-        _write(path, save(tensors, _metadata(tensors, key.fingerprint())))
+        write_tensors(path, tensors, key.fingerprint())
 
     def read_parts(self, key: CacheKey) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(done bool, chosen, rejected), each [rows]: what the parts hold.
 
         Deletes damaged parts, and says so, and what a killed writer left; so nobody may be writing.
         """
-        for path in self.folder.glob(f"{_UNFINISHED}*"):
+        for path in self.folder.glob(f"{UNFINISHED}*"):
             path.unlink()
         done = np.zeros(key.num_rows, bool)
         chosen = rejected = np.zeros(key.num_rows, np.float32)
         for path in sorted(self.folder.glob(PARTS)):
-            part = _read_tensors(path, key=key.fingerprint())
+            part = read_tensors(path, key=key.fingerprint())
             if part is None:
                 logger.warning("%s is damaged: its rows are computed again.", path)
                 path.unlink()
@@ -237,7 +198,7 @@ class RefCache:
                 "Is it on a file system that all machines of the run see?"
             )
         tensors = {"chosen_logps": chosen, "rejected_logps": rejected}
-        _write(self.folder / LOGPS, save(tensors, _metadata(tensors, key.fingerprint())))
+        write_tensors(self.folder / LOGPS, tensors, key.fingerprint())
         self._write_manifest(key, about, complete=True)
         for path in self.folder.glob(PARTS):
             path.unlink()
@@ -251,12 +212,12 @@ class RefCache:
             "key": asdict(key),
             "key_fingerprint": key.fingerprint(),
         }
-        _write(self.folder / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+        write_json(self.folder / MANIFEST, manifest)
 
 
 def _is_ours(path: Path) -> bool:
     names = (MANIFEST, ROWS, LOGPS, _LOCK)
-    return path.name in names or path.match(PARTS) or path.name.startswith(_UNFINISHED)
+    return path.name in names or path.match(PARTS) or path.name.startswith(UNFINISHED)
 
 
 def _advice(folder: Path) -> str:
@@ -264,75 +225,3 @@ def _advice(folder: Path) -> str:
         f"Delete {folder} to have it built anew (`fastdpo cache-ref --rebuild` does both), or name another folder with "
         "ref_cache (--ref_cache)"
     )
-
-
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """What differs beside the rows, in words."""
-    found = []
-    names = [name for name in here if here[name] != there[name] and name not in ("rows", "num_rows")]
-    if None in (there["tokenizer"], here["tokenizer"]):
-        # Rows came tokenised here or there, and have the same ids, or are found to differ.
-        names = [name for name in names if name not in ("tokenizer", "chat_template")]
-    for name in names:
-        before, now = there[name], here[name]
-        if name == "config":
-            # Another version of transformers may know other keys; the values of those that both know count.
-            keys = sorted(key for key in before.keys() & now.keys() if before[key] != now[key])
-            found += [f"the model's {key} was {before[key]!r} and is {now[key]!r}" for key in keys]
-        elif name == "weights":
-            found.append(f"the weights differ ({before[:12]} there, {now[:12]} here)")
-        elif name == "chat_template" and before and now and before.partition(DATED)[0] == now.partition(DATED)[0]:
-            days = [value.partition(DATED)[2] or "another" for value in (before, now)]
-            found.append(
-                f"the chat template writes the date, which was {days[0]} and is {days[1]} (--template_date {days[0]} "
-                "renders it as before)"
-            )
-        elif name in ("tokenizer", "chat_template"):
-            found.append(f"the {name.replace('_', ' ')} differs")
-        else:
-            found.append(f"{name} was {before!r} and is {now!r}")
-    return found
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _metadata(tensors: dict[str, np.ndarray], key: str = "") -> dict[str, str]:
-    return {"key": key, "sha256": _checksum(tensors)}
-
-
-def _checksum(tensors: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
-        digest.update(np.ascontiguousarray(tensors[name]))
-    return digest.hexdigest()
-
-
-def _read_tensors(path: Path, key: str | None = None) -> dict[str, np.ndarray] | None:
-    """The tensors of a file; None where it is absent, torn, altered, or belongs to another key."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError):
-        return None
-    sound = metadata.get("sha256") == _checksum(tensors) and (key is None or metadata.get("key") == key)
-    return tensors if sound else None
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All of it, or nothing: a reader never sees a file that is half there, whatever kills the writer."""
-    unfinished = path.with_name(f"{_UNFINISHED}{uuid.uuid4().hex[:8]}-{path.name}")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

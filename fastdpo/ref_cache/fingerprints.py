@@ -11,15 +11,13 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-# Between a template's fingerprint and the day that it writes, if it writes one.
-DATED = ", on "
 _CHUNK = 1 << 24  # elements hashed at a time: 64 MB of float32
 # What a configuration says about the process, the generation or the training, and not about the function computed.
 _IDLE_CONFIG_KEYS = frozenset(
@@ -50,7 +48,7 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of ``model`` without those of an adapter, under the names that they have without an adapter."""
     if not isinstance(model, PeftModel):
         return dict(model.state_dict())
-    prefix = model.base_model.prefix
+    prefix = cast(str, model.base_model.prefix)
     weights = {}
     for name, tensor in model.get_base_model().state_dict().items():
         parts = name.split(".")

@@ -12,12 +12,12 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 from fastdpo.data.prepare import PreferenceCollator
 from fastdpo.data.templates import writes_date
 from fastdpo.ref_cache.fingerprints import (
-    DATED,
     config_facts,
     template_fingerprint,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from fastdpo.ref_cache.key import DATED
 
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,7 +31,7 @@ def reference_identity(
     ld_alpha: float | None = None,
     template_date: str | None = None,
 ) -> dict[str, Any]:
-    """The fields of :class:`fastdpo.ref_cache.CacheKey` beside those of the rows.
+    """The fields of :class:`fastdpo.ref_cache.key.CacheKey` beside those of the rows.
 
     Args:
         model: the reference, with an adapter or without.

@@ -90,8 +90,8 @@ class Histogram:
 
 def draw_histograms(record: RunRecord) -> list[Histogram]:
     """Rewards at the start and now, and margins; nothing where the policy was not looked at."""
-    seen = [("start", record.start), ("end", record.end)]
-    seen = [(when, snapshot) for when, snapshot in seen if snapshot is not None and snapshot.chosen_rewards]
+    looks = (("start", record.start), ("end", record.end))
+    seen = [(when, snapshot) for when, snapshot in looks if snapshot is not None and snapshot.chosen_rewards]
     if not seen or not all(math.isfinite(value) for _, snapshot in seen for value in _rewards(snapshot)):
         return []
     rewards = common_edges(value for _, snapshot in seen for value in _rewards(snapshot))

@@ -83,7 +83,11 @@ def headlines(record: RunRecord) -> list[tuple[str, str, str]]:
         found.append(("peak memory", f"{memory.max():.2f} GiB", "of one process"))
     if record.seconds is not None:
         since = f"since step {record.first_step}" if record.first_step else f"{record.step:,} steps"
-        found.append(("duration", _duration(record.seconds), since))
+        found.append(("training", _duration(record.seconds), since))
+    if record.whole_seconds is not None:
+        looks = sum(look.seconds for look in (record.start, record.end) if look is not None)
+        remark = f"{_duration(looks)} of it for this report's looks at the policy" if looks else "of this process"
+        found.append(("whole time", _duration(record.whole_seconds), remark))
     return [(what, figure.replace("-", "−"), remark.replace("-", "−")) for what, figure, remark in found]
 
 

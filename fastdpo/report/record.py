@@ -19,6 +19,7 @@ class RunRecord:
         step, max_steps: where the run stands, and where it was to end.
         first_step: where this process began; above 0 in a resumed run.
         seconds: from this process's first step to its last.
+        whole_seconds: since this process began: reading, tokenising, loading and looking included.
         device: in words.
         batches: how they were laid out, in words.
         loss: what it is called.
@@ -44,6 +45,7 @@ class RunRecord:
     has_reference: bool = True
     first_step: int = 0
     seconds: float | None = None
+    whole_seconds: float | None = None
     start: Snapshot | None = None
     end: Snapshot | None = None
     summaries: dict[str, DataSummary] = field(default_factory=dict)

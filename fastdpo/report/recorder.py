@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import psutil
 
 from fastdpo.report.facts import command_line, device_name, environment
 from fastdpo.report.page import write_report
 from fastdpo.report.picture import draw_training
 from fastdpo.report.record import RunRecord
-from fastdpo.report.snapshot import Snapshot, SnapshotSize, SnapshotTaker, take_start
+from fastdpo.report.snapshot import Snapshot, SnapshotSize
+from fastdpo.report.snapshot_taker import SnapshotTaker, take_start
 from fastdpo.trainer.checkpoints import find_checkpoints
-
-if TYPE_CHECKING:
-    from fastdpo.trainer.trainer import DPOTrainer
+from fastdpo.trainer.trainer import DPOTrainer
 
 REPORT_FILE, PICTURE_FILE = "report.html", "training.png"
 
@@ -45,7 +47,7 @@ class RunReport:
     ) -> None:
         self._trainer, self._title = trainer, title
         self._settings, self._changed, self._argv = settings, changed, argv
-        self._output_dir = Path(trainer.args.output_dir)
+        self._output_dir = trainer.args.folder
         self._resumed = checkpoint is not None
         self._taker = SnapshotTaker(trainer, size)
         self._start = take_start(self._taker, self._output_dir, checkpoint)
@@ -60,7 +62,7 @@ class RunReport:
         end, notes = None, self._notes()
         if look:
             try:
-                end = self._taker.take()
+                end = self._taker.take(like=self._start)
             except KeyboardInterrupt:
                 notes.append("The look at the policy when the run stopped was itself stopped.")
         trainer = self._trainer
@@ -89,6 +91,7 @@ class RunReport:
             has_reference=trainer.args.loss_options.takes_reference,
             first_step=getattr(trainer, "_initial_global_step", 0),
             seconds=seconds,
+            whole_seconds=time.time() - psutil.Process().create_time(),
             start=self._start,
             end=end,
             summaries=trainer.data_summaries,

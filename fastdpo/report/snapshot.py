@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
-from datasets import Dataset
-
-from fastdpo.data.files import TOKEN_COLUMNS
-from fastdpo.model.generation import Drawing, complete
-from fastdpo.model.scoring import evaluating
-from fastdpo.trainer.checkpoints import START_FILE
-
-if TYPE_CHECKING:
-    from fastdpo.trainer.trainer import DPOTrainer
-
-# Longer prompts are not completed: their cost would have no bound, and nobody reads them.
-_LONGEST_PROMPT = 512
 
 
 @dataclass(frozen=True)
 class SnapshotSize:
-    """How much is looked at; 0 for nothing of a kind.
+    """How much is looked at; 0 for nothing of a kind, None for as much as the run's length pays for.
 
     Attributes:
-        pairs: rows to compute the implicit rewards of.
-        samples: prompts to complete, greedily.
-        max_new_tokens: where completions are cut.
+        pairs: rows to compute the implicit rewards of; None for at most 64.
+        samples: prompts to complete, greedily; None for at most 4.
+        max_new_tokens: where completions are cut; None for 64, or earlier.
     """
 
-    pairs: int = 64
-    samples: int = 4
-    max_new_tokens: int = 64
+    pairs: int | None = None
+    samples: int | None = None
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +45,8 @@ class Snapshot:
         chosen_rewards, rejected_rewards: implicit rewards, one a row.
         samples: prompts with completions.
         no_rewards, no_samples: why there are none; empty where there are some.
+        max_new_tokens: where the completions were cut.
+        seconds: that looking took.
     """
 
     key: str
@@ -73,6 +57,8 @@ class Snapshot:
     samples: list[Sample] = field(default_factory=list)
     no_rewards: str = ""
     no_samples: str = ""
+    max_new_tokens: int = 0
+    seconds: float = 0.0
 
     @property
     def margins(self) -> list[float]:
@@ -94,150 +80,3 @@ class Snapshot:
         """
         values = json.loads(path.read_text(encoding="utf-8"))
         return cls(**{**values, "samples": [Sample(**sample) for sample in values["samples"]]})
-
-
-class SnapshotTaker:
-    """Chooses the rows, once for a run, and looks at the policy on them.
-
-    The rows are spread evenly over the evaluation set; over the training set where there is none. Taking a snapshot
-    leaves the run as it was: random state, modes, metrics. It runs on the main process alone, which needs whole
-    weights: where they are sharded, the snapshot says that there is nothing to see.
-    """
-
-    def __init__(self, trainer: DPOTrainer, size: SnapshotSize) -> None:
-        self._trainer, self._size = trainer, size
-        dataset, self._rows_of = _dataset_of(trainer)
-        count = min(len(dataset), size.pairs)
-        # Rows for samples come from a choice of their own, which does not change with the number of pairs.
-        self._rows = [dataset[i] for i in _spread(len(dataset), count)]
-        self._samples = _different_prompts(dataset, size.samples)
-        ids = [[row[name] for name in TOKEN_COLUMNS] for row in self._rows + self._samples]
-        words = json.dumps([self._rows_of, asdict(size), ids])
-        self.key = hashlib.sha256(words.encode()).hexdigest()[:16]
-
-    def take(self) -> Snapshot:
-        """Look at the policy as it is now."""
-        trainer = self._trainer
-        about = {"key": self.key, "step": trainer.state.global_step, "rows_of": self._rows_of}
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            why = "the weights are sharded over processes, and these snapshots need them whole"
-            return Snapshot(**about, no_rewards=why, no_samples=why)
-        found: dict[str, Any] = {}
-        device = trainer.accelerator.device
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices), evaluating(trainer.model), trainer.accelerator.autocast():
-            # What cannot be drawn is missing in the report; it is no reason to lose the run that it is about.
-            try:
-                found |= self._take_rewards()
-            except Exception as error:
-                found["no_rewards"] = f"scoring them failed: {_in_a_line(error)}"
-            try:
-                found |= self._take_samples()
-            except Exception as error:
-                found["no_samples"] = f"generating them failed: {_in_a_line(error)}"
-        return Snapshot(**about, **found)
-
-    def _take_rewards(self) -> dict[str, Any]:
-        if not self._rows:
-            return {"no_rewards": "--report_pairs is 0"}
-        trainer = self._trainer
-        sums: dict[str, list[float]] = {"chosen_reward": [], "rejected_reward": []}
-        size = trainer.args.per_device_eval_batch_size
-        for start in range(0, len(self._rows), size):
-            inputs = trainer._prepare_inputs(trainer.data_collator(self._rows[start : start + size]))
-            with torch.no_grad():
-                _, per_pair = trainer.pair_losses(trainer.model, inputs)
-            for name, values in sums.items():
-                values += per_pair[name].tolist()
-        return {"chosen_rewards": sums["chosen_reward"], "rejected_rewards": sums["rejected_reward"]}
-
-    def _take_samples(self) -> dict[str, Any]:
-        tokenizer = self._trainer.processing_class
-        if not self._size.samples:
-            return {"no_samples": "--report_samples is 0"}
-        if tokenizer is None:
-            return {"no_samples": "the data came as token ids, and there is no tokenizer to read them with"}
-        model = self._trainer.model
-        drawing = Drawing(max_new_tokens=self._size.max_new_tokens, batch_size=max(1, len(self._samples)))
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LONGEST_PROMPT
-        longest = min(_LONGEST_PROMPT, limit - drawing.max_new_tokens)
-        rows = [row for row in self._samples if 0 < len(row["prompt_ids"]) <= longest]
-        if not rows:
-            return {"no_samples": f"no prompt of the rows looked at has between 1 and {longest} tokens"}
-        texts = complete(model, tokenizer, [row["prompt_ids"] for row in rows], drawing)
-
-        def read(ids: list[int]) -> str:
-            return tokenizer.decode(ids, skip_special_tokens=True)
-
-        return {
-            "samples": [
-                Sample(
-                    # With its special tokens: they are what the model is given.
-                    prompt=tokenizer.decode(row["prompt_ids"]),
-                    chosen=read(row["chosen_ids"]),
-                    rejected=read(row["rejected_ids"]),
-                    completion=text.text,
-                    ended=text.ended,
-                )
-                for row, text in zip(rows, texts, strict=True)
-            ]
-        }
-
-
-def take_start(taker: SnapshotTaker, output_dir: Path, checkpoint: Path | None) -> Snapshot | None:
-    """The snapshot of the start, in ``output_dir``: taken now, or by the run that is resumed.
-
-    Args:
-        taker: of this run.
-        output_dir: where it is kept.
-        checkpoint: where the run goes on from; None at its start.
-
-    Returns:
-        None for a resumed run that left none, or one of other rows: the start cannot be seen any more.
-    """
-    path = output_dir / START_FILE
-    if checkpoint is None:
-        start = taker.take()
-        start.save(path)
-        return start
-    for there in (path, checkpoint.parent / START_FILE):
-        try:
-            start = Snapshot.load(there)
-        except (OSError, ValueError, TypeError, KeyError):
-            continue
-        if start.key == taker.key:
-            start.save(path)
-            return start
-    return None
-
-
-def _dataset_of(trainer: DPOTrainer) -> tuple[Dataset, str]:
-    held_out = trainer.eval_dataset
-    if isinstance(held_out, dict) and held_out:
-        name, held_out = next(iter(held_out.items()))
-        return held_out, f"the evaluation set {name}, which is not trained on"
-    if isinstance(held_out, Dataset):
-        return held_out, "the evaluation set, which is not trained on"
-    return trainer.train_dataset, "the training set, for there is no evaluation set"
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """``count`` of the numbers below ``total``, evenly spread."""
-    return np.linspace(0, total - 1, count).round().astype(int).tolist()
-
-
-def _different_prompts(dataset: Dataset, count: int) -> list[dict[str, Any]]:
-    """Rows with prompts short enough to complete, no two of them alike; as many as are found among some more."""
-    found: dict[tuple[int, ...], dict[str, Any]] = {}
-    candidates: Sequence[int] = _spread(len(dataset), min(len(dataset), 8 * count))
-    for i in candidates:
-        row = dataset[i]
-        if 0 < len(row["prompt_ids"]) <= _LONGEST_PROMPT:
-            found.setdefault(tuple(row["prompt_ids"]), row)
-    rows = list(found.values())
-    return [rows[i] for i in _spread(len(rows), min(len(rows), count))]
-
-
-def _in_a_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -126,7 +126,8 @@ def common_edges(values: Iterable[float], bins: int = 30) -> np.ndarray:
     if low == high:
         low, high = -0.5, 0.5
     width = (high - low) / bins
-    return (np.arange(np.floor(low / width) - 1, np.ceil(high / width) + 1) + 0.5) * width
+    edges: np.ndarray = (np.arange(np.floor(low / width) - 1, np.ceil(high / width) + 1) + 0.5) * width
+    return edges
 
 
 def largest_share(groups: Iterable[Sequence[float]], edges: np.ndarray) -> float:

@@ -17,14 +17,17 @@ START_FILE = "report_start.json"
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder that were written to their end, in the order of their steps."""
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(path) is not None]
-    return sorted(filter(_is_whole, found), key=_step_of)
+    return [path for path in _in_order(folder) if _is_whole(path)]
 
 
 def find_torn(folder: Path) -> list[Path]:
     """The checkpoints in a folder whose writing was broken off, in the order of their steps."""
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(path) is not None]
-    return sorted((path for path in found if not _is_whole(path)), key=_step_of)
+    return [path for path in _in_order(folder) if not _is_whole(path)]
+
+
+def _in_order(folder: Path) -> list[Path]:
+    steps = {path: _step_of(path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    return [path for _, path in sorted((step, path) for path, step in steps.items() if step is not None)]
 
 
 def _step_of(path: Path) -> int | None:
@@ -67,24 +70,26 @@ def resolve_resume(value: str | None, output_dir: Path) -> Path | None:
 def is_end(checkpoint: Path, *, max_steps: int, num_train_epochs: float) -> bool:
     """Whether a run of this length (in epochs where ``max_steps`` is not above 0) has nothing left to do there."""
     state = read_state(checkpoint)
-    step = state.get("global_step", 0)
+    step: int = state.get("global_step", 0)
     if max_steps > 0:
         return step >= max_steps
-    return step >= state.get("max_steps", math.inf) and state.get("epoch", 0) >= num_train_epochs
+    return bool(step >= state.get("max_steps", math.inf) and state.get("epoch", 0) >= num_train_epochs)
 
 
 def came_from(output_dir: Path, checkpoint: Path) -> bool:
     """Whether what lies in ``output_dir`` is what a run left that went on from the checkpoint, or ended there."""
-    history = read_state(checkpoint).get("log_history", [])
-    return read_state(output_dir).get("log_history", [])[: len(history)] == history != []
+    history: list[Any] = read_state(checkpoint).get("log_history", [])
+    left: list[Any] = read_state(output_dir).get("log_history", [])
+    return left[: len(history)] == history != []
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """trainer_state.json; empty where it is not there, or broken."""
     try:
-        return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return state
 
 
 def set_aside(output_dir: Path, resumed: Path | None = None) -> Path | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass, field, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from fastdpo.data.prepare import TRUNCATION_MODES
 from fastdpo.data.settings import SCORES, parse_date
@@ -23,8 +24,8 @@ class DPOConfig(TrainingArguments):
 
     Names and defaults are those of TRL's ``DPOConfig``, except:
 
-    - ``bf16``: on where there is an accelerator that computes in it, and off on a CPU (TRL: on everywhere, which
-      raises on a CPU unless ``use_cpu`` is given).
+    - ``bf16``: on where there is an accelerator that computes in it, and off on a CPU (TRL: on everywhere). Asked for
+      without an accelerator, it runs on the CPU (TRL: raises unless ``use_cpu`` is given).
     - ``include_num_input_tokens_seen``: ``non_padding``, for the metric ``num_tokens`` to survive a resume.
     - ``precompute_ref_log_probs``: keeps them on disk, in ``ref_cache``, and reads them from there the next time.
     - ``loss_type``: SimPO, ORPO and CPO as well, which need no reference. Options of the losses are those of
@@ -45,7 +46,7 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Recompute activations in the backward pass, to save memory. On by default."},
     )
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # type: ignore[assignment]  # None until this machine was asked
         default=None,
         metadata={"help": "Mixed precision in bfloat16. By default on where the accelerator computes in bfloat16."},
     )
@@ -237,12 +238,24 @@ class DPOConfig(TrainingArguments):
             )
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if (self.bf16 or self.bf16_full_eval) and not torch.accelerator.is_available() and not is_torch_xla_available():
+            self.use_cpu = True  # where it would run anyway: transformers refuses bfloat16 unless that is said
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to copy to, and torch warns of it
         # transformers calls it activation_checkpointing, and warns about the older name that everyone's scripts use.
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing is not False
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
+
+    @property
+    def folder(self) -> Path:
+        """``output_dir``, which is named once this object is made."""
+        return Path(cast(str, self.output_dir))
+
+    @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """``model_init_kwargs``, which are no text any more once this object is made; empty for none."""
+        return dict(cast(dict[str, Any], self.model_init_kwargs or {}))
 
     @property
     def loss_options(self) -> LossOptions:

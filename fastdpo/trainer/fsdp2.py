@@ -30,7 +30,8 @@ def shard_without_optimizer(accelerator: Accelerator, model: nn.Module) -> nn.Mo
 
     accelerate's own ``prepare`` takes a model with its optimiser only, and one of them. To be called by all processes.
     """
-    return fsdp2_prepare_model(accelerator, model)
+    sharded: nn.Module = fsdp2_prepare_model(accelerator, model)
+    return sharded
 
 
 def reshard(model: nn.Module) -> None:

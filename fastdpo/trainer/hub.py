@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import CommitInfo, HfApi
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
+
+from fastdpo.trainer.config import DPOConfig
 
 # What a run writes for whoever runs it: samples of the data, paths of the machine, checkpoints of earlier runs.
 RUN_RECORDS = (
@@ -33,7 +35,10 @@ _TRAINING_STATE = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "tra
 class HubUploads(Trainer):
     """``transformers.Trainer``, whose uploads take the whole output folder without its checkpoints; these take less."""
 
-    def push_to_hub(
+    args: DPOConfig
+    push_in_progress: PushInProgress | None  # type: ignore[assignment]  # Trainer says None alone
+
+    def push_to_hub(  # type: ignore[override]  # Trainer does not say that it may be None
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -54,25 +59,28 @@ class HubUploads(Trainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        kwargs.setdefault("model_name", (self.hub_model_id or self.args.output_dir).rstrip("/").split("/")[-1])
+        kwargs.setdefault("model_name", (self.hub_model_id or str(self.args.folder)).rstrip("/").split("/")[-1])
         tags = kwargs.pop("tags", None)
         given = [tags] if isinstance(tags, str) else list(tags or ())
         self.create_model_card(tags=[*given, *(getattr(self.model, "model_tags", None) or ())], **kwargs)
         self._finish_current_push()
-        return self._upload(commit_message, token=token, revision=revision, run_as_future=not blocking)
+        info: CommitInfo = self._upload(commit_message, token=token, revision=revision, run_as_future=not blocking)
+        return info
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Called whenever a checkpoint was saved.
-        args, busy = self.args, self.push_in_progress is not None and not self.push_in_progress.is_done()
+        args, running = self.args, self.push_in_progress
+        if running is not None and running.is_done():
+            running = None
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
-        if busy and not args.hub_always_push:
+        if running is not None and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         # Copied, because the checkpoint may be deleted before it is uploaded.
         for path in Path(checkpoint_folder).iterdir():
             if path.is_file() and not _matches(path.name, (*RUN_RECORDS, *_TRAINING_STATE)):
-                shutil.copy(path, args.output_dir)
+                shutil.copy(path, args.folder)
         message = f"Training in progress, step {self.state.global_step}"
         jobs = [self._upload(message, run_as_future=True)]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
@@ -81,15 +89,14 @@ class HubUploads(Trainer):
             jobs.append(
                 self._upload(f"{message}, checkpoint", folder_path=checkpoint_folder, ignore_patterns=None, **where)
             )
-        if busy:
-            self.push_in_progress.jobs.extend(jobs)
-        else:
-            self.push_in_progress = PushInProgress(jobs)
+        before = [] if running is None else cast(list[Any], running.jobs)
+        self.push_in_progress = PushInProgress(cast(Any, [*before, *jobs]))  # it says that it takes a single one
 
     def _upload(self, commit_message: str | None, *, token: str | None = None, **options: Any) -> Any:
-        defaults = {"folder_path": self.args.output_dir, "ignore_patterns": list(RUN_RECORDS), "run_as_future": True}
+        defaults = {"folder_path": self.args.folder, "ignore_patterns": list(RUN_RECORDS), "run_as_future": True}
         options["revision"] = options.get("revision") or self.args.hub_revision
-        return HfApi().upload_folder(
+        upload: Any = HfApi().upload_folder
+        return upload(
             repo_id=self.hub_model_id,
             commit_message=commit_message,
             token=token or self.args.hub_token,

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
 import torch
 
 from fastdpo.logps.out_of_memory import is_out_of_memory
-
-if TYPE_CHECKING:
-    from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.config import DPOConfig
 
 
 def memory_advice(
@@ -55,10 +52,12 @@ def memory_advice(
 
 
 @contextlib.contextmanager
-def advising(
-    args: DPOConfig, *, training: bool, has_reference_model: bool, has_adapter: bool, is_sharded: bool = False
-) -> Iterator[None]:
-    """Says :func:`memory_advice`, whose arguments these are, where memory does not suffice in the block.
+def advising(doing: str, advice: Callable[[], list[str]]) -> Iterator[None]:
+    """Says what would save memory where it does not suffice in the block.
+
+    Args:
+        doing: what is done there, in words.
+        advice: asked then alone; :func:`memory_advice` of the run.
 
     Raises:
         torch.OutOfMemoryError: in the place of torch's own error, which it is chained to.
@@ -68,13 +67,5 @@ def advising(
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        advice = memory_advice(
-            args,
-            training=training,
-            has_reference_model=has_reference_model,
-            has_adapter=has_adapter,
-            is_sharded=is_sharded,
-        )
-        doing = "a training step" if training else "an evaluation"
-        lines = "".join(f"\n  {line}" for line in advice)
+        lines = "".join(f"\n  {line}" for line in advice())
         raise torch.OutOfMemoryError(f"{error}\nMemory did not suffice for {doing}. What needs less:{lines}") from error

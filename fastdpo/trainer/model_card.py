@@ -6,20 +6,22 @@ import dataclasses
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from fastdpo.data.files import FILE_FORMATS
 from fastdpo.loss.options import LossOptions
-
-if TYPE_CHECKING:
-    from fastdpo.trainer.trainer import DPOTrainer
+from fastdpo.model.language_model import language_model
+from fastdpo.trainer.config import DPOConfig
 
 CARD_FILE = "README.md"
 TAGS = ("dpo", "fastdpo")
@@ -58,8 +60,34 @@ _CITATION = """\
 ```"""
 
 
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card tells of a run.
+
+    Attributes:
+        args: its settings.
+        model: what was trained; a ``PeftModel`` where it is an adapter.
+        epochs, steps: how long.
+        log_history: the entries of its log.
+        has_chat_template: prompts are messages.
+    """
+
+    args: DPOConfig
+    model: PreTrainedModel | PeftModel
+    epochs: float | None
+    steps: int
+    log_history: Sequence[dict[str, Any]]
+    has_chat_template: bool
+
+    @property
+    def base(self) -> str:
+        """Name or path of what was trained further; empty for a model made in memory."""
+        name: str = language_model(self.model).config._name_or_path
+        return name
+
+
 def write_model_card(
-    trainer: DPOTrainer,
+    facts: CardFacts,
     *,
     model_name: str | None = None,
     dataset_name: str | None = None,
@@ -70,7 +98,7 @@ def write_model_card(
     """Write README.md into the output folder; a card that is there (PEFT's, or somebody's own) is added to.
 
     Args:
-        trainer: after training.
+        facts: of the run.
         model_name: by default the folder's.
         dataset_name: what the pairs were loaded from. Only a Hub id becomes metadata.
         tags: beside our own.
@@ -79,26 +107,30 @@ def write_model_card(
     Returns:
         The file.
     """
-    path = Path(trainer.args.output_dir) / CARD_FILE
-    card = ModelCard.load(path) if path.exists() else ModelCard("---\n---\n")
-    is_adapter = isinstance(trainer.model, PeftModel)
-    base = trainer.model.config._name_or_path
-    data = card.data
-    data.library_name = data.library_name or ("peft" if is_adapter else "transformers")
+    path = facts.args.folder / CARD_FILE
+    card = _card_at(path)
+    data: Any = card.data  # the kind with a model's fields, of the two that it may be
+    data.library_name = data.library_name or ("peft" if isinstance(facts.model, PeftModel) else "transformers")
     data.pipeline_tag = data.pipeline_tag or "text-generation"
-    if _is_hub_id(base):
-        data.base_model = base
+    if _is_hub_id(facts.base):
+        data.base_model = facts.base
     if dataset_name and _is_hub_id(dataset_name):
         data.datasets = sorted({*(data.datasets or ()), dataset_name})
     tags = [tags] if isinstance(tags, str) else list(tags or ())
     data.tags = sorted({*(data.tags or ()), *tags, *TAGS})
     data.language, data.license = language or data.language, license or data.license
-    name = model_name or Path(trainer.args.output_dir).resolve().name
-    ours = f"{_BEGIN}\n{_section(trainer, name, base, dataset_name, is_adapter)}\n{_END}"
+    name = model_name or path.parent.resolve().name
+    ours = f"{_BEGIN}\n{_section(facts, name, dataset_name)}\n{_END}"
     card.text = _merged(card.text, ours)
     path.parent.mkdir(parents=True, exist_ok=True)
     card.save(path)
     return path
+
+
+def _card_at(path: Path) -> ModelCard:
+    """What is there, or nothing; with a block of metadata, be it an empty one: ModelCard warns where it finds none."""
+    text = path.read_bytes().decode("utf-8-sig") if path.exists() else ""
+    return ModelCard(text if REGEX_YAML_BLOCK.search(text) else f"---\n{{}}\n---\n{text}")
 
 
 def _merged(text: str, ours: str) -> str:
@@ -119,29 +151,22 @@ def _is_hub_id(name: str) -> bool:
     return "/" in name and not os.path.exists(name) and Path(name).suffix not in FILE_FORMATS
 
 
-def _section(trainer: DPOTrainer, name: str, base: str, dataset_name: str | None, is_adapter: bool) -> str:
+def _section(facts: CardFacts, name: str, dataset_name: str | None) -> str:
+    is_adapter = isinstance(facts.model, PeftModel)
     kind = "An adapter for" if is_adapter else "A fine-tuned version of"
-    of = f"{kind} {_linked(base, '')}" if base else "A model"
+    of = f"{kind} {_linked(facts.base, '')}" if facts.base else "A model"
     on = f" on {_linked(dataset_name, 'datasets/')}" if dataset_name else ""
-    args = trainer.args
-    loss = " + ".join(args.loss_type)
-    settings = {"loss": loss, "loss_weights": args.loss_weights, "beta": args.beta, **_loss_options(args.loss_options)}
-    settings |= {setting: getattr(args, setting) for setting in _SETTINGS}
-    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    settings |= {"epochs": trainer.state.epoch, "optimiser steps": trainer.state.global_step, "pairs a step": pairs}
-    dtype = str(trainer.model.dtype).removeprefix("torch.")
-    settings |= {"precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else dtype}
-    if is_adapter:
-        settings |= _adapter_settings(trainer.model)
+    loss = " + ".join(facts.args.loss_type)
+    settings = _settings(facts, loss)
     versions = {package: version(package) for package in ("fastdpo", "transformers", "torch", "datasets", "peft")}
     parts = [
         f"# {name}",
         f"{of}, trained on preferences{on} with Direct Preference Optimisation "
-        f"([DPO](https://arxiv.org/abs/2305.18290), loss `{loss}`, beta {args.beta:g}) by fastdpo.",
+        f"([DPO](https://arxiv.org/abs/2305.18290), loss `{loss}`, beta {facts.args.beta:g}) by fastdpo.",
         "## How to load it",
-        _how_to_load(name, is_adapter, trainer.processing_class),
+        _how_to_load(name, is_adapter, facts.has_chat_template),
         "## Results",
-        _results(trainer.state.log_history),
+        _results(facts.log_history),
         "## Training",
         _table(
             ("setting", "value"), [(f"{key}", _word(value)) for key, value in settings.items() if value is not None]
@@ -152,6 +177,17 @@ def _section(trainer: DPOTrainer, name: str, base: str, dataset_name: str | None
         _CITATION,
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _settings(facts: CardFacts, loss: str) -> dict[str, Any]:
+    args = facts.args
+    settings = {"loss": loss, "loss_weights": args.loss_weights, "beta": args.beta, **_loss_options(args.loss_options)}
+    settings |= {setting: getattr(args, setting) for setting in _SETTINGS}
+    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    settings |= {"epochs": facts.epochs, "optimiser steps": facts.steps, "pairs a step": pairs}
+    dtype = str(facts.model.dtype).removeprefix("torch.")
+    settings |= {"precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else dtype}
+    return settings | _adapter_settings(facts.model) if isinstance(facts.model, PeftModel) else settings
 
 
 def _linked(name: str, kind: str) -> str:
@@ -180,7 +216,7 @@ def _adapter_settings(model: PeftModel) -> dict[str, Any]:
     return settings
 
 
-def _how_to_load(name: str, is_adapter: bool, tokenizer: Any) -> str:
+def _how_to_load(name: str, is_adapter: bool, has_chat_template: bool) -> str:
     module, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
     lines = [
         f"from {module} import {loader}",
@@ -190,7 +226,7 @@ def _how_to_load(name: str, is_adapter: bool, tokenizer: Any) -> str:
         f"model = {loader}.from_pretrained(path)",
         "tokenizer = AutoTokenizer.from_pretrained(path)",
     ]
-    if getattr(tokenizer, "chat_template", None):
+    if has_chat_template:
         lines += [
             'messages = [{"role": "user", "content": "Why is the sky blue?"}]',
             "inputs = tokenizer.apply_chat_template(",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 # name in the log -> (what is summed over pairs, the sum that it is divided by)
@@ -20,9 +23,25 @@ _METRICS = {
 }
 
 
-def add_sums(total: dict[str, Tensor] | None, addend: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sums so far, and those of one more batch."""
-    return addend if total is None else {name: total[name] + value for name, value in addend.items()}
+class PairSums:
+    """Sums over all pairs since the last time that they were taken."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Tensor] = {}
+
+    def add(self, per_pair: dict[str, Tensor]) -> None:
+        """Those of one more batch; each [B]."""
+        sums = {name: values.sum() for name, values in per_pair.items()}
+        self._totals = {name: self._totals[name] + value for name, value in sums.items()} if self._totals else sums
+
+    def take(self, over_processes: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """The sums so far, of all processes where ``over_processes`` adds theirs up; empty where there are none."""
+        names, totals = list(self._totals), list(self._totals.values())
+        self._totals = {}
+        if not totals:
+            return {}
+        together = torch.stack(totals)
+        return dict(zip(names, (over_processes(together) if over_processes else together).tolist(), strict=True))
 
 
 def means_of(sums: dict[str, float]) -> dict[str, float]:

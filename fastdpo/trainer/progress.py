@@ -48,6 +48,8 @@ class OneLineProgress(ProgressCallback):
     file, a pipe) nothing is drawn, and each line ends with the time left.
     """
 
+    training_bar: tqdm[Any] | None  # type: ignore[assignment]  # transformers says None alone
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         self.current_step = self._first_step = state.global_step
         self._live = sys.stderr.isatty()
@@ -66,7 +68,9 @@ class OneLineProgress(ProgressCallback):
         self, args: TrainingArguments, state: TrainerState, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
         if sys.stderr.isatty():
-            super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+            super().on_prediction_step(  # type: ignore[no-untyped-call]
+                args, state, control, eval_dataloader=eval_dataloader, **kwargs
+            )
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         line = format_metrics(logs or {})  # nothing of this is in the totals that end a run

@@ -22,6 +22,7 @@ from fastdpo.data.prepare import REFERENCE_COLUMNS
 from fastdpo.loss.pair_losses import combine_segments
 from fastdpo.model.adapters import adapters_are_neutral
 from fastdpo.model.head import FusedHead
+from fastdpo.model.language_model import language_model
 from fastdpo.model.packing_choice import Packing
 from fastdpo.model.scoring import Scorer, evaluating
 from fastdpo.ref_cache.build import CachedSplit, ReferenceBuilder
@@ -29,11 +30,9 @@ from fastdpo.ref_cache.files import DEFAULT_FOLDER
 from fastdpo.ref_cache.fingerprints import base_weights
 from fastdpo.ref_cache.identity import reference_identity, row_words
 from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.datasets import EvalDataset
 from fastdpo.trainer.fsdp2 import keep_requires_grad, shard_without_optimizer
-from fastdpo.trainer.setup import compute_dtype
-
-# What Trainer takes for evaluation: a dataset, or several by name.
-EvalDataset = Dataset | dict[str, Dataset] | None
+from fastdpo.trainer.models import compute_dtype
 
 
 class Reference:
@@ -133,10 +132,12 @@ class Reference:
             fastdpo.ref_cache.RefCacheError: see :class:`fastdpo.ref_cache.build.ReferenceBuilder`.
         """
         args, accelerator = self._args, self._accelerator
-        model = self._policy.root if self.model is None else self.model
+        model = (self.scorer or self._policy).model
         # An adapter that changes nothing yet is left aside, so that the key does not depend on its random start.
-        without_adapter = isinstance(model, PeftModel) and self._in_main_process(lambda: adapters_are_neutral(model))
-        weights = base_weights(model) if without_adapter else model.state_dict()
+        bare: PeftModel | None = None
+        if isinstance(model, PeftModel) and self._in_main_process(lambda: adapters_are_neutral(model)):
+            bare = model
+        weights = model.state_dict() if bare is None else base_weights(bare)
 
         @functools.cache
         def scorer() -> Scorer:
@@ -146,13 +147,14 @@ class Reference:
 
         def score(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
             sums = self._score(scorer(), to_device(collate(rows)))
-            return combine_segments(sums, self._loss_options, of_policy=False).chunk(2)
+            chosen, rejected = combine_segments(sums, self._loss_options, of_policy=False).chunk(2)
+            return chosen, rejected
 
         builder = ReferenceBuilder(
-            root=Path(args.ref_cache or Path(args.output_dir) / DEFAULT_FOLDER),
+            root=Path(args.ref_cache or args.folder / DEFAULT_FOLDER),
             accelerator=accelerator,
             identity=lambda: reference_identity(
-                model,
+                language_model(model),
                 weights,
                 tokenizer,
                 collate,
@@ -162,7 +164,7 @@ class Reference:
             ),
             score=score,
             max_length=args.max_length,
-            about={"model": model.config._name_or_path or type(model).__name__},
+            about={"model": language_model(model).config._name_or_path or type(model).__name__},
             describe_row=lambda row: row_words(row, tokenizer),
             show_progress=not args.disable_tqdm,
             in_step=accelerator.is_fsdp2,
@@ -174,7 +176,7 @@ class Reference:
             # FSDP2 casts the weights themselves, the policy's as well.
             contextlib.nullcontext() if accelerator.is_fsdp2 else accelerator.autocast(),
             evaluating(model),
-            model.disable_adapter() if without_adapter else contextlib.nullcontext(),
+            contextlib.nullcontext() if bare is None else bare.disable_adapter(),
         ):
             train_dataset = builder.with_columns(train_dataset, "train", train_size)
             eval_dataset = builder.with_columns_in_all(eval_dataset, "eval", eval_size)
@@ -189,7 +191,7 @@ class Reference:
         if self._accelerator.is_fsdp2:
             # One for the cache is whole until the cache turns out to lack something.
             return model if self._args.precompute_ref_log_probs else shard_without_optimizer(self._accelerator, model)
-        prepared = self._accelerator.prepare_model(model, evaluation_mode=True)
+        prepared: nn.Module = self._accelerator.prepare_model(model, evaluation_mode=True)
         # Evaluation before training asks accelerate whether it prepared a model, and means the policy.
         self._accelerator._models.remove(prepared)
         return prepared
@@ -200,7 +202,7 @@ class Reference:
         The policy itself is sharded later, with its optimizer.
         """
         if self.scorer is None:
-            model = copy.deepcopy(self._policy.root).requires_grad_(False)  # its modes too: evaluation, adapters off
+            model = copy.deepcopy(self._policy.model).requires_grad_(False)  # its modes too: evaluation, adapters off
             self.scorer = Scorer(model, model, FusedHead(model), self._packing.attention_of(model))
         self.scorer.root = shard_without_optimizer(self._accelerator, self.scorer.root)
         dtype = compute_dtype(self._accelerator, self._policy.model)

@@ -18,10 +18,11 @@ import pytest
 import torch
 import train
 from common.jobs import Job
+from common.trainers import CACHE_METHODS, trainer_classes
 from end_to_end import measure as train_measure
 from end_to_end import runner as train_runner
 from end_to_end.agreement import differences, disagreement, tolerance
-from end_to_end.arms import ARMS, CACHE_METHODS, Setting, trainer_classes
+from end_to_end.arms import ARMS, Setting
 from end_to_end.cases import MODELS, TrainCase, make_model, named_cases
 from end_to_end.data import (
     ORDERS,
@@ -38,7 +39,7 @@ from trl.trainer import utils as trl_utils
 
 from fastdpo.data import prepare
 from fastdpo.integrations import trl as our_head
-from fastdpo.model import head
+from fastdpo.model import head_calls
 from fastdpo.trainer.reference import Reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -155,7 +156,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for library, method in CACHE_METHODS.items():
         trainer_class, _ = trainer_classes(library)
         monkeypatch.setattr(trainer_class, method, getattr(trainer_class, method))
-    monkeypatch.setattr(head, "token_logps", head.token_logps)
+    monkeypatch.setattr(head_calls, "token_logps", head_calls.token_logps)
     monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", trl_utils._ChunkedLogProbFunction)
     yield
     our_head.disable()
@@ -280,8 +281,8 @@ def fake_jobs(monkeypatch) -> list[Job]:
     """In place of processes: figures that follow from arm and setting. Returns what was asked for."""
     asked: list[Job] = []
 
-    def answer(script: Path, job: Job, timeout: float) -> dict[str, Any]:
-        assert script.is_file()
+    def answer(module: str, job: Job, timeout: float) -> dict[str, Any]:
+        assert module == "end_to_end.measure"
         asked.append(job)
         if job["setting"].get("per_device_train_batch_size") == 2:
             return {"failed": "RuntimeError: not this size"}

@@ -20,21 +20,13 @@ import run
 import torch
 import torch.nn.functional as F
 from common import machine
-from common.plot import plot_sweeps
 from loss_layer import runner
-from loss_layer.cases import (
-    BETA,
-    HEADS,
-    IGNORE_INDEX,
-    Case,
-    Problem,
-    load_problem,
-    make_problem,
-    named_case,
-    save_problem,
-)
+from loss_layer.cases import BETA, HEADS, IGNORE_INDEX, Case, named_case
 from loss_layer.peers import PEERS
+from loss_layer.plot import plot_sweeps
+from loss_layer.problem import Problem
 from loss_layer.tables import case_table, sweep_tables
+from loss_layer.tensors import load_problem, make_problem, save_problem
 from loss_layer.truth import compute_truth, errors
 from oracle import assert_within
 from torch import Tensor
@@ -152,7 +144,7 @@ def test_every_peer_computes_the_same(name, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_truth_is_autograds(variant, monkeypatch):
-    monkeypatch.setattr("truth._CHUNK_BYTES", 8 * 72 * 7)  # several chunks, the last one short
+    monkeypatch.setattr("loss_layer.truth._CHUNK_BYTES", 8 * 72 * 7)  # several chunks, the last one short
     problem = make_problem(small_case(**VARIANTS[variant]))
     truth, exact = compute_truth(problem, BETA), exact_step(problem)
     assert truth.loss == pytest.approx(exact.loss, rel=1e-12)

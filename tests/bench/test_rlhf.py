@@ -178,7 +178,7 @@ def test_watcher_ends_when_all_is_known(task, monkeypatch):
     ledger = Ledger()
     standings = iter([(0, 0), (5, 1), (5, 1), (5, 1)])
     monkeypatch.setattr(
-        "rlhf_evaluate.evaluate", lambda *_, **__: dict(zip(("reward", "kl"), next(standings), strict=True))
+        "against_rlhf.evaluate.evaluate", lambda *_, **__: dict(zip(("reward", "kl"), next(standings), strict=True))
     )
     watcher = Watcher(task, ledger, TARGETS, seed=0)
     assert [watcher(step, task.model) for step in range(3)] == [False, False, True]
@@ -188,7 +188,7 @@ def test_watcher_ends_when_all_is_known(task, monkeypatch):
     ledger.parts["reference"].seconds = 8.0
     ledger.count("reference", "reference", tokens=100, flops=40.0)
     sparing = Watcher(task, ledger, TARGETS, seed=0, pairs_of_step=0.25)
-    monkeypatch.setattr("rlhf_evaluate.evaluate", lambda *_, **__: {"reward": 0.0, "kl": 0.0})
+    monkeypatch.setattr("against_rlhf.evaluate.evaluate", lambda *_, **__: {"reward": 0.0, "kl": 0.0})
     for step in (0, 1, 3, 9):
         sparing(step, task.model)
     assert [one["spent"]["reference"]["seconds"] for one in sparing.looks] == [0, 2, 6, 8]
@@ -196,13 +196,13 @@ def test_watcher_ends_when_all_is_known(task, monkeypatch):
     assert ledger.parts["reference"].seconds == 8
 
     lost = Watcher(task, ledger, TARGETS, seed=0)
-    monkeypatch.setattr("rlhf_evaluate.evaluate", lambda *_, **__: {"reward": 0.0, "kl": 100.0})
+    monkeypatch.setattr("against_rlhf.evaluate.evaluate", lambda *_, **__: {"reward": 0.0, "kl": 100.0})
     assert lost(0, task.model)
 
     # Once it has met the targets further off, a policy that is too far away for the nearest one is done.
     standings = iter([(5, 3), (5, 3), (5, 5), (5, 3), (5, 5), (5, 5)])
     monkeypatch.setattr(
-        "rlhf_evaluate.evaluate", lambda *_, **__: dict(zip(("reward", "kl"), next(standings), strict=True))
+        "against_rlhf.evaluate.evaluate", lambda *_, **__: dict(zip(("reward", "kl"), next(standings), strict=True))
     )
     beyond = Watcher(task, ledger, TARGETS, seed=0)
     assert [beyond(step, task.model) for step in range(6)] == [False] * 5 + [True]

@@ -222,7 +222,8 @@ def test_changes_are_refused_by_name_and_rebuild_replaces(
     assert saved(copy) != before == saved(unbroken)
 
 
-def test_help_suffices(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_suffices(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert main(["cache-ref", "--help"]) == 0
     said = capsys.readouterr().out
     for text in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import datasets
 import pytest
 from families import family_template, tokenizer_with
+from rich.console import Console
 from tiny_models import make_model
 from toy_data import chat_rows, make_tokenizer, text_rows, write_jsonl
 
@@ -22,6 +24,7 @@ def quiet_and_uncached(tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.delenv("FASTDPO_TRACEBACK", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(Console, "_environ", os.environ)  # which is another one once datasets has used processes
 
 
 @pytest.fixture(scope="module")

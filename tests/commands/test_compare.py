@@ -146,7 +146,7 @@ def test_help_of_both(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_markdown_keeps_texts_as_they_stand(tmp_path: Path) -> None:
     text = "```\n# no heading\n```` <b>"
-    comparison = Comparison([user("hi"), assistant(text)], [Text(text, True), Text("", False)])
+    comparison = Comparison([user("hi"), assistant(text)], [Text(text, True, 3), Text("", False, 4)])
     path = tmp_path / "c.md"
     write_comparisons(path, [comparison], [Side("a", "a"), Side("b", "b")], {"seed": 0})
     written = path.read_text(encoding="utf-8")
@@ -156,7 +156,9 @@ def test_markdown_keeps_texts_as_they_stand(tmp_path: Path) -> None:
 
 def test_tables_show_what_was_cut_and_what_is_empty() -> None:
     console = Console(width=60, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table_of(Comparison("p", [Text("", True), Text("[red]x", False)]), [Side("[a]", ""), Side("b", "")]))
+    console.print(
+        table_of(Comparison("p", [Text("", True, 0), Text("[red]x", False, 3)]), [Side("[a]", ""), Side("b", "")])
+    )
     said = console.export_text()
     assert "(nothing)" in said and "[red]x … (cut)" in said and "[a]" in said
 

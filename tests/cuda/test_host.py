@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from cuda_host.blocks import configure, restore
+from cuda_host.build import build
 from hypothesis import given
 from hypothesis import strategies as st
 from op_calls import (
@@ -30,6 +32,21 @@ from torch import Tensor
 import fastdpo
 from fastdpo.logps import oracle as reference
 from fastdpo.logps.out_of_memory import is_out_of_memory
+
+
+@pytest.fixture(scope="module")
+def library(request: pytest.FixtureRequest) -> Iterator[Any]:
+    torch.ops.load_library(str(build(request.config.cache.mkdir("cuda_host"))))
+    yield torch.ops.fastdpo_host
+    restore(torch.ops.fastdpo_host)
+
+
+@pytest.fixture
+def ops(library: Any) -> Iterator[Any]:
+    configure(library)
+    yield library
+    restore(library)
+
 
 # ------------------------------------------------------------------------------------------- everything at once
 

@@ -10,8 +10,8 @@ import pytest
 from families import FAMILIES, family_template, tokenizer_with, trl_templates
 from toy_data import assistant, user
 
-from fastdpo.data.files import DataError
 from fastdpo.data.templates import plain, read_template, template_of, writes_date
+from fastdpo.data.terms import DataError
 
 DAY = datetime.date(2026, 3, 1)
 CHAT = [user("Why?"), assistant("So."), user("And?")]

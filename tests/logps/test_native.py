@@ -42,14 +42,13 @@ def test_build_info() -> None:
 def copy(tmp_path: Path) -> Path:
     """The package's Python files alone, as a checkout that was never built."""
     target = tmp_path / "fastdpo"
-    target.mkdir()
-    for file in PACKAGE.glob("*.py"):
-        shutil.copy2(file, target)
+    libraries = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    shutil.copytree(PACKAGE, target, ignore=libraries)
     return target
 
 
 def import_error(copy: Path) -> str:
-    code = f"import sys; sys.path.insert(0, {str(copy.parent)!r}); import fastdpo"
+    code = f"import sys; sys.path.insert(0, {str(copy.parent)!r}); from fastdpo import token_logps"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode != 0
     return result.stderr.strip().splitlines()[-1]

@@ -490,7 +490,7 @@ def test_without_onednn_the_products_are_made_all_the_same() -> None:
 
 def test_an_unknown_instruction_set_is_refused() -> None:
     run_in = subprocess.run(
-        [sys.executable, "-c", "import fastdpo"],
+        [sys.executable, "-c", "import fastdpo; fastdpo.token_logps"],
         capture_output=True,
         text=True,
         env={**os.environ, "FASTDPO_CPU_PATH": "sse9"},

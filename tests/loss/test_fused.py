@@ -1,4 +1,4 @@
-"""dpo_loss, preference_loss and DPOLoss against the oracle, and what they say to misuse."""
+"""dpo_loss against the oracle, and what it says to misuse."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from loss_cases import LOSSES, MIX, SORTED, Tokens, expected_losses, expected_re
 from oracle import assert_within, oracle
 from torch import Tensor
 
-from fastdpo import DPOLoss, DPOOutput, LossOptions, dpo_loss, preference_loss
+from fastdpo import DPOOutput, LossOptions, dpo_loss
 from fastdpo.logps.native import operand_dtype
-from fastdpo.loss.oracle import losses_of_sequences
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Errors of a token's log-probability: float32 sums over at most 20 products, whatever the inputs.
@@ -237,20 +236,6 @@ def test_policy_equal_to_reference_is_ln_2_and_no_reward() -> None:
         assert not output.rejected_rewards.any()
 
 
-def test_no_gradient_flows_through_the_reference() -> None:
-    """By default its output embedding is the policy's, of which it is another use."""
-    batch = make_batch(2, 3, 9, 16, 200, torch.float32)
-    rows, leaves = batch.with_leaves()
-    shared = dpo_loss(**rows.policy(), ref_hidden=rows.ref_hidden.requires_grad_())
-    other, detached = batch.with_leaves()
-    apart = dpo_loss(
-        **other.policy(), ref_hidden=batch.ref_hidden.detach(), ref_weight=batch.weight, ref_bias=batch.bias
-    )
-    assert torch.equal(shared.loss, apart.loss)
-    grads = [torch.autograd.grad(*x) for x in ((shared.loss, leaves), (apart.loss, detached))]
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*grads, strict=True))
-
-
 @pytest.mark.parametrize(
     ("options", "packed"),
     [
@@ -273,91 +258,15 @@ def test_compiled_as_one_graph(options: dict[str, Any], packed: bool) -> None:
     torch.testing.assert_close(*found)
 
 
-def test_module_is_the_function() -> None:
-    batch = make_batch(9, 3, 9, 16, 200, torch.float32, softcap=5.0, logit_scale=0.5)
-    options = {"beta": 0.3, "loss_type": ["ipo", "sft"], "ipo_reduction": "sum", "outputs": ["entropy"]}
-    arguments = {"bias": batch.bias, "ref_hidden": batch.ref_hidden, "ref_weight": batch.ref_weight}
-    module = DPOLoss(**options, **batch.model)
-    output = module(batch.hidden, batch.weight, batch.targets, **arguments)
-    expected = dpo_loss(**batch.policy(), **{k: arguments[k] for k in ("ref_hidden", "ref_weight")}, **options)
-    assert torch.equal(output.loss, expected.loss) and torch.equal(output.entropy, expected.entropy)
-    assert "beta=0.3, loss_type=['ipo', 'sft']" in repr(module)
-    with pytest.raises(ValueError, match="loss_type 'hinge' does not define simpo_gamma"):
-        DPOLoss(loss_type="hinge", simpo_gamma=0.1)
-
-
-def test_preference_loss_takes_the_authors_positional_arguments() -> None:
-    a, b, c, d = torch.randn(4, 5, dtype=torch.float64).unbind(0)
-
-    def expected(reference: bool = True, **options: Any) -> Tensor:
-        return losses_of_sequences(torch.cat((a, b)), torch.cat((c, d)) if reference else None, beta=0.2, **options)
-
-    values, chosen, rejected = preference_loss(a, b, c, d, 0.2, 0.1)
-    torch.testing.assert_close(values, expected(label_smoothing=0.1))
-    torch.testing.assert_close(chosen, 0.2 * (a - c))
-    torch.testing.assert_close(rejected, 0.2 * (b - d))
-    torch.testing.assert_close(preference_loss(a, b, c, d, 0.2, 0.0, True)[0], expected(loss_type="ipo"))
-    for refs in ((None, None), (c, d)):
-        torch.testing.assert_close(preference_loss(a, b, *refs, 0.2, 0.0, False, True)[0], expected(reference=False))
-    a.requires_grad_()
-    assert not preference_loss(a, b, c, d, 0.2)[1].requires_grad
-
-
-LOGPS = {
-    name: torch.zeros(3)
-    for name in (
-        "policy_chosen_logps",
-        "policy_rejected_logps",
-        "reference_chosen_logps",
-        "reference_rejected_logps",
-    )
-}
-PREFERENCE_MISUSE = [
-    ({"beta": 0.0}, "beta is 0.0; it should be above 0"),
-    ({"loss_type": "dpo"}, "loss_type is 'dpo'; it should be one of sigmoid, sigmoid_norm, hinge"),
-    ({"label_smoothing": 0.5}, "label_smoothing is 0.5; it should be at least 0 and below 0.5"),
-    ({"label_smoothing": 0.1, "loss_type": "hinge"}, "loss_type 'hinge' does not define label_smoothing"),
-    ({"ipo_reduction": "mean"}, "loss_type 'sigmoid' does not define ipo_reduction; it defines average_log_prob"),
-    ({"ipo_reduction": "max", "loss_type": "ipo"}, "ipo_reduction is 'max'; it should be one of 'mean', 'sum'"),
-    ({"loss_type": "ipo"}, "give chosen_lengths and rejected_lengths"),
-    ({"ipo": True, "loss_type": "hinge"}, "ipo=True means loss_type='ipo'"),
-    ({"reference_chosen_logps": None}, "reference_chosen_logps is None; give a tensor, or reference_free=True"),
-    ({"policy_rejected_logps": torch.zeros(2)}, "policy_rejected_logps has shape (2,); it should be that of policy"),
-    ({"pair_weights": torch.zeros(2)}, "pair_weights has shape (2,); it should be that of policy_chosen_logps, (3,)"),
-    (
-        {"average_log_prob": True},
-        "loss_type 'sigmoid' takes means over tokens: give chosen_lengths and rejected_lengths",
-    ),
-    ({"loss_type": "ipo"}, "give chosen_lengths and rejected_lengths, or ipo_reduction='sum'"),
-    ({"loss_type": "simpo"}, "reference_chosen_logps is given, but loss_type 'simpo' has no reference; it should be"),
-    ({"ld_alpha": 0.5}, "ld_alpha needs the log-probabilities of tokens, of which these are sums; use dpo_loss"),
-    ({"use_weighting": True}, "use_weighting needs the log-probabilities of tokens"),
-    (
-        {"f_divergence_type": "forward_kl", "reference_free": True},
-        "f_divergence_type is 'forward_kl', a divergence from a reference, but none is given",
-    ),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), PREFERENCE_MISUSE)
-def test_misuse_of_preference_loss(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        preference_loss(**({"beta": 0.1} | LOGPS | arguments))
-
-
 ROWS = make_batch(10, 2, 5, 8, 20, torch.float32)
 POLICY = {k: getattr(ROWS, k) for k in ("hidden", "weight", "targets")}
 BATCH = POLICY | {k: getattr(ROWS, k) for k in ("ref_hidden", "ref_weight")}
 EMPTY = torch.where(torch.arange(4)[:, None] == 3, -100, BATCH["targets"])
 PACKED = {"hidden": torch.randn(10, 8), "weight": BATCH["weight"], "targets": torch.zeros(10, dtype=torch.int64)}
-DPO_MISUSE = [
+MISUSE = [
     (POLICY | {"targets": EMPTY}, ValueError, "every position is ignore_index (-100): rejected of pair 1"),
     (POLICY | {"targets": BATCH["targets"][:3]}, ValueError, "targets has shape (3, 5); it should be [2B, T]"),
     (POLICY | {"hidden": BATCH["hidden"].long()}, TypeError, "hidden has dtype torch.int64"),
-    (BATCH | {"ref_hidden": BATCH["hidden"][:, :4]}, ValueError, "ref_hidden has shape (4, 4, 8); all but its last"),
-    (BATCH | {"ref_logps": torch.zeros(4)}, ValueError, "ref_logps already is the reference"),
-    (POLICY | {"ref_logps": torch.zeros(3)}, ValueError, "ref_logps has shape (3,); it should be (4,), one a"),
-    (POLICY | {"ref_weight": BATCH["weight"]}, ValueError, "ref_weight and ref_bias belong to ref_hidden"),
     (PACKED | {"cu_seqlens": torch.tensor([0, 3, 10, 10])}, ValueError, "cu_seqlens has shape (4,)"),
     (PACKED | {"cu_seqlens": torch.tensor([0, 11, 10])}, ValueError, "cu_seqlens should rise from 0 to N = 10"),
     (PACKED | {"cu_seqlens": torch.tensor([0.0, 5.0, 10.0])}, TypeError, "cu_seqlens has dtype torch.float32"),
@@ -365,32 +274,11 @@ DPO_MISUSE = [
     (POLICY | {"beta": -1.0}, ValueError, "beta is -1.0"),
     (POLICY | {"outputs": ["logits"]}, ValueError, "outputs names 'logits'; it may name entropy, mean_logits, is_top1"),
     (POLICY | {"outputs": ["log_sum_sq_probs"]}, ValueError, "outputs names 'log_sum_sq_probs'; it may name"),
-    (BATCH | {"loss_type": "orpo"}, ValueError, "ref_hidden is given, but loss_type 'orpo' has no reference; leave it"),
-    (
-        POLICY | {"loss_type": "cpo", "ref_logps": torch.zeros(4)},
-        ValueError,
-        "ref_logps is given, but loss_type 'cpo' has no reference; leave it out",
-    ),
-    (
-        POLICY | {"ld_alpha": 0.5, "ref_logps": torch.zeros(4)},
-        ValueError,
-        "ref_logps has one number a completion, but ld_alpha weighs the reference's tokens as well: give ref_logps of",
-    ),
-    (
-        POLICY | {"ld_alpha": 0.5, "ld_reference": "policy"},
-        ValueError,
-        "ld_reference is 'policy', but there is no reference; leave it out",
-    ),
-    (
-        POLICY | {"f_divergence_type": "js_divergence"},
-        ValueError,
-        "f_divergence_type is 'js_divergence', a divergence from a reference, but none is given",
-    ),
     (POLICY | {"workspace": -1}, ValueError, "workspace is -1; it should be at least 0"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), DPO_MISUSE)
-def test_misuse_of_dpo_loss(arguments: dict[str, object], error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize(("arguments", "error", "message"), MISUSE)
+def test_misuse(arguments: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         dpo_loss(**arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ from oracle import ROUNDING
 from torch import Tensor
 
 from fastdpo import LossOptions, preference_loss
-from fastdpo.loss.objectives import OBJECTIVES
+from fastdpo.loss.objectives import OBJECTIVES, Objective, Pairs
 from fastdpo.loss.oracle import Completion, losses
 
 # What a caller with sums alone cannot ask for.
@@ -272,3 +273,25 @@ def test_nothing_is_read_that_is_not_needed() -> None:
     with pytest.raises(ValueError, match="give chosen_lengths and rejected_lengths"):
         preference_loss(a, b, None, None, 0.1, loss_type="cpo")
     assert not LossOptions(loss_type="cpo", sft_weight=0.0).needs_tokens
+
+
+def test_a_loss_is_a_function_and_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever options the function names, it is handed, and they are no other loss's to refuse."""
+
+    def clipped(p: Pairs, *, beta: float, label_smoothing: float, simpo_gamma: float = 2.0) -> Tensor:
+        return (1 - label_smoothing) * (simpo_gamma - beta * (p.chosen - p.rejected)).clamp(min=0)
+
+    monkeypatch.setitem(OBJECTIVES, "clipped", Objective(clipped, around=("average_log_prob",)))
+    logps = [torch.tensor([x, -x], dtype=torch.float64) for x in (-1.0, -4.0, -3.0, -2.0)]
+    expected = torch.tensor([2.0 - 0.5 * 4, 2.0 + 0.5 * 4], dtype=torch.float64)
+    assert torch.equal(preference_loss(*logps, 0.5, loss_type="clipped")[0], expected)
+    values, *_ = preference_loss(*logps, 0.5, label_smoothing=0.25, loss_type="clipped", simpo_gamma=1.0)
+    assert torch.equal(values, 0.75 * torch.tensor([0.0, 1.0 + 0.5 * 4], dtype=torch.float64))
+    with pytest.raises(ValueError, match="'clipped' does not define sft_weight; it defines average_log_prob, label_sm"):
+        LossOptions(loss_type="clipped", sft_weight=1.0)
+
+
+def test_the_options_of_every_loss_are_there() -> None:
+    known = {field.name for field in dataclasses.fields(LossOptions)}
+    for name, objective in OBJECTIVES.items():
+        assert {*objective.arguments, *objective.around} <= known, name

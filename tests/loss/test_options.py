@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -67,6 +68,12 @@ def loss_of(tokens: Tokens, options: dict[str, Any]) -> Tensor:
     extras = {"log_sum_sq_probs": sequences.sums(tokens.log_sum_sq_probs)}
     losses_of = PairLosses(o, sequences.lengths, ref_sums)
     return losses_of(sequences.segment_sums(tokens.policy), extras, 0, len(targets) // 2).mean()
+
+
+def test_keywords_are_the_options() -> None:
+    options = {field.name: field.type for field in dataclasses.fields(LossOptions)}
+    keywords = {name: kind.__forward_arg__ for name, kind in LossKeywords.__annotations__.items()}
+    assert keywords == {k: kind for k, kind in options.items() if k not in ("beta", "loss_type", "label_smoothing")}
 
 
 def test_every_option_is_tried() -> None:

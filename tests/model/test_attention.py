@@ -17,7 +17,7 @@ from fastdpo.model.attention_backends import RowsNotSupportedError
 from fastdpo.model.head import FusedHead
 from fastdpo.model.packing import RowCollator
 from fastdpo.model.scoring import score_row, score_sequences
-from fastdpo.trainer.setup import disable_dropout
+from fastdpo.trainer.models import disable_dropout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

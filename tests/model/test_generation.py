@@ -31,7 +31,7 @@ def greedy(model: PreTrainedModel, prompt: list[int], count: int) -> Text:
             break
         ids.append(token)
     new = ids[len(prompt) :]
-    return Text(TOKENIZER.decode(new, skip_special_tokens=True), ended=len(new) < count)
+    return Text(TOKENIZER.decode(new, skip_special_tokens=True), ended=len(new) < count, tokens=len(new))
 
 
 @given(
@@ -58,8 +58,8 @@ def test_what_ends_a_text_is_not_part_of_it() -> None:
     end = next(i for i, token in enumerate(tokens) if token not in tokens[:i] and i > 0)
     model.generation_config.eos_token_id = [tokens[end], 383]
     expected = TOKENIZER.decode(tokens[:end], skip_special_tokens=True)
-    assert complete(model, TOKENIZER, [prompt], Drawing(4)) == [Text(expected, ended=True)]
-    assert complete(model, TOKENIZER, [prompt], Drawing(end)) == [Text(expected, ended=False)]
+    assert complete(model, TOKENIZER, [prompt], Drawing(4)) == [Text(expected, ended=True, tokens=end)]
+    assert complete(model, TOKENIZER, [prompt], Drawing(end)) == [Text(expected, ended=False, tokens=end)]
 
 
 def test_draws_repeat_with_the_seed_and_leave_the_random_state_alone() -> None:

@@ -11,11 +11,9 @@ from transformers import PreTrainedModel
 
 from fastdpo.model import packing_choice
 from fastdpo.model.attention import RowAttention
-from fastdpo.model.attention_backends import RowsNotSupportedError
 from fastdpo.model.head import FusedHead
-from fastdpo.model.packing_choice import Packing, backends_for, check_rows, choose_packing, obstacles_in
+from fastdpo.model.packing_choice import Packing, backends_for, choose_packing, obstacles_in
 from fastdpo.model.scoring import Scorer
-from fastdpo.trainer.config import DPOConfig
 
 CPU = torch.device("cpu")
 
@@ -71,43 +69,6 @@ def test_other_models_fall_back_to_padded_rows(model_type, reason):
     assert str(packing) == f"padded rows, two a pair; {only}"
     with pytest.raises(NotImplementedError, match=f"packing is 'shared', but .*{reason}. Use packing='auto'"):
         choose(make_model(model_type), packing="shared")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["shared", "repeated"])
-@pytest.mark.parametrize("model_type", ["recurrent_gemma", "falcon_h1"])
-def test_layers_that_mix_tokens_are_noticed_whatever_they_are_called(monkeypatch, model_type, layout, dtype):
-    model = make_model(model_type, dtype=dtype)
-    monkeypatch.setattr(packing_choice, "_LAYER_TYPES", tuple(set(model.config.layer_types)))
-    with pytest.raises(RowsNotSupportedError, match=r"computes something else|depend on another"):
-        check_rows(scorer(model), layout, "sdpa", 64, CPU, dtype)
-
-
-class DropsPositions(nn.Module):
-    """A rotary embedding that counts positions by itself."""
-
-    def __init__(self, rotary: nn.Module) -> None:
-        super().__init__()
-        self.rotary = rotary
-
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        return self.rotary(x, torch.arange(x.shape[1])[None])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["shared", "repeated"])
-def test_a_model_that_ignores_positions_is_noticed(layout, dtype):
-    model = make_model("llama", dtype=dtype)
-    # Attention to positions, as trained models have it.
-    for layer in model.model.layers:
-        nn.init.normal_(layer.self_attn.q_proj.weight, std=0.5)
-        nn.init.normal_(layer.self_attn.k_proj.weight, std=0.5)
-        nn.init.normal_(layer.self_attn.v_proj.weight, std=0.5)
-        nn.init.normal_(layer.self_attn.o_proj.weight, std=0.5)
-    check_rows(scorer(model), layout, "sdpa", 64, CPU, dtype)
-    model.model.rotary_emb = DropsPositions(model.model.rotary_emb)
-    with pytest.raises(RowsNotSupportedError, match="computes something else"):
-        check_rows(scorer(model), "shared", "sdpa", 64, CPU, dtype)
 
 
 def test_a_model_that_keeps_its_sliding_window_to_itself_is_noticed(monkeypatch):
@@ -169,10 +130,10 @@ def test_obstacles_rule_layouts_out():
     assert choose(model, packing="padded") == Packing("padded")
 
 
-def test_settings_that_are_obstacles(tmp_path):
-    def found(*, has_own_collator=False, has_aux_loss=False, has_dropout=False, **options: Any) -> dict[str, Any]:
-        args = DPOConfig(str(tmp_path), use_cpu=True, **options)
-        return obstacles_in(args, has_own_collator=has_own_collator, has_aux_loss=has_aux_loss, has_dropout=has_dropout)
+def test_settings_that_are_obstacles():
+    def found(**settings: Any) -> dict[str, Any]:
+        none = {"has_own_collator": False, "pad_to_multiple_of": None, "torch_compile": False}
+        return obstacles_in(**none | {"has_aux_loss": False, "has_dropout": False} | settings)
 
     assert found() == {"shared": None, "repeated": None}
     for options, words in (

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fastdpo.commands.cli import main
 from fastdpo.commands.flags import TrainParser
-from fastdpo.commands.train import make_trainer as make_trainer_of_flags
+from fastdpo.commands.trainer_from_flags import make_trainer as make_trainer_of_flags
 from fastdpo.data import PreferenceCollator
 from fastdpo.model import quantization
 from fastdpo.model.quantization import make_quantization_config
@@ -206,7 +206,7 @@ def test_what_the_flags_mean(
     more: list[str], expected: dict[str, Any], base: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("fastdpo.commands.train.DPOTrainer", lambda **given: asked.append(given["args"]))
+    monkeypatch.setattr("fastdpo.commands.trainer_from_flags.DPOTrainer", lambda **given: asked.append(given["args"]))
     line = words(base, pairs, tmp_path, "--use_peft", "--load_in_4bit", *more)[1:]
     make_trainer_of_flags(*TrainParser().read(line)[:3])
     config = asked[0].model_init_kwargs["quantization_config"]

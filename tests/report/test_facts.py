@@ -24,11 +24,11 @@ def test_access_tokens_are_hidden(flag: str) -> None:
 
 def test_settings_are_those_asked_for_and_tokens_are_hidden() -> None:
     parser = TrainParser()
-    arguments = parser.read(["--beta", "0.5", "--hub_token", "hf_secret", "--use_cpu", "--report_pairs", "64"])
+    arguments = parser.read(["--beta", "0.5", "--hub_token", "hf_secret", "--use_cpu", "--save_steps", "500"])
     changed = changed_settings(parser.asked)
     assert changed == {"beta": (0.5, 0.1), "hub_token": ("(hidden)", None), "use_cpu": (True, False)}
     settings = all_settings(arguments)
-    assert (settings["beta"], settings["hub_token"], settings["report_pairs"]) == (0.5, "(hidden)", 64)
+    assert (settings["beta"], settings["hub_token"], settings["save_steps"]) == (0.5, "(hidden)", 500)
     assert "hf_secret" not in repr(settings)
 
 

@@ -124,7 +124,7 @@ def test_what_a_person_asks_first() -> None:
     assert found["reward accuracy, training"] == ("50.0%", "mean of the last tenth")
     assert found["pairs a second"][0] == "3"
     assert found["peak memory"] == ("1.50 GiB", "of one process")
-    assert found["duration"] == ("1 h 02 min", "20 steps")
+    assert found["training"] == ("1 h 02 min", "20 steps")
 
 
 def test_everything_has_its_place(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import TrainerState
 from fastdpo.commands import train as train_command
 from fastdpo.commands.cli import main
 from fastdpo.ref_cache import build as ref_build
-from fastdpo.ref_cache import files as ref_cache
+from fastdpo.ref_cache import durable
 from fastdpo.trainer import DPOTrainer
 
 # What a run does whenever it writes a checkpoint, in this order, and the file that it leaves.
@@ -71,7 +71,7 @@ def _arm(moment: Moment) -> None:
     if moment.what == "step":
         owner, name = train_command.GentleStop, "on_step_end"
     elif moment.what == "cache":
-        owner, name = ref_cache, "_write"
+        owner, name = durable, "_write"
     else:
         owner, name, file = CHECKPOINT_WRITERS[moment.what]
     original, left = getattr(owner, name), [moment.count]
@@ -82,7 +82,7 @@ def _arm(moment: Moment) -> None:
             return original(*args, **kwargs)
         if moment.what == "cache":
             path, content = args
-            path.with_name(f"{ref_cache._UNFINISHED}{path.name}").write_bytes(content[: len(content) // 2])
+            path.with_name(f"{durable.UNFINISHED}{path.name}").write_bytes(content[: len(content) // 2])
         elif moment.what in CHECKPOINT_WRITERS:
             original(*args, **kwargs)
             folder = Path(args[1])  # after self: a folder, or a file in it

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from fastdpo.data.files import DataError
 from fastdpo.data.rows import common_prefix_length
 from fastdpo.data.settings import Preparation
+from fastdpo.data.terms import DataError
 from fastdpo.data.tokens import RowTokenizer, Tokens
 
 DAY = datetime.date(2026, 3, 1)

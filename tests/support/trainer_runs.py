@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny_models import make_model
 from torch import Tensor, nn
-from toy_data import make_tokenizer, text_rows
+from toy_data import text_rows
 from transformers import TrainerCallback
 
 from fastdpo.trainer import DPOConfig, DPOTrainer
@@ -30,11 +29,6 @@ METRICS = {
 }
 # A sum of some 50 log-probabilities of about -6, in float32, in another order.
 LOGP_TOLERANCE = 50 * 6 * torch.finfo(torch.float32).eps
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
 
 
 def config(output_dir: Path, **options: Any) -> DPOConfig:

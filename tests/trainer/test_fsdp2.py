@@ -33,8 +33,9 @@ from fastdpo.model import packing_choice
 from fastdpo.model.attention_backends import RowsNotSupportedError
 from fastdpo.model.head import FusedHead
 from fastdpo.ref_cache import RefCacheError
-from fastdpo.trainer import DPOTrainer
+from fastdpo.trainer import DPOConfig, DPOTrainer
 from fastdpo.trainer import reference as trainer_reference
+from fastdpo.trainer.arguments import check_distribution
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -418,7 +419,7 @@ def test_what_is_refused(found: Any) -> None:
 
 
 def test_deepspeed_is_refused(tmp_path: Path) -> None:
-    trainer = make(tmp_path, 1, model=llama())
-    trainer.is_deepspeed_enabled = True
+    args = DPOConfig(str(tmp_path), use_cpu=True)
     with pytest.raises(NotImplementedError, match=r"not supported with DeepSpeed\. Use FSDP2"):
-        trainer._check_distribution(trainer.ref_model)
+        check_distribution(args, "DeepSpeed", has_reference=True, is_fsdp2=False)
+    check_distribution(args, "DeepSpeed", has_reference=False, is_fsdp2=False)

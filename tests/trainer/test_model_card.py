@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,6 +97,23 @@ def test_somebodys_own_card_stays(tmp_path: Path) -> None:
     card = ModelCard.load(path)
     assert card.text.lstrip().startswith("# My model\n\nDear | to me.\n")
     assert card.data.license == "mit" and card.data.tags == ["dpo", "fastdpo", "poetry"]
+
+
+@pytest.mark.parametrize("text", [None, "# My model\n", "Dear\r\nto me.\r\n", "---\n\n---\nDear"])
+def test_a_card_without_metadata_is_given_one_block_of_it(
+    text: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    trainer = trained(tmp_path)
+    path = tmp_path / "README.md"
+    if text is not None:
+        path.write_bytes(text.encode())
+    trainer.create_model_card()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "---" and lines.count("---") == 2
+    assert ModelCard.load(path).data.tags == ["dpo", "fastdpo"]
+    assert set((text or "").split()) <= set(" ".join(lines).split())
+    assert "metadata block was not found" not in caplog.text
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -21,9 +21,14 @@ from transformers import TrainingArguments
 from fastdpo.data import PreferenceCollator, prepare
 from fastdpo.loss import oracle as reference_losses
 from fastdpo.trainer import DPOConfig, DPOTrainer
-from fastdpo.trainer.trainer import disable_dropout
+from fastdpo.trainer.models import disable_dropout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
 
 
 def losses(trainer: DPOTrainer) -> list[float]:
@@ -518,6 +523,13 @@ def test_config_defaults_run_on_this_machine(tmp_path):
     assert args.gradient_checkpointing
     assert not DPOConfig(str(tmp_path), gradient_checkpointing=False).activation_checkpointing
     assert (args.learning_rate, args.logging_steps, args.beta, args.max_length) == (1e-6, 10, 0.1, 1024)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without an accelerator")
+@pytest.mark.parametrize("options", [{"bf16": True}, {"bf16_full_eval": True}])
+def test_config_takes_bfloat16_without_an_accelerator(tmp_path, options):
+    args = DPOConfig(str(tmp_path), **options)
+    assert args.device == torch.device("cpu") and all(getattr(args, name) for name in options)
 
 
 def test_trainer_refuses(tmp_path, tokenizer):

@@ -20,10 +20,11 @@ from torch.utils.cpp_extension import include_paths
 
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parents[2] / "csrc" / "cuda"
+REPLACED = ("runtime", "products", "exponentials", "binding")
 SOURCES = [
-    *(CUDA / f"{name}.cu" for name in ("row_kernel", "scored_rows", "gradients", "tile_sums")),
-    *(CUDA / f"{name}.cpp" for name in ("token_logps", "blocks", "chunk", "level")),
-    *(HERE / f"{name}_host.cpp" for name in ("runtime", "products", "exponentials", "binding")),
+    *sorted(CUDA.glob("*.cu")),
+    *(source for source in sorted(CUDA.glob("*.cpp")) if source.stem not in REPLACED),
+    *(HERE / f"{name}_host.cpp" for name in REPLACED),
 ]
 
 

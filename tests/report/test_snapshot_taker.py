@@ -1,4 +1,4 @@
-"""fastdpo.report.snapshot: what is looked at, and that looking changes nothing."""
+"""fastdpo.report.snapshot_taker: what is looked at, and that looking changes nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from tiny_models import make_model
 from toy_data import make_tokenizer, text_rows
 
 from fastdpo import DPOConfig, DPOTrainer
-from fastdpo.report.snapshot import Snapshot, SnapshotSize, SnapshotTaker, take_start
+from fastdpo.report.snapshot import Snapshot, SnapshotSize
+from fastdpo.report.snapshot_rows import evenly_ordered
+from fastdpo.report.snapshot_taker import SnapshotTaker, take_start
 from fastdpo.trainer.checkpoints import START_FILE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,6 +108,56 @@ def test_nothing_of_a_kind_has_a_reason(tmp_path: Path) -> None:
     small = make_trainer(tmp_path, model=make_model("llama", max_position_embeddings=64))
     long = SnapshotTaker(small, SnapshotSize(2, 2, 60)).take()
     assert "no prompt of the rows looked at has between 1 and 4 tokens" in long.no_samples
+
+
+class Clock:
+    """Seconds that pass by its being asked."""
+
+    def __init__(self, step: float) -> None:
+        self.now, self.step = 0.0, step
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+def test_what_is_not_asked_for_is_what_the_runs_length_pays_for(tmp_path: Path) -> None:
+    """24 pairs are trained on, so at a second or more a question the first pair is all; at none, everything is."""
+    short = SnapshotTaker(make_trainer(tmp_path), SnapshotSize(), Clock(1.0)).take()
+    assert len(short.chosen_rewards) == 1 and short.seconds > 0
+    assert len(short.samples) <= 1
+    whole = SnapshotTaker(make_trainer(tmp_path), SnapshotSize(), Clock(1e-9)).take()
+    assert len(whole.chosen_rewards) == 12 and len(whole.samples) == 4
+    assert whole.max_new_tokens == 64
+    asked = SnapshotTaker(make_trainer(tmp_path), SIZE, Clock(1.0)).take()
+    assert (len(asked.chosen_rewards), len(asked.samples), asked.max_new_tokens) == (7, 2, 5)
+
+
+def test_the_end_is_looked_at_as_much_as_the_start_was(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    start = SnapshotTaker(trainer, SnapshotSize(max_new_tokens=9), Clock(1.0)).take()
+    end = SnapshotTaker(trainer, SnapshotSize(max_new_tokens=9), Clock(1e-9)).take(like=start)
+    assert end.chosen_rewards == start.chosen_rewards and len(end.chosen_rewards) == 1
+    assert end.samples == start.samples and end.max_new_tokens == start.max_new_tokens
+
+
+def test_completions_that_time_cuts_too_short_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdpo.report.look_budget.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("fastdpo.report.look_budget.SHARE", 0.0)
+    trainer = make_trainer(tmp_path)
+    look = SnapshotTaker(trainer, SnapshotSize()).take()
+    assert look.no_samples.startswith("in a tenth of this run's time 1 tokens can be drawn; --report_samples 1 ")
+    assert len(look.chosen_rewards) == 1 and not look.samples
+    assert SnapshotTaker(trainer, SnapshotSize(max_new_tokens=20)).take().samples
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 12])
+def test_every_beginning_of_the_rows_is_spread_over_them(count: int) -> None:
+    order = evenly_ordered(list(range(count)))
+    assert sorted(order) == list(range(count)) and order[0] == 0
+    for taken in range(2, count + 1):
+        gaps = np.diff([*sorted(order[:taken]), count])
+        assert max(gaps) <= 2 * count / taken + 1
 
 
 def test_a_model_that_cannot_generate_costs_the_samples_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

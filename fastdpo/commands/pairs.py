@@ -1,0 +1,122 @@
+"""The pairs that flags name: what to train on, and what to evaluate on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+
+from fastdpo.commands.flags import ScriptArguments
+from fastdpo.data.files import load_preferences, stream_preferences
+from fastdpo.data.mixture import Part, hold_out, load_mixture, stream_mixture
+from fastdpo.errors import UsageError, bad_input
+
+Pairs = datasets.Dataset | datasets.IterableDataset
+
+
+def load_pairs(script_args: ScriptArguments, *, evaluates: bool, seed: int) -> tuple[Pairs, Pairs | None]:
+    """The pairs to train on, and those to evaluate on, where the run does.
+
+    Args:
+        script_args: the flags.
+        evaluates: whether there is an evaluation.
+        seed: of what is held out, and of the order of a stream.
+
+    Raises:
+        UsageError: the flags do not go together, or the pairs cannot be used.
+    """
+    check_sources(script_args)
+    with bad_input():
+        if script_args.is_streamed:
+            train = _stream(script_args)
+            if script_args.dataset_shuffle_buffer:
+                train = train.shuffle(seed=seed, buffer_size=script_args.dataset_shuffle_buffer)
+        elif script_args.datasets:
+            train = load_mixture(parts_of(script_args.datasets))
+        else:
+            train = _load(script_args, script_args.dataset_train_split)
+        if script_args.test_split_size is not None:
+            train, held_out = hold_out(train, script_args.test_split_size, seed)
+            return train, held_out if evaluates else None
+        # An evaluation looks at all of its pairs, each time: they are not streamed.
+        return train, _load(script_args, script_args.dataset_test_split) if evaluates else None
+
+
+def check_sources(script_args: ScriptArguments) -> None:
+    """Raises UsageError unless pairs are named, once, and the flags about them go together."""
+    if script_args.datasets and script_args.dataset_name:
+        raise UsageError("both --dataset_name and datasets are given; leave one of them out.")
+    if not script_args.datasets and not script_args.dataset_name:
+        raise UsageError("--dataset_name is needed: a Hub dataset, a folder, or a .jsonl file of pairs.")
+    if script_args.datasets and (script_args.format or script_args.columns):
+        raise UsageError("--format and --columns are for --dataset_name; in datasets, each entry has its own 'format'.")
+    if script_args.is_streamed and script_args.test_split_size is not None:
+        raise UsageError(
+            "--test_split_size holds out a share of all pairs, and of a stream nobody knows how many there are; name a "
+            "split or a file for the evaluation, or leave --dataset_streaming out."
+        )
+
+
+def label_of(script_args: ScriptArguments) -> str:
+    """What titles and cards call the pairs."""
+    names = [part.path for part in parts_of(script_args.datasets or [])] or script_args.names
+    return names[0] if len(names) == 1 else f"{len(names)} datasets"
+
+
+def parts_of(entries: Sequence[str]) -> list[Part]:
+    """The entries of ``datasets:``, each the JSON text of one.
+
+    Raises:
+        fastdpo.data.terms.DataError: one is not an entry.
+    """
+    return [Part.of(_entry(text)) for text in entries]
+
+
+def _entry(text: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(text)
+    except json.JSONDecodeError:
+        entry = text
+    return entry if isinstance(entry, dict) else {"path": str(entry)}
+
+
+def columns_of(words: Sequence[str] | None) -> dict[str, str] | None:
+    """``prompt=question,chosen=good`` → new name → name in the file; also apart, and as JSON.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if not words:
+        return None
+    if words[0].startswith("{"):
+        with bad_input("--columns"):
+            return {str(new): str(old) for new, old in json.loads(" ".join(words)).items()}
+    columns = {}
+    for pair in ",".join(words).split(","):
+        new, equals, old = pair.partition("=")
+        if not (new and equals and old):
+            raise UsageError(f"--columns {pair}: needed NAME=NAME_IN_THE_FILE, as in prompt=question,chosen=good.")
+        columns[new.strip()] = old.strip()
+    return columns
+
+
+def _load(script_args: ScriptArguments, split: str) -> datasets.Dataset:
+    if script_args.datasets:
+        raise UsageError("a mixture has no split to evaluate on; hold out a part of it (--test_split_size 0.1).")
+    return load_preferences(script_args.names, split=split, **_how(script_args))
+
+
+def _stream(script_args: ScriptArguments) -> datasets.IterableDataset:
+    if script_args.datasets:
+        return stream_mixture(parts_of(script_args.datasets))
+    return stream_preferences(script_args.names, split=script_args.dataset_train_split, **_how(script_args))
+
+
+def _how(script_args: ScriptArguments) -> dict[str, Any]:
+    return {
+        "config_name": script_args.dataset_config,
+        "format": script_args.format,
+        "columns": columns_of(script_args.columns),
+    }

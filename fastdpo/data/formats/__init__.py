@@ -1,0 +1,1 @@
+"""The formats that preferences come in, and what each row of them says."""

@@ -1,0 +1,102 @@
+"""Rows of a file → rows of pairs, by the file's format."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import chain, islice
+from typing import Any
+
+from fastdpo.data.formats.base import Answers, Format, LeftOut, Row, Sample
+from fastdpo.data.formats.pairs import pairs_of
+from fastdpo.data.formats.registry import find_format, rename
+from fastdpo.data.terms import REFERENCE_COLUMNS, TOKEN_COLUMNS, DataError, first_line
+
+_LOOKED_AT = 100  # rows by which the format is told
+_TIES = "two answers score alike"
+
+
+def convert(
+    rows: Iterator[tuple[str, Row]],
+    source: str,
+    *,
+    format: str | None,
+    columns: Mapping[str, str] | None,
+    facts: list[dict[str, Any]],
+) -> Iterator[Row]:
+    """The pairs that the rows are, in columns of fastdpo's own names.
+
+    Args:
+        rows: (place, row) of each.
+        source: what messages call the file.
+        format: its format's name, or a function's; None to tell it by the rows.
+        columns: new name → name in the file, where columns are called otherwise.
+        facts: gets what became of the file, when all of it is read: ``title`` of the format, ``rows``, ``pairs``, and
+            ``left_out``, reason → count.
+
+    Raises:
+        DataError: the format cannot be told, or a row is not of it.
+    """
+    if columns:
+        rows = ((place, rename(row, columns, f"{source}, {place}")) for place, row in rows)
+        format = format or "trl"
+    first = list(islice(rows, _LOOKED_AT))
+    sample = Sample([row for _, row in first])
+    rows = chain(first, rows)
+    del first
+    if set(TOKEN_COLUMNS) <= sample.columns:  # made by prepare
+        yield from (row for _, row in rows)
+        facts.append({"title": None, "left_out": {}})
+        return
+    found = find_format(format, sample, source)
+    left_out: Counter[str] = Counter()
+    for place, row in found.gather(rows) if found.gather else rows:
+        yield from _pairs(found, row, f"{source}, {place}", left_out)
+    facts.append({"title": found.title, "left_out": dict(left_out)})
+
+
+def _pairs(found: Format, row: Row, where: str, left_out: Counter[str]) -> Iterator[Row]:
+    try:
+        made = found.convert(row)
+        if isinstance(made, LeftOut):
+            left_out[made.why] += 1
+            return
+        new_rows: list[Row] = []
+        for each in [made] if isinstance(made, (dict, Answers)) else made:
+            if isinstance(each, Answers):
+                some, ties = pairs_of(each)
+                left_out.update({_TIES: ties} if ties else {})
+                new_rows += some
+            else:
+                new_rows.append(each)
+    except DataError as error:
+        raise DataError(f"{where}, read as {found.title}: {str(error).rstrip('.')}.") from error
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else first_line(str(error) or type(error).__name__)
+        raise DataError(
+            f"{where}: the row is not of the format that the file is read as, {found.title} ({what}). Mend or remove "
+            "it, or name the format of the file: --format."
+        ) from error
+    if found.reads is None:
+        kept = {name: row[name] for name in REFERENCE_COLUMNS if name in row}
+    else:
+        kept = {name: value for name, value in row.items() if name not in found.reads}
+    for new in new_rows:
+        yield new | {name: value for name, value in kept.items() if name not in new}
+
+
+def read_as(facts: list[dict[str, Any]], names: list[str]) -> str:
+    """A line for people: which format each file was read as, and what was left out of it."""
+    lines: dict[str, list[str]] = {}
+    for fact, name in zip(facts, names, strict=True):
+        if fact["title"] is None:
+            continue
+        counts = "".join(f"; left out {count}: {why}" for why, count in fact["left_out"].items())
+        lines.setdefault(f"{fact['title']}{counts}", []).append(name)
+    if len(lines) == 1:
+        return next(iter(lines))
+    return "; ".join(f"{_some(names)} as {line}" for line, names in lines.items())
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"

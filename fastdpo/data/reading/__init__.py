@@ -1,0 +1,1 @@
+"""Rows of files, each value as the file has it."""

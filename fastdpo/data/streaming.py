@@ -1,0 +1,119 @@
+"""Rows that come one after another → token ids, checked as those of a file are, a chunk at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import pyarrow as pa
+from datasets.table import InMemoryTable
+
+from fastdpo.data.account import strict_message
+from fastdpo.data.prepare import examine
+from fastdpo.data.reading.exact import features_of, kind_of, to_array
+from fastdpo.data.row_digests import MASK_COLUMNS
+from fastdpo.data.summary import DataSummary
+from fastdpo.data.terms import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 1000  # rows that are examined at a time
+
+
+def prepare_stream(
+    rows: datasets.IterableDataset, tokenizer: PreTrainedTokenizerBase, *, strict: bool = False, **how: Any
+) -> datasets.IterableDataset:
+    """What :func:`fastdpo.data.prepare` makes of rows, made as they are needed.
+
+    What it says of all rows, this says of each chunk of rows that has something to say. Repeated pairs are seen within
+    a chunk.
+
+    Args:
+        rows: of :func:`fastdpo.data.stream_preferences`, or any with the same columns; shuffled by way of a buffer
+            (``rows.shuffle(seed=…, buffer_size=…)``) or in their own order.
+        tokenizer: what they are tokenised with.
+        strict: whether a row that is dropped or doubtful is an error.
+        how: what ``prepare`` takes beside these (``max_length``, ``truncation_mode``, …).
+
+    Returns:
+        Rows with ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, and what else ``prepare`` gives them. Its
+        ``state_dict`` says where it is.
+
+    Raises:
+        DataError: see ``prepare``; when the rows are asked for.
+    """
+    whole = rows.map(_in_one_column).select_columns(["row"])  # rows need not have the same columns
+    return whole.map(
+        _tokenize,
+        batched=True,
+        batch_size=CHUNK,
+        remove_columns=["row"],
+        fn_kwargs={"tokenizer": tokenizer, "strict": strict, "how": how},
+    )
+
+
+def columns_of_stream(rows: datasets.IterableDataset) -> list[str]:
+    """The columns of the first row, which is read for it where nothing says them.
+
+    Raises:
+        DataError: there is no row.
+    """
+    if rows.column_names is not None:
+        return list(rows.column_names)
+    first = next(iter(rows), None)
+    if first is None:
+        raise DataError("The stream has no rows.")
+    return list(first)
+
+
+def _in_one_column(row: dict[str, Any]) -> dict[str, Any]:
+    return {"row": row}
+
+
+def _tokenize(
+    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, strict: bool, how: dict[str, Any]
+) -> dict[str, list[Any]]:
+    with _quiet():
+        tokenised, kept, summary = examine(chunk_of(batch["row"]), tokenizer, **how)
+    _say(summary, strict)
+    kept_rows = tokenised.select(kept).remove_columns(["drop", "warn"])
+    columns = {name: kept_rows[name][:] for name in kept_rows.column_names}
+    # Every chunk has the same columns, whether a completion of it has several turns or not.
+    return dict.fromkeys(MASK_COLUMNS, [[]] * len(kept_rows)) | columns
+
+
+def chunk_of(rows: list[dict[str, Any]]) -> datasets.Dataset:
+    """Rows in memory as a dataset, with nothing of them changed."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    kinds = {name: kind_of(values, name) for name, values in columns.items()}
+    arrays = [to_array(columns[name], kind, name) for name, kind in kinds.items()]
+    features = features_of(kinds)
+    table = pa.Table.from_arrays(arrays, schema=features.arrow_schema.remove_metadata())
+    return datasets.Dataset(InMemoryTable(table), info=datasets.DatasetInfo(features=features))
+
+
+def _say(summary: DataSummary, strict: bool) -> None:
+    if not summary.doubts():
+        return
+    if strict:
+        raise DataError(strict_message(summary))
+    logger.warning("Of %d streamed rows: %s.", summary.rows_in, "; ".join(summary.doubts()))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a progress bar for each chunk."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

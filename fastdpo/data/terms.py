@@ -1,0 +1,26 @@
+"""What every part of the data's way has in common: names of columns, the error, and words for values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastdpo.errors import InputError
+
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+# What rows may have beside the reference's log-probabilities; other columns are left out, and named in the summary.
+USED_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+# Someone who brings reference log-probabilities of their own keeps them.
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+class DataError(InputError):
+    """Preference data that cannot be used; the message says which input, what is wrong, and what to do."""
+
+
+def first_line(text: str) -> str:
+    return text.strip().splitlines()[0]
+
+
+def type_name(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), f"{value!r} ({type(value).__name__})")

@@ -1,0 +1,67 @@
+"""``transformers.Trainer``, whose batches are pairs: counted as such, however they are laid out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from fastdpo.data.files import TOKEN_COLUMNS
+from fastdpo.data.prepare import REFERENCE_COLUMNS
+from fastdpo.data.row_digests import MASK_COLUMNS
+from fastdpo.model.packing import PackedRow
+from fastdpo.model.scoring import count_pairs, count_tokens, model_inputs
+
+logger = logging.getLogger(__name__)
+
+
+class PairBatches(Trainer):
+    """``transformers.Trainer``, which counts items, tokens and operations of sequences; these are of pairs.
+
+    What it hands to ``compute_loss`` as ``num_items_in_batch`` are the pairs of an optimiser step.
+    """
+
+    _signature_columns: list[str] | None  # type: ignore[assignment]  # Trainer says None alone
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # What Trainer keeps of the rows; its own guess is what the model's forward takes.
+        self._signature_columns = [*TOKEN_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The micro-batches of an optimiser step, and how many pairs all of them have, on all devices."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        pairs = torch.tensor(sum(map(count_pairs, batches)), device=device)
+        return batches, self.accelerator.gather(pairs).sum()
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        # The epoch and the batch to begin with. Trainer asks whether it is at the end after a step: one too many.
+        begin = super()._init_training_state(*args, **kwargs)
+        if self.state.global_step < self.state.max_steps:
+            return begin
+        if self.is_world_process_zero():
+            logger.warning(
+                "No step is made: the checkpoint is of step %d, and the run ends at step %d.",
+                self.state.global_step,
+                self.state.max_steps,
+            )
+        return self.state.num_train_epochs, 0
+
+    def _prepare_input(self, data: Any) -> Any:
+        return data.to(self.args.device) if isinstance(data, PackedRow) else super()._prepare_input(data)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        # Of the sequences, each with its prompt: as many in every layout.
+        if self.args.include_num_input_tokens_seen != "no":
+            padding = self.args.include_num_input_tokens_seen == "all"
+            tokens = torch.as_tensor(count_tokens(inputs, padding=padding), device=self.args.device)
+            self.state.num_input_tokens_seen += self.accelerator.gather(tokens).sum().item()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As ``Trainer``'s, of the tokens that go through the model."""
+        return sum(super(PairBatches, self).floating_point_ops({"input_ids": ids}) for ids in model_inputs(inputs))

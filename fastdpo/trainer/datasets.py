@@ -1,0 +1,167 @@
+"""The datasets of a run: tokenised, and counted; and what makes batches of their rows."""
+
+from __future__ import annotations
+
+from typing import TypeAlias, cast
+
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastdpo.data.files import TOKEN_COLUMNS
+from fastdpo.data.prepare import PreferenceCollator, prepare
+from fastdpo.data.streaming import columns_of_stream, prepare_stream
+from fastdpo.data.summary import DataSummary
+from fastdpo.data.templates import read_template
+from fastdpo.model.adapters import load_tokenizer
+from fastdpo.model.language_model import language_model
+from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.models import revision_of
+
+# What Trainer takes for evaluation: a dataset, or several by name.
+EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
+TrainDataset: TypeAlias = Dataset | IterableDataset
+
+
+class DatasetPreparer:
+    """Makes datasets ready to train on; those that hold token ids already are taken as they are.
+
+    Args:
+        source: name or path of the model, whose tokenizer is taken where none is given.
+        tokenizer: what the rows are tokenised with.
+        args: the run's.
+        needs_tokenizer: there are rows to tokenise.
+
+    Attributes:
+        tokenizer: the one that was given or found; None where there is none, and none is needed.
+        summaries: what :func:`fastdpo.data.prepare` said about each dataset that it tokenised, by name.
+
+    Raises:
+        ValueError, OSError: a tokenizer is needed, and there is none.
+    """
+
+    def __init__(
+        self, source: str, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig, *, needs_tokenizer: bool
+    ) -> None:
+        self._source, self._args = source, args
+        self.tokenizer = find_tokenizer(source, args, needed=needs_tokenizer) if tokenizer is None else tokenizer
+        if self.tokenizer is not None and args.chat_template_path is not None:
+            self.tokenizer.chat_template = read_template(args.chat_template_path)  # and the model is saved with it
+        self.summaries: dict[str, DataSummary] = {}
+
+    def prepare_to_train(self, dataset: TrainDataset) -> TrainDataset:
+        """The dataset to train on: all of it, as :meth:`prepare` does, or a stream, whose rows are tokenised later."""
+        if not isinstance(dataset, IterableDataset):
+            return self.prepare(dataset, "train")
+        if is_tokenised(dataset):
+            return dataset
+        args = self._args
+        return prepare_stream(
+            dataset,
+            self._some_tokenizer(),
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            strict=args.strict,
+            score=args.score,
+            end_token=args.end_token,
+            template_date=args.template_date,
+        )
+
+    def prepare(self, dataset: Dataset, name: str) -> Dataset:
+        """``dataset``, tokenised.
+
+        Raises:
+            TypeError: it is something else than a ``datasets.Dataset``.
+            ValueError, OSError: there is no tokenizer.
+            fastdpo.data.files.DataError: it cannot be used.
+        """
+        if not isinstance(dataset, Dataset):
+            raise TypeError(f"the {name} dataset is a {type(dataset).__name__}; it should be a datasets.Dataset")
+        if is_tokenised(dataset):
+            return dataset
+        args = self._args
+        tokenizer = self._some_tokenizer()
+        with args.main_process_first(desc=f"tokenizing the {name} dataset"):
+            dataset, self.summaries[name] = prepare(
+                dataset,
+                tokenizer,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                num_proc=args.dataset_num_proc,
+                batch_size=args.per_device_train_batch_size,
+                strict=args.strict,
+                score=args.score,
+                end_token=args.end_token,
+                template_date=args.template_date,
+            )
+        return dataset
+
+    def _some_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is not None:
+            return self.tokenizer
+        tokenizer = cast(PreTrainedTokenizerBase, find_tokenizer(self._source, self._args, needed=True))
+        if self._args.chat_template_path is not None:
+            tokenizer.chat_template = read_template(self._args.chat_template_path)
+        return tokenizer
+
+    def prepare_all(self, datasets: EvalDataset, name: str) -> EvalDataset:
+        """The same for what ``Trainer`` takes for evaluation: a dataset, several by name, or None."""
+        if isinstance(datasets, dict):
+            return {key: self.prepare(rows, key) for key, rows in datasets.items()}
+        return None if datasets is None else self.prepare(datasets, name)
+
+
+def make_collator(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig
+) -> PreferenceCollator:
+    """What makes padded batches of rows, as the settings have it."""
+    return PreferenceCollator(
+        pad_token_id=pad_token_id(model, tokenizer, args.pad_token),
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        pad_to_multiple_of=args.pad_to_multiple_of,
+    )
+
+
+def is_tokenised(dataset: TrainDataset) -> bool:
+    """Whether the rows are token ids already."""
+    return set(TOKEN_COLUMNS) <= set(columns_of(dataset))
+
+
+def columns_of(dataset: TrainDataset) -> list[str]:
+    """The names of the columns; a stream's first row is read for it."""
+    return columns_of_stream(dataset) if isinstance(dataset, IterableDataset) else list(dataset.column_names)
+
+
+def find_tokenizer(source: str, args: DPOConfig, *, needed: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved with the model ``source``. None where there is none, which raises if it is ``needed``."""
+    if not source:
+        if needed:
+            raise ValueError(
+                "processing_class is None, and model was not loaded from a folder or the Hub, so that no tokenizer "
+                "can be found; it should be the model's tokenizer"
+            )
+        return None
+    try:
+        return load_tokenizer(source, revision=revision_of(args), trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError):
+        if needed:
+            raise
+        return None
+
+
+def pad_token_id(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None, pad_token: str | None
+) -> int:
+    """What to pad with: ``pad_token``, which becomes the tokenizer's, or what it and the model have."""
+    if tokenizer is None:
+        if pad_token is not None:
+            raise ValueError(f"pad_token is {pad_token!r}, but there is no tokenizer to look it up in")
+        pad_id: int | None = language_model(model).config.pad_token_id
+        return 0 if pad_id is None else pad_id  # attention_mask hides it, whichever it is
+    if pad_token is None:
+        pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if pad_token not in tokenizer.get_vocab():
+        raise ValueError(f"pad_token is {pad_token!r}, which is not in the tokenizer's vocabulary")
+    tokenizer.pad_token = pad_token
+    return cast(int, tokenizer.pad_token_id)

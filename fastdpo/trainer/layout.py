@@ -1,0 +1,97 @@
+"""How a run's batches are laid out: the choice, and the look at the models that must wait for their weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import cast
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import DataCollator
+
+from fastdpo.data.prepare import PreferenceCollator
+from fastdpo.model.packing import RowCollator
+from fastdpo.model.packing_choice import choose_packing, obstacles_in
+from fastdpo.model.scoring import Scorer
+from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.models import compute_dtype, has_dropout
+from fastdpo.trainer.reference import Reference
+
+logger = logging.getLogger(__name__)
+
+
+class BatchLayout:
+    """Chooses the layout of a run's batches, and gives policy and reference the attention that they need.
+
+    Args:
+        policy: what is trained.
+        reference: what it is compared with.
+        args: the run's.
+        accelerator: the run's.
+        has_own_collator: the caller gave a collator.
+        has_aux_loss: the loss has a load-balancing term.
+        weights_come_later: the models cannot be run yet: :meth:`look_once` does what is left.
+
+    Attributes:
+        packing: the layout that was chosen, and why.
+
+    Raises:
+        NotImplementedError: the layout that ``args`` asks for does not suit; the message says why.
+    """
+
+    def __init__(
+        self,
+        policy: Scorer,
+        reference: Reference,
+        args: DPOConfig,
+        accelerator: Accelerator,
+        *,
+        has_own_collator: bool,
+        has_aux_loss: bool,
+        weights_come_later: bool,
+    ) -> None:
+        self._policy, self._args, self._accelerator = policy, args, accelerator
+        scorers = [policy] if reference.scorer is None else [policy, reference.scorer]
+        self.packing = choose_packing(
+            args.packing,
+            scorers,
+            obstacles=obstacles_in(
+                has_own_collator=has_own_collator,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+                torch_compile=args.torch_compile,
+                has_aux_loss=has_aux_loss,
+                has_dropout=has_dropout(policy.model),
+            ),
+            max_length=args.max_length,
+            device=accelerator.device,
+            autocast=accelerator.autocast,
+            unchecked=weights_come_later,
+        )
+        # A reference for the cache is asked before the training, and checked then.
+        self._unchecked = ([policy] if args.precompute_ref_log_probs else scorers) if weights_come_later else []
+        if accelerator.is_main_process:
+            (logger.warning if self.packing.reasons else logger.info)("Batches are laid out in %s.", self.packing)
+        policy.attention = self.packing.attention_of(policy.model)
+        reference.lay_out(self.packing)
+
+    def collator(self, padded: DataCollator) -> DataCollator:
+        """What makes such batches, where ``padded`` makes padded ones."""
+        if self.packing.layout == "padded" and self._args.max_tokens_per_batch is None:
+            return padded
+        # Packed rows, or parts of a batch, are not chosen where the caller gave a collator.
+        return RowCollator(self.packing.layout, cast(PreferenceCollator, padded), self._args.max_tokens_per_batch)
+
+    def look_once(self, model: nn.Module) -> None:
+        """What could not be looked at while the weights were not there; ``model`` is the policy as it is called now.
+
+        Raises:
+            NotImplementedError: a model does not suit; the message says why.
+        """
+        # First of all with its adapters: FSDP2 notes at the first forward which parameters are trained.
+        self._policy.head.inspect_once(model)
+        for scorer in self._unchecked:
+            scorer = dataclasses.replace(scorer, root=model) if scorer is self._policy else scorer
+            dtype = compute_dtype(self._accelerator, self._policy.model)
+            self.packing.require(scorer, self._args.max_length, self._accelerator.device, dtype)
+        self._unchecked = []

@@ -1,0 +1,89 @@
+"""Rows that come one after another are the rows of a file, and their tokens are the file's."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from toy_data import chat_rows, make_tokenizer, text_rows, write_jsonl
+
+from fastdpo.data import prepare
+from fastdpo.data import streaming as module
+from fastdpo.data.files import load_preferences, stream_preferences
+from fastdpo.data.row_digests import MASK_COLUMNS
+from fastdpo.data.streaming import chunk_of, prepare_stream
+from fastdpo.data.terms import DataError
+
+pytestmark = pytest.mark.usefixtures("quiet_and_uncached")
+TOKENIZER = make_tokenizer()
+ROWS = [
+    row | {"ref_chosen_logps": -i - 0.1, "ref_rejected_logps": -3} for i, row in enumerate(chat_rows(4) + text_rows(7))
+]
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(module, "CHUNK", 3)
+    return write_jsonl(tmp_path / "a.jsonl", ROWS)
+
+
+def test_streamed_rows_are_those_that_are_loaded(path: Path, tmp_path: Path) -> None:
+    assert list(stream_preferences(str(path))) == ROWS
+    Dataset.from_list(text_rows(3)).save_to_disk(str(tmp_path / "saved"))
+    assert list(stream_preferences(str(tmp_path / "saved"))) == text_rows(3)
+    assert list(stream_preferences([str(path), str(path)])) == ROWS * 2
+    for split in ("test", "train[:5]"):
+        with pytest.raises(DataError, match="there is no split .* to be streamed, there is: train. A slice"):
+            stream_preferences(str(path), split=split)
+
+
+def test_streamed_tokens_are_those_of_prepare(path: Path) -> None:
+    kept, _ = prepare(load_preferences(str(path)), TOKENIZER, max_length=40)
+    streamed = list(prepare_stream(stream_preferences(str(path)), TOKENIZER, max_length=40))
+    assert [row.pop(name) for row in streamed for name in MASK_COLUMNS] == [[]] * 2 * len(streamed)
+    assert streamed == [*kept]
+    assert len(streamed) > 3
+
+
+def test_a_chunk_holds_its_rows_exactly() -> None:
+    rows: list[dict[str, Any]] = [{"a": 2**70, "b": "x", "c": None}, {"a": 1.5, "b": ["42", {"k": None}]}]
+    assert [*chunk_of(rows)] == [row | {"c": None} for row in rows]
+
+
+def test_the_buffers_shuffle_loses_nothing_and_another_epoch_has_another(path: Path) -> None:
+    plain = [row["ref_chosen_logps"] for row in prepare_stream(stream_preferences(str(path)), TOKENIZER)]
+    shuffled = prepare_stream(stream_preferences(str(path)).shuffle(seed=3, buffer_size=5), TOKENIZER)
+    orders = []
+    for epoch in (0, 1, 0):
+        shuffled.set_epoch(epoch)
+        orders.append([row["ref_chosen_logps"] for row in shuffled])
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(plain)
+    assert orders[0] == orders[2] and orders[0] != orders[1] and orders[0] != plain
+
+
+def test_a_stream_goes_on_where_its_state_says(path: Path) -> None:
+    whole = list(prepare_stream(stream_preferences(str(path)), TOKENIZER))
+    for seen in (1, 3, 7):
+        stream = prepare_stream(stream_preferences(str(path)), TOKENIZER)
+        rows = iter(stream)
+        assert [next(rows) for _ in range(seen)] == whole[:seen]
+        again = prepare_stream(stream_preferences(str(path)), TOKENIZER)
+        again.load_state_dict(stream.state_dict())
+        assert list(again) == whole[seen:]
+
+
+def test_what_is_dropped_or_doubtful_is_said_as_it_comes(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [*text_rows(4), text_rows(1)[0] | {"chosen": ""}, text_rows(1)[0] | {"rejected": text_rows(1)[0]["chosen"]}]
+    write_jsonl(path, rows)
+    with caplog.at_level(logging.WARNING):
+        assert len(list(prepare_stream(stream_preferences(str(path)), TOKENIZER))) == 5
+    assert "Of 3 streamed rows: 1 of 3 rows (row 1) dropped: chosen or rejected is empty; 1 of 3 rows" in caplog.text
+    with pytest.raises(DataError, match="strict: "):
+        list(prepare_stream(stream_preferences(str(path)), TOKENIZER, strict=True))
+    with path.open("a") as file:
+        file.write("{\n")
+    with pytest.raises(DataError, match="line 7: not valid JSON"):
+        list(stream_preferences(str(path)))

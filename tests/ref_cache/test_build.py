@@ -1,0 +1,153 @@
+"""What the builder of the reference cache computes, in which order, and that it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Features, List, Value
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from ref_builds import IDENTITY, Stop, builder, failing_after, logps, never, score, token_rows
+from torch import Tensor
+
+from fastdpo.data.files import TOKEN_COLUMNS
+from fastdpo.data.row_digests import row_digests, rows_fingerprint
+from fastdpo.ref_cache.build import longer_lengths, sorted_batches
+from fastdpo.ref_cache.files import LOGPS, MANIFEST, ROWS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_rows_get_their_own_values_and_the_second_time_from_the_disk(tmp_path: Path) -> None:
+    rows = token_rows()
+    first = builder(tmp_path)
+    got = first.with_columns(rows, "train", 3)
+    assert got.select_columns(list(TOKEN_COLUMNS)).to_list() == rows.to_list()
+    for row, (chosen, rejected) in zip(rows, logps(got), strict=True):
+        exact = [float(side[0]) for side in score([row])]
+        assert (chosen, rejected) == pytest.approx(exact, abs=1e-3 * 11)
+    assert (first.splits["train"].rows, first.splits["train"].rows_read) == (11, 0)
+    second = builder(tmp_path, never)
+    assert logps(second.with_columns(rows, "train", 5)) == logps(got)
+    assert second.splits["train"].rows_read == 11
+    assert sorted(path.name for path in (tmp_path / "train").iterdir()) == [".lock", LOGPS, MANIFEST, ROWS]
+
+
+def test_datasets_are_kept_apart(tmp_path: Path) -> None:
+    built = builder(tmp_path)
+    train, evaluation = built.with_columns(token_rows(6), "train", 2), built.with_columns(token_rows(4), "eval", 2)
+    again = builder(tmp_path, never)
+    assert logps(again.with_columns(token_rows(6), "train", 2)) == logps(train)
+    assert logps(again.with_columns(token_rows(4), "eval", 2)) == logps(evaluation)
+
+
+def test_the_manifest_is_for_people(tmp_path: Path) -> None:
+    builder(tmp_path).with_columns(token_rows(), "train", 3)
+    manifest = json.loads((tmp_path / "train" / MANIFEST).read_text())
+    assert manifest["complete"] is True
+    assert manifest["key"] == IDENTITY | {"num_rows": 11, "rows": rows_fingerprint(row_digests(token_rows()))}
+    assert manifest["about"]["model"] == "toy"
+    assert manifest["about"]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert manifest["about"]["split"] == "train"
+    assert {"time", "seconds_of_the_last_run", "batch_size", "device", "processes"} <= manifest["about"].keys()
+
+
+@pytest.mark.parametrize("calls", [0, 1, 3])
+def test_a_build_that_stopped_goes_on_to_the_same_values(calls: int, tmp_path: Path) -> None:
+    unbroken = builder(tmp_path / "unbroken").with_columns(token_rows(), "train", 3)
+    with pytest.raises(Stop):
+        builder(tmp_path / "run", failing_after(calls)).with_columns(token_rows(), "train", 3)
+    assert json.loads((tmp_path / "run" / "train" / MANIFEST).read_text())["complete"] is False
+    scored: list[int] = []
+
+    def counting(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        scored.append(len(rows))
+        return score(rows)
+
+    resumed = builder(tmp_path / "run", counting)
+    assert logps(resumed.with_columns(token_rows(), "train", 3)) == logps(unbroken)
+    assert resumed.splits["train"].rows_read == 3 * calls
+    assert sum(scored) == 11 - 3 * calls
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:128] DefaultCPUAllocator: can't allocate memory. Tried to allocate"
+        ),
+    ],
+    ids=["device", "cpu"],
+)
+def test_running_out_of_memory_names_the_flags_and_keeps_what_was_computed(error: RuntimeError, tmp_path: Path) -> None:
+    calls = iter([score, score])
+
+    def full(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        try:
+            return next(calls)(rows)
+        except StopIteration:
+            raise error from None
+
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"(?s)Tried to allocate.*3 pairs of up to 8 tokens.*precompute_ref_batch"
+    ):
+        builder(tmp_path, full).with_columns(token_rows(), "train", 3)
+    resumed = builder(tmp_path)
+    resumed.with_columns(token_rows(), "train", 1)
+    assert resumed.splits["train"].rows_read == 6
+
+
+def test_other_errors_of_the_reference_pass(tmp_path: Path) -> None:
+    def broken(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="^mat1 and mat2 shapes cannot be multiplied$"):
+        builder(tmp_path, broken).with_columns(token_rows(), "train", 3)
+
+
+def test_float64_is_kept(tmp_path: Path) -> None:
+    got = builder(tmp_path, lambda rows: tuple(side.double() / 3 for side in score(rows)))
+    values = got.with_columns(token_rows(5), "train", 5)["ref_chosen_logps"][:]
+    assert any(value != float(np.float32(value)) for value in values)
+
+
+@given(
+    lengths=npst.arrays(np.int64, st.integers(1, 40), elements=st.integers(1, 9)),
+    batch_size=st.integers(1, 7),
+    data=st.data(),
+)
+def test_batches_are_sorted_and_complete_and_do_not_depend_on_what_is_done(
+    lengths: np.ndarray, batch_size: int, data: st.DataObject
+) -> None:
+    done = data.draw(npst.arrays(np.bool_, len(lengths)))
+    batches = sorted_batches(lengths, batch_size, done)
+    rows = [int(row) for batch in batches for row in batch]
+    assert sorted(rows) == np.flatnonzero(~done).tolist()
+    assert all(a >= b for a, b in zip(lengths[rows], lengths[rows][1:], strict=False))
+    whole = sorted_batches(lengths, batch_size, np.zeros(len(lengths), bool))
+    homes = {int(row): i for i, batch in enumerate(whole) for row in batch}
+    assert all(len({homes[int(row)] for row in batch}) == 1 for batch in batches)
+
+
+def test_lengths_are_of_the_longer_side_and_cut() -> None:
+    rows = token_rows(6)
+    expected = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+    assert longer_lengths(rows, None).tolist() == expected
+    assert longer_lengths(rows.select([4, 1]), 4).tolist() == [min(expected[4], 4), min(expected[1], 4)]
+
+
+def test_row_digests_are_of_the_rows_that_are_selected() -> None:
+    rows = token_rows(2500)
+    digests = row_digests(rows)
+    assert digests.shape == (2500, 16)
+    assert len(set(map(bytes, digests[:40]))) == 40
+    assert np.array_equal(row_digests(rows.select([2400, 5])), digests[[2400, 5]])
+    narrow = rows.cast(Features(dict.fromkeys(TOKEN_COLUMNS, List(Value("int32")))))
+    assert np.array_equal(row_digests(narrow), digests)

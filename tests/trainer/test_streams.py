@@ -1,0 +1,88 @@
+"""Training on pairs that are read as they are needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from toy_data import chat_rows, make_tokenizer, text_rows, write_jsonl
+from trainer_runs import make_trainer
+
+from fastdpo.data import load_preferences, stream_preferences
+from fastdpo.report.recorder import SnapshotSize
+from fastdpo.report.snapshot import SnapshotTaker
+
+pytestmark = pytest.mark.usefixtures("quiet_and_uncached", "one_thread")
+TOKENIZER = make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("pairs") / "a.jsonl", [*chat_rows(3), *text_rows(5)])
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_stream_trains_as_its_rows_do(path: Path, tmp_path: Path) -> None:
+    """Each step on all rows, so that their order is no matter."""
+    found = []
+    for rows in (load_preferences(str(path)), stream_preferences(str(path))):
+        trainer = make_trainer(tmp_path, TOKENIZER, train_dataset=rows, per_device_train_batch_size=8, max_steps=3)
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and len(set(found[0])) == 3
+
+
+def test_a_stream_is_gone_on_with_where_it_was(path: Path, tmp_path: Path) -> None:
+    def run(name: str, resume: bool = False, **options: Any) -> Any:
+        rows = stream_preferences(str(path)).shuffle(seed=3, buffer_size=4)
+        trainer = make_trainer(
+            tmp_path / name, TOKENIZER, train_dataset=rows, save_steps=3, save_strategy="steps", **options
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-3") if resume else None)
+        return trainer
+
+    whole = run("whole", max_steps=7)  # into a second epoch
+    again = run("whole", resume=True, max_steps=7)
+    assert losses(again) == losses(whole)
+    for mine, theirs in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_the_report_looks_at_the_first_pairs_of_a_stream(path: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, TOKENIZER, train_dataset=stream_preferences(str(path)), max_steps=1)
+    shot = SnapshotTaker(trainer, SnapshotSize(pairs=4, samples=2, max_new_tokens=2)).take()
+    assert "first pairs of the training stream" in shot.rows_of and len(shot.margins) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_steps": -1}, ValueError, "nobody knows how many pairs it has: give max_steps"),
+        ({"precompute_ref_log_probs": True}, ValueError, "cannot be computed beforehand"),
+        ({"eval_dataset": "stream"}, TypeError, "the eval dataset is a IterableDataset"),
+    ],
+)
+def test_what_a_stream_cannot_have_is_refused(
+    options: dict[str, Any], error: type[Exception], message: str, path: Path, tmp_path: Path
+) -> None:
+    options = {k: stream_preferences(str(path)) if v == "stream" else v for k, v in options.items()}
+    with pytest.raises(error, match=message):
+        make_trainer(tmp_path, TOKENIZER, train_dataset=stream_preferences(str(path)), **options)
+
+
+def test_reference_columns_of_a_stream_are_the_reference(tmp_path: Path) -> None:
+    rows = [row | {"ref_chosen_logps": -40.0, "ref_rejected_logps": -40.0} for row in text_rows(4)]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    found = []
+    for dataset in (Dataset.from_list(rows), stream_preferences(str(file))):
+        trainer = make_trainer(tmp_path, TOKENIZER, train_dataset=dataset, per_device_train_batch_size=4)
+        assert trainer.ref_model is None
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
