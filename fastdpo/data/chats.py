@@ -92,6 +92,7 @@ class ChatRenderer:
         prompt = plain(row.prompt, row.where)
         sides = (plain(row.chosen, row.where), plain(row.rejected, row.where))
         facts = self._facts_of(bound, prompt, sides, (template.source, row.tools is None, repr(variables)))
+        rendered: Rendered | None
         try:
             rendered = self._in_forms(bound, facts.forms if facts else (), prompt, sides, setting, facts)
         except Exception as error:  # templates raise whatever their authors chose

@@ -79,7 +79,7 @@ def _rows_of(dataset: datasets.Dataset) -> Iterator[dict[str, Any]]:
 
 def _in_own_form(row: dict[str, Any], warn: list[str], implicit: bool, number: int, fixed: Fixed) -> dict[str, Any]:
     read = read_row(row, implicit, f"row {number}")
-    out = {name: row[name] for name in ("prompt", "chosen", "rejected") if name in row}
+    out: dict[str, Any] = {name: row[name] for name in ("prompt", "chosen", "rejected") if name in row}
     if isinstance(read, Row) and isinstance(read.pair, Chat):
         pair = read.pair
         forms = tuple(name for name in _KEPT_FORMS if name in warn)

@@ -49,7 +49,7 @@ def squeeze(text: str) -> str:
     return "".join(text.split())
 
 
-def without_leading(ids: Sequence[int], special: set[int]) -> Sequence[int]:
+def without_leading(ids: list[int], special: set[int]) -> list[int]:
     """What is left where a tokenizer put tokens of its own in front."""
     start = next((i for i, token in enumerate(ids) if token not in special), len(ids))
     return ids[start:]

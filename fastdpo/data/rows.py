@@ -49,7 +49,8 @@ def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 def read_row(row: dict[str, Any], implicit: bool, where: str) -> Row | str:
     """A row as a pair, or the reason why it is dropped."""
-    prompt, chosen, rejected = (None if implicit else row["prompt"]), row["chosen"], row["rejected"]
+    chosen, rejected = row["chosen"], row["rejected"]
+    prompt: Any = None if implicit else row["prompt"]
     if any(value is None or value != value for value in (chosen, rejected, *(() if implicit else (prompt,)))):
         return "missing_value"  # null, or the NaN that some writers put for it
     chat = _is_chat(chosen, f"{where}, chosen")
@@ -88,7 +89,7 @@ def read_row(row: dict[str, Any], implicit: bool, where: str) -> Row | str:
     if sides != [chosen, rejected]:
         warn.append("unanswered_turn")
     tools, kwargs = _tools(row, where), _template_kwargs(row, where)
-    return Row(Chat(prompt, *sides, tools, kwargs, where), warn)
+    return Row(Chat(prompt, sides[0], sides[1], tools, kwargs, where), warn)
 
 
 def _is_text(message: dict[str, Any]) -> bool:

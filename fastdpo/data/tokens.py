@@ -94,9 +94,9 @@ class RowTokenizer:
                 tokens.chosen_mask, tokens.rejected_mask = masks
         decoded = iter(self._encoder.decode([ids for tokens, _ in chats for ids in _parts(tokens)]))
         for tokens, rendered in chats:
-            prompt, *sides = (next(decoded) for _ in range(3))
+            before, *sides = (next(decoded) for _ in range(3))
             for whole, side in zip(rendered.wholes, sides, strict=True):
-                if not tokens.drop and not same_text(whole, rendered.prompt, prompt, side):
+                if not tokens.drop and not same_text(whole, rendered.prompt, before, side):
                     _add(tokens.warn, "not_decoded")
             if not tokens.drop and (tokens.chosen_mask or tokens.rejected_mask):
                 self._check_masks(tokens, rendered)
@@ -160,7 +160,7 @@ class RowTokenizer:
         if self._ends is None:
             own = self._renderer.end_token() if self._tokenizer.chat_template else None
             # Without a template nobody says which of its special tokens ends a turn.
-            known = {own} - {None} if self._tokenizer.chat_template else self._encoder.special_tokens
+            known = ({own} if own else set()) if self._tokenizer.chat_template else self._encoder.special_tokens
             self._ends = tuple(known | {eos})
         if text.rstrip().endswith(self._ends):
             _add(warn, "ended_already")
