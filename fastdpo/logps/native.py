@@ -72,7 +72,7 @@ def _load() -> dict[str, Any]:
 
 def _load_cuda(*, declare: bool) -> dict[str, Any]:
     """What the CUDA library says of itself; with ``declare``, has it declare the ops that the CPU library would."""
-    torch.ops.load_library(str(_CUDA_LIBRARY))  # type: ignore[no-untyped-call]
+    torch.ops.load_library(str(_CUDA_LIBRARY))
     library = ctypes.CDLL(str(_CUDA_LIBRARY))
     if declare and library.fastdpo_declare_ops():
         raise ImportError(
@@ -151,7 +151,7 @@ def _forward_shapes(
     n, h = hidden.shape
     v = weight.shape[0]
     compute, operand = compute_dtype(hidden.dtype), operand_dtype(hidden.dtype)
-    retained = torch.sym_min(n, max(retain_bytes, 0) // (v * operand.itemsize))  # type: ignore[no-untyped-call]
+    retained = torch.sym_min(n, max(retain_bytes, 0) // (v * operand.itemsize))
     return (
         hidden.new_empty((n,), dtype=compute),
         hidden.new_empty((3, n), dtype=compute),
