@@ -129,7 +129,7 @@ class ScriptArguments:
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset_name, list) and len(self.dataset_name) == 1:  # the one, as in TRL
-            (self.dataset_name,) = self.dataset_name
+            (self.dataset_name,) = self.dataset_name  # type: ignore[assignment]  # a list is what the parser makes
         if self.dataset_shuffle_buffer < 0:
             raise ValueError(f"dataset_shuffle_buffer is {self.dataset_shuffle_buffer}; it should be at least 0")
 
