@@ -31,7 +31,7 @@ def level0_kernels(folder: Path) -> dict[str, ops.Compiled]:
 
 @pytest.fixture(scope="session")
 def level0_library(folder: Path, machine: Machine, level0_kernels: dict[str, ops.Compiled]) -> Any:
-    library = ops.library(folder, build.machine(folder), level0_kernels, "fastdpo_ptx", with_level1=False)
+    library = ops.library(folder, level0_kernels, "fastdpo_ptx", with_level1=False)
     torch.ops.load_library(str(library))
     return torch.ops.fastdpo_ptx
 
@@ -47,6 +47,29 @@ def level0(level0_library: Any, level0_kernels: dict[str, ops.Compiled], machine
     for compiled in level0_kernels.values():
         machine.add(compiled.ptx[arch].read_text())
     return level0_library
+
+
+@pytest.fixture(scope="session")
+def level1_kernels(folder: Path, level0_kernels: dict[str, ops.Compiled]) -> dict[str, ops.Compiled]:
+    if ops.cutlass() is None:
+        pytest.skip("no CUTLASS here (pip install --no-deps nvidia-cutlass==4.2.0.0): Level 1's kernels are not run")
+    return {name: ops.level1_source(name, folder) for name in ops.level1_names()}
+
+
+@pytest.fixture(scope="module")
+def level1(
+    folder: Path,
+    machine: Machine,
+    level0_kernels: dict[str, ops.Compiled],
+    level1_kernels: dict[str, ops.Compiled],
+) -> Any:
+    """The ops with Level 1's product, all kernels from sm_90a's PTX."""
+    kernels = level0_kernels | level1_kernels
+    library = ops.library(folder, kernels, "fastdpo_ptx_level1", with_level1=True)
+    torch.ops.load_library(str(library))
+    for compiled in kernels.values():
+        machine.add(compiled.ptx["90a"].read_text())
+    return torch.ops.fastdpo_ptx_level1
 
 
 @pytest.fixture

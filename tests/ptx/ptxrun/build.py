@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import os
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,30 +53,35 @@ def _host() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def compile_all(sources: Sequence[Path], flags_of: Callable[[Path], Sequence[str | Path]], folder: Path) -> list[Path]:
+def compile_all(
+    sources: Sequence[Path], headers: Sequence[Path], flags_of: Callable[[Path], Sequence[str]], folder: Path
+) -> list[Path]:
     """Objects of C++ sources, two at a time."""
     compiler = os.environ.get("CXX", "g++")
 
     def one(source: Path) -> Path:
-        target = folder / f"{source.parent.name}_{source.name}.o"
-        run([compiler, *flags_of(source), "-c", source, "-o", target])
-        return target
+        def make(target: Path) -> None:
+            run([compiler, *flags_of(source), "-c", source, "-o", target])
+
+        name = f"{source.parent.name}_{source.stem}.o"
+        return cached(folder, name, [source, *headers], [compiler, *flags_of(source)], make)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(one, sources))
 
 
+def link(name: str, objects: Sequence[Path], flags: Sequence[str], folder: Path) -> Path:
+    """A shared library."""
+    command = [os.environ.get("CXX", "g++"), "-shared", *objects, *flags]
+    return cached(folder, name, objects, flags, lambda target: run([*command, "-o", target]) and None)
+
+
 def machine(folder: Path) -> Path:
     """The machine's library."""
-    sources = sorted(MACHINE.glob("*.cpp"))
 
     def flags_of(source: Path) -> list[str]:
         # directed.cpp computes in other rounding modes.
         return [*FLAGS, "-frounding-math"] if source.stem == "directed" else FLAGS
 
-    def make(target: Path) -> None:
-        with tempfile.TemporaryDirectory() as objects:
-            compiled = compile_all(sources, flags_of, Path(objects))
-            run([os.environ.get("CXX", "g++"), "-shared", *compiled, "-o", target])
-
-    return cached(folder, "libptxmachine.so", [*sources, *MACHINE.glob("*.h")], FLAGS, make)
+    objects = compile_all(sorted(MACHINE.glob("*.cpp")), sorted(MACHINE.glob("*.h")), flags_of, folder)
+    return link("libptxmachine.so", objects, [], folder)

@@ -78,6 +78,11 @@ class Machine:
         self.sources |= found
         return list(found)
 
+    def replace(self, source: Source) -> None:
+        """Puts a kernel in the place of the one with its name."""
+        self.library.ptx_forget(source.name.encode())
+        self.sources[source.name] = source
+
     def load(self, name: str) -> None:
         """Translates a kernel now. Raises PtxError."""
         encode.load(self.library, parse(self.sources[name]))
@@ -124,6 +129,9 @@ class Machine:
 
     def fault(self) -> str:
         return self.library.ptx_fault().decode()
+
+    def clear_fault(self) -> None:
+        self.library.ptx_clear_fault()
 
     # -------------------------------------------------------------------------------------------- launches
 

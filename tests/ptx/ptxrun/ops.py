@@ -11,7 +11,6 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +95,7 @@ def level1_names() -> list[str]:
     return [source.stem for source in sorted((CUDA / "hopper").glob("*.cu"))]
 
 
-def library(folder: Path, machine: Path, kernels: dict[str, Compiled], name: str, with_level1: bool) -> Path:
+def library(folder: Path, kernels: dict[str, Compiled], name: str, with_level1: bool) -> Path:
     """The ops as torch.ops.``name``; loaded behind ``machine``."""
     replaced = ["binding"] if with_level1 else ["binding", "exponentials"]
     sources = [s for s in sorted(CUDA.glob("*.cpp")) if s.stem not in replaced] + sorted(STAND_INS.glob("*.cpp"))
@@ -105,6 +104,7 @@ def library(folder: Path, machine: Path, kernels: dict[str, Compiled], name: str
         "-Wno-unused-parameter",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         f"-DPTX_OPS={name}",
+        f'-DPTX_TORCH="{torch.__version__}"',  # read by nobody, but another torch means another object
         *([] if with_level1 else ["-DFASTDPO_NO_LEVEL1=stand_in"]),
         f"-I{CUDA}",
         f"-I{build.MACHINE}",
@@ -118,22 +118,15 @@ def library(folder: Path, machine: Path, kernels: dict[str, Compiled], name: str
         # torch_device.cpp looks behind the stable ABI, at the tensors themselves.
         return flags if source.stem == "torch_device" else [*flags, *stable]
 
-    objects = [compiled.object for compiled in kernels.values()]
     headers = [*CUDA.glob("*.h"), *STAND_INS.glob("*.h"), *build.MACHINE.glob("*.h"), CUDA.parent / "fastdpo.h"]
-
-    def make(target: Path) -> None:
-        torch_libraries = Path(torch.__file__).parent / "lib"
-        link = [
-            *(f"-Wl,--wrap={symbol}" for symbol in WRAPPED),
-            f"-L{torch_libraries}",
-            "-ltorch",
-            "-ltorch_cpu",
-            "-lc10",
-            f"-Wl,-rpath,{torch_libraries}",
-        ]
-        with tempfile.TemporaryDirectory() as own:
-            compiled = build.compile_all(sources, flags_of, Path(own))
-            build.run([os.environ.get("CXX", "g++"), "-shared", *compiled, *objects, "-o", target, *link])
-
-    settings = [*flags, *stable, torch.__version__, str(machine.name)]
-    return build.cached(folder, f"lib{name}.so", [*sources, *headers, *objects], settings, make)
+    own = build.compile_all(sources, headers, flags_of, folder / name)
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    link = [
+        *(f"-Wl,--wrap={symbol}" for symbol in WRAPPED),
+        f"-L{torch_libraries}",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+        f"-Wl,-rpath,{torch_libraries}",
+    ]
+    return build.link(f"lib{name}.so", [*own, *(compiled.object for compiled in kernels.values())], link, folder)

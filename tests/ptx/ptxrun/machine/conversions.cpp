@@ -38,7 +38,7 @@ float from_float16(uint16_t x) {
   } else {
     size = std::ldexp(static_cast<float>(mantissa | 0x400), exponent - 25);
   }
-  return x & 0x8000 ? -size : size;
+  return x & 0x8000 && size == size ? -size : size;
 }
 
 // Between integers: the source's low bits, extended to the destination by the sign of the type named.
