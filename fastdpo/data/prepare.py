@@ -7,19 +7,29 @@ strings or as message lists.
 
 from __future__ import annotations
 
+import datetime
+import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 
 from fastdpo.data.account import account, nothing_left_message, strict_message
-from fastdpo.data.files import TOKEN_COLUMNS, USED_COLUMNS, DataError, check_columns
+from fastdpo.data.columns import check_columns
 from fastdpo.data.reading.read import as_said
-from fastdpo.data.rows import tokenize_batch
-from fastdpo.data.summary import WARN_EXPLANATIONS, WARN_REASONS, DataSummary
+from fastdpo.data.reasons import WARN_EXPLANATIONS
+from fastdpo.data.row_digests import MASK_COLUMNS
+from fastdpo.data.settings import Preparation, parse_date
+from fastdpo.data.summary import DataSummary
+from fastdpo.data.templates import writes_date
+from fastdpo.data.terms import REFERENCE_COLUMNS, TOKEN_COLUMNS, USED_COLUMNS, DataError
+from fastdpo.data.tokens import RowTokenizer
 from fastdpo.data.truncation import TRUNCATION_MODES, check_truncation, cut
 
 if TYPE_CHECKING:
@@ -29,8 +39,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["REFERENCE_COLUMNS", "TRUNCATION_MODES", "PreferenceCollator", "examine", "prepare"]
 
-# Someone who brings reference log-probabilities of their own keeps them.
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+BATCH = 1000  # rows tokenised at a time
 
 
 def prepare(
@@ -42,6 +51,9 @@ def prepare(
     num_proc: int | None = None,
     batch_size: int = 8,
     strict: bool = False,
+    score: str = "assistant",
+    end_token: str | None = None,
+    template_date: str | None = None,
 ) -> tuple[datasets.Dataset, DataSummary]:
     """Tokenise preference rows once, drop those that cannot teach anything, and account for all of them.
 
@@ -62,15 +74,20 @@ def prepare(
         num_proc: processes to tokenise with.
         batch_size: pairs a step, for the summary's estimate of what one costs.
         strict: whether a row that is dropped or doubtful is an error.
+        score: which answers of a completion that has several turns count: all of the assistant's (``assistant``), or
+            the ``last`` one. What lies between them is never scored.
+        end_token: a special token to append to answers after which the chat template writes none.
+        template_date: what a chat template takes for today, as ``2026-03-01``; by default it is today.
 
     Returns:
         A dataset with ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (lists of int), and the columns
-        ``ref_chosen_logps`` and ``ref_rejected_logps`` if they were there; and the summary.
+        ``ref_chosen_logps`` and ``ref_rejected_logps`` if they were there; where a completion has tokens that do not
+        count, also ``chosen_mask`` and ``rejected_mask`` (lists of 0 and 1, empty where all count); and the summary.
 
     Raises:
         DataError: columns are missing or of the wrong type, a row is malformed, the chat template refuses one, no row
             is left, or, with ``strict``, any is dropped or doubtful.
-        ValueError: ``max_length`` or ``truncation_mode`` is not valid.
+        ValueError: ``max_length``, ``truncation_mode``, ``score``, ``end_token`` or ``template_date`` is not valid.
         TypeError: ``dataset`` is not a ``datasets.Dataset``.
     """
     tokenised, kept, summary = examine(
@@ -80,6 +97,9 @@ def prepare(
         truncation_mode=truncation_mode,
         num_proc=num_proc,
         batch_size=batch_size,
+        score=score,
+        end_token=end_token,
+        template_date=template_date,
     )
     if not len(kept):
         raise DataError(nothing_left_message(summary))
@@ -92,7 +112,7 @@ def prepare(
             count,
             summary.rows_in,
             first,
-            WARN_REASONS[reason],
+            summary.words(reason),
             WARN_EXPLANATIONS[reason],
         )
     return tokenised.select(kept).remove_columns(["drop", "warn"]), summary
@@ -106,6 +126,9 @@ def examine(
     truncation_mode: str = "keep_start",
     num_proc: int | None = None,
     batch_size: int = 8,
+    score: str = "assistant",
+    end_token: str | None = None,
+    template_date: str | None = None,
 ) -> tuple[datasets.Dataset, np.ndarray, DataSummary]:
     """What :func:`prepare` does, with the rows that it drops still there.
 
@@ -127,27 +150,96 @@ def examine(
         raise DataError("The dataset has no rows.")
     check_columns(dataset)
     dataset = as_said(dataset)
+    preparation = _preparation(tokenizer, score, end_token, template_date)
 
     carried = [name for name in REFERENCE_COLUMNS if name in dataset.column_names]
-    token_list = datasets.List(datasets.Value("int32"))
+    lists = dict.fromkeys((*TOKEN_COLUMNS, *MASK_COLUMNS), datasets.List(datasets.Value("int32")))
     tokenised = dataset.map(
-        tokenize_batch,
+        _tokenize_batch,
         batched=True,
+        batch_size=BATCH,
         with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "implicit": "prompt" not in dataset.column_names},
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "preparation": preparation,
+            "implicit": "prompt" not in dataset.column_names,
+        },
         remove_columns=[name for name in dataset.column_names if name not in carried],
         features=datasets.Features(
             {name: dataset.features[name] for name in carried}
-            | dict.fromkeys(TOKEN_COLUMNS, token_list)
+            | lists
             | {"drop": datasets.Value("string"), "warn": datasets.List(datasets.Value("string"))}
         ),
         num_proc=num_proc,
         desc="Tokenizing preference pairs",
     )
+    masks = [tokenised.data.column(name) for name in MASK_COLUMNS]
+    if not any(pc.sum(pc.list_value_length(column)).as_py() for column in masks):
+        tokenised = tokenised.remove_columns(list(MASK_COLUMNS))
     kept, summary = account(tokenised, max_length, truncation_mode, batch_size)
     summary.read_as = dataset.info.description or ""
     summary.unused_columns = [name for name in dataset.column_names if name not in (*USED_COLUMNS, *carried)]
     return tokenised, kept, summary
+
+
+def _preparation(
+    tokenizer: PreTrainedTokenizerBase, score: str, end_token: str | None, template_date: str | None
+) -> Preparation:
+    if end_token is not None:
+        ids = tokenizer.encode(end_token, add_special_tokens=False)
+        if len(ids) != 1 or ids[0] not in tokenizer.added_tokens_decoder:
+            raise ValueError(
+                f"end_token is {end_token!r}, which is no special token of the tokenizer; it should be the one that "
+                f"generation stops at, such as {tokenizer.eos_token!r}."
+            )
+    date = parse_date(template_date)
+    return Preparation(score, end_token, (date or datetime.date.today()) if writes_date(tokenizer) else None)
+
+
+def _tokenize_batch(
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    preparation: Preparation,
+    implicit: bool,
+) -> dict[str, list[Any]]:
+    """Columns of rows → columns of ids, with the fate of each row."""
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    with _without_garbage_collection():
+        found = _row_tokenizer(tokenizer, preparation, implicit).tokenize(rows, indices)
+    return {
+        "prompt_ids": [tokens.prompt for tokens in found],
+        "chosen_ids": [tokens.chosen for tokens in found],
+        "rejected_ids": [tokens.rejected for tokens in found],
+        "chosen_mask": [tokens.chosen_mask for tokens in found],
+        "rejected_mask": [tokens.rejected_mask for tokens in found],
+        "drop": [tokens.drop for tokens in found],
+        "warn": [tokens.warn for tokens in found],
+    }
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """A batch makes many objects and hardly a circle; looking for these all along takes a fifth of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.collect(0)  # those of this batch, and not all that libraries hold
+            gc.enable()
+
+
+_row_tokenizers: list[tuple[tuple[Any, ...], RowTokenizer]] = []
+
+
+def _row_tokenizer(tokenizer: PreTrainedTokenizerBase, preparation: Preparation, implicit: bool) -> RowTokenizer:
+    """The one of the last call, which knows the template by now, where it is for the same rows."""
+    key = (tokenizer, preparation, implicit)
+    if not _row_tokenizers or _row_tokenizers[0][0] != key:
+        _row_tokenizers[:] = [(key, RowTokenizer(tokenizer, preparation, implicit))]
+    return _row_tokenizers[0][1]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -186,8 +278,8 @@ class PreferenceCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         sequences = [
-            cut(row["prompt_ids"], row[side], self.max_length, self.truncation_mode)
-            for side in ("chosen_ids", "rejected_ids")
+            cut(row["prompt_ids"], row[f"{side}_ids"], self.max_length, self.truncation_mode, row.get(f"{side}_mask"))
+            for side in ("chosen", "rejected")
             for row in rows
         ]
         for ids, mask in sequences:

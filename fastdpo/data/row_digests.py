@@ -8,23 +8,55 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from fastdpo.data.files import TOKEN_COLUMNS
+from fastdpo.data.terms import TOKEN_COLUMNS
 
 ROW_DIGEST_BYTES = 16
+# 1 on the tokens of a completion that count; empty where all do. Absent where that holds of all rows.
+MASK_COLUMNS = ("chosen_mask", "rejected_mask")
 
 
 def row_digests(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS) -> np.ndarray:
-    """uint8 [rows, 16]: a digest of each row's token ids, before any cut, column by column."""
+    """uint8 [rows, 16]: a digest of each row's token ids, before any cut, column by column, and of its masks if any."""
     digests = []
-    for table in dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=1000):
+    masks = [name.replace("_ids", "_mask") for name in columns if name != "prompt_ids"]
+    masks = [name for name in masks if name in dataset.column_names]
+    for table in dataset.select_columns([*columns, *masks]).with_format("arrow").iter(batch_size=1000):
         lists = [_ids_and_starts(table.column(name)) for name in columns]
+        marks = [_ids_and_starts(table.column(name)) for name in masks]
         for row in range(table.num_rows):
             parts = [ids[starts[row] : starts[row + 1]] for ids, starts in lists]
             digest = hashlib.blake2b(np.array([len(part) for part in parts], np.int64), digest_size=ROW_DIGEST_BYTES)
             for part in parts:
                 digest.update(part)
+            for number, (mask, begins) in enumerate(marks):
+                if begins[row] < begins[row + 1]:
+                    digest.update(f"mask {number}".encode())
+                    digest.update(mask[begins[row] : begins[row + 1]])
             digests.append(digest.digest())
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, ROW_DIGEST_BYTES)
+
+
+def part_hashes(dataset: Dataset) -> np.ndarray:
+    """int64 [rows, 3]: a hash each of prompt, chosen and rejected, with their masks; the same within this process."""
+    found = []
+    masks = [name if name in dataset.column_names else None for name in (None, *MASK_COLUMNS)]
+    columns = [*TOKEN_COLUMNS, *filter(None, masks)]
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        hashes = []
+        for name, mask in zip(TOKEN_COLUMNS, masks, strict=True):
+            parts = _pieces(table.column(name))
+            if mask:
+                parts = [(ids, marks) for ids, marks in zip(parts, _pieces(table.column(mask)), strict=True)]
+            hashes.append([hash(part) for part in parts])
+        found.append(np.array(hashes, np.int64).T)
+    return np.concatenate(found) if found else np.zeros((0, len(TOKEN_COLUMNS)), np.int64)
+
+
+def _pieces(column: pa.ChunkedArray) -> list[bytes]:
+    """The bytes of each list of a column."""
+    ids, starts = _ids_and_starts(column)
+    whole, bounds = ids.tobytes(), (starts * ids.itemsize).tolist()
+    return [whole[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
 
 
 def _ids_and_starts(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from datasets.table import InMemoryTable
 from fastdpo.data.account import strict_message
 from fastdpo.data.prepare import examine
 from fastdpo.data.reading.exact import features_of, kind_of, to_array
+from fastdpo.data.row_digests import MASK_COLUMNS
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.terms import DataError
 
@@ -82,7 +83,9 @@ def _tokenize(
         tokenised, kept, summary = examine(chunk_of(batch["row"]), tokenizer, **how)
     _say(summary, strict)
     kept_rows = tokenised.select(kept).remove_columns(["drop", "warn"])
-    return {name: kept_rows[name][:] for name in kept_rows.column_names}
+    columns = {name: kept_rows[name][:] for name in kept_rows.column_names}
+    # Every chunk has the same columns, whether a completion of it has several turns or not.
+    return dict.fromkeys(MASK_COLUMNS, [[]] * len(kept_rows)) | columns
 
 
 def chunk_of(rows: list[dict[str, Any]]) -> datasets.Dataset:

@@ -7,57 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastdpo.data.reasons import DROP_REASONS, NOTES, WARN_REASONS
 from fastdpo.data.work import Work
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
-
-DROP_REASONS = {
-    "missing_value": "a field is null or absent",
-    "empty_completion": "chosen or rejected is empty",
-    "no_prompt": "no shared leading message to be the prompt",
-    "no_answer": "chosen or rejected has no message of the role 'assistant'",
-    "prompt_scored": "the mask would take in the prompt",
-    "prompt_too_long": "the prompt alone fills max_length",
-}
-DROP_REMEDIES = {
-    "missing_value": "fill in or remove the rows whose prompt, chosen or rejected is null",
-    "empty_completion": "check that chosen and rejected hold the answers, and that the columns are the right ones",
-    "no_prompt": "give the prompt in a column of its own, or begin chosen and rejected with the same messages",
-    "no_answer": "name the roles as chat templates know them: system, user, assistant, tool",
-    "prompt_scored": "the chat template renders the prompt otherwise once a completion follows; use one that does not",
-    "prompt_too_long": "raise max_length (--max_length), or shorten the prompts",
-}
-WARN_REASONS = {
-    "identical": "chosen and rejected are identical",
-    "identical_after_truncation": "chosen and rejected are identical once cut",
-    "prompt_shortened": "the end of the prompt is left out",
-    "prompt_repeated": "chosen and rejected repeat the prompt",
-    "empty_prompt": "the prompt is empty",
-    "user_in_completion": "a completion holds a user's message",
-    "messages_as_text": "a text is a message list written as JSON",
-    "header_scored": "the beginning of an answer is scored, too",
-    "not_decoded": "the tokens do not decode to the text",
-    "duplicate": "the same pair as a row before it",
-    "contradicted": "the opposite of a row before it",
-}
-WARN_EXPLANATIONS = {
-    "identical": "such a pair says nothing about preference",
-    "identical_after_truncation": "they differ only beyond max_length; a larger one would tell them apart",
-    "prompt_shortened": "its last tokens are others when a completion follows, and the context ends before them; "
-    "end the prompt where a token ends, or use a chat template that renders it alike in both cases",
-    "prompt_repeated": "they begin with what is in the prompt column, which the model will read twice",
-    "empty_prompt": "nothing is there for the completions to answer; is it in a column of another name?",
-    "user_in_completion": "what the user says is scored like the answer; a completion should be the assistant's alone, "
-    "and what comes before its answer belongs into the prompt",
-    "messages_as_text": "it would be learnt as it stands; parse it into messages",
-    "header_scored": "the chat template knows no add_generation_prompt, so what it writes before an answer counts as a "
-    "part of the answer",
-    "not_decoded": "the chat template or the tokenizer leaves out or changes some of it; look at the row",
-    "duplicate": "it counts twice",
-    "contradicted": "one row prefers what the other rejects, and they cancel",
-}
 
 
 @dataclass
@@ -88,6 +43,8 @@ class DataSummary:
         rows_kept: rows after; ``rows_in - rows_kept == sum(dropped.values())``.
         dropped: rows left out, by reason (the keys of ``DROP_REASONS``). A row counts under one reason.
         warned: rows kept but doubtful, by reason (the keys of ``WARN_REASONS``). A row may count under several.
+        noted: sound rows in which something was put right, or is worth knowing, by reason (the keys of ``NOTES``).
+        details: for some reasons, what they are about: names of fields, of tools, a date.
         truncated: kept rows that the collator will cut, for ``chosen`` (prompt + chosen) and ``rejected``.
         lengths: token counts before any cut, of the rows kept and of those dropped for their length, for ``prompt``,
             ``chosen``, ``rejected`` and ``longest`` (the prompt with the longer completion).
@@ -105,6 +62,8 @@ class DataSummary:
     truncation_mode: str
     dropped: dict[str, int] = field(default_factory=dict)
     warned: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
+    details: dict[str, list[str]] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
     lengths: dict[str, LengthStats] = field(default_factory=dict)
     first_rows: dict[str, list[int]] = field(default_factory=dict)
@@ -118,12 +77,20 @@ class DataSummary:
 
     def doubts(self) -> list[str]:
         """A line for each reason for which rows were dropped, or should be looked at; empty for sound data."""
-        dropped = [f"{self._counted(reason)} dropped: {DROP_REASONS[reason]}" for reason in self.dropped]
-        return dropped + [f"{self._counted(reason)}: {WARN_REASONS[reason]}" for reason in self.warned]
+        dropped = [f"{self._counted(reason)} dropped: {self.words(reason)}" for reason in self.dropped]
+        return dropped + [f"{self._counted(reason)}: {self.words(reason)}" for reason in self.warned]
+
+    def words(self, reason: str) -> str:
+        """A reason in words, with what it is about."""
+        said = (DROP_REASONS | WARN_REASONS | NOTES)[reason]
+        details = self.details.get(reason)
+        return f"{said} ({', '.join(details)})" if details else said
 
     def _counted(self, reason: str) -> str:
-        count = self.dropped.get(reason) or self.warned[reason]
-        return f"{count} of {self.rows_in} rows ({self._where(reason)})"
+        return f"{self._count(reason)} of {self.rows_in} rows ({self._where(reason)})"
+
+    def _count(self, reason: str) -> int:
+        return (self.dropped | self.warned | self.noted)[reason]
 
     def table(self) -> Group:
         """A rich renderable: ``rich.print(summary.table())``."""
@@ -148,9 +115,11 @@ class DataSummary:
                 cut = {"keep_start": "end", "keep_end": "beginning"}[self.truncation_mode]
                 table.add_row(f"  prompt + {side} loses its {cut}", str(count), f"max_length {self.max_length}")
         for reason, count in self.dropped.items():
-            table.add_row(f"dropped: {DROP_REASONS[reason]}", str(count), self._where(reason), style="red")
+            table.add_row(f"dropped: {self.words(reason)}", str(count), self._where(reason), style="red")
         for reason, count in self.warned.items():
-            table.add_row(f"kept, but: {WARN_REASONS[reason]}", str(count), self._where(reason), style="yellow")
+            table.add_row(f"kept, but: {self.words(reason)}", str(count), self._where(reason), style="yellow")
+        for reason, count in self.noted.items():
+            table.add_row(self.words(reason), str(count), self._where(reason), style="dim")
         if self.unused_columns:
             table.add_row("columns that are not used", str(len(self.unused_columns)), ", ".join(self.unused_columns))
         return table
@@ -183,5 +152,5 @@ class DataSummary:
 
     def _where(self, reason: str) -> str:
         rows = self.first_rows[reason]
-        count = self.dropped.get(reason) or self.warned[reason]
+        count = self._count(reason)
         return f"row {', '.join(map(str, rows))}{', …' if count > len(rows) else ''}"

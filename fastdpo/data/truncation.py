@@ -15,10 +15,20 @@ def check_truncation(max_length: int | None, truncation_mode: str) -> None:
 
 
 def cut(
-    prompt: list[int], completion: list[int], max_length: int | None, truncation_mode: str
+    prompt: list[int],
+    completion: list[int],
+    max_length: int | None,
+    truncation_mode: str,
+    completion_mask: list[int] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """(ids, completion mask) of one sequence, at most ``max_length`` long."""
-    ids, mask = prompt + completion, [0] * len(prompt) + [1] * len(completion)
+    """(ids, mask of the tokens that are scored) of one sequence, at most ``max_length`` long.
+
+    Args:
+        prompt, completion: their ids.
+        max_length, truncation_mode: how much of both stays, and which end of it.
+        completion_mask: 1 on the completion's tokens that count; None, or empty, for all of them.
+    """
+    ids, mask = prompt + completion, [0] * len(prompt) + (completion_mask or [1] * len(completion))
     if max_length is None or len(ids) <= max_length:
         return ids, mask
     if truncation_mode == "keep_start":

@@ -1,15 +1,19 @@
-"""Rows as a person checks them: decoded, coloured by what the mask makes of each token, and cut where training cuts."""
+"""Rows as a person checks them: as they are written, and beside it decoded, coloured by what the mask makes of each
+token, and cut where training cuts."""
 
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE
 from rich.console import Group
+from rich.table import Table
 from rich.text import Text
 
-from fastdpo.data.mask import decode
-from fastdpo.data.summary import DROP_REASONS, WARN_REASONS, DataSummary
+from fastdpo.data.encode import decode
+from fastdpo.data.summary import DataSummary
 from fastdpo.data.truncation import cut
 
 if TYPE_CHECKING:
@@ -36,8 +40,8 @@ def worst_rows(summary: DataSummary, count: int) -> list[int]:
 
 def reasons_of(row: int, summary: DataSummary) -> list[str]:
     """Why a row among ``first_rows`` was dropped, or is doubtful, in words."""
-    dropped = [f"dropped: {DROP_REASONS[name]}" for name in summary.dropped if row in summary.first_rows[name]]
-    return dropped + [f"but: {WARN_REASONS[name]}" for name in summary.warned if row in summary.first_rows[name]]
+    dropped = [f"dropped: {summary.words(name)}" for name in summary.dropped if row in summary.first_rows[name]]
+    return dropped + [f"but: {summary.words(name)}" for name in summary.warned if row in summary.first_rows[name]]
 
 
 def show_row(
@@ -60,26 +64,46 @@ def show_row(
     if not tokens["chosen_ids"]:  # it never came to tokens
         fields = [f"{name}: {_shorten(json.dumps(value, ensure_ascii=False))}" for name, value in raw.items()]
         return Group(heading, *(Text(visible(line)) for line in fields), "")
-    sides = [
-        Text.assemble(*_spans(tokens, name, style, tokenizer, summary))
-        for name, style in (("chosen", CHOSEN), ("rejected", REJECTED))
-    ]
-    return Group(heading, *sides, "")
+    table = Table(box=SIMPLE, show_edge=False, pad_edge=False, header_style="dim")
+    table.add_column("as written", ratio=1)
+    table.add_column("as rendered", ratio=1)
+    prompt = [] if isinstance(raw.get("prompt"), str) and not isinstance(raw["chosen"], str) else [raw.get("prompt")]
+    for name, style in (("chosen", CHOSEN), ("rejected", REJECTED)):
+        written = Text("\n").join(as_written(value) for value in (*prompt, raw[name]) if value)
+        table.add_row(written, Text.assemble(*_spans(tokens, name, style, tokenizer, summary)))
+    return Group(heading, table, "")
+
+
+def as_written(value: Any) -> Text:
+    """A text, or messages with all of their fields."""
+    if isinstance(value, str):
+        return Text(visible(_shorten(value)))
+    lines = []
+    for message in value:
+        content = message.get("content")
+        shown = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        text = Text(visible(f"{message['role']}: "), "bold").append(visible(_shorten(shown)), "not bold")
+        for name, value in message.items():
+            if name not in ("role", "content") and value is not None:
+                said = _shorten(json.dumps(value, ensure_ascii=False, default=str))
+                text.append(visible(f"\n  {name}: {said}"), "not bold")
+        lines.append(text)
+    return Text("\n").join(lines)
 
 
 def _spans(
     tokens: dict[str, Any], side: str, style: str, tokenizer: PreTrainedTokenizerBase, summary: DataSummary
 ) -> list[tuple[str, str]]:
-    """(text, style) of what is cut, of the prompt and of the completion, in the order of the tokens."""
-    prompt, completion = tokens["prompt_ids"], tokens[f"{side}_ids"]
-    ids, mask = cut(prompt, completion, summary.max_length, summary.truncation_mode)
-    scored = sum(mask)
-    kept_prompt = ids[: len(ids) - scored]
-    kept_completion = ids[len(ids) - scored :]
-    lost = (prompt + completion)[len(ids) :] if summary.truncation_mode == "keep_start" else []
-    lost_before = (prompt + completion)[: -len(ids)] if summary.truncation_mode == "keep_end" else []
-    parts = [(lost_before, CUT, True), (kept_prompt, PROMPT, True), (kept_completion, style, False), (lost, CUT, False)]
-    return [(visible(_shorten(decode(tokenizer, ids), keep_end)), look) for ids, look, keep_end in parts if ids]
+    """(text, style) of what is cut, of what is context and of what is scored, in the order of the tokens."""
+    whole, mode = tokens["prompt_ids"] + tokens[f"{side}_ids"], summary.truncation_mode
+    ids, mask = cut(tokens["prompt_ids"], tokens[f"{side}_ids"], summary.max_length, mode, tokens.get(f"{side}_mask"))
+    lost = len(whole) - len(ids)
+    parts = [([token for token, _ in run], style if scored else PROMPT, not scored) for scored, run in groupby(
+        zip(ids, mask, strict=True), key=lambda pair: pair[1]
+    )]  # fmt: skip
+    if lost:
+        parts = [*parts, (whole[-lost:], CUT, False)] if mode == "keep_start" else [(whole[:lost], CUT, True), *parts]
+    return [(visible(_shorten(decode(tokenizer, part), keep_end)), look) for part, look, keep_end in parts]
 
 
 def _shorten(text: str, keep_end: bool = False) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, compress
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,9 @@ class Pair(NamedTuple):
     chosen: list[int]
     rejected_context: list[int]
     rejected: list[int]
+    # 1 on the tokens of a completion that are scored; empty where all are.
+    chosen_mask: list[int] = []  # noqa: RUF012 (never changed)
+    rejected_mask: list[int] = []  # noqa: RUF012
 
     @property
     def has_one_prompt(self) -> bool:
@@ -44,7 +47,7 @@ class Pair(NamedTuple):
     @property
     def sequence_tokens(self) -> int:
         """Tokens of both sequences."""
-        return sum(map(len, self))
+        return sum(map(len, self[:4]))
 
     def row_tokens(self, shared: bool) -> int:
         """Tokens that it takes up in a row."""
@@ -94,18 +97,21 @@ def cut_pair(row: dict[str, Any], max_length: int | None, truncation_mode: str) 
     Raises:
         ValueError: nothing to score is left of a completion.
     """
-    sides = []
-    for name in ("chosen_ids", "rejected_ids"):
-        ids, mask = cut(row["prompt_ids"], row[name], max_length, truncation_mode)
-        context = len(mask) - sum(mask)
+    sides, masks = [], []
+    for side in ("chosen", "rejected"):
+        prompt, completion, scored = row["prompt_ids"], row[f"{side}_ids"], row.get(f"{side}_mask")
+        ids, mask = cut(prompt, completion, max_length, truncation_mode, scored)
+        lost = len(prompt) + len(completion) - len(ids) if truncation_mode == "keep_end" else 0
+        context = max(0, min(len(prompt) - lost, len(ids)))
         # A token without a predecessor is not predicted.
-        if len(ids) <= max(context, 1):
+        if not any(mask[1:]):
             raise ValueError(
                 f"A row of {len(ids)} tokens has no completion left within max_length={max_length}. Pass the rows "
                 "through fastdpo.data.prepare with the same max_length: it drops and counts them."
             )
         sides += [ids[:context], ids[context:]]
-    return Pair(*sides)
+        masks.append([] if all(mask[context:]) else mask[context:])
+    return Pair(*sides, *masks)
 
 
 def pack(pairs: Sequence[Pair], *, shared: bool) -> PackedRow:
@@ -125,13 +131,19 @@ def pack(pairs: Sequence[Pair], *, shared: bool) -> PackedRow:
             rejected = layout.add(pair.rejected, after=prompt)
             layout.close(prompt.start, chosen.stop)
             layout.close(rejected.start, rejected.stop, prefix=prompt)
-            scored += [_predictors(prompt, chosen, pair.chosen), _predictors(prompt, rejected, pair.rejected)]
+            scored += [
+                _predictors(prompt, chosen, pair.chosen, pair.chosen_mask),
+                _predictors(prompt, rejected, pair.rejected, pair.rejected_mask),
+            ]
         else:
-            for context, completion in ((pair.chosen_context, pair.chosen), (pair.rejected_context, pair.rejected)):
+            for context, completion, mask in (
+                (pair.chosen_context, pair.chosen, pair.chosen_mask),
+                (pair.rejected_context, pair.rejected, pair.rejected_mask),
+            ):
                 prompt = layout.add(context)
                 own = layout.add(completion, after=prompt)
                 layout.close(prompt.start, own.stop)
-                scored.append(_predictors(prompt, own, completion))
+                scored.append(_predictors(prompt, own, completion, mask))
     in_order = scored[0::2] + scored[1::2]
     return PackedRow(
         input_ids=torch.tensor([layout.ids]),
@@ -163,10 +175,14 @@ class _Layout:
         self.segments.append(Segment(begin, end, prefix.start, prefix.stop))
 
 
-def _predictors(prompt: range, completion: range, ids: list[int]) -> tuple[list[int], list[int]]:
+def _predictors(prompt: range, completion: range, ids: list[int], mask: list[int]) -> tuple[list[int], list[int]]:
     """The positions that predict a completion, and its tokens; the first has none where there is no prompt."""
     positions = [*prompt[-1:], *completion[:-1]]
-    return positions, ids[len(ids) - len(positions) :]
+    targets = ids[len(ids) - len(positions) :]
+    if mask:
+        mask = mask[len(ids) - len(positions) :]
+        return list(compress(positions, mask)), list(compress(targets, mask))
+    return positions, targets
 
 
 # --------------------------------------------------------------------------------------------------------------------

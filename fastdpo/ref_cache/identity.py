@@ -10,12 +10,14 @@ from torch import Tensor
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdpo.data.prepare import PreferenceCollator
+from fastdpo.data.templates import writes_date
 from fastdpo.ref_cache.fingerprints import (
     config_facts,
     template_fingerprint,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from fastdpo.ref_cache.key import DATED
 
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,6 +29,7 @@ def reference_identity(
     collator: DataCollator,
     mixed_precision: str,
     ld_alpha: float | None = None,
+    template_date: str | None = None,
 ) -> dict[str, Any]:
     """The fields of :class:`fastdpo.ref_cache.key.CacheKey` beside those of the rows.
 
@@ -36,6 +39,7 @@ def reference_identity(
         tokenizer: what the rows were tokenised with; None if they came tokenised.
         collator: what cuts and masks.
         mixed_precision: accelerate's name of the type under autocast; ``no`` for none.
+        template_date: the day that a chat template which writes the date was rendered on.
         ld_alpha: what tokens beyond the pair's shorter completion count; None for as much as any.
     """
     dtype = str(model.dtype).removeprefix("torch.")
@@ -50,11 +54,16 @@ def reference_identity(
         "weights_dtype": dtype,
         "compute_dtype": str(_AUTOCAST_DTYPES.get(mixed_precision, dtype)).removeprefix("torch."),
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-        "chat_template": None if tokenizer is None else template_fingerprint(tokenizer),
+        "chat_template": None if tokenizer is None else _template(tokenizer, template_date),
         "max_length": options.get("max_length"),
         "truncation_mode": options.get("truncation_mode"),
         "masking": f"{module}.{kind.__qualname__}" + ("" if ld_alpha is None else f", ld_alpha {ld_alpha}"),
     }
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, date: str | None) -> str | None:
+    fingerprint = template_fingerprint(tokenizer)
+    return f"{fingerprint}{DATED}{date}" if date and writes_date(tokenizer) else fingerprint
 
 
 def row_words(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> str:

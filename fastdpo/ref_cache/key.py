@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+# Between a chat template's fingerprint and the day that it writes, if it writes one.
+DATED = ", on "
+
 
 @dataclass(frozen=True)
 class CacheKey:
@@ -57,6 +60,12 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
             found += [f"the model's {key} was {before[key]!r} and is {now[key]!r}" for key in keys]
         elif name == "weights":
             found.append(f"the weights differ ({before[:12]} there, {now[:12]} here)")
+        elif name == "chat_template" and before and now and before.partition(DATED)[0] == now.partition(DATED)[0]:
+            days = [value.partition(DATED)[2] or "another" for value in (before, now)]
+            found.append(
+                f"the chat template writes the date, which was {days[0]} and is {days[1]} (--template_date {days[0]} "
+                "renders it as before)"
+            )
         elif name in ("tokenizer", "chat_template"):
             found.append(f"the {name.replace('_', ' ')} differs")
         else:

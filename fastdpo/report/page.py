@@ -11,7 +11,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from fastdpo.data.summary import DROP_REASONS, WARN_REASONS, DataSummary
+from fastdpo.data.reasons import DROP_REASONS, WARN_REASONS
+from fastdpo.data.summary import DataSummary
 from fastdpo.report.charts import draw_curves, draw_histograms
 from fastdpo.report.picture import read_curve
 from fastdpo.report.record import RunRecord

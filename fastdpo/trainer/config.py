@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from fastdpo.data.prepare import TRUNCATION_MODES
+from fastdpo.data.settings import SCORES, parse_date
 from fastdpo.loss.objectives import F_DIVERGENCES, OBJECTIVES
 from fastdpo.loss.options import LossOptions
 from fastdpo.model.packing import PACKINGS
@@ -124,6 +126,29 @@ class DPOConfig(TrainingArguments):
         default=False,
         metadata={"help": "Stop where a pair would be dropped, or is doubtful, before anything is trained."},
     )
+    score: str = field(
+        default="assistant",
+        metadata={
+            "help": "Which answers of a completion that has several turns are scored: all of the assistant's, or the "
+            "last. What lies between them never is.",
+            "choices": list(SCORES),
+        },
+    )
+    end_token: str | None = field(
+        default=None,
+        metadata={"help": "Special token to append to answers after which the chat template writes none."},
+    )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template to use in the place of the tokenizer's: a Jinja file, or the name of one of TRL's, "
+            "where TRL is installed, such as qwen3_training."
+        },
+    )
+    template_date: str | None = field(
+        default=None,
+        metadata={"help": "What chat templates that write the date take for today: 2026-03-01. By default, today."},
+    )
     packing: str = field(
         default="auto",
         metadata={
@@ -188,6 +213,10 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 f"truncation_mode is {self.truncation_mode!r}; it should be one of {', '.join(TRUNCATION_MODES)}"
             )
+        if self.score not in SCORES:
+            raise ValueError(f"score is {self.score!r}; it should be one of {', '.join(SCORES)}")
+        # One day for all of the run: for its rows, and for what its reference is bound to.
+        self.template_date = (parse_date(self.template_date) or datetime.date.today()).isoformat()
         if self.packing not in PACKINGS:
             raise ValueError(f"packing is {self.packing!r}; it should be one of {', '.join(PACKINGS)}")
         counts = ("max_length", "max_tokens_per_batch", "pad_to_multiple_of", "dataset_num_proc")

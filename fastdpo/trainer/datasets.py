@@ -12,6 +12,7 @@ from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.prepare import PreferenceCollator, prepare
 from fastdpo.data.streaming import columns_of_stream, prepare_stream
 from fastdpo.data.summary import DataSummary
+from fastdpo.data.templates import read_template
 from fastdpo.model.adapters import load_tokenizer
 from fastdpo.model.language_model import language_model
 from fastdpo.trainer.config import DPOConfig
@@ -44,6 +45,8 @@ class DatasetPreparer:
     ) -> None:
         self._source, self._args = source, args
         self.tokenizer = find_tokenizer(source, args, needed=needs_tokenizer) if tokenizer is None else tokenizer
+        if self.tokenizer is not None and args.chat_template_path is not None:
+            self.tokenizer.chat_template = read_template(args.chat_template_path)  # and the model is saved with it
         self.summaries: dict[str, DataSummary] = {}
 
     def prepare_to_train(self, dataset: TrainDataset) -> TrainDataset:
@@ -59,6 +62,9 @@ class DatasetPreparer:
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
             strict=args.strict,
+            score=args.score,
+            end_token=args.end_token,
+            template_date=args.template_date,
         )
 
     def prepare(self, dataset: Dataset, name: str) -> Dataset:
@@ -84,13 +90,19 @@ class DatasetPreparer:
                 num_proc=args.dataset_num_proc,
                 batch_size=args.per_device_train_batch_size,
                 strict=args.strict,
+                score=args.score,
+                end_token=args.end_token,
+                template_date=args.template_date,
             )
         return dataset
 
     def _some_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is not None:
             return self.tokenizer
-        return cast(PreTrainedTokenizerBase, find_tokenizer(self._source, self._args, needed=True))
+        tokenizer = cast(PreTrainedTokenizerBase, find_tokenizer(self._source, self._args, needed=True))
+        if self._args.chat_template_path is not None:
+            tokenizer.chat_template = read_template(self._args.chat_template_path)
+        return tokenizer
 
     def prepare_all(self, datasets: EvalDataset, name: str) -> EvalDataset:
         """The same for what ``Trainer`` takes for evaluation: a dataset, several by name, or None."""

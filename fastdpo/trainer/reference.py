@@ -160,6 +160,7 @@ class Reference:
                 collate,
                 accelerator.mixed_precision,
                 None if args.ld_reference == "policy" else args.ld_alpha,
+                args.template_date,
             ),
             score=score,
             max_length=args.max_length,

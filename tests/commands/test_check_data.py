@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from families import family_template, tokenizer_with
+from rich.console import Console
 from tiny_models import make_model
 from toy_data import chat_rows, make_tokenizer, text_rows, write_jsonl
 
@@ -21,6 +24,7 @@ def quiet_and_uncached(tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.delenv("FASTDPO_TRACEBACK", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(Console, "_environ", os.environ)  # which is another one once datasets has used processes
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +108,52 @@ def test_tokenised_rows_are_refused(tokenizer: str, tmp_path: Path, capsys: pyte
     assert "holds token ids already" in capsys.readouterr().err
 
 
+def with_template(folder: Path, family: str) -> str:
+    tokenizer_with(family_template(family)).save_pretrained(folder / family)
+    return str(folder / family)
+
+
+def test_a_doubt_is_shown_as_written_and_as_rendered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = chat_rows(4)
+    rows[2]["chosen"] = [rows[2]["chosen"][0] | {"reasoning_content": "Perhaps so."}]
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    assert check(with_template(tmp_path, "chatml"), path) == 0
+    said = capsys.readouterr().out
+    assert "kept, but: the chat template leaves out an answer's reasoning" in said
+    assert "as written" in said and "as rendered" in said
+    assert 'reasoning_content: "Perhaps so."' in said and "<|im_end|>" in said
+
+
+def test_flags_of_preparation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", chat_rows(2))
+    glm = with_template(tmp_path, "glm")
+    assert check(glm, path, "--strict") == 2
+    assert "the end of the answer is not scored" in capsys.readouterr().err
+    assert check(glm, path, "--strict", "--end_token", "<|user|>") == 0
+    assert "the end token was appended to answers" in capsys.readouterr().out
+    assert check(glm, path, "--end_token", "bread") == 2
+    assert "end_token is 'bread', which is no special token of the tokenizer" in capsys.readouterr().err
+    (tmp_path / "mine.jinja").write_text(family_template("zephyr"))
+    assert check(glm, path, "--strict", "--chat_template_path", str(tmp_path / "mine.jinja")) == 0
+    assert check(glm, path, "--chat_template_path", "nothing") == 2
+    assert "No chat template 'nothing'" in capsys.readouterr().err
+    granite = with_template(tmp_path, "granite")
+    assert check(granite, path, "--strict", "--template_date", "2026-03-01") == 0
+    said = capsys.readouterr().out
+    assert "writes today's date (2026-03-01)" in said and "March 01, 2026" in said
+    assert check(granite, path, "--template_date", "tomorrow") == 2
+    assert "template_date is 'tomorrow'; it should be a date" in capsys.readouterr().err
+
+
+def test_a_cleaned_file_is_sound(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, cleaned = write_jsonl(tmp_path / "pairs.jsonl", doubtful()), tmp_path / "cleaned.jsonl"
+    assert check(tokenizer, path, "--fix", str(cleaned)) == 0
+    assert f"{cleaned}: 6 rows; left out: 1 dropped, 1 identical." in capsys.readouterr().out
+    assert check(tokenizer, cleaned, "--strict") == 0
+    assert check(tokenizer, path, "--fix", str(tmp_path / "nowhere" / "x.jsonl")) == 2
+    assert "--fix" in capsys.readouterr().err
+
+
 def test_no_weights_are_loaded(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(Path(tokenizer).glob("*.safetensors"))  # there are none to load
     assert check(tokenizer, write_jsonl(tmp_path / "pairs.jsonl", text_rows(3))) == 0
@@ -112,7 +162,16 @@ def test_no_weights_are_loaded(tokenizer: str, tmp_path: Path, monkeypatch: pyte
 def test_help_suffices(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check-data", "--help"]) == 0
     said = capsys.readouterr().out
-    for text in ("--strict", "--rows", "--max_length", "exit code:", "examples:", "no weights are loaded"):
+    for text in (
+        "--strict",
+        "--fix",
+        "--score",
+        "--rows",
+        "--max_length",
+        "exit code:",
+        "examples:",
+        "no weights are loaded",
+    ):
         assert text in said
     assert main(["--help"]) == 0
     assert "check-data" in capsys.readouterr().out

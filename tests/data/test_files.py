@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from families import family_template, tokenizer_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_data import assistant, chat_rows, make_tokenizer, text_rows, user, write_jsonl
@@ -273,12 +274,13 @@ def test_keys_that_structs_fill_in_are_left_out_and_null_columns_stay(tmp_path: 
 
 def test_rows_that_are_given_as_a_dataset_lose_what_structs_fill_in_too(tmp_path: Path) -> None:
     def rows(*arguments: dict[str, Any]) -> list[dict[str, Any]]:
-        # The template renders a content that is a list by printing it, with all that it holds.
-        return [chat_rows(1)[0] | {"chosen": [{"role": "assistant", "content": [{"x": a}]}]} for a in arguments]
+        calls = [[{"type": "function", "function": {"name": "look", "arguments": a}}] for a in arguments]
+        return [chat_rows(1)[0] | {"chosen": [assistant("") | {"tool_calls": call}]} for call in calls]
 
     arguments = [{"city": "Oslo"}, {"a": 1}, {"b": None}]
-    alone = [prepare(datasets.Dataset.from_list(rows(a)), make_tokenizer())[0]["chosen_ids"][0] for a in arguments[:2]]
-    together, _ = prepare(datasets.Dataset.from_list(rows(*arguments)), make_tokenizer())
+    tokenizer = tokenizer_with(family_template("hermes"))
+    alone = [prepare(datasets.Dataset.from_list(rows(a)), tokenizer)[0]["chosen_ids"][0] for a in arguments[:2]]
+    together, _ = prepare(datasets.Dataset.from_list(rows(*arguments)), tokenizer)
     assert together["chosen_ids"][:2] == alone
     plain = datasets.Dataset.from_list(chat_rows(3))
     assert as_said(plain) is plain  # as nearly all sets are

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from families import family_template, tokenizer_with
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_data import assistant, chat_rows, make_tokenizer, text_rows, user, write_jsonl
+from toy_data import assistant, chat_rows, text_rows, user, write_jsonl
 
 from fastdpo.data import examine
 from fastdpo.data.files import load_preferences
@@ -365,7 +366,7 @@ def test_rows_of_every_format_become_the_pairs_that_they_say(name: str, number: 
     assert found == expected
     assert dataset.info.description.startswith(FORMATS[name].title)
     assert read(rows, tmp_path / "b.jsonl", format=name)[0] == expected  # and so by name
-    _, kept, _ = examine(dataset, make_tokenizer())
+    _, kept, _ = examine(dataset, tokenizer_with(family_template("hermes")))  # which renders calls
     assert len(kept) == sum("chosen" in row for row in expected)
 
 

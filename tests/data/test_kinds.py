@@ -15,7 +15,7 @@ from toy_data import assistant, chat_rows, make_tokenizer, text_rows, user, with
 
 from fastdpo.data import PreferenceCollator, examine, prepare
 from fastdpo.data.files import DataError, load_preferences
-from fastdpo.data.summary import DROP_REASONS, DROP_REMEDIES, WARN_EXPLANATIONS, WARN_REASONS
+from fastdpo.data.reasons import DROP_REASONS, DROP_REMEDIES, NOTES, WARN_EXPLANATIONS, WARN_REASONS
 
 TOKENIZER = make_tokenizer()
 ROW = {"prompt": "How many bridges?", "chosen": " Seven.", "rejected": " I do not know."}
@@ -102,7 +102,7 @@ def test_unusable_files_are_refused_with_the_reason(kind: str, tmp_path: Path) -
 
 
 EMOJI = "👩‍👩‍👧 ok"
-REPEATED = {"prompt_repeated": 1, "user_in_completion": 1, "prompt_shortened": 1}
+REPEATED = {"prompt_repeated": 1}
 SYSTEM = {"role": "system", "content": "Be brief."}
 # Files that can be used: name, content, how many rows are dropped, and how many are kept with a doubt, by reason.
 FILES: dict[str, tuple[str, bytes, dict[str, int], dict[str, int]]] = {
@@ -129,7 +129,7 @@ ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, int], dict[str, int]]] = {
     "opposite rows": ([text(), text(chosen=ROW["rejected"], rejected=ROW["chosen"])], {}, {"contradicted": 1}),
     "the prompt repeated": ([twice(text())], {}, {"prompt_repeated": 1}),
     "messages repeat the prompt": ([twice(chat())], {}, REPEATED),
-    "ends in a user's turn": ([chat(chosen=[assistant("Seven."), user("Sure?")])], {}, {"user_in_completion": 1}),
+    "ends in a user's turn": ([chat(chosen=[assistant("Seven."), user("Sure?")])], {}, {"unanswered_turn": 1}),
     "different prompts inside": (
         [{"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]}, *without_prompt([CHAT])],
         {"no_prompt": 1},
@@ -192,10 +192,10 @@ def assert_masks_decode(rows: Dataset, tokenised: Dataset, kept: list[int], max_
             else:
                 if isinstance(prompt, str):  # beside conversations that hold the prompt
                     prompt, completion = completion[:-1], completion[-1:]
-                rendered = [f"<|{m['role']}|>{m['content']}<|end|>" for m in completion]
-                opening = "<|assistant|>" if completion[0]["role"] == "assistant" else ""
-                assert scored == "".join(rendered).removeprefix(opening)
-                assert before.endswith(f"{prompt[-1]['content']}<|end|>{opening}")
+                messages = prompt + completion
+                answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= len(prompt)]
+                assert scored == "".join(f"{messages[i]['content']}<|end|>" for i in answers)
+                assert before.endswith(f"{messages[answers[-1] - 1]['content']}<|end|><|assistant|>")
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -260,8 +260,8 @@ def with_template(template: str) -> Any:
         # Puts the number of messages in front: nothing of the prompt stays the same.
         ("{{ messages | length }}" + PLAIN + GENERATION, ALL_SCORED, {}),
         # Leaves the answer out, or the question.
-        (USERS_ALONE + GENERATION, {}, {"not_decoded": 4, "identical": 4}),
-        (PLAIN.replace("m.content", "m.content[:3]") + GENERATION, {}, {"not_decoded": 4}),
+        (USERS_ALONE + GENERATION, {"answer_left_out": 4}, {}),
+        (PLAIN.replace("m.content", "m.content[:3]") + GENERATION, {"answer_left_out": 4}, {}),
     ],
 )
 def test_templates_are_judged_by_what_they_render(template: str, dropped: dict, warned: dict) -> None:
@@ -303,7 +303,7 @@ def test_strict_refuses_what_is_dropped_or_doubtful_and_nothing_else() -> None:
 def test_every_reason_is_explained() -> None:
     assert DROP_REASONS.keys() == DROP_REMEDIES.keys()
     assert WARN_REASONS.keys() == WARN_EXPLANATIONS.keys()
-    assert not DROP_REASONS.keys() & WARN_REASONS.keys()
+    assert len({*DROP_REASONS, *WARN_REASONS, *NOTES}) == len(DROP_REASONS) + len(WARN_REASONS) + len(NOTES)
 
 
 def test_columns_that_are_not_used_are_named(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import rich.console
 import torch
 from datasets import Dataset, DatasetDict
+from families import family_template, tokenizer_with
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy_data import (
@@ -31,6 +32,7 @@ from trl.trainer.dpo_trainer import DPOTrainer as TRLTrainer
 
 from fastdpo.data import PreferenceCollator, prepare
 from fastdpo.data.files import TOKEN_COLUMNS, DataError, load_preferences
+from fastdpo.data.row_digests import row_digests
 from fastdpo.data.summary import LengthStats
 
 REAL_PAIRS = Path(__file__).parents[3] / "shared/data/preferences_en.jsonl"
@@ -253,6 +255,56 @@ def test_prepare_carries_reference_logps_past_dropped_rows() -> None:
     assert set(kept.column_names) == {*TOKEN_COLUMNS, "ref_chosen_logps", "ref_rejected_logps"}
 
 
+def test_rows_prepared_on_another_day_are_not_taken_for_todays() -> None:
+    rows, tokenizer = Dataset.from_list(chat_rows(2)), tokenizer_with(family_template("granite"))
+    days = {}
+    for day in ("2026-03-01", "2026-03-02", "2026-03-01"):
+        kept, summary = prepare(rows, tokenizer, template_date=day)
+        assert f"date: {day}" in tokenizer.decode(kept[0]["prompt_ids"]).replace("March 0", "2026-03-0").replace(
+            ", 2026", ""
+        )
+        assert summary.noted == {"dated": 2} and summary.details == {"dated": [day]}
+        days.setdefault(day, kept._fingerprint)
+        assert days[day] == kept._fingerprint
+    assert len(set(days.values())) == 2
+    plain = tokenizer_with(family_template("chatml"))  # writes none, and any day's rows are the same
+    assert prepare(rows, plain)[0]._fingerprint == prepare(rows, plain, template_date="2026-03-01")[0]._fingerprint
+
+
+@pytest.mark.parametrize(("option", "message"), [
+    ({"score": "first"}, "score must be one of assistant, last"),
+    ({"template_date": "1.3."}, "template_date is '1.3.'"),
+    ({"end_token": "bread"}, "end_token is 'bread', which is no special token"),
+])  # fmt: skip
+def test_bad_options_are_refused(option: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(Dataset.from_list(chat_rows(2)), TOKENIZERS["plain"], **option)
+
+
+AGENT = [{"role": "tool", "content": "seven"}, assistant("There are seven.")]
+
+
+def test_masks_of_several_turns_are_columns_and_cut_and_told_apart() -> None:
+    rows = chat_rows(3)
+    rows[1]["chosen"] = [assistant("Let me see."), *AGENT]
+    tokenizer = TOKENIZERS["plain"]
+    kept, summary = prepare(Dataset.from_list(rows), tokenizer)
+    assert summary.noted == {"between_not_scored": 1}
+    assert kept["chosen_mask"][0] == [] and kept["rejected_mask"][1] == []
+    mask, ids = kept["chosen_mask"][1], kept["chosen_ids"][1]
+    scored = tokenizer.decode([token for token, counts in zip(ids, mask, strict=True) if counts])
+    assert scored == "Let me see.<|end|>There are seven.<|end|>"
+    last, _ = prepare(Dataset.from_list(rows), tokenizer, score="last")
+    assert last["chosen_ids"][1] == ids and last["chosen_mask"][1] != mask
+    assert (row_digests(last) != row_digests(kept)).any(1).tolist() == [False, True, False]
+    # The first answer is not scored, and the last lies beyond the limit: nothing is left.
+    limit = len(kept["prompt_ids"][1]) + last["chosen_mask"][1].index(1)
+    for size, dropped in ((limit, 1), (limit + 1, 0)):
+        rows_at = Dataset.from_list([rows[1]] * 2 + [rows[0] | {"prompt": [user("a")]}])
+        found = prepare(rows_at, tokenizer, max_length=size, score="last")[1].dropped.get("prompt_too_long", 0)
+        assert found == 2 * dropped
+
+
 @pytest.mark.parametrize(
     ("max_length", "mode", "message"), [(1, "keep_start", "at least 2"), (9, "keep", "keep_start, keep_end")]
 )
@@ -368,6 +420,7 @@ def test_num_proc_changes_nothing() -> None:
         ([{"prompt": "p", "chosen": "", "rejected": "x"}] * 3, "left of 3. 3 dropped because chosen or rejected is"),
         ([{"prompt": "p", "chosen": "c"}], r"missing column 'rejected'; found 'prompt', 'chosen'\. Needed"),
         ([{"question": "p", "Chosen": "c", "reject": "d"}], "missing columns .*Is 'reject' meant for 'rejected'"),
+        ([{"prompt": "p", "chosen": "c", "project": "d"}], r"^(?!.*meant for).*missing column 'rejected'"),
         ([{"prompt": "p", "chosen": 1, "rejected": 2}], "column 'chosen' has type .*int64"),
         ([{"chosen": [{"from": "a", "value": "x"}], "rejected": [{"from": "a", "value": "y"}]}], "'chosen' has type"),
         ([{"prompt": "p", "chosen": "c", "rejected": "d", "image": "x.png"}], "column 'image' found, but only text"),
@@ -392,7 +445,7 @@ def test_a_row_that_the_chat_template_refuses_is_named() -> None:
 def test_tokenizers_without_a_template_or_an_eos_token_are_refused() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template, tokenizer.eos_token = None, None
-    with pytest.raises(DataError, match="row 0: the chat template refused the messages: .*chat_template"):
+    with pytest.raises(DataError, match="the tokenizer has no chat_template to render them with"):
         prepare(Dataset.from_list(chat_rows(1)), tokenizer)
     with pytest.raises(DataError, match="no EOS token"):
         prepare(Dataset.from_list(text_rows(1)), tokenizer)

@@ -13,6 +13,7 @@ from toy_data import chat_rows, make_tokenizer, text_rows, write_jsonl
 from fastdpo.data import prepare
 from fastdpo.data import streaming as module
 from fastdpo.data.files import load_preferences, stream_preferences
+from fastdpo.data.row_digests import MASK_COLUMNS
 from fastdpo.data.streaming import chunk_of, prepare_stream
 from fastdpo.data.terms import DataError
 
@@ -42,6 +43,7 @@ def test_streamed_rows_are_those_that_are_loaded(path: Path, tmp_path: Path) -> 
 def test_streamed_tokens_are_those_of_prepare(path: Path) -> None:
     kept, _ = prepare(load_preferences(str(path)), TOKENIZER, max_length=40)
     streamed = list(prepare_stream(stream_preferences(str(path)), TOKENIZER, max_length=40))
+    assert [row.pop(name) for row in streamed for name in MASK_COLUMNS] == [[]] * 2 * len(streamed)
     assert streamed == [*kept]
     assert len(streamed) > 3
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import rich.console
 from datasets import Dataset
+from families import family_template, tokenizer_with
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_data import make_tokenizer, text_rows
+from rich.table import Table
+from toy_data import assistant, make_tokenizer, text_rows, user
 
 from fastdpo.data import PreferenceCollator, examine
 from fastdpo.data.truncation import cut
@@ -30,7 +32,7 @@ def shown(rows: list[dict], row: int, **options: object) -> tuple[str, dict[str,
     tokenised, _, summary = examine(Dataset.from_list(rows), TOKENIZER, **options)
     group = show_row(row, rows[row], tokenised[row], TOKENIZER, summary)
     styles: dict[str, str] = {}
-    for text in group.renderables[1:-1]:
+    for text in group.renderables[1].columns[1].cells if isinstance(group.renderables[1], Table) else ():
         for span in text.spans:
             styles[span.style] = styles.get(span.style, "") + text.plain[span.start : span.end]
     console = rich.console.Console(width=500)
@@ -68,12 +70,34 @@ def test_rows_that_never_came_to_tokens_are_shown_as_they_were_read() -> None:
     assert "row 1" in text and "dropped: a field is null or absent" in text and "chosen: null" in text
 
 
+def test_messages_stand_as_written_beside_what_is_rendered() -> None:
+    tokenizer = tokenizer_with(family_template("chatml"))
+    call = {"name": "weather", "arguments": {"city": "Oslo"}}
+    asked = assistant("Wait.") | {"tool_calls": [{"function": call}], "name": None}
+    rows = [{"prompt": [user("Why?")], "chosen": [asked], "rejected": [assistant("No."), user("Eh?"), assistant("So")]}]
+    tokenised, _, summary = examine(Dataset.from_list(rows), tokenizer)
+    group = show_row(0, rows[0], tokenised[0], tokenizer, summary)
+    (written, rendered) = (list(column.cells) for column in group.renderables[1].columns)
+    assert "dropped: the chat template leaves out what chosen or rejected says" in group.renderables[0].plain
+    assert written[0].plain == 'user: Why?\nassistant: Wait.\n  tool_calls: [{"function": ' + (
+        '{"name": "weather", "arguments": {"city": "Oslo"}}}]'
+    )
+    assert "Wait." in rendered[0].plain and "weather" not in rendered[0].plain
+    rows[0]["chosen"] = [assistant("Yes.")]
+    tokenised, _, summary = examine(Dataset.from_list(rows), tokenizer)
+    table = show_row(0, rows[0], tokenised[0], tokenizer, summary).renderables[1]
+    sides = list(table.columns[1].cells)
+    colours = [(sides[1].plain[span.start : span.end], span.style) for span in sides[1].spans]
+    assert [style for _, style in colours] == [PROMPT, REJECTED, PROMPT, REJECTED]
+    assert colours[1][0] == "No.<|im_end|>\n" and colours[3][0] == "So<|im_end|>\n"
+
+
 def test_long_texts_are_shortened_in_the_middle_and_control_characters_shown() -> None:
     rows = [{"prompt": "begin" + " word" * 500 + " end", "chosen": " a\x00\x1b[31m" + "b" * 900, "rejected": " c"}]
     text, styles = shown(rows, 0, max_length=None)
     assert "\\x00\\x1b[31m" in text and "\x1b" not in styles[CHOSEN] and "\x00" not in text
     assert "begin word" in text and "word end" in text and "characters …" in text
-    assert len(text) < 4000
+    assert len(text) < 6000
 
 
 def test_rows_of_every_reason_come_first_in_turn() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
+from families import family_template, tokenizer_with
 from tiny_models import make_model
 from toy_data import make_tokenizer, text_rows
 from transformers import default_data_collator
@@ -30,6 +31,17 @@ def test_an_identity_names_types_and_cuts() -> None:
     assert (mixed["weights_dtype"], mixed["compute_dtype"]) == ("float32", "bfloat16")
     assert (mixed["tokenizer"], mixed["chat_template"], mixed["max_length"]) == (None, None, None)
     assert mixed["masking"].endswith(".default_data_collator")
+
+
+def test_the_day_is_part_of_it_where_the_chat_template_writes_it() -> None:
+    model, collator = make_model("llama"), PreferenceCollator(0)
+
+    def template(family: str, day: str | None) -> str:
+        tokenizer = tokenizer_with(family_template(family))
+        return reference_identity(model, {}, tokenizer, collator, "no", template_date=day)["chat_template"]
+
+    assert template("granite", "2026-03-01") == f"{template('granite', None)}, on 2026-03-01"
+    assert template("chatml", "2026-03-01") == template("chatml", None)
 
 
 def test_rows_are_described_by_their_beginning() -> None:

@@ -44,6 +44,15 @@ def test_what_differs_is_named(change: dict[str, Any], message: str, complete: b
         builder(tmp_path, never, **change).with_columns(token_rows(), "train", 3)
 
 
+def test_another_day_in_the_chat_template_is_named(tmp_path: Path) -> None:
+    one, other = (f"{'ef' * 32}, on 2026-03-0{day}" for day in (1, 2))
+    builder(tmp_path, chat_template=one).with_columns(token_rows(), "train", 3)
+    said = r"the chat template writes the date, which was 2026-03-01 and is 2026-03-02 \(--template_date 2026-03-01 "
+    with pytest.raises(RefCacheError, match=said):
+        builder(tmp_path, never, chat_template=other).with_columns(token_rows(), "train", 3)
+    builder(tmp_path, never, chat_template=one).with_columns(token_rows(), "train", 3)
+
+
 def changed(rows: list[dict[str, Any]], *which: int) -> list[dict[str, Any]]:
     return [row | {"rejected_ids": [9]} if i in which else row for i, row in enumerate(rows)]
 

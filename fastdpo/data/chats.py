@@ -1,0 +1,315 @@
+"""Message lists → texts: rendered in the form that the template takes, and compared with what the messages say."""
+
+from __future__ import annotations
+
+import marshal
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from os.path import commonprefix
+from typing import TYPE_CHECKING, Any
+
+from fastdpo.data.claims import Fault, compare
+from fastdpo.data.facts import Facts, SideFacts, find_facts, shape_of
+from fastdpo.data.forms import forms_for, in_form
+from fastdpo.data.settings import Preparation
+from fastdpo.data.templates import BoundTemplate, Messages, plain, template_of
+from fastdpo.data.terms import DataError, first_line
+from fastdpo.data.turns import Span, answer_spans
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MOST_FACTS = 10_000  # shapes kept; in a set where every row has its own, the oldest go
+
+
+@dataclass
+class Chat:
+    """A row of message lists as it was read.
+
+    Attributes:
+        prompt, chosen, rejected: messages.
+        tools: a list, or None.
+        kwargs: ``chat_template_kwargs``.
+        where: the row, for messages.
+    """
+
+    prompt: Messages
+    chosen: Messages
+    rejected: Messages
+    tools: list[Any] | None
+    kwargs: dict[str, Any]
+    where: str
+
+
+@dataclass
+class Rendered:
+    """A row's texts.
+
+    Attributes:
+        prompt: with the beginning of an answer.
+        wholes: prompt and completion, for chosen and rejected, as far as anything is scored.
+        spans: for each, where its answers lie; None where all that follows the prompt is one.
+        found: reasons for doubt and notes, some with a detail after a colon.
+        drop: a reason to drop the row; empty for none.
+        forms: which forms of the messages were rendered.
+    """
+
+    prompt: str
+    wholes: tuple[str, str]
+    spans: tuple[list[Span] | None, list[Span] | None] = (None, None)
+    found: list[str] = field(default_factory=list)
+    drop: str = ""
+    forms: tuple[str, ...] = ()
+
+
+class ChatRenderer:
+    """Renders rows, and keeps what it finds out about templates.
+
+    Args:
+        tokenizer: with the template.
+        special_tokens: what may end a turn.
+        preparation: which answers are scored, what ends them, and which day it is.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, special_tokens: Collection[str], preparation: Preparation
+    ) -> None:
+        self._tokenizer, self._special, self._preparation = tokenizer, special_tokens, preparation
+        self._facts: dict[Any, Facts | None] = {}
+        self._prompts: dict[bytes, str] = {}
+
+    def render(self, row: Chat) -> Rendered:
+        """
+        Raises:
+            DataError: the template refuses the messages, there is none, or the row would change how it is applied.
+        """
+        template = template_of(self._tokenizer, row.tools, self._preparation.day)
+        variables, unread = template.variables(row.kwargs, row.where) if row.kwargs else ({}, [])
+        # What is rendered is decided by these, and by the messages.
+        setting = marshal.dumps((hash(template.source), row.tools, variables), 2)
+        bound = template.bind(row.tools, variables)
+        prompt = plain(row.prompt, row.where)
+        sides = (plain(row.chosen, row.where), plain(row.rejected, row.where))
+        facts = self._facts_of(bound, prompt, sides, (template.source, row.tools is None, repr(variables)))
+        try:
+            rendered = self._in_forms(bound, facts.forms if facts else (), prompt, sides, setting, facts)
+        except Exception as error:  # templates raise whatever their authors chose
+            # Where the template takes messages of this shape, it is the words that it refuses.
+            rendered = None if facts else self._in_another_form(bound, prompt, sides, setting)
+            if rendered is None:
+                cause = _cause(error, prompt + sides[0])
+                raise DataError(f"{row.where}: the chat template refused the messages: {cause}") from error
+        rendered.found += [f"kwargs_not_read:{name}" for name in unread]
+        if row.tools:
+            rendered.found += _tools_left_out(row.tools, rendered.prompt)
+        if template.writes_date:
+            rendered.found.append(f"dated:{self._preparation.day}")
+        return rendered
+
+    def end_token(self) -> str | None:
+        """The special token that the template writes first after an answer; None if it writes none."""
+        template = template_of(self._tokenizer, None, self._preparation.day).bind(None, {})
+        question, answer = [{"role": "user", "content": "Q"}], [{"role": "assistant", "content": "A"}]
+        facts = find_facts(template, question, (answer, answer), self._special)
+        return facts.sides[0].end_token if facts else None
+
+    def _facts_of(
+        self, template: BoundTemplate, prompt: Messages, sides: tuple[Messages, Messages], setting: tuple[Any, ...]
+    ) -> Facts | None:
+        key = (setting, shape_of(prompt), shape_of(sides[0]), shape_of(sides[1]))
+        if key not in self._facts:
+            if len(self._facts) >= _MOST_FACTS:
+                del self._facts[next(iter(self._facts))]
+            self._facts[key] = find_facts(template, prompt, sides, self._special)
+        return self._facts[key]
+
+    def _in_another_form(
+        self, template: BoundTemplate, prompt: Messages, sides: tuple[Messages, Messages], setting: bytes
+    ) -> Rendered | None:
+        for forms in forms_for(prompt + sides[0] + sides[1]):
+            try:
+                return self._in_forms(template, forms, prompt, sides, setting, None)
+            except Exception:
+                continue
+        return None
+
+    def _in_forms(
+        self,
+        template: BoundTemplate,
+        forms: tuple[str, ...],
+        prompt: Messages,
+        sides: tuple[Messages, Messages],
+        setting: bytes,
+        facts: Facts | None,
+    ) -> Rendered:
+        prompt = in_form(prompt, forms)
+        answers_first = all(side[0]["role"] == "assistant" for side in sides)
+        before = self._render_prompt(template, prompt, setting, answers_first)
+        opening = facts.opening if facts and answers_first else ""
+        said = compare(before, prompt)
+        drop, found = _verdict(said.faults, prompt, len(prompt))
+        found += forms
+        wholes, spans = [], []
+        for number, side in enumerate(sides):
+            side = in_form(side, forms)
+            known = facts.sides[number] if facts else None
+            outcome = self._side(template, prompt, side, before, said.places[-1], opening, known)
+            wholes.append(outcome.whole)
+            spans.append(outcome.spans)
+            found += outcome.found
+            drop = drop or outcome.drop
+        found = list(dict.fromkeys(found))
+        return Rendered(before, (wholes[0], wholes[1]), (spans[0], spans[1]), found, drop, forms)
+
+    def _render_prompt(self, template: BoundTemplate, prompt: Messages, setting: bytes, answer: bool) -> str:
+        # Rows that ask the same mostly follow each other.
+        key = setting + marshal.dumps((prompt, answer), 2)
+        if key not in self._prompts:
+            if len(self._prompts) > 100:
+                self._prompts.clear()
+            self._prompts[key] = template.render(prompt, answer=answer)
+        return self._prompts[key]
+
+    def _side(
+        self,
+        template: BoundTemplate,
+        prompt: Messages,
+        side: Messages,
+        before: str,
+        last_word: Span | None,
+        opening: str,
+        facts: SideFacts | None,
+    ) -> _Side:
+        whole = template.render(prompt + side)
+        if facts and facts.header:
+            whole = whole.removesuffix(facts.header)
+        if whole.startswith(before):
+            # What opens an answer may be the beginning of what the answer says: <think>.
+            start, part = len(before) - len(opening), side
+            shared = len(before)
+        else:
+            start, part = 0, prompt + side
+            shared = len(commonprefix((before, whole)))
+        said = compare(whole, part, start)
+        behind = len(part) - len(side)
+        faults = [Fault(fault.message - behind, fault.what) for fault in said.faults if fault.message >= behind]
+        drop, found = _verdict(faults, side, 0)
+        if facts:
+            number = len(prompt)
+            known = [Fault(fault.message - number, fault.what) for fault in facts.faults if fault.message >= number]
+            known_drop, more = _verdict(known, side, 0)
+            _, asked = _verdict([fault for fault in facts.faults if fault.message < number], prompt, number)
+            drop, found = drop or known_drop, found + more + asked
+        if (facts and facts.prompt_scored) or (last_word is not None and last_word[1] > shared):
+            drop = "prompt_scored"
+        result = _Side(whole, None, found, drop)
+        if not drop:
+            first = said.places[behind]
+            lead = whole[shared : first[0]] if first else ""
+            self._score(result, template, prompt, side, said.places[-1], opening, lead, facts)
+        return result
+
+    def _score(
+        self,
+        result: _Side,
+        template: BoundTemplate,
+        prompt: Messages,
+        side: Messages,
+        last_answer: Span | None,
+        opening: str,
+        lead: str,
+        facts: SideFacts | None,
+    ) -> None:
+        """Which part of the text counts, and how it ends."""
+        end_token = facts.end_token if facts else None
+        header = facts.header if facts else ""
+        if len(side) > 1:
+            spans = answer_spans(
+                template,
+                prompt,
+                side,
+                result.whole,
+                opening=opening,
+                end_token=end_token,
+                header=header,
+                special_tokens=self._special,
+            )
+            if spans is None:
+                result.drop = "turns_not_told_apart"
+                return
+            result.spans = spans[-1:] if self._preparation.score == "last" else spans
+            if any(message["role"] != "assistant" for message in side) or len(result.spans) < len(spans):
+                result.found.append("between_not_scored")
+            if spans[-1][1] < len(result.whole):
+                result.whole = result.whole[: spans[-1][1]]
+        elif lead.strip() and not side[0].get("tool_calls"):
+            result.found.append("answer_opened" if opening else "header_scored")
+        if header:
+            result.found.append("header_cut")
+        tail = result.whole[last_answer[1] :] if last_answer else result.whole[-100:]
+        ends = any(token in tail for token in self._special)
+        end = self._preparation.end_token
+        if end is not None and end not in tail:
+            result.whole += end
+            if result.spans:
+                result.spans = [*result.spans[:-1], (result.spans[-1][0], len(result.whole))]
+            result.found.append("end_appended")
+        elif not ends:
+            result.found.append("end_not_scored")
+
+
+@dataclass
+class _Side:
+    """What became of chosen, or of rejected."""
+
+    whole: str
+    spans: list[Span] | None
+    found: list[str]
+    drop: str
+
+
+def _verdict(faults: list[Fault], messages: Messages, prompt: int) -> tuple[str, list[str]]:
+    """(a reason to drop or "", reasons to doubt); the first ``prompt`` of the messages are the prompt's."""
+    drop, found = "", []
+    for number, what in faults:
+        role = messages[number]["role"]
+        if what == "python":
+            found.append("written_as_python")
+        elif what == "text arguments":
+            found.append("arguments_as_text")
+        elif number < prompt:
+            # Templates leave out what was thought before earlier answers: so the models were trained.
+            if what != "reasoning":
+                found.append(f"prompt_left_out:{what} of {role}")
+        elif role != "assistant":
+            if what != "name":
+                found.append(f"between_left_out:{what} of {role}")
+        elif what == "reasoning":
+            found.append("reasoning_left_out")
+        elif what != "name":
+            drop = "answer_left_out"
+    return drop, found
+
+
+def _tools_left_out(tools: list[Any], text: str) -> list[str]:
+    for tool in tools:
+        inner = tool.get("function", tool) if isinstance(tool, dict) else {}
+        name = inner.get("name") if isinstance(inner, dict) else None
+        if isinstance(name, str) and name not in text:
+            return [f"tools_left_out:{name}"]
+    return []
+
+
+def _cause(error: Exception, messages: Messages) -> str:
+    """A template's error in words of the row."""
+    said = first_line(str(error) or repr(error))
+    roles = ", ".join(str(message["role"]) for message in messages)
+    if attribute := re.search(r"has no attribute '(\w+)'", said):
+        name = attribute[1]
+        without = [m["role"] for m in messages if name not in m and name in ("content", "role", "tool_calls")]
+        who = f"a message of {without[0]}" if without else "a message or tool call"
+        return f"it reads {name!r}, which {who} does not have ({said}; roles: {roles})"
+    if "concatenate str" in said or "has no element" in said or "unsupported operand" in said:
+        return f"it takes text where a message has a list, an object or nothing ({said}; roles: {roles})"
+    return f"{said} (roles: {roles})"
