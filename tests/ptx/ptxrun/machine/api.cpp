@@ -106,6 +106,7 @@ const char* ptx_launches() {
 void* ptx_program(const char* name) {
   auto program = std::make_unique<ptx::Program>();
   program->name = name;
+  program->label = program->name.size() > 90 ? program->name.substr(0, 90) + "..." : program->name;
   void* handle = program.get();
   ptx::programs()[name] = std::move(program);
   return handle;

@@ -41,10 +41,10 @@ void Machine::run(const Launch& what) {
   const Program& program = *what.program;
   const uint64_t clusters = what.grid.count() / what.cluster.count();
   if (what.grid.x % what.cluster.x || what.grid.y % what.cluster.y || what.grid.z % what.cluster.z) {
-    throw Fault(program.name + ": a grid that is no whole number of clusters");
+    throw Fault(program.label + ": a grid that is no whole number of clusters");
   }
   if (what.block.count() == 0 || what.block.count() > 1024) {
-    throw Fault(program.name + ": a block of " + std::to_string(what.block.count()) + " threads");
+    throw Fault(program.label + ": a block of " + std::to_string(what.block.count()) + " threads");
   }
   std::vector<std::byte> parameter_bytes = what.parameters;
   parameters = Allocation("the parameters", uint64_t{1} << AddressSpace::kWindowBits, parameter_bytes.size(),
@@ -118,7 +118,7 @@ void Machine::start_cluster(uint64_t number) {
       if (program.uses_wgmma) warp.written.assign(program.register_widths.size(), 0);
       auto& file = files_[rank * warps + w];
       if (!file) file = std::make_unique<std::byte[]>(1 << 22);
-      if (program.file_bytes > (1 << 22) - 64) throw Fault(program.name + ": too many registers");
+      if (program.file_bytes > (1 << 22) - 64) throw Fault(program.label + ": too many registers");
       warp.file = file.get() + (64 - reinterpret_cast<uintptr_t>(file.get()) % 64);
       for (const auto& [name, index] : program.specials) {
         auto* lanes = reinterpret_cast<uint32_t*>(warp.file + program.register_slots[index]);
@@ -197,7 +197,7 @@ void Machine::run_group(Warp& warp, size_t index) {
   for (; budget > 0; --budget) {
     Group* group = &warp.groups[index];
     if (group->pc >= static_cast<int>(program.code.size()))
-      throw Fault(program.name + ": ran past its last instruction");
+      throw Fault(program.label + ": ran past its last instruction");
     const Instruction& i = program.code[group->pc];
     if (warp.groups.size() > 1 && (i.together || !options.random)) {
       merge(warp, index);
@@ -206,7 +206,7 @@ void Machine::run_group(Warp& warp, size_t index) {
     ++now;
     ++counts.warp_instructions;
     if (options.most_instructions != 0 && now > options.most_instructions) {
-      throw Fault(program.name + ": more than " + std::to_string(options.most_instructions) +
+      throw Fault(program.label + ": more than " + std::to_string(options.most_instructions) +
                   " instructions, as if it would never end");
     }
     Context c{*this, warp, *group, i, program, group->lanes};
@@ -368,7 +368,7 @@ void Machine::deadlock() {
       }
     }
   }
-  throw Fault(launch->program->name + ": " + text + (shown > 6 ? " and " + std::to_string(shown - 6) + " more" : ""));
+  throw Fault(launch->program->label + ": " + text + (shown > 6 ? " and " + std::to_string(shown - 6) + " more" : ""));
 }
 
 // ------------------------------------------------------------------------------------------------ words
@@ -382,7 +382,7 @@ std::string Machine::where(const Cta& cta, const Warp& warp, const Instruction* 
 }
 
 void Machine::fault(const Context& c, const std::string& what, int lane) const {
-  throw Fault(launch->program->name + ": " + what + ": " + where(*c.warp.cta, c.warp, &c.instruction, lane));
+  throw Fault(launch->program->label + ": " + what + ": " + where(*c.warp.cta, c.warp, &c.instruction, lane));
 }
 
 }  // namespace ptx

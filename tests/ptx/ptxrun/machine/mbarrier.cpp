@@ -55,7 +55,7 @@ void arrive(Context& c, int operand, int lane, int64_t bytes) {
   c.machine.release(c.machine.agent_of(c.warp, lane), b.object);
   b.bytes += bytes;
   --b.pending;
-  c.machine.async->update(place.cta, place.offset, b, c.program.name);
+  c.machine.async->update(place.cta, place.offset, b, c.program.label);
 }
 
 Outcome arrive_one(Context& c) {

@@ -68,6 +68,7 @@ struct Parameter {
 };
 
 struct Program {
+  std::string label;  // what messages call it
   std::string name;
   std::vector<Instruction> code;
   std::vector<uint8_t> register_widths;  // 0 for a predicate

@@ -85,7 +85,7 @@ Outcome load(Context& c) {
     Operation o = c.machine.async->start(c.machine.agent_of(c.warp, lane));
     const uint64_t to_offset = to & ((1u << kRankShift) - 1);
     const uint64_t barrier_offset = barrier & ((1u << kRankShift) - 1);
-    const std::string who = c.program.name + ": " + c.instruction.text.substr(0, 90);
+    const std::string who = c.program.label + ": " + c.instruction.text.substr(0, 90);
     Machine& machine = c.machine;
     for (uint32_t left = blocks; left != 0; left &= left - 1) {
       const int cta = __builtin_ctz(left);
@@ -124,9 +124,25 @@ Outcome load(Context& c) {
 }
 
 // operands: [map, {coordinates}], [source]
+//
+// CUTLASS lets a whole warp come here with the same operands. By PTX that is a store by each of the lanes, of the same
+// bytes to the same place; it is made once here, and every lane commits it and waits for it.
 Outcome store(Context& c) {
   const int coordinates = c.instruction.counts[0] - 1;
+  const int leader = __builtin_ctz(c.mask);
+  const auto as_leader = [&](int lane) {
+    bool same = c.address(0, lane) == c.address(0, leader);
+    same = same && c.address(1 + coordinates, lane) == c.address(1 + coordinates, leader);
+    for (int d = 0; d < coordinates; ++d) same = same && c.bits(1 + d, lane) == c.bits(1 + d, leader);
+    return same;
+  };
+  Operation of_leader;
   each_lane(c.mask, [&](int lane) {
+    if (lane != leader && as_leader(lane)) {
+      Operation shared = of_leader;
+      c.machine.async->stores[c.machine.agent_of(c.warp, lane)].open.push_back(std::move(shared));
+      return;
+    }
     const Box box = box_at(c, 0, coordinates, lane);
     const uint64_t from = c.address(1 + coordinates, lane);
     if (from % 128 != 0) c.fault("a TMA source off a 128-byte boundary", lane);
@@ -134,7 +150,7 @@ Outcome store(Context& c) {
     Operation o = c.machine.async->start(thread);
     Machine& machine = c.machine;
     const int self = c.warp.cta->rank;
-    const std::string who = c.program.name + ": " + c.instruction.text.substr(0, 90);
+    const std::string who = c.program.label + ": " + c.instruction.text.substr(0, 90);
     o.effect = [=, &machine](Operation& by) {
       Cta& cta = machine.ctas[self];
       box.each_piece(from, [&](uint64_t offset, uint64_t address, int64_t valid) {
@@ -145,6 +161,8 @@ Outcome store(Context& c) {
       });
       machine.counts.tma_bytes += box.bytes();
     };
+    of_leader = o;
+    of_leader.effect = nullptr;
     if (!machine.options.late) {
       o.effect(o);
       o.effect = nullptr;

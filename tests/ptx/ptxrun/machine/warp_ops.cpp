@@ -80,11 +80,11 @@ Outcome vote(Context& c) {
   return Outcome::kNext;
 }
 
-// d|p: which lane leads is the device's choice, and the same every time. In a random schedule it is not the first, so
-// that nothing relies on that.
+// d|p: PTX leaves it to the device which lane leads, as long as it is the same one every time. CUTLASS relies on the
+// lowest: its pipelines let thread 0 expect a transfer's bytes, and the elected lane start the transfer.
 Outcome elect(Context& c) {
   if (!all_here(c, 2)) return Outcome::kStay;
-  const int leader = c.machine.options.random ? 31 - __builtin_clz(c.mask) : __builtin_ctz(c.mask);
+  const int leader = __builtin_ctz(c.mask);
   if (c.operand(0).kind != Operand::kSink) {
     uint32_t* d = c.out<uint32_t>(0);
     each_lane(c.mask, [&](int lane) { d[lane] = static_cast<uint32_t>(leader); });

@@ -132,7 +132,7 @@ Outcome multiply(Context& c) {
       warp->defined[d.index] = kAllLanes;
     }
   }
-  const std::string who = c.program.name + ": " + c.instruction.opcode;
+  const std::string who = c.program.label + ": " + c.instruction.opcode;
   Machine& machine = c.machine;
   o.effect = [=, &machine, a = descriptors[0], b = descriptors[1]](Operation& by) {
     Cta& cta = *warps[0]->cta;
