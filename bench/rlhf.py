@@ -100,9 +100,7 @@ def measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
 
 
 def _title(report: dict[str, Any]) -> str:
-    versions = report["versions"]
-    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "trl", "fastdpo"))
-    return f"{report['machine']['cpu']}, one thread a run, {packages}\n"
+    return f"{report['machine']['cpu']}, one thread a run, {machine.packages(report['versions'])}\n"
 
 
 def main(arguments: list[str] | None = None) -> int:

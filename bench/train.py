@@ -25,8 +25,6 @@ from end_to_end.cases import MODELS, TrainCase, named_cases
 from end_to_end.runner import Options, run_case
 from end_to_end.tables import LEGEND, PROFILE_LEGEND, all_tables, bars
 
-import fastdpo
-
 DATA = Path(__file__).resolve().parents[2] / "shared/data/preferences_en.jsonl"
 _QUICK_ARMS = ("trl", "trl-best", "trl-best+head", "fastdpo-cached")
 
@@ -110,14 +108,7 @@ def measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     """Prints the tables case by case; returns what stands in the JSON file."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    report: dict[str, Any] = {
-        "command": command,
-        "commit": machine.commit(),
-        "machine": machine.machine(args.device),
-        "versions": machine.versions(),
-        "build_info": fastdpo.build_info(),
-        "cases": [],
-    }
+    report: dict[str, Any] = machine.facts_of_run(command, args.device) | {"cases": []}
     print(_title(report))
     if warning := machine.warn_of_load(report["machine"]):
         print(f"{warning}\n")
@@ -138,9 +129,7 @@ def measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
 
 
 def _title(report: dict[str, Any]) -> str:
-    versions = report["versions"]
-    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "trl", "fastdpo"))
-    return f"{machine.describe(report['machine'])}, {packages}\n"
+    return f"{machine.describe(report['machine'])}, {machine.packages(report['versions'])}\n"
 
 
 def main(arguments: list[str] | None = None) -> int:

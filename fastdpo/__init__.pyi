@@ -6,8 +6,8 @@ from . import model as model
 from . import ref_cache as ref_cache
 from . import report as report
 from . import trainer as trainer
+from .logps.device_paths import build_info as build_info
 from .logps.low_rank import LowRankUpdate as LowRankUpdate
-from .logps.native import build_info as build_info
 from .logps.outputs import TokenLogps as TokenLogps
 from .logps.primitive import token_logps as token_logps
 from .loss.from_logps import preference_loss as preference_loss

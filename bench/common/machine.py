@@ -54,6 +54,11 @@ def describe(facts: dict[str, Any]) -> str:
     return f"{facts['cpu']}, {facts['threads']} of {facts['cores']} cores"
 
 
+def packages(versions: dict[str, str | None]) -> str:
+    """Those of a training, with their versions, for the head of a table."""
+    return ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "trl", "fastdpo"))
+
+
 def warn_of_load(facts: dict[str, Any]) -> str | None:
     """What to say where others use the machine, or None."""
     if facts["device"] == "cuda" or facts["load"] < 0.5 * facts["cores"]:

@@ -23,6 +23,7 @@ from loss_layer.problem import Outcome, Problem
 from torch import Tensor
 
 from fastdpo.logps import DEFAULT_RETAIN_BYTES
+from fastdpo.logps.device_paths import portable_everywhere
 from fastdpo.logps.native import operand_dtype
 
 PEERS: dict[str, type[Peer]] = {}
@@ -155,6 +156,29 @@ class FastDPOMostMemory(FastDPO):
     @staticmethod
     def _all(case: Case) -> int:
         return case.scored_tokens * case.vocab_size * operand_dtype(getattr(torch, case.dtype)).itemsize
+
+
+class FastDPOPortable(FastDPO):
+    """The path in plain PyTorch, of devices without kernels."""
+
+    name = "fastdpo-portable"
+
+    def run(self, problem: Problem) -> Outcome:
+        with portable_everywhere():
+            return super().run(problem)
+
+    def token_logps(self, problem: Problem, outcome: Outcome) -> Tensor:
+        with portable_everywhere():
+            return super().token_logps(problem, outcome)
+
+
+class FastDPOPortableLeastMemory(FastDPOPortable):
+    """Keeps nothing from forward to backward."""
+
+    name = "fastdpo-portable-least-memory"
+
+    def __init__(self) -> None:
+        super().__init__(workspace=0)
 
 
 class TokenPeer(Peer):

@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_traceback = args.debug or os.environ.get("FASTDPO_TRACEBACK", "") not in ("", "0")
     hush_other_libraries()
     try:
-        return args.run(args.rest)
+        code: int = args.run(args.rest)
+        return code
     except SystemExit as exit_:
         return _exit_code(exit_)
     except UsageError as error:
@@ -86,7 +87,9 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_command(commands: argparse._SubParsersAction, name: str, text: str, run: Callable[[list[str]], int]) -> None:
+def _add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, run: Callable[[list[str]], int]
+) -> None:
     """A command that reads the words after its name by itself, ``--help`` among them."""
     command = commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")
     command.add_argument("rest", nargs=argparse.REMAINDER)
@@ -157,7 +160,7 @@ def _demo(argv: list[str]) -> int:
 def _info(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="fastdpo info", description="Print what was built, and against what.")
     parser.parse_args(argv)
-    from fastdpo import build_info
+    from fastdpo.logps.native import build_info
 
     facts = build_info()
     width = max(map(len, facts))

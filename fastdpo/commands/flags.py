@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -129,7 +129,7 @@ class ScriptArguments:
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset_name, list) and len(self.dataset_name) == 1:  # the one, as in TRL
-            (self.dataset_name,) = self.dataset_name
+            (self.dataset_name,) = self.dataset_name  # type: ignore[assignment]  # a list is what the parser makes
         if self.dataset_shuffle_buffer < 0:
             raise ValueError(f"dataset_shuffle_buffer is {self.dataset_shuffle_buffer}; it should be at least 0")
 
@@ -187,7 +187,7 @@ class ModelArguments:
         if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:
             (target,) = self.lora_target_modules
             if not re.fullmatch(r"[\w.]+", target):
-                self.lora_target_modules = target
+                self.lora_target_modules = target  # type: ignore[assignment]  # a list is what the parser makes
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit are both given; leave one of them out")
 
@@ -239,9 +239,9 @@ class _Words(argparse.HelpFormatter):
             names.append(f"--no_{action.dest}")
         if action.nargs in (0, "?"):
             return ", ".join(names)
-        kinds = {int: "N", float: "X"}
-        short = action.choices and len(action.choices) < 6
-        value = f"{{{','.join(map(str, action.choices))}}}" if short else kinds.get(action.type, "VALUE")
+        kinds: dict[Any, str] = {int: "N", float: "X"}
+        choices = list(action.choices or ())
+        value = f"{{{','.join(map(str, choices))}}}" if 0 < len(choices) < 6 else kinds.get(action.type, "VALUE")
         return f"{', '.join(names)} {value}{' ...' if action.nargs == '+' else ''}"
 
     def _get_help_string(self, action: argparse.Action) -> str:
@@ -251,9 +251,10 @@ class _Words(argparse.HelpFormatter):
 
 def _bool_or_word(text: str) -> bool | str:
     try:
-        return string_to_bool(text)
+        value: bool = string_to_bool(text)
     except argparse.ArgumentTypeError:
         return text
+    return value
 
 
 class TrainParser(HfArgumentParser):
@@ -271,7 +272,7 @@ class TrainParser(HfArgumentParser):
 
     def __init__(self) -> None:
         super().__init__(
-            self.dataclasses,
+            cast(Any, self.dataclasses),  # which are types, whatever transformers calls them
             prog=f"fastdpo {self.command}",
             allow_abbrev=False,  # an abbreviation would accept a misspelt flag as another one
         )
@@ -312,7 +313,7 @@ class TrainParser(HfArgumentParser):
         with bad_input():
             return self.parse_dict(values)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}\n  (fastdpo {self.command} --help describes the flags.)")
 
     def format_help(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 
@@ -13,7 +13,7 @@ from fastdpo.data.files import load_preferences, stream_preferences
 from fastdpo.data.mixture import Part, hold_out, load_mixture, stream_mixture
 from fastdpo.errors import UsageError, bad_input
 
-Pairs = datasets.Dataset | datasets.IterableDataset
+Pairs: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
 def load_pairs(script_args: ScriptArguments, *, evaluates: bool, seed: int) -> tuple[Pairs, Pairs | None]:

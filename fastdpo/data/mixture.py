@@ -116,9 +116,10 @@ def shares(sizes: Sequence[int], fractions: Sequence[float | None]) -> list[int]
         sizes: how many there are.
         fractions: the proportions; None for all rows.
     """
-    if fractions[0] is None:
+    given = [fraction for fraction in fractions if fraction is not None]
+    if not given:
         return list(sizes)
-    weights = [fraction / sum(fractions) for fraction in fractions]
+    weights = [fraction / sum(given) for fraction in given]
     total = min(size / weight for size, weight in zip(sizes, weights, strict=True))
     return [min(size, round(weight * total)) for size, weight in zip(sizes, weights, strict=True)]
 

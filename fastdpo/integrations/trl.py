@@ -199,7 +199,7 @@ def _regathered_in_backward(weight: Tensor, bias: Tensor | None) -> Iterator[Non
     """
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    if not is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
+    if not is_deepspeed_zero3_enabled():
         yield
         return
     gathered = [parameter for parameter in (weight, bias) if parameter is not None]

@@ -1,5 +1,5 @@
+from .device_paths import build_info as build_info
 from .low_rank import LowRankUpdate as LowRankUpdate
-from .native import build_info as build_info
 from .ops import OUTPUTS as OUTPUTS
 from .outputs import TokenLogps as TokenLogps
 from .primitive import DEFAULT_RETAIN_BYTES as DEFAULT_RETAIN_BYTES

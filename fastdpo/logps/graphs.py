@@ -12,4 +12,4 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def outside_of_graphs(reason: str) -> Callable[[F], F]:
     """A decorator: torch.compile breaks its graph at calls of the function. ``reason`` is for its messages."""
-    return cast("Callable[[F], F]", torch.compiler.disable(reason=reason))  # type: ignore[no-untyped-call]
+    return cast("Callable[[F], F]", torch.compiler.disable(reason=reason))

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from fastdpo.logps import vocab_shards
 from fastdpo.logps.derivatives import first_derivative, refuse_forward_mode
-from fastdpo.logps.native import build_info, compute_dtype, operand_dtype
+from fastdpo.logps.device_paths import build_info
+from fastdpo.logps.native import compute_dtype, operand_dtype
 from fastdpo.logps.ops import OUTPUTS, OpInputs, backward_op, forward_op
 from fastdpo.logps.vocab_shards import WholeRows
 
 # What a chunk of the wide weight may take up, and a chunk's exponentials where they are made again. Beside its products
 # a chunk costs some five passes over S x H numbers, which matter more where 250 flops are done in the time of a byte.
-_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+_CPU_CHUNK_BYTES, _CHUNK_BYTES = 64 << 20, 256 << 20
 
 # Widths are multiples of this, so that products of all columns and of b's alone have one type of operands: bfloat16
 # goes in pairs, and a GPU likes 16 bytes.
@@ -70,11 +71,15 @@ class _Chunk(NamedTuple):
         return OpInputs(hidden.contiguous(), weight.contiguous(), local, self.bias, scalars)
 
 
+def _chunk_bytes(rows: WideRows) -> int:
+    return _CPU_CHUNK_BYTES if rows.wide.device.type == "cpu" else _CHUNK_BYTES
+
+
 def _chunk_size(rows: WideRows) -> int:
     """Entries a chunk, the same for all but the last: whole tiles."""
     row_bytes = rows.wide.shape[1] * rows.wide.element_size()
     tiles = math.ceil(len(rows.weight) / _TILE_ENTRIES)
-    most = max(1, _CHUNK_BYTES[rows.wide.device.type] // (row_bytes * _TILE_ENTRIES))
+    most = max(1, _chunk_bytes(rows) // (row_bytes * _TILE_ENTRIES))
     return math.ceil(tiles / math.ceil(tiles / most)) * _TILE_ENTRIES
 
 
@@ -243,7 +248,7 @@ def _weight_gradients(
     else:
         # The op would make exponentials again from the columns that it is given, which are not all.
         row_bytes = size * operand_dtype(rows.wide.dtype).itemsize
-        for block in _blocks(len(rows.targets), max(1, _CHUNK_BYTES[rows.wide.device.type] // row_bytes)):
+        for block in _blocks(len(rows.targets), max(1, _chunk_bytes(rows) // row_bytes)):
             add(block, *_exponentials(rows, chunk, block, whole, compute))
     if weight_sum is not None and grad_weight is not None:
         grad_weight[chunk.entries] = weight_sum[:, : rows.weight.shape[1]]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.logps import native as _native  # noqa: F401  (loads the ops)
+from fastdpo.logps import device_paths as _device_paths  # noqa: F401  (loads the ops)
 from fastdpo.logps.sharded import gathered, partitioned_by, refuse_sharded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -170,8 +170,6 @@ def _check(
     for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}; they should be on one device")
-    if hidden.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"hidden is on {hidden.device}; fastdpo has kernels for cpu and cuda")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it should be above 0")
     if softcap is not None and not softcap > 0:

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdpo.logps.device_paths import is_portable
+
 # Of row_state, as csrc/fastdpo.h.
 _EXPONENT, _NORM, _TARGET_WEIGHT = range(3)
 
@@ -165,11 +167,11 @@ def share_of_direction(direction: Tensor, rows: ShardRows, lse: Tensor, weights:
 
 
 def set_kept_targets(retained: Tensor, targets: Tensor, row_state: Tensor, scalars: Mapping[str, Any]) -> None:
-    """Bring what the CUDA back end keeps at the entries of its retained rows in line with ``row_state``, in place.
+    """Bring what is kept at the entries of the retained rows in line with ``row_state``, in place.
 
-    It keeps the entry's weight in the units of the exponentials, so that one product adds both; the CPU keeps 0.
+    It is the entry's weight in the units of the exponentials, so that one product adds both; the CPU kernels keep 0.
     """
-    if not retained.is_cuda:
+    if not (retained.is_cuda or is_portable(retained.device)):
         return
     slope = scalars["logit_scale"] / scalars["temperature"]
     kept = row_state[:, : retained.shape[0]]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from fastdpo.model.attention_backends import (
+    AttentionOptions,
     RowsNotSupportedError,
     attend_by_segment,
     attend_flex,
@@ -141,16 +142,11 @@ def _forward(
         sliding_window = None
     if query.dtype != value.dtype:  # a norm of queries and keys in float32, under autocast
         query, key = query.to(value.dtype), key.to(value.dtype)
-    out = attend(
-        module,
-        query,
-        key,
-        value,
-        segments,
+    options = AttentionOptions(
         dropout=dropout,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
         softcap=softcap or None,
         sinks=s_aux,
     )
-    return out, None
+    return attend(module, query, key, value, segments, options), None

@@ -1,12 +1,13 @@
 """What computes the attention of packed rows.
 
-Each takes the module, query [1, Hq, N, D], key and value [1, Hkv, N, D], the row's segments, and options by name
-(``dropout``, ``scaling``, sliding ``window``, ``softcap``, ``sinks`` [Hq]), and returns [1, N, Hq, D].
+Each takes the module, query [1, Hq, N, D], key and value [1, Hkv, N, D], the row's segments and the options, and
+returns [1, N, Hq, D].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -23,21 +24,35 @@ class RowsNotSupportedError(NotImplementedError):
     """A model, or what it asks of its attention, does not suit packed rows; the message says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """What a layer asks of its attention.
+
+    Attributes:
+        dropout: the chance that a probability is dropped.
+        scaling: of the scores.
+        window: how many keys, itself among them, a query sees of its own segment; None for all.
+        softcap: scores are softcap * tanh(score / softcap); None for as they are.
+        sinks: [Hq], the score of a key without a value that each head has; None for none.
+    """
+
+    dropout: float
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
 def attend_by_segment(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     segments: Segments,
-    *,
-    dropout: float,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
     """One call a segment. A prompt with its chosen completion, which follows it, is a plain causal sequence."""
-    groups = query.shape[1] // key.shape[1]
+    groups, window = query.shape[1] // key.shape[1], options.window
     # Split, not sliced: in the backward every slice would fill a tensor of the whole row and add it to the others.
     key_pieces, value_pieces = (x.split(segments.piece_sizes, dim=2) for x in (key, value))
     outputs = []
@@ -45,12 +60,12 @@ def attend_by_segment(
         k, v = (_join([pieces[i] for i in indices]) for pieces in (key_pieces, value_pieces))
         queries, keys = q.shape[2], k.shape[2]
         plain = window is None or window >= keys
-        if softcap is not None or sinks is not None:
+        if options.softcap is not None or options.sinks is not None:
             mask = segments.mask(queries, keys, None if plain else window, _score_dtype(q), q.device)
-            out = _attend_in_full(q, k, v, mask, dropout, scaling, softcap, sinks)
+            out = _attend_in_full(q, k, v, mask, options)
         elif plain and queries == keys:
             out = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=groups > 1
+                q, k, v, dropout_p=options.dropout, scale=options.scaling, is_causal=True, enable_gqa=groups > 1
             )
         else:
             on_cpu = q.device.type == "cpu"
@@ -63,7 +78,13 @@ def attend_by_segment(
                 # Of floats: booleans would be turned into floats in every layer.
                 mask = segments.mask(queries, keys, None if plain else window, _operand_dtype(q), q.device)
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=groups > 1 and on_cpu
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=options.dropout,
+                scale=options.scaling,
+                enable_gqa=groups > 1 and on_cpu,
             )
         outputs.append(out.transpose(1, 2))
     return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].contiguous()
@@ -85,31 +106,22 @@ def _score_dtype(query: Tensor) -> torch.dtype:
     return torch.promote_types(query.dtype, torch.float32)
 
 
-def _attend_in_full(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    dropout: float,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _attend_in_full(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
     """Softmax of a segment's scores in memory, for what scaled_dot_product_attention cannot express."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = (q @ k.transpose(-1, -2)).to(mask.dtype) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = (q @ k.transpose(-1, -2)).to(mask.dtype) * options.scaling
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
     scores = scores + mask
-    if sinks is not None:
+    if options.sinks is not None:
         # A head's sink is a key without a value, that takes its share of the attention.
-        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        sink = options.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], dim=-1)
     probabilities = scores.softmax(-1)
-    if sinks is not None:
+    if options.sinks is not None:
         probabilities = probabilities[..., :-1]
-    return F.dropout(probabilities, dropout).to(v.dtype) @ v
+    return F.dropout(probabilities, options.dropout).to(v.dtype) @ v
 
 
 def attend_varlen(
@@ -119,27 +131,23 @@ def attend_varlen(
     key: Tensor,
     value: Tensor,
     segments: Segments,
-    *,
-    dropout: float,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
     """One call for the row: ``varlen`` has the arguments of flash-attention's ``flash_attn_varlen_func``.
 
     Its causal mask is aligned at the bottom right: a segment's last query attends to the last of its keys.
     """
-    if dropout or sinks is not None:
-        raise RowsNotSupportedError("flash attention on rows has no " + ("dropout" if dropout else "attention sinks"))
+    if options.dropout or options.sinks is not None:
+        what = "dropout" if options.dropout else "attention sinks"
+        raise RowsNotSupportedError(f"flash attention on rows has no {what}")
     q, k, v = (x[0].transpose(0, 1).to(_operand_dtype(x)) for x in (query, key, value))
     if segments.key_index is not None:
         k, v = k.index_select(0, segments.key_index), v.index_select(0, segments.key_index)
-    options: dict[str, Any] = {}
-    if window is not None:
-        options["window_size"] = (window - 1, 0)
-    if softcap is not None:
-        options["softcap"] = softcap
+    asked: dict[str, Any] = {}
+    if options.window is not None:
+        asked["window_size"] = (options.window - 1, 0)
+    if options.softcap is not None:
+        asked["softcap"] = options.softcap
     out = varlen(
         q,
         k,
@@ -148,9 +156,9 @@ def attend_varlen(
         cu_seqlens_k=segments.cu_k,
         max_seqlen_q=segments.max_q,
         max_seqlen_k=segments.max_k,
-        softmax_scale=scaling,
+        softmax_scale=options.scaling,
         causal=True,
-        **options,
+        **asked,
     )
     out = out[0] if isinstance(out, tuple) else out
     return out.unsqueeze(0)
@@ -199,12 +207,7 @@ def attend_flex(
     key: Tensor,
     value: Tensor,
     segments: Segments,
-    *,
-    dropout: float,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
     """FlexAttention, through transformers, which compiles it, with a block mask for the row."""
     out, _ = flex_attention_forward(
@@ -212,10 +215,10 @@ def attend_flex(
         query,
         key,
         value,
-        segments.block_mask(window, query.device),
-        scaling=scaling,
-        softcap=softcap,
-        s_aux=sinks,
-        dropout=dropout,
+        segments.block_mask(options.window, query.device),
+        scaling=options.scaling,
+        softcap=options.softcap,
+        s_aux=options.sinks,
+        dropout=options.dropout,
     )
     return out

@@ -70,40 +70,6 @@ def model_inputs(batch: dict[str, Any]) -> Iterator[Tensor]:
         yield part["row"].input_ids if "row" in part else part["input_ids"]
 
 
-def score_sequences(
-    head: FusedHead,
-    attention: RowAttention | None,
-    model: nn.Module,
-    part: dict[str, Any],
-    outputs: Sequence[str] = (),
-    *,
-    at_shorter: bool = False,
-    **model_kwargs: Any,
-) -> SequenceScores:
-    """Score a micro-batch with one forward of ``model``.
-
-    Args:
-        head: of the model inside ``model``.
-        attention: of the same; needed for packed rows. See :class:`RowAttention` for where the backward belongs.
-        model: the root module.
-        part: from :func:`micro_batches`.
-        outputs: fields of :class:`fastdpo.model.head.HeadOutput` to sum as well.
-        at_shorter: divide sequences at the length of their pair's shorter completion.
-        model_kwargs: passed on to ``model``.
-    """
-    if "row" not in part:
-        labels = part["input_ids"].masked_fill(part["completion_mask"] == 0, IGNORE_INDEX)
-        out = head(model, part["input_ids"], part["attention_mask"], labels, outputs=outputs, **model_kwargs)
-        return _sums(out, outputs, Sequences(labels[:, 1:], None, IGNORE_INDEX, at_shorter=at_shorter, look=False))
-    row: PackedRow = part["row"]
-    assert attention is not None, "a packed row needs the attention that was made for it"
-    head.inspect_once(model)  # with what is no packed row
-    with attention.active():
-        out = score_row(head, model, row, outputs, **model_kwargs)
-    sequences = Sequences(row.targets, row.cu_seqlens, IGNORE_INDEX, at_shorter=at_shorter, look=False)
-    return _sums(out, outputs, sequences)
-
-
 def score_row(
     head: FusedHead, model: nn.Module, row: PackedRow, outputs: Sequence[str] = (), **model_kwargs: Any
 ) -> HeadOutput:
@@ -120,31 +86,6 @@ def score_row(
     )
 
 
-def score_batch(
-    head: FusedHead,
-    attention: RowAttention | None,
-    model: nn.Module,
-    batch: dict[str, Any],
-    outputs: Sequence[str] = (),
-    **model_kwargs: Any,
-) -> SequenceScores:
-    """:func:`score_sequences` of all micro-batches, in the order of the batch's pairs."""
-    parts = [score_sequences(head, attention, model, part, outputs, **model_kwargs) for part in micro_batches(batch)]
-    if len(parts) == 1:
-        return parts[0]
-
-    def together(values: list[Tensor]) -> Tensor:
-        sides = zip(*(value.chunk(2) for value in values), strict=True)
-        return torch.cat([in_pair_order(side, batch) for side in sides])
-
-    return SequenceScores(
-        sums=together([part.sums for part in parts]),
-        lengths=together([part.lengths for part in parts]),
-        outputs={name: together([part.outputs[name] for part in parts]) for name in outputs},
-        model_output=None,
-    )
-
-
 @dataclass
 class Scorer:
     """A model, and what scores batches with it.
@@ -153,7 +94,7 @@ class Scorer:
         root: what is called: the model, or what is wrapped around it.
         model: the model.
         head: of the model.
-        attention: of the model; needed for packed rows.
+        attention: of the model; needed for packed rows. See :class:`RowAttention` for where the backward belongs.
     """
 
     root: nn.Module
@@ -166,10 +107,59 @@ class Scorer:
         return language_model(self.model)
 
     def score(
-        self, batch: dict[str, Any], outputs: Sequence[str] = (), *, root: nn.Module | None = None, **kwargs: Any
+        self,
+        batch: dict[str, Any],
+        outputs: Sequence[str] = (),
+        *,
+        root: nn.Module | None = None,
+        at_shorter: bool = False,
+        **model_kwargs: Any,
     ) -> SequenceScores:
-        """:func:`score_batch` with this model, called through ``root`` where that has been wrapped since."""
-        return score_batch(self.head, self.attention, self.root if root is None else root, batch, outputs, **kwargs)
+        """Score a batch with one forward for each of its micro-batches; results are in the order of its pairs.
+
+        Args:
+            batch: from a collator, on the device.
+            outputs: fields of :class:`fastdpo.model.head.HeadOutput` to sum as well.
+            root: what is called now, where something has been wrapped around the model since.
+            at_shorter: divide sequences at the length of their pair's shorter completion.
+            model_kwargs: passed on to the model.
+        """
+        called = self.root if root is None else root
+        parts = [self._score_part(called, part, outputs, at_shorter, model_kwargs) for part in micro_batches(batch)]
+        if len(parts) == 1:
+            return parts[0]
+
+        def together(values: list[Tensor]) -> Tensor:
+            sides = zip(*(value.chunk(2) for value in values), strict=True)
+            return torch.cat([in_pair_order(side, batch) for side in sides])
+
+        return SequenceScores(
+            sums=together([part.sums for part in parts]),
+            lengths=together([part.lengths for part in parts]),
+            outputs={name: together([part.outputs[name] for part in parts]) for name in outputs},
+            model_output=None,
+        )
+
+    def _score_part(
+        self,
+        called: nn.Module,
+        part: dict[str, Any],
+        outputs: Sequence[str],
+        at_shorter: bool,
+        model_kwargs: dict[str, Any],
+    ) -> SequenceScores:
+        if "row" not in part:
+            labels = part["input_ids"].masked_fill(part["completion_mask"] == 0, IGNORE_INDEX)
+            ids, mask = part["input_ids"], part["attention_mask"]
+            out = self.head(called, ids, mask, labels, outputs=outputs, **model_kwargs)
+            return _sums(out, outputs, Sequences(labels[:, 1:], None, IGNORE_INDEX, at_shorter=at_shorter, look=False))
+        assert self.attention is not None, "a packed row needs the attention that was made for it"
+        row: PackedRow = part["row"]
+        self.head.inspect_once(called)  # with what is no packed row
+        with self.attention.active():
+            out = score_row(self.head, called, row, outputs, **model_kwargs)
+        sequences = Sequences(row.targets, row.cu_seqlens, IGNORE_INDEX, at_shorter=at_shorter, look=False)
+        return _sums(out, outputs, sequences)
 
 
 def _sums(out: HeadOutput, outputs: Sequence[str], sequences: Sequences) -> SequenceScores:

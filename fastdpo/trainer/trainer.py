@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastdpo.data.prepare import REFERENCE_COLUMNS
@@ -139,7 +140,8 @@ class DPOTrainer(PairBatches, HubUploads):
         padded = make_collator(policy, tokenizer, args) if data_collator is None else data_collator
         train_dataset = self._preparer.prepare_to_train(train_dataset)
         if isinstance(train_dataset, IterableDataset):
-            args.accelerator_config.dispatch_batches = False  # it would cut batches as if each tensor's rows were pairs
+            # It would cut batches as if each tensor's rows were pairs.
+            cast(AcceleratorConfig, args.accelerator_config).dispatch_batches = False
         eval_dataset = self._preparer.prepare_all(eval_dataset, "eval")
 
         self._policy = Scorer(policy, policy, FusedHead(policy))

@@ -26,7 +26,7 @@ from fastdpo.logps import oracle as reference
 def small_chunks() -> Iterator[None]:
     """Chunks of one tile of entries, and recomputed blocks of some tokens."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(low_rank_rows, "_CHUNK_BYTES", {"cpu": 4096})
+        patch.setattr(low_rank_rows, "_CPU_CHUNK_BYTES", 4096)
         yield
 
 
@@ -303,7 +303,7 @@ def test_second_derivative_and_forward_mode_are_refused() -> None:
 MEMORY_SCRIPT = """
     import sys, torch, fastdpo
     from fastdpo.logps import low_rank_rows
-    low_rank_rows._CHUNK_BYTES = {"cpu": 4 << 20}
+    low_rank_rows._CPU_CHUNK_BYTES = 4 << 20
 
     def status(key):
         return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) * 1024

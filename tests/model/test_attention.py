@@ -16,7 +16,7 @@ from fastdpo.model.attention import BACKENDS, RowAttention
 from fastdpo.model.attention_backends import RowsNotSupportedError
 from fastdpo.model.head import FusedHead
 from fastdpo.model.packing import RowCollator
-from fastdpo.model.scoring import score_row, score_sequences
+from fastdpo.model.scoring import Scorer, score_row
 from fastdpo.trainer.models import disable_dropout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +54,7 @@ def score(model: nn.Module, part: dict[str, Any], root: nn.Module | None = None)
     head = FusedHead(model)
     head.inspect(model)
     with attention.active() if "row" in part else contextlib.nullcontext():
-        scores = score_sequences(head, attention, root or model, part)
+        scores = Scorer(root or model, model, head, attention).score(part)
         return scores.sums.detach(), gradients(model, scores.sums.sum(1))
 
 

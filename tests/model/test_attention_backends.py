@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 from fastdpo.model import attention_backends
 from fastdpo.model.attention_backends import (
+    AttentionOptions,
     RowsNotSupportedError,
     attend_by_segment,
     attend_flex,
@@ -34,7 +36,7 @@ ROW = Segments(
         Segment(33, 40, 33, 33),
     ]
 )
-PLAIN = {"dropout": 0.0, "scaling": 0.4, "window": None, "softcap": None, "sinks": None}
+PLAIN = AttentionOptions(dropout=0.0, scaling=0.4)
 # A few dozen terms in another order.
 TOLERANCE = 1e-13
 
@@ -48,18 +50,18 @@ def make_inputs(*, heads: int = 4, kv_heads: int = 2, size: int = 8) -> tuple[Te
     )
 
 
-def attend_densely(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+def attend_densely(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
     """The definition, over the whole row with one mask."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(-1, -2) * options["scaling"]
-    if options["softcap"]:
-        scores = options["softcap"] * torch.tanh(scores / options["softcap"])
-    scores = scores.masked_fill(~dense(ROW, options["window"]), -torch.inf)
+    scores = query @ key.transpose(-1, -2) * options.scaling
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    scores = scores.masked_fill(~dense(ROW, options.window), -torch.inf)
     weights = scores.exp()
     total = weights.sum(-1, keepdim=True)
-    if options["sinks"] is not None:
-        total = total + options["sinks"].exp()[:, None, None]
+    if options.sinks is not None:
+        total = total + options.sinks.exp()[:, None, None]
     return (weights / total @ value).transpose(1, 2)
 
 
@@ -86,14 +88,13 @@ def varlen_in_torch(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return torch.cat(outputs)
 
 
-def assert_agrees(attend: Any, **options: Any) -> None:
+def assert_agrees(attend: Any, *, heads: int = 4, kv_heads: int = 2, **changes: Any) -> None:
     """Result and gradients are those of the definition."""
-    options = PLAIN | options
-    inputs = make_inputs(heads=options.pop("heads", 4), kv_heads=options.pop("kv_heads", 2))
-    sinks = [] if options["sinks"] is None else [options["sinks"]]
+    options = replace(PLAIN, **changes)
+    inputs = make_inputs(heads=heads, kv_heads=kv_heads)
+    sinks = [] if options.sinks is None else [options.sinks]
     results = []
-    for function in (attend, lambda *args, **kw: attend_densely(*args[1:4], **kw)):
-        out = function(nn.Module(), *inputs, ROW, **options)
+    for out in (attend(nn.Module(), *inputs, ROW, options), attend_densely(*inputs, options)):
         assert out.shape == (1, ROW.length, inputs[0].shape[1], 8)
         weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
         results.append([out, *torch.autograd.grad((out * weights).sum(), [*inputs, *sinks])])
@@ -135,10 +136,8 @@ def test_one_variable_length_call_gives_the_same(options):
 def test_a_row_without_prefixes_is_not_gathered():
     row = Segments([Segment(0, 30, 0, 0), Segment(30, 40, 30, 30)])
     inputs = make_inputs()
-    out = attend_varlen(varlen_in_torch, nn.Module(), *inputs, row, **PLAIN)
-    torch.testing.assert_close(
-        out, attend_by_segment(nn.Module(), *inputs, row, **PLAIN), rtol=TOLERANCE, atol=TOLERANCE
-    )
+    out = attend_varlen(varlen_in_torch, nn.Module(), *inputs, row, PLAIN)
+    torch.testing.assert_close(out, attend_by_segment(nn.Module(), *inputs, row, PLAIN), rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_torchs_own_function_is_called_with_its_own_names(monkeypatch):
@@ -164,15 +163,15 @@ def test_torchs_own_function_is_called_with_its_own_names(monkeypatch):
     assert_agrees(partial(attend_varlen, torch_varlen()))
     assert_agrees(partial(attend_varlen, torch_varlen()), window=3, kv_heads=4)
     with pytest.raises(RowsNotSupportedError, match="has no softcap"):
-        attend_varlen(torch_varlen(), nn.Module(), *make_inputs(), ROW, **(PLAIN | {"softcap": 1.0}))
+        attend_varlen(torch_varlen(), nn.Module(), *make_inputs(), ROW, replace(PLAIN, softcap=1.0))
 
 
 def test_variable_length_calls_refuse_what_they_cannot_do():
     inputs = make_inputs()
     with pytest.raises(RowsNotSupportedError, match="has no dropout"):
-        attend_varlen(varlen_in_torch, nn.Module(), *inputs, ROW, **(PLAIN | {"dropout": 0.1}))
+        attend_varlen(varlen_in_torch, nn.Module(), *inputs, ROW, replace(PLAIN, dropout=0.1))
     with pytest.raises(RowsNotSupportedError, match="has no attention sinks"):
-        attend_varlen(varlen_in_torch, nn.Module(), *inputs, ROW, **(PLAIN | {"sinks": SINKS}))
+        attend_varlen(varlen_in_torch, nn.Module(), *inputs, ROW, replace(PLAIN, sinks=SINKS))
     with pytest.raises(RowsNotSupportedError, match="flash_attention_2 is not there"):
         flash_varlen("flash_attention_2")
 
@@ -185,7 +184,7 @@ def test_flex_attention_gets_the_mask_of_the_row(monkeypatch, window):
         attention_backends, "flex_attention_forward", lambda *args, **kwargs: (calls.append((args, kwargs)), None)
     )
     inputs = make_inputs()
-    attend_flex(nn.Module(), *inputs, ROW, **(PLAIN | {"window": window, "softcap": 0.7}))
+    attend_flex(nn.Module(), *inputs, ROW, replace(PLAIN, window=window, softcap=0.7))
     ((_, query, _, _, block_mask), options) = calls[0]
     assert query is inputs[0]
     assert options == {"scaling": 0.4, "softcap": 0.7, "s_aux": None, "dropout": 0.0}
@@ -197,22 +196,22 @@ def test_flex_attention_gets_the_mask_of_the_row(monkeypatch, window):
 def test_dropout_acts_on_the_attention():
     inputs = make_inputs()
     torch.manual_seed(0)
-    exact = attend_by_segment(nn.Module(), *inputs, ROW, **PLAIN)
+    exact = attend_by_segment(nn.Module(), *inputs, ROW, PLAIN)
     for options in ({}, {"softcap": 100.0}):
-        noisy = attend_by_segment(nn.Module(), *inputs, ROW, **(PLAIN | options | {"dropout": 0.5}))
+        noisy = attend_by_segment(nn.Module(), *inputs, ROW, replace(PLAIN, **options, dropout=0.5))
         assert (noisy - exact).abs().max() > 0.1
 
 
 def test_the_path_of_other_devices_has_the_same_shapes():
     inputs = [x.detach().to("meta") for x in make_inputs()]
-    out = attend_by_segment(nn.Module(), *inputs, ROW.to("meta"), **PLAIN)
+    out = attend_by_segment(nn.Module(), *inputs, ROW.to("meta"), PLAIN)
     assert out.shape == (1, ROW.length, 4, 8)
 
 
 def test_under_autocast_it_is_16_bits():
     inputs = [x.detach().float() for x in make_inputs()]
-    exact = attend_by_segment(nn.Module(), *inputs, ROW, **PLAIN)
+    exact = attend_by_segment(nn.Module(), *inputs, ROW, PLAIN)
     with torch.autocast("cpu", torch.bfloat16):
-        out = attend_by_segment(nn.Module(), *inputs, ROW, **PLAIN)
+        out = attend_by_segment(nn.Module(), *inputs, ROW, PLAIN)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), exact, rtol=0, atol=8 * torch.finfo(torch.bfloat16).eps)

@@ -12,14 +12,13 @@ from fastdpo.model.attention import RowAttention
 from fastdpo.model.head import FusedHead, HeadOutput
 from fastdpo.model.packing import RowCollator
 from fastdpo.model.scoring import (
+    Scorer,
     count_pairs,
     count_tokens,
     evaluating,
     in_pair_order,
     micro_batches,
     model_inputs,
-    score_batch,
-    score_sequences,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,7 +59,7 @@ def test_sequences_are_summed_in_float64(layout):
     row = {"prompt_ids": [1], "chosen_ids": [2] * tokens, "rejected_ids": [3] * tokens}
     (part,) = RowCollator(layout, PreferenceCollator(0))([row])["micro_batches"]
     model = make_model("llama")
-    scores = score_sequences(OfFloat32(value, 2 * tokens), RowAttention(model), model, part, ["entropy"])
+    scores = Scorer(model, model, OfFloat32(value, 2 * tokens), RowAttention(model)).score(part, ["entropy"])
     exact = tokens * float(torch.tensor(value))
     for sums in (scores.sums.squeeze(1), scores.outputs["entropy"]):
         assert sums.dtype == torch.float64
@@ -74,7 +73,7 @@ def scores_of(batch: dict[str, Any]) -> dict[str, Tensor]:
     model = make_model("llama", dtype=torch.float64)
     head = FusedHead(model)
     head.inspect(model)
-    scores = score_batch(head, RowAttention(model), model, batch, ["entropy", "mean_logits", "is_top1"])
+    scores = Scorer(model, model, head, RowAttention(model)).score(batch, ["entropy", "mean_logits", "is_top1"])
     return {"logps": scores.sums.squeeze(1), "tokens": scores.tokens, **scores.outputs}
 
 

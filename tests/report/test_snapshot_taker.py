@@ -121,11 +121,14 @@ class Clock:
         return self.now
 
 
-def test_what_is_not_asked_for_is_what_the_runs_length_pays_for(tmp_path: Path) -> None:
+def test_what_is_not_asked_for_is_what_the_runs_length_pays_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """24 pairs are trained on, so at a second or more a question the first pair is all; at none, everything is."""
     short = SnapshotTaker(make_trainer(tmp_path), SnapshotSize(), Clock(1.0)).take()
     assert len(short.chosen_rewards) == 1 and short.seconds > 0
     assert len(short.samples) <= 1
+    monkeypatch.setattr("fastdpo.report.look_budget.LEAST_SECONDS", 1e6)  # of drawing, which goes by the real clock
     whole = SnapshotTaker(make_trainer(tmp_path), SnapshotSize(), Clock(1e-9)).take()
     assert len(whole.chosen_rewards) == 12 and len(whole.samples) == 4
     assert whole.max_new_tokens == 64

@@ -13,7 +13,7 @@ from trainer_runs import make_trainer
 
 from fastdpo.data import load_preferences, stream_preferences
 from fastdpo.report.recorder import SnapshotSize
-from fastdpo.report.snapshot import SnapshotTaker
+from fastdpo.report.snapshot_taker import SnapshotTaker
 
 pytestmark = pytest.mark.usefixtures("quiet_and_uncached", "one_thread")
 TOKENIZER = make_tokenizer()

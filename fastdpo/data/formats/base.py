@@ -110,7 +110,7 @@ def number(row: Mapping[str, Any], key: str) -> float:
     Raises:
         DataError: there is none.
     """
-    value = row.get(key)
+    value: Any = row.get(key)
     try:
         return float(value)
     except (TypeError, ValueError) as error:

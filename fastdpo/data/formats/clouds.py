@@ -36,7 +36,7 @@ def _from_contents(contents: list[Row]) -> list[Row]:
             messages += [{"role": "tool", "name": a["name"], "content": a["response"]} for a in answers]
             continue
         calls = [part[key] for part in parts for key in ("functionCall", "function_call") if part.get(key)]
-        message = {"role": _GEMINI_ROLES[role], "content": _text([p for p in parts if not _is_call(p)])}
+        message: Row = {"role": _GEMINI_ROLES[role], "content": _text([p for p in parts if not _is_call(p)])}
         if calls:
             message["tool_calls"] = [
                 {"type": "function", "function": {"name": call["name"], "arguments": call.get("args", {})}}

@@ -58,7 +58,8 @@ def _detect_helpsteer2_ratings(sample: Sample) -> bool:
 
 def _gather_by_prompt(rows: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
     """Rows in a row with one prompt → one, with a list of their answers."""
-    place, group = "", []
+    place = ""
+    group: list[Row] = []
     for here, row in rows:
         if group and row["prompt"] != group[0]["prompt"]:
             yield place, {"prompt": group[0]["prompt"], "answers": group}

@@ -135,9 +135,10 @@ def _detect_label_studio_min(sample: Sample) -> bool:
 
 def _convert_label_studio_min(row: Row) -> Row | LeftOut:
     columns = set(row)
-    (column,) = _side_columns(row.get, columns) or [None]
-    if column is None:
+    found = _side_columns(row.get, columns)
+    if not found:
         return NOBODY
+    (column,) = found
     stems = {_stem(name) for name in columns if isinstance(row[name], str)} - {""}
     sides = [sorted(name for name in columns if _stem(name) == stem) for stem in stems]
     two = [side for side in sides if len(side) == 2]

@@ -90,7 +90,8 @@ def from_turns(value: Any) -> list[Row]:
     """``[[question, answer], ...]``, or messages."""
     if isinstance(value, list) and value and all(isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in value):
         return [message for question, answer in value for message in (user(question), assistant(answer))]
-    return as_messages(value)
+    messages: list[Row] = as_messages(value)
+    return messages
 
 
 def pairs_of(answers: Answers) -> tuple[list[Row], int]:

@@ -49,8 +49,8 @@ def csv_rows(file: DataFile) -> Iterator[tuple[str, dict[str, Any]]]:
                         f"{file.name}, {place}: Expected {len(names)} fields ({', '.join(names)}), found {len(cells)}. "
                         "A field with a separator, a quotation mark or a line break in it needs quotation marks."
                     )
-                cells = map(_read_cell, cells, names, [f"{file.name}, {place}"] * len(names))
-                yield place, dict(zip(names, cells, strict=True))
+                values = map(_read_cell, cells, names, [f"{file.name}, {place}"] * len(names))
+                yield place, dict(zip(names, values, strict=True))
         except csv.Error as error:
             raise DataError(f"{file.name}, line {reader.line_num}: {error}.") from error
 

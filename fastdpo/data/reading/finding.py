@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def _of_files(paths: Mapping[str | None, Sequence[Path]], what: str) -> Found:
                 raise DataError(missing_path_message(path))
             for own, files in files_of(path).items():
                 by_split.setdefault(split or own, []).extend(files)
-    return Found(what, {split: lambda files=files: files for split, files in by_split.items()})
+    return Found(what, {split: partial(list, files) for split, files in by_split.items()})
 
 
 def cut(
@@ -146,7 +147,7 @@ def _by_builder(name: str, config_name: str | None, data_files: DataFiles | None
             paths = call(lambda: datasets.DownloadManager(dataset_name=name).download(urls[split]), what)
             return [DataFile.at(Path(path), url) for path, url in zip(paths, urls[split], strict=True)]
 
-        return Found(what, {split: lambda split=split: fetch(split) for split in urls})
+        return Found(what, {split: partial(fetch, split) for split in urls})
 
     def load(split: str) -> datasets.Dataset:
         return call(lambda: datasets.load_dataset(name, config_name, split=split, data_files=data_files), what)

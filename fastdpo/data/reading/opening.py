@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import pyarrow as pa
 
@@ -61,11 +61,11 @@ class DataFile:
 
     def open(self) -> BinaryIO:
         if self.compression == ".gz":
-            return gzip.open(self.path, "rb")
+            return cast(BinaryIO, gzip.open(self.path, "rb"))
         if self.compression == ".bz2":
-            return bz2.open(self.path, "rb")
+            return cast(BinaryIO, bz2.open(self.path, "rb"))
         if self.compression == ".xz":
-            return lzma.open(self.path, "rb")
+            return cast(BinaryIO, lzma.open(self.path, "rb"))
         if self.compression == ".zst":
             return io.BufferedReader(pa.CompressedInputStream(str(self.path), "zstd"))
         return self.path.open("rb")

@@ -96,8 +96,8 @@ def _reader(kind: pa.DataType) -> Callable[[Any], Any] | None:
         readers = {field.name: _reader(field.type) or _same for field in kind}
         return lambda value: {key: readers[key](item) for key, item in value.items() if item is not None}
     if pa.types.is_map(kind):
-        read = _reader(kind.item_type) or _same
-        return lambda value: {key: None if item is None else read(item) for key, item in value}
+        read_value = _reader(kind.item_type) or _same
+        return lambda value: {key: None if item is None else read_value(item) for key, item in value}
     if _is_list(kind):
         read = _reader(kind.value_type)
         return None if read is None else lambda value: [None if item is None else read(item) for item in value]

@@ -33,6 +33,7 @@ def compile_flags(block_threads: int) -> list[str]:
         "-std=c++20",
         "-O1",
         "-fPIC",
+        "-fvisibility=hidden",
         "-Wall",
         "-Wextra",
         "-Wno-unknown-pragmas",

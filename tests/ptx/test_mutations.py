@@ -1,0 +1,214 @@
+"""Real PTX broken on purpose: each edit must be caught, by a check of the machine or by the oracle.
+
+A sample runs with every test run; the whole list, with the share that is caught, by
+``pytest tests/ptx/test_mutations.py --run-slow -s``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from op_calls import OP_OUTPUTS, Case, assert_cuda_matches, call, random_case
+from ptxrun.machine import Machine, Options
+from ptxrun.mutate import LEVEL0, LEVEL1, Mutation, mutations
+from ptxrun.verdict import Call, Verdict, judge
+from test_level0 import case_of_logits, shifted
+
+pytestmark = pytest.mark.usefixtures("on_device")
+
+ENDLESS = 2_000_000  # instructions of a launch; the longest of these kernels' has a tenth of that
+ENOUGH = 0.95
+
+# Kernels by a part of their name, and what calls them: the dtype, and the level.
+KERNELS0 = {
+    "RowTraitsIf13__nv_bfloat16LNS0_7RowPassE1ELb1EE": (torch.bfloat16, "0"),
+    "RowTraitsIf13__nv_bfloat16LNS0_7RowPassE2ELb0EE": (torch.bfloat16, "0"),
+    "RowTraitsIddLNS0_7RowPassE1ELb1EE": (torch.float64, "0"),
+    "partition_rows_kernel": (torch.bfloat16, "0"),
+    "gather_rows_kernelI5uint4": (torch.bfloat16, "0"),
+    "start_rows_kernelI13__nv_bfloat16": (torch.bfloat16, "0"),
+    "finish_rows_kernelI6__half": (torch.float16, "0"),
+    "fill_rows_kernelIf": (torch.bfloat16, "0"),
+    "scale_rows_kernelI13__nv_bfloat16": (torch.bfloat16, "0"),
+    "scale_direction_kernelI13__nv_bfloat16": (torch.bfloat16, "0"),
+    "settle_rows_kernelI13__nv_bfloat16Lb1E": (torch.bfloat16, "1"),
+    "place_targets_kernel": (torch.bfloat16, "1"),
+}
+
+
+def level0_calls(
+    library: Any, patch: pytest.MonkeyPatch, dtype: torch.dtype, level: str
+) -> Iterator[tuple[Options, Call]]:
+    """Small chunks and large ones, raised rows, rows off their boundaries, rows that are not computed, long loops."""
+    large = random_case(3, 4, 16, 6001, dtype, spread=3.0, ignored=0.0)
+    large.targets[1] = 6000
+    odd = random_case(1, 13, 9, 50, dtype, bias=dtype, softcap=5.0)
+    odd.hidden, odd.weight, odd.bias = shifted(odd.hidden), shifted(odd.weight), shifted(odd.bias)
+    strayed = random_case(7, 300, 16, 61, dtype, ignored=0.5)
+    strayed.targets[[31, 32, 299]] = torch.tensor([77, 78, -5])
+    few = {"num_scored": -1, "retained_rows": 7, "extras": OP_OUTPUTS}
+    calls = [
+        ("16,24", random_case(0, 40, 16, 61, dtype, spread=4.0), few),
+        ("16,192", raised_case(6, 8, 400, dtype), few | {"retained_rows": 3}),
+        ("", large, few | {"retained_rows": 2}),
+        ("16,24", odd, few),
+        ("16,24", random_case(4, 5, 1500, 30, dtype, ignored=0.2), few | {"num_scored": None}),
+        ("512,24", random_case(2, 600, 8, 24, dtype, ignored=0.4), few | {"retained_rows": 0}),
+        # Loops over more columns and hidden units than a block has threads, four times over.
+        ("16,1344", raised_case(12, 1104, 2700, dtype), few | {"retained_rows": 12}),
+        ("16,1344", random_case(6, 9, 16, 1501, dtype, ignored=0.5), few | {"retained_rows": 2, "capturing": True}),
+        ("16,24", random_case(7, 40, 1104, 61, dtype, ignored=0.5), few | {"num_scored": 9}),
+        ("16,24", random_case(8, 6, 9000, 30, dtype, ignored=0.3), few | {"num_scored": None}),
+        ("16,24", strayed, few | {"message": "`targets`[31] is 77"}),
+    ]
+    for seed, (blocks, case, how) in enumerate(calls):
+
+        def run(blocks: str = blocks, case: Case = case, how: dict[str, Any] = how) -> None:
+            patch.setenv("FASTDPO_CUDA_BLOCKS", blocks)
+            patch.setenv("FASTDPO_CUDA_LEVEL", level)
+            library.capture(how.get("capturing", False))
+            plain = {name: value for name, value in how.items() if name not in ("capturing", "message")}
+            if "message" in how:
+                try:
+                    call(library, case, **plain)
+                except RuntimeError as error:
+                    assert how["message"] in str(error)
+                    return
+                raise AssertionError("a target outside the vocabulary was let pass")
+            results = call(library, case, **plain)
+            if how["num_scored"] in (-1, None):
+                assert_cuda_matches(case, results)
+            else:  # too few: what was left out is NaN
+                left_out = case.scored & (case.scored.cumsum(0) > how["num_scored"])
+                for values in (results.logps, results.row_state[0], *results.extras.values(), results.direction[:, 0]):
+                    assert torch.equal(values.isnan(), left_out)
+                assert not results.logps[~case.scored].any()
+
+        yield Options(random=seed % 2 == 1, seed=seed, most_instructions=ENDLESS), run
+    library.capture(False)
+
+
+def raised_case(rows: int, width: int, columns: int, dtype: torch.dtype) -> Case:
+    """Rows whose exponent is raised, in the first chunk or a later one, by a logit anywhere in it."""
+    generator = torch.Generator().manual_seed(rows)
+    logits = torch.randn(rows, columns, generator=generator)
+    rises = torch.tensor([39.0, 41.0, 80.0, 100.0, 500.0, 3e4]).repeat(rows // 6)
+    logits[torch.arange(rows), torch.randint(0, columns, (rows,), generator=generator)] = rises
+    logits[0, 0], logits[1, columns - 1] = 39.5, 41.5
+    case = case_of_logits(logits, torch.randint(0, columns, (rows,), generator=generator).tolist(), dtype)
+    case.hidden = torch.nn.functional.pad(case.hidden, (0, width - rows))
+    case.weight = torch.nn.functional.pad(case.weight, (0, width - rows))
+    # Something in the other columns, which meets zeros, so that directions are no zeros there.
+    case.weight[:, rows:] = torch.randn(columns, width - rows, generator=generator).to(dtype)
+    return case
+
+
+def all_of_level0(machine: Machine, each: int, seed: int) -> list[Mutation]:
+    return [
+        mutation
+        for part in KERNELS0
+        for name, source in list(machine.sources.items())
+        if part in name
+        for mutation in mutations(source, LEVEL0, each, seed)
+    ]
+
+
+def level0_verdict(library: Any, machine: Machine, patch: pytest.MonkeyPatch, mutation: Mutation) -> Verdict:
+    dtype, level = next(how for part, how in KERNELS0.items() if part in mutation.kernel)
+    return judge(machine, mutation, level0_calls(library, patch, dtype, level), library.new_device)
+
+
+@pytest.fixture(scope="module")
+def only_sm80(level0_library: Any, level0_kernels: Any, machine: Machine) -> Any:
+    for compiled in level0_kernels.values():
+        machine.add(compiled.ptx["80"].read_text())
+    return level0_library
+
+
+def report(verdicts: list[Verdict], harmless: dict[str, str]) -> None:
+    """Prints the share that is caught; fails where too few are, or one that is not known to be harmless survives."""
+    survivors = [v for v in verdicts if not v.caught]
+    explained = {v: why for v in survivors for part, why in harmless.items() if part in str(v.mutation)}
+    caught = len(verdicts) - len(survivors)
+    print(f"\n{caught} of {len(verdicts)} edits caught ({caught / len(verdicts):.1%})")
+    for v in survivors:
+        print(f"{v}\n    {v.mutation.kernel[:100]}\n    {explained.get(v, 'NOT EXPLAINED')}")
+    assert caught >= ENOUGH * len(verdicts)
+    assert all(v in explained for v in survivors)
+
+
+def test_a_sample_of_level_0(only_sm80: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = all_of_level0(machine, 1, seed=0)[::7]
+    verdicts = [level0_verdict(only_sm80, machine, monkeypatch, m) for m in sample]
+    assert len(verdicts) >= 10
+    assert all(v.caught for v in verdicts), "\n".join(map(str, verdicts))
+
+
+# Survivors that no run could tell from the kernel as it was, by what stands in their description.
+HARMLESS0: dict[str, str] = {}
+
+
+@pytest.mark.slow
+def test_level_0(only_sm80: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = [level0_verdict(only_sm80, machine, monkeypatch, m) for m in all_of_level0(machine, 2, seed=1)]
+    assert len(verdicts) >= 60
+    report(verdicts, HARMLESS0)
+
+
+# ------------------------------------------------------------------------------------------- Level 1
+
+# Which call has which of the five kernels: needs and extras.
+KERNELS1 = {
+    "bf16_operand": (("hidden", "weight"), ()),
+    "bf16_sums_extras": ((), OP_OUTPUTS),
+}
+
+
+def level1_calls(library: Any, patch: pytest.MonkeyPatch, kernel: str) -> Iterator[tuple[Options, Call]]:
+    """More k-tiles than stages and several tiles for a cluster, with operations that take effect late, and at once."""
+    needs, extras = KERNELS1[kernel]
+    for rows, columns, depth, options in (
+        (130, 200, 392, {"late": True}),
+        (300, 401, 72, {"late": True, "random": True}),
+        (300, 401, 392, {"random": True, "seed": 1}),
+        (140, 600, 136, {"late": True, "random": True, "seed": 2}),
+    ):
+        case = random_case(0, rows, depth, columns, torch.bfloat16, ignored=0.02)
+
+        def run(case: Any = case, rows: int = rows, columns: int = columns) -> None:
+            patch.setenv("FASTDPO_CUDA_BLOCKS", f"{rows},{-(-columns // 192) * 192}")
+            patch.setenv("FASTDPO_CUDA_LEVEL", "1")
+            library.pretend(90, 2)
+            assert_cuda_matches(case, call(library, case, needs=needs, extras=extras))
+
+        yield Options(**options, most_instructions=ENDLESS), run
+
+
+def all_of_level1(machine: Machine, kernels: dict[str, Any], each: int, seed: int) -> list[tuple[str, Mutation]]:
+    return [
+        (kernel, mutation)
+        for kernel in KERNELS1
+        for name in machine.add(kernels[f"exponentials_{kernel}"].ptx["90a"].read_text())
+        for mutation in mutations(machine.sources[name], LEVEL1, each, seed)
+    ]
+
+
+def level1_verdict(
+    library: Any, machine: Machine, patch: pytest.MonkeyPatch, kernel: str, mutation: Mutation
+) -> Verdict:
+    return judge(machine, mutation, level1_calls(library, patch, kernel), library.new_device)
+
+
+HARMLESS1: dict[str, str] = {}
+
+
+@pytest.mark.slow
+def test_level_1(level1: Any, level1_kernels: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = [
+        level1_verdict(level1, machine, monkeypatch, kernel, mutation)
+        for kernel, mutation in all_of_level1(machine, level1_kernels, 2, seed=1)
+    ]
+    report(verdicts, HARMLESS1)
