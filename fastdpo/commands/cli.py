@@ -160,7 +160,7 @@ def _demo(argv: list[str]) -> int:
 def _info(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="fastdpo info", description="Print what was built, and against what.")
     parser.parse_args(argv)
-    from fastdpo.logps.native import build_info
+    from fastdpo.logps.device_paths import build_info
 
     facts = build_info()
     width = max(map(len, facts))

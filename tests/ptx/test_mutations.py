@@ -58,10 +58,14 @@ def level0_calls(
         ("16,24", random_case(4, 5, 1500, 30, dtype, ignored=0.2), few | {"num_scored": None}),
         ("512,24", random_case(2, 600, 8, 24, dtype, ignored=0.4), few | {"retained_rows": 0}),
         # Loops over more columns and hidden units than a block has threads, four times over.
-        ("16,1344", raised_case(12, 1104, 2700, dtype), few | {"retained_rows": 12}),
-        ("16,1344", random_case(6, 9, 16, 1501, dtype, ignored=0.5), few | {"retained_rows": 2, "capturing": True}),
+        ("16,1344", raised_case(12, 1104, 2704, dtype), few | {"retained_rows": 12}),
+        ("16,1344", raised_case(12, 1104, 2704, dtype), few | {"retained_rows": 0}),
+        ("16,1344", random_case(6, 9, 1104, 1504, dtype, ignored=0.5), few | {"retained_rows": 2, "capturing": True}),
+        ("16,1344", random_case(6, 9, 1109, 1501, dtype, ignored=0.5), few | {"retained_rows": 2, "capturing": True}),
         ("16,24", random_case(7, 40, 1104, 61, dtype, ignored=0.5), few | {"num_scored": 9}),
         ("16,24", random_case(8, 6, 9000, 30, dtype, ignored=0.3), few | {"num_scored": None}),
+        ("16,24", random_case(9, 40, 16, 61, dtype, ignored=0.5), few | {"extras": (), "needs": ("weight",)}),
+        ("16,24", random_case(9, 40, 16, 61, dtype, ignored=0.5), few | {"extras": (), "needs": (), "num_scored": 9}),
         ("16,24", strayed, few | {"message": "`targets`[31] is 77"}),
     ]
     for seed, (blocks, case, how) in enumerate(calls):
@@ -83,8 +87,8 @@ def level0_calls(
                 assert_cuda_matches(case, results)
             else:  # too few: what was left out is NaN
                 left_out = case.scored & (case.scored.cumsum(0) > how["num_scored"])
-                for values in (results.logps, results.row_state[0], *results.extras.values(), results.direction[:, 0]):
-                    assert torch.equal(values.isnan(), left_out)
+                for values in (results.logps, *results.row_state, *results.extras.values(), *results.direction.T):
+                    assert values.numel() == 0 or torch.equal(values.isnan(), left_out)
                 assert not results.logps[~case.scored].any()
 
         yield Options(random=seed % 2 == 1, seed=seed, most_instructions=ENDLESS), run
@@ -163,7 +167,7 @@ def test_level_0(only_sm80: Any, machine: Machine, monkeypatch: pytest.MonkeyPat
 # Which call has which of the five kernels: needs and extras.
 KERNELS1 = {
     "bf16_operand": (("hidden", "weight"), ()),
-    "bf16_sums_extras": ((), OP_OUTPUTS),
+    "bf16_operand_extras": (("hidden", "weight"), OP_OUTPUTS),
 }
 
 

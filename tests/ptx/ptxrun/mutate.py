@@ -110,9 +110,9 @@ LEVEL1 = [
     Kind("cluster wait dropped", r"barrier\.cluster\.wait\.aligned;", _dropped),
     Kind("wgmma dropped", r"wgmma\.mma_async[^;]*;", _dropped),
     Kind(
-        "wgmma adds to what was there",
-        r"setp\.ne\.b32 (\w+), %r\d+, 0;(?=\s*wgmma)",
-        lambda m: f"setp.eq.u32 {m[1]}, 0, 0;",
+        "wgmma adds where it should not, or the other way round",
+        r"setp\.ne\.b32 (\w+, %r\d+, 0;)(?=\s*wgmma)",
+        lambda m: f"setp.eq.b32 {m[1]}",
     ),
     Kind(
         "descriptor one further",
@@ -137,9 +137,9 @@ LEVEL1 = [
     Kind("TMA store dropped", r"cp\.async\.bulk\.tensor\.3d\.global[^;]*;", _dropped),
     Kind("matrix stored 16 bytes further", r"(stmatrix\.sync[^\[]*\[)(%r\d+)\]", lambda m: f"{m[1]}{m[2]}+16]"),
     Kind(
-        "another block's barrier",
-        r"(mapa\.shared::cluster\.u32\s+\w+, %r\d+, )(%r\d+);",
-        lambda m: f"xor.b32 {m[2]}, {m[2]}, 1; {m[0]} xor.b32 {m[2]}, {m[2]}, 1;",
+        "arrivals at the first block alone",
+        r"(mapa\.shared::cluster\.u32\s+\w+, %r\d+), %r\d+;",
+        lambda m: f"{m[1]}, 0;",
     ),
     Kind("shuffle over another distance", SHUFFLE, lambda m: f"{m[1]}, 16{m[3]}, {m[4]};"),
     access("store one further", "st", "global", _moved),

@@ -61,7 +61,12 @@ Mbarrier& Async::mbarrier(const Context& c, int cta, uint64_t offset, int lane) 
   if (found == mbarriers.end()) {
     c.fault("no mbarrier has been initialised at " + std::to_string(offset) + " of block " + std::to_string(cta), lane);
   }
-  return found->second;
+  Mbarrier& b = found->second;
+  const uint32_t agent = machine.agent_of(c.warp, lane);
+  if (!b.fenced && agent != b.initialiser && clock_in(machine.agents[agent].seen, b.initialiser) < b.initialised) {
+    c.fault("an mbarrier whose initialisation nothing has made visible to this thread", lane);
+  }
+  return b;
 }
 
 void Async::update(int cta, uint64_t offset, Mbarrier& b, const std::string& who) {

@@ -23,7 +23,8 @@ struct Mbarrier {
   int64_t bytes = 0;    // of this phase that are to come: expected by expect_tx, and subtracted by transfers
   uint32_t phase = 0;   // whose parity try_wait asks for; how many are complete
   bool fenced = false;  // its initialisation is visible to the asynchronous proxy and to the cluster's other blocks
-  uint32_t initialiser = 0;
+  uint32_t initialiser = 0;  // and its clock then
+  Clock initialised = 0;
   Agent object;    // what arrivals of this phase make known
   Agent complete;  // what those who find the last phase complete learn
 };
