@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import marshal
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from os.path import commonprefix
@@ -14,8 +13,9 @@ from fastdpo.data.facts import Facts, SideFacts, find_facts, shape_of
 from fastdpo.data.forms import forms_for, in_form
 from fastdpo.data.settings import Preparation
 from fastdpo.data.templates import BoundTemplate, Messages, plain, template_of
-from fastdpo.data.terms import DataError, first_line
+from fastdpo.data.terms import DataError
 from fastdpo.data.turns import Span, answer_spans
+from fastdpo.data.verdicts import cause_of, tools_left_out, verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,11 +99,11 @@ class ChatRenderer:
             # Where the template takes messages of this shape, it is the words that it refuses.
             rendered = None if facts else self._in_another_form(bound, prompt, sides, setting)
             if rendered is None:
-                cause = _cause(error, prompt + sides[0])
+                cause = cause_of(error, prompt + sides[0])
                 raise DataError(f"{row.where}: the chat template refused the messages: {cause}") from error
         rendered.found += [f"kwargs_not_read:{name}" for name in unread]
         if row.tools:
-            rendered.found += _tools_left_out(row.tools, rendered.prompt)
+            rendered.found += tools_left_out(row.tools, rendered.prompt)
         if template.writes_date:
             rendered.found.append(f"dated:{self._preparation.day}")
         return rendered
@@ -149,7 +149,7 @@ class ChatRenderer:
         before = self._render_prompt(template, prompt, setting, answers_first)
         opening = facts.opening if facts and answers_first else ""
         said = compare(before, prompt)
-        drop, found = _verdict(said.faults, prompt, len(prompt))
+        drop, found = verdict(said.faults, prompt, len(prompt))
         found += forms
         wholes, spans = [], []
         for number, side in enumerate(sides):
@@ -195,12 +195,12 @@ class ChatRenderer:
         said = compare(whole, part, start)
         behind = len(part) - len(side)
         faults = [Fault(fault.message - behind, fault.what) for fault in said.faults if fault.message >= behind]
-        drop, found = _verdict(faults, side, 0)
+        drop, found = verdict(faults, side, 0)
         if facts:
             number = len(prompt)
             known = [Fault(fault.message - number, fault.what) for fault in facts.faults if fault.message >= number]
-            known_drop, more = _verdict(known, side, 0)
-            _, asked = _verdict([fault for fault in facts.faults if fault.message < number], prompt, number)
+            known_drop, more = verdict(known, side, 0)
+            _, asked = verdict([fault for fault in facts.faults if fault.message < number], prompt, number)
             drop, found = drop or known_drop, found + more + asked
         if (facts and facts.prompt_scored) or (last_word is not None and last_word[1] > shared):
             drop = "prompt_scored"
@@ -268,49 +268,3 @@ class _Side:
     spans: list[Span] | None
     found: list[str]
     drop: str
-
-
-def _verdict(faults: list[Fault], messages: Messages, prompt: int) -> tuple[str, list[str]]:
-    """(a reason to drop or "", reasons to doubt); the first ``prompt`` of the messages are the prompt's."""
-    drop, found = "", []
-    for number, what in faults:
-        role = messages[number]["role"]
-        if what == "python":
-            found.append("written_as_python")
-        elif what == "text arguments":
-            found.append("arguments_as_text")
-        elif number < prompt:
-            # Templates leave out what was thought before earlier answers: so the models were trained.
-            if what != "reasoning":
-                found.append(f"prompt_left_out:{what} of {role}")
-        elif role != "assistant":
-            if what != "name":
-                found.append(f"between_left_out:{what} of {role}")
-        elif what == "reasoning":
-            found.append("reasoning_left_out")
-        elif what != "name":
-            drop = "answer_left_out"
-    return drop, found
-
-
-def _tools_left_out(tools: list[Any], text: str) -> list[str]:
-    for tool in tools:
-        inner = tool.get("function", tool) if isinstance(tool, dict) else {}
-        name = inner.get("name") if isinstance(inner, dict) else None
-        if isinstance(name, str) and name not in text:
-            return [f"tools_left_out:{name}"]
-    return []
-
-
-def _cause(error: Exception, messages: Messages) -> str:
-    """A template's error in words of the row."""
-    said = first_line(str(error) or repr(error))
-    roles = ", ".join(str(message["role"]) for message in messages)
-    if attribute := re.search(r"has no attribute '(\w+)'", said):
-        name = attribute[1]
-        without = [m["role"] for m in messages if name not in m and name in ("content", "role", "tool_calls")]
-        who = f"a message of {without[0]}" if without else "a message or tool call"
-        return f"it reads {name!r}, which {who} does not have ({said}; roles: {roles})"
-    if "concatenate str" in said or "has no element" in said or "unsupported operand" in said:
-        return f"it takes text where a message has a list, an object or nothing ({said}; roles: {roles})"
-    return f"{said} (roles: {roles})"
