@@ -60,9 +60,10 @@ def account(
             batch_size=batch_size,
         )
     found = _found_in_rows(tokenised, stays, summary)
-    found["identical_after_truncation"] = _identical_once_cut(
+    identical = _identical_once_cut(
         tokenised, kept, np.minimum(prompt + chosen, limit), np.minimum(prompt + rejected, limit), found, summary
     )
+    found["identical_after_truncation"] = np.array(identical, np.int64)
     found["duplicate"], found["contradicted"] = repeated_rows(tokenised, kept)
     for reasons, counts in ((WARN_REASONS, summary.warned), (NOTES, summary.noted)):
         for reason in reasons:
@@ -70,7 +71,7 @@ def account(
     return kept, summary
 
 
-def _count(summary: DataSummary, counts: dict[str, int], reason: str, rows: Sequence[int]) -> None:
+def _count(summary: DataSummary, counts: dict[str, int], reason: str, rows: np.ndarray | Sequence[int]) -> None:
     if len(rows):
         counts[reason] = len(rows)
         summary.first_rows[reason] = [int(row) for row in rows[:3]]
@@ -157,7 +158,8 @@ def _rows_where(condition: pa.ChunkedArray) -> np.ndarray:
 
 
 def _list_lengths(dataset: datasets.Dataset, name: str) -> np.ndarray:
-    return pc.list_value_length(dataset.data.column(name)).to_numpy()
+    lengths: np.ndarray = pc.list_value_length(dataset.data.column(name)).to_numpy()
+    return lengths
 
 
 def nothing_left_message(summary: DataSummary) -> str:

@@ -48,9 +48,9 @@ def _compare(text: str, messages: Messages, start: int, exact: bool) -> Comparis
         search = _Search(text, start, exact)
         _look_for(message, search)
         faults += [Fault(number, what) for what in search.missing]
-        begins = search.begin is not None
-        places.append((search.begin, search.end) if begins and not search.missing else None)
-        start = search.end if begins else start
+        begin = search.begin
+        places.append((begin, search.end) if begin is not None and not search.missing else None)
+        start = start if begin is None else search.end
     return Comparison(faults, places)
 
 

@@ -9,7 +9,7 @@ does not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
@@ -39,7 +39,7 @@ class Encoder:
         if not texts:
             return []
         if self._backend is None:
-            return self._tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
+            return list(self._tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"])
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = self._tokenizer.split_special_tokens
@@ -87,18 +87,18 @@ class Encoder:
         if self._backend is None:
             return None
         self._backend.encode_special_tokens = self._tokenizer.split_special_tokens
-        return self._backend.encode(text, add_special_tokens=False).offsets
+        return list(self._backend.encode(text, add_special_tokens=False).offsets)
 
     def decode(self, ids: Sequence[Ids]) -> list[str]:
         """The texts of ids, special tokens included."""
         if self._backend is not None and _decodes_plainly(self._tokenizer):
-            return self._backend.decode_batch(list(ids), skip_special_tokens=False)
+            return list(self._backend.decode_batch(list(ids), skip_special_tokens=False))
         return [decode(self._tokenizer, sequence) for sequence in ids]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Ids) -> str:
     """The text of ids, special tokens included."""
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _decodes_plainly(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -9,7 +9,7 @@ answer ("a") could be found by chance. What depends on the text itself is looked
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import count
 from os.path import commonprefix
@@ -150,11 +150,11 @@ def first_of(tokens: Collection[str], text: str) -> str | None:
     return min((token for token in tokens if token in text), key=lambda t: (text.find(t), -len(t)), default=None)
 
 
-def _marked(messages: Messages, numbers: count) -> Messages:
+def _marked(messages: Messages, numbers: Iterator[int]) -> Messages:
     return [_mark(message, numbers) for message in messages]
 
 
-def _mark(message: dict[str, Any], numbers: count) -> dict[str, Any]:
+def _mark(message: dict[str, Any], numbers: Iterator[int]) -> dict[str, Any]:
     def mark(value: Any) -> Any:
         return f"Zq{next(numbers):03d}vX" if isinstance(value, str) and value else value
 

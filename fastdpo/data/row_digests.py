@@ -25,13 +25,14 @@ def row_digests(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS) -> n
         marks = [_ids_and_starts(table.column(name)) for name in masks]
         for row in range(table.num_rows):
             parts = [ids[starts[row] : starts[row + 1]] for ids, starts in lists]
-            digest = hashlib.blake2b(np.array([len(part) for part in parts], np.int64), digest_size=ROW_DIGEST_BYTES)
+            lengths = np.array([len(part) for part in parts], np.int64)
+            digest = hashlib.blake2b(lengths.data, digest_size=ROW_DIGEST_BYTES)
             for part in parts:
-                digest.update(part)
+                digest.update(part.data)
             for number, (mask, begins) in enumerate(marks):
                 if begins[row] < begins[row + 1]:
                     digest.update(f"mask {number}".encode())
-                    digest.update(mask[begins[row] : begins[row + 1]])
+                    digest.update(mask[begins[row] : begins[row + 1]].data)
             digests.append(digest.digest())
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, ROW_DIGEST_BYTES)
 
@@ -45,9 +46,8 @@ def part_hashes(dataset: Dataset) -> np.ndarray:
         hashes = []
         for name, mask in zip(TOKEN_COLUMNS, masks, strict=True):
             parts = _pieces(table.column(name))
-            if mask:
-                parts = [(ids, marks) for ids, marks in zip(parts, _pieces(table.column(mask)), strict=True)]
-            hashes.append([hash(part) for part in parts])
+            marks = _pieces(table.column(mask)) if mask else None
+            hashes.append([hash(part) for part in (parts if marks is None else zip(parts, marks, strict=True))])
         found.append(np.array(hashes, np.int64).T)
     return np.concatenate(found) if found else np.zeros((0, len(TOKEN_COLUMNS)), np.int64)
 
@@ -69,4 +69,4 @@ def _ids_and_starts(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 
 def rows_fingerprint(digests: np.ndarray) -> str:
     """sha256 over the digests of rows, in their order."""
-    return hashlib.sha256(np.ascontiguousarray(digests)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(digests).data).hexdigest()

@@ -97,7 +97,7 @@ class DataSummary:
         from rich.console import Group
 
         parts = [self._rows_table(), self._lengths_table()]
-        return Group(*parts, self._work_table()) if self.work else Group(*parts)
+        return Group(*parts, _work_table(self.work)) if self.work else Group(*parts)
 
     def _rows_table(self) -> Table:
         from rich.table import Table
@@ -137,20 +137,20 @@ class DataSummary:
             table.add_row(labels.get(name, name), *(f"{number:,.0f}" for number in numbers))
         return table
 
-    def _work_table(self) -> Table:
-        from rich.table import Table
-
-        work = self.work
-        title = f"Tokens a step of {work.batch_size} pairs (prompts: {work.prompt_share:.0%} of packed ones)"
-        table = Table(title=title, title_justify="left", title_style="bold")
-        table.add_column("")
-        for name in ("padded, two rows a pair", "packed, each prompt once", "saving"):
-            table.add_column(name, justify="right")
-        for name, packed in (("through the body", work.packed_body), ("through the head", work.packed_head)):
-            table.add_row(name, f"{work.padded:,.0f}", f"{packed:,.0f}", f"{work.padded / packed:.1f} x")
-        return table
-
     def _where(self, reason: str) -> str:
         rows = self.first_rows[reason]
         count = self._count(reason)
         return f"row {', '.join(map(str, rows))}{', …' if count > len(rows) else ''}"
+
+
+def _work_table(work: Work) -> Table:
+    from rich.table import Table
+
+    title = f"Tokens a step of {work.batch_size} pairs (prompts: {work.prompt_share:.0%} of packed ones)"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("padded, two rows a pair", "packed, each prompt once", "saving"):
+        table.add_column(name, justify="right")
+    for name, packed in (("through the body", work.packed_body), ("through the head", work.packed_head)):
+        table.add_row(name, f"{work.padded:,.0f}", f"{packed:,.0f}", f"{work.padded / packed:.1f} x")
+    return table

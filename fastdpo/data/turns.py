@@ -44,8 +44,8 @@ def answer_spans(
             spans = [found.after_opening(i, span) for i, span in zip(answers, marked[-len(answers) :], strict=True)]
             if _are_sound(spans, answers, completion, whole):
                 return spans
-    spans = [found.span(i) for i in answers]
-    sound = None not in spans and _are_sound(spans, answers, completion, whole)
+    spans = [span for i in answers if (span := found.span(i)) is not None]
+    sound = len(spans) == len(answers) and _are_sound(spans, answers, completion, whole)
     return spans if sound else None
 
 
