@@ -30,6 +30,7 @@ def check(level0: Any, machine: Machine, case: Case, seed: int = 0, **how: Any) 
     """In order, and warp by warp at random with .approx instructions as wrong as PTX allows them to be."""
     first = call(level0, case, **how)
     assert_cuda_matches(case, first)
+    assert all(level0.written(t) for t in first.tensors())
     with machine.with_options(random=True, seed=seed):
         second = call(level0, case, **how)
     assert all(torch.equal(a, b) for a, b in zip(first.tensors(), second.tensors(), strict=True)), "schedules differ"

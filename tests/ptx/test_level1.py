@@ -52,6 +52,7 @@ def run(level1: Any, machine: Machine, kernel: str, shape: str, schedule: str, m
     with machine.with_options(**SCHEDULES[schedule]):
         results = call(level1, case, needs=needs, extras=extras)
     assert_cuda_matches(case, results)
+    assert all(level1.written(t) for t in results.tensors())
     ran = machine.counts() - before
     assert any("cutlass13device_kernel" in name for name in machine.launched())
     assert ran.wgmmas > 0 and ran.tma_bytes > 0 and ran.mbarrier_phases > 0

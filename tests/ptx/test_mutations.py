@@ -53,6 +53,7 @@ def level0_calls(
     calls = [
         ("16,24", random_case(0, 40, 16, 61, dtype, spread=4.0), few),
         ("16,192", raised_case(6, 8, 400, dtype), few | {"retained_rows": 3}),
+        ("16,192", raised_case(6, 8, 397, dtype), few | {"retained_rows": 3}),
         ("", large, few | {"retained_rows": 2}),
         ("16,24", odd, few),
         ("16,24", random_case(4, 5, 1500, 30, dtype, ignored=0.2), few | {"num_scored": None}),
@@ -62,7 +63,7 @@ def level0_calls(
         ("16,1344", raised_case(12, 1104, 2704, dtype), few | {"retained_rows": 0}),
         ("16,1344", random_case(6, 9, 1104, 1504, dtype, ignored=0.5), few | {"retained_rows": 2, "capturing": True}),
         ("16,1344", random_case(6, 9, 1109, 1501, dtype, ignored=0.5), few | {"retained_rows": 2, "capturing": True}),
-        ("16,24", random_case(7, 40, 1104, 61, dtype, ignored=0.5), few | {"num_scored": 9}),
+        ("16,24", random_case(7, 40, 2400, 61, dtype, ignored=0.5), few | {"num_scored": 9}),
         ("16,24", random_case(8, 6, 9000, 30, dtype, ignored=0.3), few | {"num_scored": None}),
         ("16,24", random_case(9, 40, 16, 61, dtype, ignored=0.5), few | {"extras": (), "needs": ("weight",)}),
         ("16,24", random_case(9, 40, 16, 61, dtype, ignored=0.5), few | {"extras": (), "needs": (), "num_scored": 9}),
@@ -83,6 +84,7 @@ def level0_calls(
                     return
                 raise AssertionError("a target outside the vocabulary was let pass")
             results = call(library, case, **plain)
+            assert all(library.written(t) for t in results.tensors())
             if how["num_scored"] in (-1, None):
                 assert_cuda_matches(case, results)
             else:  # too few: what was left out is NaN
@@ -100,7 +102,11 @@ def raised_case(rows: int, width: int, columns: int, dtype: torch.dtype) -> Case
     generator = torch.Generator().manual_seed(rows)
     logits = torch.randn(rows, columns, generator=generator)
     rises = torch.tensor([39.0, 41.0, 80.0, 100.0, 500.0, 3e4]).repeat(rows // 6)
-    logits[torch.arange(rows), torch.randint(0, columns, (rows,), generator=generator)] = rises
+    # Several logits, so that sums of all kinds have more than one term; and higher ones in every third of the columns,
+    # so that a row that was raised in one chunk is raised again in the next.
+    for third in range(3):
+        first = int(torch.randint(0, columns // 3 - 40, (), generator=generator)) + third * (columns // 3)
+        logits[:, first : first + 40] += rises[:, None] * (1 + third)
     logits[0, 0], logits[1, columns - 1] = 39.5, 41.5
     case = case_of_logits(logits, torch.randint(0, columns, (rows,), generator=generator).tolist(), dtype)
     case.hidden = torch.nn.functional.pad(case.hidden, (0, width - rows))
@@ -152,7 +158,15 @@ def test_a_sample_of_level_0(only_sm80: Any, machine: Machine, monkeypatch: pyte
 
 
 # Survivors that no run could tell from the kernel as it was, by what stands in their description.
-HARMLESS0: dict[str, str] = {}
+SINGLE = "the second round of a loop over single columns, of which there are 15 at most"
+AGAIN = "of the second visit of a raised row, which finds the same number as the first did, and that is still there"
+HARMLESS0 = {
+    "store dropped (9): st.global.u16 [%rd154]": SINGLE,
+    "guard turned (185): @%p371 bra": SINGLE,
+    "guard turned (86): @%p127 bra": SINGLE,
+    "shared store dropped (5): st.shared.f32 [%r18], %f1047": AGAIN,
+    "shared store dropped (9): st.shared.f64 [%r55+32], %fd683": AGAIN,
+}
 
 
 @pytest.mark.slow
@@ -186,7 +200,9 @@ def level1_calls(library: Any, patch: pytest.MonkeyPatch, kernel: str) -> Iterat
             patch.setenv("FASTDPO_CUDA_BLOCKS", f"{rows},{-(-columns // 192) * 192}")
             patch.setenv("FASTDPO_CUDA_LEVEL", "1")
             library.pretend(90, 2)
-            assert_cuda_matches(case, call(library, case, needs=needs, extras=extras))
+            results = call(library, case, needs=needs, extras=extras)
+            assert all(library.written(t) for t in results.tensors())
+            assert_cuda_matches(case, results)
 
         yield Options(**options, most_instructions=ENDLESS), run
 
@@ -206,7 +222,15 @@ def level1_verdict(
     return judge(machine, mutation, level1_calls(library, patch, kernel), library.new_device)
 
 
-HARMLESS1: dict[str, str] = {}
+UNUSED = "of the pipeline that would load a C, which this product has not"
+HARMLESS1 = {
+    "fence.mbarrier_init dropped": "one of four in a row, by one thread; the last is for all",
+    "mbarrier for one arrival more": UNUSED,
+    "mbarrier not initialised": UNUSED,
+    "arrival dropped (2)": UNUSED,
+    "TMA wait dropped (0)": "a tile's first: one group may be pending, and there is one",
+    "TMA waits for one group less (0)": "as above",
+}
 
 
 @pytest.mark.slow

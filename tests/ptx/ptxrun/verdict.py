@@ -41,7 +41,7 @@ def judge(
             try:
                 call()
             except (RuntimeError, AssertionError) as error:
-                return Verdict(mutation, machine.fault() or " ".join(str(error).split()))
+                return Verdict(mutation, machine.fault() or " ".join(str(error).split()) or "an assertion")
         return Verdict(mutation, "")
     finally:
         machine.options()

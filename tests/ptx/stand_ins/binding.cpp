@@ -40,6 +40,18 @@ void convert(const torch::stable::Tensor& from, torch::stable::Tensor to) {
   fastdpo::cuda::convert(from.data_ptr(), type_of(from), to.data_ptr(), type_of(to), from.numel(), ptx::the_stream());
 }
 
+// Whether every byte of the tensor has been written, as far as the device can tell.
+bool written(const torch::stable::Tensor& t) {
+  const auto address = reinterpret_cast<uint64_t>(t.data_ptr());
+  const uint64_t bytes = static_cast<uint64_t>(t.numel()) * t.element_size();
+  try {
+    if (bytes != 0) ptx::the_machine().memory.host_place(address, bytes, true, "written");
+    return true;
+  } catch (const ptx::Fault&) {
+    return false;
+  }
+}
+
 void new_device() { ptx_new_device(); }
 
 }  // namespace
@@ -51,12 +63,14 @@ LIBRARY(PTX_OPS, m) {
   m.def("pretend(int compute_capability, int multiprocessors) -> ()");
   m.def("new_device() -> ()");
   m.def("convert(Tensor from, Tensor(a!) to) -> ()");
+  m.def("written(Tensor t) -> bool");
 }
 
 IMPLEMENTATION(PTX_OPS, CPU, m) {
   m.impl("token_logps_forward", TORCH_BOX(&fastdpo::cuda::token_logps_forward));
   m.impl("token_logps_backward", TORCH_BOX(&fastdpo::cuda::token_logps_backward));
   m.impl("convert", TORCH_BOX(&convert));
+  m.impl("written", TORCH_BOX(&written));
 }
 
 IMPLEMENTATION(PTX_OPS, CompositeExplicitAutograd, m) {
