@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastdpo.logps.native import build_info
+from fastdpo.logps.device_paths import build_info
 
 _PACKAGES = ("fastdpo", "torch", "transformers", "datasets", "accelerate", "peft", "tokenizers")
 _HIDDEN = "(hidden)"
