@@ -83,7 +83,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_command(commands, "compare", "completions of several models side by side, for given prompts", _compare)
     _add_command(commands, "chat", "talk to a model, or to several side by side", _chat)
     _add_command(commands, "demo", "a whole run from nothing, to see what preference training does", _demo)
-    _add_command(commands, "info", "what was built: kernels, instruction sets, versions", _info)
+    _add_command(commands, "info", "what was built and is used here; with --check, whether it computes right", _info)
     return parser
 
 
@@ -158,15 +158,9 @@ def _demo(argv: list[str]) -> int:
 
 
 def _info(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fastdpo info", description="Print what was built, and against what.")
-    parser.parse_args(argv)
-    from fastdpo.logps.device_paths import build_info
+    from fastdpo.commands.info import run
 
-    facts = build_info()
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        print(f"{name:<{width}}  {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
-    return 0
+    return run(argv)
 
 
 def _version() -> str:

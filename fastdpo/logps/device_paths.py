@@ -48,12 +48,11 @@ def register(library: torch.library.Library, ops: Ops, key: str) -> None:
 _registered = torch.library.Library("fastdpo", "FRAGMENT")
 # What stands in for kernels wherever a device has none of its own.
 register(_registered, PORTABLE_OPS, "CompositeExplicitAutograd")
-CUDA_KERNELS: Ops | None = None
-_cuda_gate: Gate | None = None
+# What stands before the CUDA kernels; None where these are not loaded.
+CUDA_GATE: Gate | None = None
 if FACTS["cuda_library"] == "loaded":
-    CUDA_KERNELS = kernels("CUDA")
-    _cuda_gate = Gate(CUDA_KERNELS, PORTABLE_OPS, CudaDevices(CUDA_LIBRARY))
-    register(_registered, Ops(_cuda_gate.forward, _cuda_gate.backward), "CUDA")
+    CUDA_GATE = Gate(kernels("CUDA"), PORTABLE_OPS, CudaDevices(CUDA_LIBRARY))
+    register(_registered, Ops(CUDA_GATE.forward, CUDA_GATE.backward), "CUDA")
 
 _everywhere = False
 
@@ -99,7 +98,7 @@ def build_info() -> dict[str, Any]:
     products = dict.fromkeys(_DTYPES, "torch.mm in chunks")
     if FACTS["cpu_path"] != PORTABLE:
         products = importlib.import_module("fastdpo._C").cpu_products()
-    outcomes = {} if _cuda_gate is None else _cuda_gate.outcomes()
+    outcomes = {} if CUDA_GATE is None else CUDA_GATE.outcomes()
     return facts | {"cpu_products": products, "paths": _paths(), "self_check": outcomes}
 
 

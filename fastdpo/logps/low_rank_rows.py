@@ -21,6 +21,7 @@ from fastdpo.logps.device_paths import build_info
 from fastdpo.logps.native import compute_dtype, operand_dtype
 from fastdpo.logps.ops import OUTPUTS, OpInputs, backward_op, forward_op
 from fastdpo.logps.vocab_shards import WholeRows
+from fastdpo.logps.wide import wide_dtype
 
 # What a chunk of the wide weight may take up, and a chunk's exponentials where they are made again. Beside its products
 # a chunk costs some five passes over S x H numbers, which matter more where 250 flops are done in the time of a byte.
@@ -126,7 +127,7 @@ class _WideLogps(torch.autograd.Function):
         compute = compute_dtype(wide.dtype)
         keeps = any(needs[1:]) and len(targets) * len(weight) * operand_dtype(wide.dtype).itemsize <= retain_bytes
         direction = torch.zeros_like(wide, dtype=compute) if needs[0] else None
-        seen = targets.new_full(targets.shape, -torch.inf, dtype=torch.float64)
+        seen = torch.full_like(targets, -torch.inf, dtype=torch.promote_types(compute, wide_dtype(wide.device)))
         shards, stats = [], []
         for chunk in _chunks(rows):
             logps, row_state, of_chunk, exponentials, *extras = forward_op(

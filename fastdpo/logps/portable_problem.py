@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdpo.logps.native import compute_dtype
 from fastdpo.logps.portable_rows import ComputedRows, may_look
+from fastdpo.logps.wide import wide_dtype
 
 # What all temporary buffers may take up together, and how many tokens and vocabulary entries are taken at a time. A
 # CPU's logits are to stay in its cache; a GPU wants products that keep all of it busy.
@@ -29,11 +30,6 @@ def plain_torch(device: torch.device) -> Iterator[None]:
     autocasts = torch.amp.is_autocast_available(device.type)
     with torch.no_grad(), torch.autocast(device.type if autocasts else "cpu", enabled=False):
         yield
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """What is kept of one number a row is kept in: float64, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +68,8 @@ class Problem:
     bias: Tensor | None  # [V], in the compute type
     rows: ComputedRows
     transform: LogitTransform
-    compute: torch.dtype
-    wide: torch.dtype
+    compute: torch.dtype  # of logits and sums over the vocabulary
+    wide: torch.dtype  # of one number a row
 
     @classmethod
     def of(
@@ -97,7 +93,7 @@ class Problem:
             ComputedRows.find(targets, ignore_index, num_scored, weight.shape[0]),
             LogitTransform(logit_scale, softcap, 1 / temperature),
             compute,
-            wide_dtype(hidden.device),
+            torch.promote_types(compute, wide_dtype(hidden.device)),
         )
 
     @property

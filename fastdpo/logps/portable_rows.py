@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdpo.logps.targets import refuse_foreign_targets
+
 # kMaxExponentGap of csrc/fastdpo.h.
 _MAX_EXPONENT_GAP = 32.0
 
@@ -57,7 +59,7 @@ class ComputedRows:
         scored = targets != ignore_index
         looks = may_look(targets.device) or (num_scored < 0 and not is_capturing(targets.device))
         if looks:
-            refuse_wrong(targets, scored, ignore_index, vocabulary)
+            refuse_foreign_targets(targets, scored, vocabulary, ignore_index)
             count = int(scored.sum())
             if num_scored not in (-1, count):
                 raise ValueError(
@@ -101,17 +103,6 @@ class ComputedRows:
         results.index_copy_(0, self.positions, found.masked_fill(self.doubt.wrong.unsqueeze(1), torch.nan))
         missed = self.doubt.missed.unsqueeze(1)
         results.index_copy_(0, self.others, torch.where(missed, torch.nan, blank))
-
-
-def refuse_wrong(targets: Tensor, scored: Tensor, ignore_index: int, vocabulary: int) -> None:
-    """IndexError if a scored target is no entry of the vocabulary; the host looks."""
-    wrong = (scored & ((targets < 0) | (targets >= vocabulary))).nonzero()
-    if len(wrong):
-        t = int(wrong[0])
-        raise IndexError(
-            f"targets[{t}] is {int(targets[t])}; it should be in [0, {vocabulary}), the rows of weight, or "
-            f"ignore_index ({ignore_index})"
-        )
 
 
 class RowResults(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.logps.ops import OUTPUTS
+from fastdpo.logps.targets import refuse_foreign_targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +65,3 @@ class ScoredRows:
 
         empty = logps.new_empty(0)
         return spread(logps), *(spread(outputs[name]) if name in outputs else empty for name in OUTPUTS)
-
-
-def refuse_foreign_targets(targets: Tensor, scored: Tensor, vocabulary: Tensor | int, ignore_index: int) -> None:
-    """IndexError where a scored target is no entry of the vocabulary; the host waits for the device."""
-    wrong = (scored & ((targets < 0) | (targets >= vocabulary))).nonzero()
-    if len(wrong):
-        t = int(wrong[0])
-        raise IndexError(
-            f"targets[{t}] is {int(targets[t])}; it should be in [0, {int(vocabulary)}), the rows of weight, or "
-            f"ignore_index ({ignore_index})"
-        )

@@ -25,7 +25,6 @@ from fastdpo.logps.check_cases import Measured, Ops, measure
 from fastdpo.logps.verdicts import Verdict
 
 _VARIABLE = "FASTDPO_SELF_CHECK"
-_LEVEL = "FASTDPO_CUDA_LEVEL"
 # Raised whenever what a check computes, or holds it against, is another: then earlier outcomes say nothing.
 _EDITION = "1"
 REPORT = "Please report it, with the table of `fastdpo info --check`."
@@ -83,8 +82,20 @@ class Gate:
             for path, trusted in self._trusted.items()
         }
 
+    def check(self, device: torch.device, dtype: torch.dtype) -> Outcome:
+        """Looks, whatever was found before, at the level that is asked for; keeps what is found."""
+        path = _Path(device, dtype, _level())
+        outcome = check(self._native, dtype, device)
+        if outcome.verdict is not None:
+            verdicts.store(self._facts(path), outcome.verdict)
+        return outcome
+
+    def _facts(self, path: _Path) -> dict[str, str]:
+        facts = {"dtype": str(path.dtype), "level": path.level, "edition": _EDITION}
+        return self._kind.facts(path.device) | facts
+
     def _ops(self, hidden: Tensor) -> Ops:
-        path = _Path(hidden.device, hidden.dtype, os.environ.get(_LEVEL) or "0")
+        path = _Path(hidden.device, hidden.dtype, _level())
         trusted = self._trusted.get(path)
         if trusted is None:
             with self._lock:  # a second thread waits for the first one's check
@@ -94,37 +105,31 @@ class Gate:
         return self._native if trusted else self._portable
 
     def _decide(self, path: _Path) -> bool:
-        mode = _mode()
-        facts = self._kind.facts(path.device)
+        mode, facts, kernels = _mode(), self._facts(path), f"fastdpo's {self._kind.name} kernels"
         if (misfit := self._kind.misfit(path.device)) is not None:
-            return self._refuse(
-                path, f"{facts['device']} cannot run fastdpo's {self._kind.name} kernels: {misfit}.", mode
-            )
+            return self._refuse(path, f"{facts['device']} cannot run {kernels}: {misfit}.", mode)
         if mode == "off":
             return True
-        facts |= {"dtype": str(path.dtype), "level": path.level, "edition": _EDITION}
         verdict = verdicts.load(facts)
         if verdict is None and self._kind.is_capturing(path.device):
-            self._pass_unchecked(path, facts["device"], mode)
+            self._pass_unchecked(path, f"{kernels} have not been checked on {facts['device']}", mode)
             return True
         if verdict is None:
-            verdict = check(self._native, path.dtype, path.device)
+            verdict = self.check(path.device, path.dtype).verdict
             if verdict is None:
                 return True
-            verdicts.store(facts, verdict)
             if not verdict.passed and not self._kind.works(path.device):
                 raise RuntimeError(
-                    f"fastdpo's {self._kind.name} kernels left {facts['device']} unusable for this process: "
-                    f"{verdict.finding}. Start it again: this was written down, and plain PyTorch will take their "
-                    f"place. {REPORT}"
+                    f"{kernels} left {facts['device']} unusable for this process: {verdict.finding}. Start it again: "
+                    f"this was written down, and plain PyTorch will take their place. {REPORT}"
                 )
         if verdict.passed:
             self._trusted[path] = True
             return True
         return self._refuse(
             path,
-            f"fastdpo's {self._kind.name} kernels are not to be trusted on {facts['device']} for {path.words}: "
-            f"{verdict.finding} (found {verdict.date}; `fastdpo info --check` looks again). {REPORT}",
+            f"{kernels} are not to be trusted on {facts['device']} for {path.words}: {verdict.finding} (found "
+            f"{verdict.date}; `fastdpo info --check` looks again). {REPORT}",
             mode,
         )
 
@@ -135,14 +140,18 @@ class Gate:
         warnings.warn(f"{reason} Such tensors go through plain PyTorch, which is right and slower.", stacklevel=2)
         return False
 
-    def _pass_unchecked(self, path: _Path, device: str, mode: str) -> None:
-        said = f"fastdpo's {self._kind.name} kernels have not been checked on {device} for {path.words}, and cannot be"
-        said += " while a CUDA graph is captured: make one such call before the capture"
+    def _pass_unchecked(self, path: _Path, what: str, mode: str) -> None:
+        said = f"{what} for {path.words}, and cannot be while a CUDA graph is captured: make one call before that"
         if mode == "strict":
             raise RuntimeError(f"{said} ({_VARIABLE} is strict.)")
         if path not in self._unchecked:
             self._unchecked.add(path)
             warnings.warn(f"{said}. They are used unchecked.", stacklevel=2)
+
+
+def _level() -> str:
+    """What FASTDPO_CUDA_LEVEL asks for (csrc/cuda/level.h)."""
+    return os.environ.get("FASTDPO_CUDA_LEVEL") or "0"
 
 
 def _mode() -> str:
@@ -153,8 +162,25 @@ def _mode() -> str:
     return value
 
 
-def check(ops: Ops, dtype: torch.dtype, device: torch.device) -> Verdict | None:
-    """The verdict on the ops there; None where memory did not suffice for one.
+class Outcome(NamedTuple):
+    """Of a check.
+
+    Attributes:
+        verdict: None where memory did not suffice for one.
+        measured: how near each output came; empty where a call failed.
+    """
+
+    verdict: Verdict | None
+    measured: list[Measured]
+
+    @property
+    def finding(self) -> str:
+        """What was wrong, in words; empty where nothing was, or nothing is known."""
+        return "" if self.verdict is None else self.verdict.finding
+
+
+def check(ops: Ops, dtype: torch.dtype, device: torch.device) -> Outcome:
+    """Small calls of the ops on the device, compared with float64.
 
     Raises:
         RuntimeError: one of FASTDPO's environment variables asks for what is not there.
@@ -162,14 +188,14 @@ def check(ops: Ops, dtype: torch.dtype, device: torch.device) -> Verdict | None:
     today = datetime.date.today().isoformat()
     try:
         found = measure(ops, dtype, device)
-    except Exception as error:  # whatever it is, the kernels cannot be used
+    except Exception as error:  # whatever it is, the ops cannot be used
         if "FASTDPO_" in str(error):
             raise
         if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
-            return None
-        return Verdict(False, f"a small call failed with {_first_line(error)}", today)
+            return Outcome(None, [])
+        return Outcome(Verdict(False, f"a small call failed with {_first_line(error)}", today), [])
     wrong = [one for one in found if not one.is_right]
-    return Verdict(not wrong, _words(wrong), today)
+    return Outcome(Verdict(not wrong, _words(wrong), today), found)
 
 
 def _words(wrong: Sequence[Measured]) -> str:

@@ -10,7 +10,8 @@ two numbers that are never above 0: nothing cancels, and p -> 1 stays exact. The
 op, from a row state that speaks of all shards (csrc/fastdpo.h, RowState): the norm relative to the row's exponent, and
 the entry's weight, which is (1 - p) d z / d (h.w) for a target and -p d z / d (h.w) for a stand-in.
 
-Pure functions on one process' tensors. Every row is scored; per-row numbers are float64 whatever the inputs.
+Pure functions on one process' tensors. Every row is scored; per-row numbers are float64 whatever the inputs, where
+the device has that (wide.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.logps.device_paths import is_portable
+from fastdpo.logps.wide import widened
 
 # Of row_state, as csrc/fastdpo.h.
 _EXPONENT, _NORM, _TARGET_WEIGHT = range(3)
@@ -67,10 +69,10 @@ def local_targets(targets: Tensor, start: Tensor | int, size: int, stand_in: Ten
 
 def shard_rows(logps: Tensor, row_state: Tensor, owned: Tensor) -> ShardRows:
     """From what the forward op returned for the shard."""
-    exponent, norm, entry_weight = row_state.double().unbind()
+    exponent, norm, entry_weight = widened(row_state).unbind()
     # Where a shard is masked as a whole, its rows are quotients of zeros.
     empty = norm == 0
-    entry_logp = logps.double().masked_fill(empty, -torch.inf)
+    entry_logp = widened(logps).masked_fill(empty, -torch.inf)
     lse = exponent + norm.log()
     # The exponent is the entry's logit, exactly, unless it was raised, and then it lies far above.
     logit = lse + entry_logp
@@ -86,7 +88,7 @@ def shard_stats(rows: ShardRows, outputs: Mapping[str, Tensor]) -> Tensor:
     elsewhere = ~rows.owned
     stats = [rows.lse, rows.entry_logp.masked_fill(elsewhere, -torch.inf)]
     for name, values in outputs.items():
-        values = values.double()
+        values = widened(values)
         if name == "is_top1":
             # The target's logit, and the greatest of the others, of which a stand-in is one.
             rival = rows.entry_logit + values

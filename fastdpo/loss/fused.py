@@ -21,6 +21,7 @@ from fastdpo.logps.ops import OUTPUTS, OpInputs, named_outputs, op_inputs
 from fastdpo.logps.out_of_memory import in_less_memory
 from fastdpo.logps.primitive import DEFAULT_RETAIN_BYTES, Vocabulary, differentiable_logps, vocabulary_of
 from fastdpo.logps.sharded import gathered, refuse_sharded
+from fastdpo.logps.wide import widened
 from fastdpo.loss.groups import GroupedBatch, grouped_loss, plan_of, row_bytes
 from fastdpo.loss.options import LossKeywords, LossOptions
 from fastdpo.loss.outputs import DPOOutput
@@ -223,7 +224,7 @@ def _policy_sums(
     retain_bytes = plan.kept * row_bytes(inputs) if plan is not None and len(plan.groups) == 1 else workspace
     logps, *values = differentiable_logps(inputs, retain_bytes, outputs, vocabulary)
     fields = named_outputs(values, outputs, inputs)
-    extras = {name: sequences.sums(value.view(targets.shape)).double() for name, value in fields.items()}
+    extras = {name: widened(sequences.sums(value.view(targets.shape))) for name, value in fields.items()}
     return sequences.segment_sums(logps.view(targets.shape)), extras, None
 
 

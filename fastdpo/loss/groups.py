@@ -13,12 +13,14 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo.logps.derivatives import first_derivative, refuse_forward_mode
 from fastdpo.logps.native import compute_dtype, operand_dtype
 from fastdpo.logps.ops import OpInputs, backward_op, forward_op, named_outputs
-from fastdpo.logps.scored import refuse_foreign_targets
+from fastdpo.logps.targets import refuse_foreign_targets
+from fastdpo.logps.wide import segment_sums, wide_dtype, widened
 from fastdpo.loss.group_plan import Plan, plan_frozen_groups, plan_groups
 
 # Losses [n] of the pairs [first, last), n of them, from the log-probabilities [2n, S] of their sequences' segments and
@@ -96,8 +98,9 @@ class _GroupedLoss(torch.autograd.Function):
         starts = [0, *accumulate(counts)]
         scored = _scored_positions(inputs, starts[-1])
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3], compute_dtype(inputs.hidden.dtype))
-        sums = hidden.new_empty(lengths.shape, dtype=torch.float64)
-        extras = hidden.new_empty((len(outputs), 2 * pairs), dtype=torch.float64)
+        wide = torch.promote_types(gradients.compute, wide_dtype(hidden.device))
+        sums = hidden.new_empty(lengths.shape, dtype=wide)
+        extras = hidden.new_empty((len(outputs), 2 * pairs), dtype=wide)
         for first, last in plan.groups:
             sequences = (slice(first, last), slice(pairs + first, pairs + last))
             rows = torch.cat([scored[starts[part.start] : starts[part.stop]] for part in sequences])
@@ -200,7 +203,7 @@ class _Gradients:
 
 def _segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
     """[n] float64 sums over n segments that lie one after another."""
-    return torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True)
+    return segment_sums(widened(values), F.pad(lengths.cumsum(0), (1, 0)))
 
 
 def _scored_positions(inputs: OpInputs, count: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.logps.wide import widened
 from fastdpo.loss.objectives import OBJECTIVES, Pairs, divergence_scores
 from fastdpo.loss.options import LossOptions
 
@@ -69,7 +70,7 @@ class PairLosses:
     ) -> None:
         self.options = options
         self._tokens = lengths.sum(1)
-        self._batch_tokens = self._tokens.chunk(2)[0].double().mean()
+        self._batch_tokens = widened(self._tokens.chunk(2)[0]).mean()
         if allow_empty:  # from here on they divide alone: 0 / 1
             self._batch_tokens = self._batch_tokens.clamp(min=2 / len(self._tokens))
             self._tokens = self._tokens.clamp(min=1)

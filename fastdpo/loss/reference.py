@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdpo.logps.primitive import token_logps
+from fastdpo.logps.wide import widened
 from fastdpo.loss.options import LossOptions
 from fastdpo.loss.sequences import Sequences
 
@@ -89,4 +90,4 @@ def reference_sums(
             "ref_logps has one number a completion, but ld_alpha weighs the reference's tokens as well: give ref_logps "
             "of targets' shape, or ref_hidden, or ld_reference='policy'"
         )
-    return ref_logps.double().unsqueeze(1)
+    return widened(ref_logps).unsqueeze(1)

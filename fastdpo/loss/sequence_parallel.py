@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastdpo.logps.wide import wide_dtype
+
 
 def sum_over_group(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over the ranks of ``group``, the same on every rank; differentiable.
@@ -41,7 +43,8 @@ class _SumOverGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.dtype = values.dtype
-        total = values.to(torch.float64 if values.is_floating_point() else torch.int64, copy=True).contiguous()
+        wide = torch.promote_types(values.dtype, wide_dtype(values.device))
+        total = values.to(wide if values.is_floating_point() else torch.int64, copy=True).contiguous()
         dist.all_reduce(total, group=group)
         return total
 

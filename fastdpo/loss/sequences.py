@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdpo.logps.wide import segment_sums, widened
 from fastdpo.loss.sequence_parallel import sum_over_group
 
 
@@ -77,15 +78,15 @@ class Sequences:
 
     def _sums_here(self, values: Tensor) -> Tensor:
         if values.is_floating_point():
-            values = values.double()
+            values = widened(values)
         elif values.dtype == torch.bool:
             values = values.to(torch.int64)
         if self._cu_seqlens is None:
             return values.sum(-1)
-        if not values.is_floating_point():  # segment_reduce takes floats alone
+        if not values.is_floating_point():  # segment_sums takes floats alone
             totals = F.pad(values.cumsum(0), (1, 0))
             return totals[self._cu_seqlens[1:]] - totals[self._cu_seqlens[:-1]]
-        return torch.segment_reduce(values, "sum", offsets=self._cu_seqlens, unsafe=True)
+        return segment_sums(values, self._cu_seqlens)
 
     def segment_sums(self, values: Tensor) -> Tensor:
         """[2B, S] sums over the segments, float64."""

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastdpo.logps.wide import widened
 from fastdpo.loss.sequences import Sequences
 from fastdpo.model.attention import SEGMENTS, RowAttention
 from fastdpo.model.head import FusedHead, HeadOutput
@@ -166,7 +167,7 @@ def _sums(out: HeadOutput, outputs: Sequence[str], sequences: Sequences) -> Sequ
     return SequenceScores(
         sums=sequences.segment_sums(out.logps),
         lengths=sequences.lengths,
-        outputs={name: sequences.sums(getattr(out, name)).double() for name in outputs},
+        outputs={name: widened(sequences.sums(getattr(out, name))) for name in outputs},
         model_output=out.model_output,
     )
 

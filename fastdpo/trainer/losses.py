@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdpo.logps.wide import widened
 from fastdpo.loss.options import LossOptions
 from fastdpo.loss.pair_losses import PairLosses
 from fastdpo.model.scoring import Scorer, in_pair_order, micro_batches
@@ -75,4 +76,4 @@ class BatchLosses:
             losses = losses + self._aux_loss_coef * out.model_output.aux_loss
             sums["aux_loss"] = out.model_output.aux_loss.expand_as(losses)
         sums["loss"] = losses
-        return losses, {name: values.detach().double() for name, values in sums.items()}
+        return losses, {name: widened(values.detach()) for name, values in sums.items()}

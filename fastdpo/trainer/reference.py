@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdpo.data.prepare import REFERENCE_COLUMNS
+from fastdpo.logps.wide import widened
 from fastdpo.loss.pair_losses import combine_segments
 from fastdpo.model.adapters import adapters_are_neutral
 from fastdpo.model.head import FusedHead
@@ -97,7 +98,7 @@ class Reference:
         if not self._loss_options.takes_reference:
             return None
         if all(name in inputs for name in REFERENCE_COLUMNS):
-            return torch.cat([inputs[name] for name in REFERENCE_COLUMNS]).double().unsqueeze(1)
+            return widened(torch.cat([inputs[name] for name in REFERENCE_COLUMNS])).unsqueeze(1)
         if self._is_cached:
             raise ValueError(
                 "this dataset has no columns ref_chosen_logps and ref_rejected_logps, and there is no reference model "

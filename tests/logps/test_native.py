@@ -47,16 +47,30 @@ def copy(tmp_path: Path) -> Path:
     return target
 
 
-def import_error(copy: Path) -> str:
-    code = f"import sys; sys.path.insert(0, {str(copy.parent)!r}); from fastdpo import token_logps"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode != 0
-    return result.stderr.strip().splitlines()[-1]
+SCORE = """
+import sys, warnings
+sys.path.insert(0, sys.argv[1])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from fastdpo import build_info, token_logps
+import torch
+logps = token_logps(torch.ones(2, 3), torch.zeros(4, 3, requires_grad=True), torch.tensor([1, -100])).logps
+logps.sum().backward()
+assert logps.tolist() == [-torch.log(torch.tensor(4.0)), 0.0] and build_info()["cpu_path"] == "portable"
+print(*(str(warning.message) for warning in caught), sep="\\n")
+"""
+
+
+def said_at_import(copy: Path) -> str:
+    """The warnings, of a copy that scores tokens all the same."""
+    done = subprocess.run([sys.executable, "-c", SCORE, str(copy.parent)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def test_import_without_the_extension_says_how_to_build_it(copy: Path) -> None:
-    assert import_error(copy) == (
-        "ImportError: fastdpo's compiled extension is missing: "
+    assert said_at_import(copy) == (
+        "CPU tensors go through plain PyTorch, which is right and slower: fastdpo's compiled extension is missing: "
         "build it with `pip install --no-build-isolation -e .` in fastdpo's source folder."
     )
 
@@ -65,7 +79,7 @@ def test_import_under_another_torch_says_so_and_how_to_rebuild(copy: Path) -> No
     facts = json.loads((PACKAGE / "_build.json").read_text())
     shutil.copy2(PACKAGE / facts["library"], copy)
     (copy / "_build.json").write_text(json.dumps(facts | {"torch": "2.10.0"}))
-    message = import_error(copy)
+    message = said_at_import(copy)
     assert "built for torch 2.10.0" in message
     assert f"this is torch {torch.__version__}" in message
     assert "rebuild it with `pip install --no-build-isolation -e .`" in message
@@ -74,7 +88,15 @@ def test_import_under_another_torch_says_so_and_how_to_rebuild(copy: Path) -> No
 def test_import_under_another_python_says_so(copy: Path) -> None:
     facts = json.loads((PACKAGE / "_build.json").read_text())
     (copy / "_build.json").write_text(json.dumps(facts | {"python": "3.9.1", "library": "_C.cpython-39.so"}))
-    assert "and Python 3.9.1, but this is" in import_error(copy)
+    assert "and Python 3.9.1, but this is" in said_at_import(copy)
+
+
+def test_schemas_are_the_libraries() -> None:
+    """They stand in csrc/fastdpo.h, and in Python for where there is no library."""
+    ops = (torch.ops.fastdpo.token_logps_forward, torch.ops.fastdpo.token_logps_backward)
+    for schema, op in zip(_native._SCHEMAS, ops, strict=True):
+        assert torch._C.parse_schema(f"fastdpo::{schema}") == op.default._schema
+        assert torch.Tag.pt2_compliant_tag in op.default.tags
 
 
 def test_import_needs_torch_alone() -> None:
@@ -90,6 +112,6 @@ def test_import_needs_torch_alone() -> None:
     [("13.0", 12080, "12.8"), ("13.0", 13000, None), ("12.6", 13010, None), ("13.0", 0, None)],
 )
 def test_a_driver_that_is_older_than_the_library(nvcc: str, driver: int, knows: str | None) -> None:
-    said = _native._driver_misfit(nvcc, driver)
+    said = _native.driver_misfit(nvcc, driver)
     assert (said is None) == (knows is None)
-    assert knows is None or f"built with CUDA 13.0, and this machine's driver knows {knows}. Update" in said
+    assert knows is None or f"built with CUDA 13.0, and this machine's driver knows {knows}: update" in said
