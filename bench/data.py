@@ -36,7 +36,7 @@ CHATML = (
 CASES = {"short chats": (20, 20, True), "short texts": (20, 20, False), "long prompts": (600, 60, True)}
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--rows", type=int, nargs="+", default=[6000], help="rows of the file; several sizes for memory"
@@ -47,7 +47,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--before", help="another checkout of fastdpo, built, to measure as well")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--arm", nargs=3, metavar=("NAME", "FILE", "TOKENIZER"), help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
     if args.arm:
         print(json.dumps(measure(*args.arm)))
         return 0
