@@ -49,11 +49,14 @@ def level0_calls(
     odd.hidden, odd.weight, odd.bias = shifted(odd.hidden), shifted(odd.weight), shifted(odd.bias)
     strayed = random_case(7, 300, 16, 61, dtype, ignored=0.5)
     strayed.targets[[31, 32, 299]] = torch.tensor([77, 78, -5])
+    capped = raised_case(6, 8, 397, dtype)
+    capped.options |= {"softcap": 60.0, "temperature": 0.7}
     few = {"num_scored": -1, "retained_rows": 7, "extras": OP_OUTPUTS}
     calls = [
         ("16,24", random_case(0, 40, 16, 61, dtype, spread=4.0), few),
         ("16,192", raised_case(6, 8, 400, dtype), few | {"retained_rows": 3}),
         ("16,192", raised_case(6, 8, 397, dtype), few | {"retained_rows": 3}),
+        ("16,192", capped, few | {"retained_rows": 3}),
         ("", large, few | {"retained_rows": 2}),
         ("16,24", odd, few),
         ("16,24", random_case(4, 5, 1500, 30, dtype, ignored=0.2), few | {"num_scored": None}),
@@ -166,6 +169,7 @@ HARMLESS0 = {
     "guard turned (86): @%p127 bra": SINGLE,
     "shared store dropped (5): st.shared.f32 [%r18], %f1047": AGAIN,
     "shared store dropped (9): st.shared.f64 [%r55+32], %fd683": AGAIN,
+    "guard dropped (6): @%p6 bra $L__BB2_129": "the loop asks again for each of the packs of a round",
 }
 
 
@@ -193,6 +197,7 @@ def level1_calls(library: Any, patch: pytest.MonkeyPatch, kernel: str) -> Iterat
         (300, 401, 72, {"late": True, "random": True}),
         (300, 401, 392, {"random": True, "seed": 1}),
         (140, 600, 136, {"late": True, "random": True, "seed": 2}),
+        *((130, 100, 72, {"late": True, "random": True, "seed": seed}) for seed in range(3, 9)),
     ):
         case = random_case(0, rows, depth, columns, torch.bfloat16, ignored=0.02)
 
@@ -230,6 +235,9 @@ HARMLESS1 = {
     "arrival dropped (2)": UNUSED,
     "TMA wait dropped (0)": "a tile's first: one group may be pending, and there is one",
     "TMA waits for one group less (0)": "as above",
+    "parity turned (5)": "of the barrier that keeps the two warp groups' main loops apart, which share no data",
+    "the other way round (1): setp.ne.b32 p, %r389": "nvcc has the accumulators start from zeros",
+    "wgmma.fence dropped (1)": "the main loop's second: nothing has touched the accumulators since the first",
 }
 
 

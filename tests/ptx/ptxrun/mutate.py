@@ -57,7 +57,7 @@ SHUFFLE = r"(shfl\.sync\.bfly\.b32\s+[^,]+, %r\d+), (%r\d+)(, %r\d+), (%r\d+);"
 LEVEL0 = [
     Kind("barrier dropped", r"bar\.sync\s+\d+;", _dropped),
     Kind("shuffle mask short of a lane", SHUFFLE, lambda m: f"{m[1]}, {m[2]}{m[3]}, 0x7fffffff;"),
-    Kind("shuffle over another distance", SHUFFLE, lambda m: f"{m[1]}, 3{m[3]}, {m[4]};"),
+    Kind("shuffle over no distance", SHUFFLE, lambda m: f"{m[1]}, 0{m[3]}, {m[4]};"),
     access("load one further", "ld", "global", _moved),
     access("store one further", "st", "global", _moved),
     access("shared load one further", "ld", "shared", _moved),

@@ -82,6 +82,13 @@ AOTITorchError __wrap_torch_call_dispatcher(const char* op, const char* overload
     std::memcpy(&handle, &stack[0], sizeof(handle));
     if (tensor_of(handle).storage().nbytes() != 0) base_of(tensor_of(handle), false);
   }
+  if (error == AOTI_TORCH_SUCCESS && std::strcmp(op, "aten::zero_") == 0) {  // torch's own kernel, in stream order
+    AtenTensorHandle handle;
+    std::memcpy(&handle, &stack[0], sizeof(handle));
+    const at::Tensor& tensor = tensor_of(handle);
+    const uint64_t offset = static_cast<uint64_t>(tensor.storage_offset()) * tensor.element_size();
+    if (tensor.nbytes() != 0) ptx::the_machine().memory.mark_known(base_of(tensor, true) + offset, tensor.nbytes());
+  }
   return error;
 }
 
