@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import platformdirs
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ class Verdict:
 
 
 def folder() -> Path:
-    """Where torch's own caches are as well: $XDG_CACHE_HOME, or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~", ".cache")).expanduser() / "fastdpo" / "self-check"
+    """In the user's cache, as the system has it: on Linux $XDG_CACHE_HOME, or ~/.cache."""
+    return platformdirs.user_cache_path("fastdpo", appauthor=False) / "self-check"
 
 
 def load(facts: Mapping[str, str]) -> Verdict | None:
     """What was found where the facts were these; None where nothing was, or nothing that can be read."""
-    # Of expanduser, where nobody is at home; of decoding; and of files that hold something else.
-    with suppress(OSError, RuntimeError, ValueError, TypeError, KeyError):
+    # Of reading, of decoding, and of files that hold something else.
+    with suppress(OSError, ValueError, TypeError, KeyError):
         kept = json.loads(_file(facts).read_text(encoding="utf-8"))
         verdict = Verdict(kept["passed"], kept["finding"], kept["date"])
         types = (type(verdict.passed), type(verdict.finding), type(verdict.date))
@@ -50,7 +51,7 @@ def load(facts: Mapping[str, str]) -> Verdict | None:
 
 def store(facts: Mapping[str, str], verdict: Verdict) -> None:
     """Keeps it, if the folder can be written to."""
-    with suppress(OSError, RuntimeError):
+    with suppress(OSError):
         file = _file(facts)
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as unfinished:

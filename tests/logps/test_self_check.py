@@ -424,15 +424,12 @@ def test_a_file_that_cannot_be_read_is_none(host: Ops, device: Device, folder: P
 def test_a_folder_that_cannot_be_written(
     host: Ops, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file stands in its place; in a folder of /proc nobody, root included, makes another; nobody is at home."""
+    """A file stands in its place; in a folder of /proc nobody, root included, makes another."""
     (tmp_path / "file").write_text("")
     for home in (tmp_path / "file", Path("/proc/self")):
         monkeypatch.setenv("XDG_CACHE_HOME", str(home))
         native = Counted(host)
         assert said(Gate(native.ops, PORTABLE_OPS, device)) == [] and native.forwards == 3
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home directory")))
-    assert said(Gate(host, PORTABLE_OPS, device)) == []
 
 
 def test_looking_again_replaces_what_was_found(host: Ops, device: Device, folder: Path) -> None:
