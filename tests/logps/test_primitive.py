@@ -496,7 +496,7 @@ def test_an_unknown_instruction_set_is_refused() -> None:
         env={**os.environ, "FASTDPO_CPU_PATH": "sse9"},
     )
     assert run_in.returncode != 0
-    assert "FASTDPO_CPU_PATH is 'sse9'; it should be avx512_bf16, avx512, avx2 or plain" in run_in.stderr
+    assert "FASTDPO_CPU_PATH is 'sse9'; it should be avx512_bf16" in run_in.stderr and "portable" in run_in.stderr
 
 
 MEMORY_SCRIPT = """
