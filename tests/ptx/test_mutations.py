@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("on_device")
 
 ENDLESS = 2_000_000  # instructions of a launch; the longest of these kernels' has a tenth of that
 ENOUGH = 0.95
+GAP = "a gap: "  # how the reason for a survivor starts that a device may punish and no run here showed
 
 # Kernels by a part of their name, and what calls them: the dtype, and the level.
 KERNELS0 = {
@@ -49,14 +50,14 @@ def level0_calls(
     odd.hidden, odd.weight, odd.bias = shifted(odd.hidden), shifted(odd.weight), shifted(odd.bias)
     strayed = random_case(7, 300, 16, 61, dtype, ignored=0.5)
     strayed.targets[[31, 32, 299]] = torch.tensor([77, 78, -5])
-    capped = raised_case(6, 8, 397, dtype)
+    capped = raised_case(6, 8, 2701, dtype)
     capped.options |= {"softcap": 60.0, "temperature": 0.7}
     few = {"num_scored": -1, "retained_rows": 7, "extras": OP_OUTPUTS}
     calls = [
         ("16,24", random_case(0, 40, 16, 61, dtype, spread=4.0), few),
         ("16,192", raised_case(6, 8, 400, dtype), few | {"retained_rows": 3}),
         ("16,192", raised_case(6, 8, 397, dtype), few | {"retained_rows": 3}),
-        ("16,192", capped, few | {"retained_rows": 3}),
+        ("16,2720", capped, few | {"retained_rows": 3}),
         ("", large, few | {"retained_rows": 2}),
         ("16,24", odd, few),
         ("16,24", random_case(4, 5, 1500, 30, dtype, ignored=0.2), few | {"num_scored": None}),
@@ -141,16 +142,19 @@ def only_sm80(level0_library: Any, level0_kernels: Any, machine: Machine) -> Any
     return level0_library
 
 
-def report(verdicts: list[Verdict], harmless: dict[str, str]) -> None:
-    """Prints the share that is caught; fails where too few are, or one that is not known to be harmless survives."""
+def report(verdicts: list[Verdict], survive: dict[str, str]) -> None:
+    """Prints the share that is caught, and of every survivor why; edits that change nothing do not count in it."""
     survivors = [v for v in verdicts if not v.caught]
-    explained = {v: why for v in survivors for part, why in harmless.items() if part in str(v.mutation)}
-    caught = len(verdicts) - len(survivors)
-    print(f"\n{caught} of {len(verdicts)} edits caught ({caught / len(verdicts):.1%})")
+    why = {v: reason for v in survivors for part, reason in survive.items() if part in str(v.mutation)}
+    harmless = [v for v in survivors if v in why and not why[v].startswith(GAP)]
+    caught, tellable = len(verdicts) - len(survivors), len(verdicts) - len(harmless)
+    print(
+        f"\n{caught} of {len(verdicts)} edits caught, {len(harmless)} harmless: {caught / tellable:.1%} of the others"
+    )
     for v in survivors:
-        print(f"{v}\n    {v.mutation.kernel[:100]}\n    {explained.get(v, 'NOT EXPLAINED')}")
-    assert caught >= ENOUGH * len(verdicts)
-    assert all(v in explained for v in survivors)
+        print(f"{v}\n    {v.mutation.kernel[:100]}\n    {why.get(v, 'NOT EXPLAINED')}")
+    assert caught >= ENOUGH * tellable
+    assert all(v in why for v in survivors)
 
 
 def test_a_sample_of_level_0(only_sm80: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +239,8 @@ HARMLESS1 = {
     "arrival dropped (2)": UNUSED,
     "TMA wait dropped (0)": "a tile's first: one group may be pending, and there is one",
     "TMA waits for one group less (0)": "as above",
+    "wait left out (7)": GAP
+    + "the producer's last, for blocks that would leave before the other's arrivals; none did here",
     "parity turned (5)": "of the barrier that keeps the two warp groups' main loops apart, which share no data",
     "the other way round (1): setp.ne.b32 p, %r389": "nvcc has the accumulators start from zeros",
     "wgmma.fence dropped (1)": "the main loop's second: nothing has touched the accumulators since the first",
