@@ -92,6 +92,7 @@ prepare() {
 }
 
 check() {
+  step self_check "$python" -m fastdpo info --check
   # Level by level: what is illegal in one leaves the process's device unusable for the other. The oracle's float64 on
   # the CPU takes most of the time, and some GB.
   local level which

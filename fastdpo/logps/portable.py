@@ -16,8 +16,9 @@ from fastdpo.logps.portable_problem import Cut, Problem, plain_torch
 from fastdpo.logps.portable_products import Products
 from fastdpo.logps.portable_rows import RowSums, shift_between, shrink_
 
-# What ignored rows have, in the order of _Forward's columns: row_state, log-probability, and the extra outputs.
-_IGNORED = (0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+# What is known of a row at last: row_state, its log-probability, and the extra outputs.
+_COLUMNS = 8
+_NORM = 1
 
 
 class Wanted(NamedTuple):
@@ -88,7 +89,7 @@ class _Forward:
         # Rows past the computed ones are never read; they are set so that results are a function of the inputs.
         self._retained[problem.count :] = 0
         self._direction = problem.hidden.new_zeros(positions if wanted.direction else 0, width, dtype=problem.compute)
-        self._of_rows = problem.hidden.new_empty(problem.count, len(_IGNORED), dtype=problem.wide)
+        self._of_rows = problem.hidden.new_empty(problem.count, _COLUMNS, dtype=problem.wide)
 
         has_slopes = problem.transform.softcap != 0 and (wanted.direction or retained > 0)
         has_scratch = wanted.entropy or wanted.log_sum_sq_probs
@@ -103,11 +104,13 @@ class _Forward:
         problem, wanted = self._problem, self._wanted
         for begin, end in self._cut.blocks(0, problem.count):
             self._run_block(begin, end)
-        ignored = self._of_rows.new_tensor(_IGNORED, dtype=problem.compute)
+        ignored = problem.empty(_COLUMNS).zero_()
+        ignored[_NORM] = 1  # not from a list, which a captured graph could not bring to its device
         results = ignored.repeat(len(problem.hidden), 1)
         problem.rows.put(self._of_rows.to(problem.compute), results, 0)
         problem.rows.correct(results, ignored)
-        problem.rows.correct(self._direction, 0.0)
+        if wanted.direction:
+            problem.rows.correct(self._direction, self._direction.new_zeros(self._direction.shape[1]))
         columns = results.t().contiguous()
 
         def extra(column: int, asked: bool) -> Tensor:

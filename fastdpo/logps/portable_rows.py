@@ -93,16 +93,15 @@ class ComputedRows:
         else:
             into.index_copy_(0, self.positions[begin:end], values)
 
-    def correct(self, results: Tensor, ignored: Tensor | float) -> None:
+    def correct(self, results: Tensor, ignored: Tensor) -> None:
         """Sets rows of ``results`` [N, K] about which there was doubt; ``ignored`` [K] is what ignored rows have."""
         if self.doubt is None or self.positions is None or self.others is None:
             return
-        blank = torch.as_tensor(ignored, dtype=results.dtype, device=results.device).expand_as(results[:1])
         found = results.index_select(0, self.positions)
-        found = torch.where(self.doubt.ignored.unsqueeze(1), blank, found)
+        found = torch.where(self.doubt.ignored.unsqueeze(1), ignored, found)
         results.index_copy_(0, self.positions, found.masked_fill(self.doubt.wrong.unsqueeze(1), torch.nan))
         missed = self.doubt.missed.unsqueeze(1)
-        results.index_copy_(0, self.others, torch.where(missed, torch.nan, blank))
+        results.index_copy_(0, self.others, torch.where(missed, torch.nan, ignored))
 
 
 class RowResults(NamedTuple):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from op_calls import (
 from torch import Tensor
 
 import fastdpo
-from fastdpo.logps import OUTPUTS
+from fastdpo.logps import OUTPUTS, device_paths
 from fastdpo.logps import oracle as reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -354,3 +356,53 @@ def test_memory_does_not_grow_with_the_vocabulary(ops: Any) -> None:
         peaks.append(torch.cuda.max_memory_allocated() - before - grads)
         del results, case
     assert max(peaks) < (160 << 20) + 4 * n * h * 4, peaks
+
+
+# ------------------------------------------------------------------------------------------- beside the kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_self_check(level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It agrees; and through the front end it is made once, and kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("FASTDPO_SELF_CHECK", "strict")
+    gate = device_paths.CUDA_GATE
+    assert gate is not None and gate.check(torch.device("cuda", 0), dtype).finding == ""
+    case = random_case(0, 60, 32, 700, dtype, device="cuda")
+    assert_cuda_matches(case, call(torch.ops.fastdpo, case))
+    name = str(dtype).removeprefix("torch.")
+    assert gate.outcomes()[f"cuda:0 {name} at Level {level}"] == "kernels, checked"
+
+
+@pytest.fixture
+def portable_ops() -> Iterator[Any]:
+    with device_paths.portable_everywhere():
+        yield torch.ops.fastdpo
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("retained_rows", [0, 60, 300])
+@pytest.mark.parametrize("num_scored", [None, -1])
+def test_portable_path(portable_ops: Any, dtype: torch.dtype, retained_rows: int, num_scored: int | None) -> None:
+    case = random_case(0, 300, 72, 20_003, dtype, bias=dtype, spread=4.0, softcap=40.0, device="cuda")
+    assert_cuda_matches(case, call(portable_ops, case, num_scored=num_scored, retained_rows=retained_rows))
+
+
+@pytest.mark.parametrize("num_scored", [None, -1])
+@pytest.mark.parametrize("retained_rows", [0, 30])
+def test_portable_path_in_a_graph(portable_ops: Any, num_scored: int | None, retained_rows: int) -> None:
+    case = random_case(0, 64, 32, 500, torch.bfloat16, bias=torch.bfloat16, device="cuda")
+    count = int(case.scored.sum()) if num_scored is None else num_scored
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call(portable_ops, case, num_scored=count, retained_rows=retained_rows)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = call(portable_ops, case, num_scored=count, retained_rows=retained_rows)
+    other = random_case(1, 64, 32, 500, torch.bfloat16, bias=torch.bfloat16, ignored=0.6, device="cuda")
+    for name in ("hidden", "weight", "bias", *(() if num_scored is None else ("targets",))):
+        getattr(case, name).copy_(getattr(other, name))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_cuda_matches(case, captured)

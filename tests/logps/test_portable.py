@@ -325,7 +325,9 @@ def test_where_the_host_does_not_look(capturing: bool) -> None:
     for num_scored in (None, -1):
         with cut(16, 24), on_an_accelerator(capturing=capturing):
             results = call(OPS, case, num_scored=num_scored, retained_rows=33)
+            logps_alone = call(OPS, case, num_scored=num_scored, needs=(), extras=())
         assert_matches(clean, results)
+        assert_matches(clean, logps_alone)
 
 
 def marked(results: Results) -> Tensor:
