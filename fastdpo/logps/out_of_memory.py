@@ -10,9 +10,9 @@ import torch
 
 from fastdpo.logps.ops import OpInputs
 
-# What there is where torch has no error of its own: the CPU's allocator raises a RuntimeError, and so do our CUDA ops,
-# which see torch through its stable ABI (csrc/cuda/inputs.cpp).
-_MESSAGES = ("DefaultCPUAllocator", "can't allocate memory", "fastdpo: out of memory")
+# What there is where torch has no error of its own: the CPU's and Apple's allocators raise RuntimeErrors, and so do our
+# CUDA ops, which see torch through its stable ABI (csrc/cuda/inputs.cpp).
+_MESSAGES = ("DefaultCPUAllocator", "can't allocate memory", "fastdpo: out of memory", "MPS backend out of memory")
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from fastdpo.logps.wide import wide_dtype
 
 # What all temporary buffers may take up together, and how many tokens and vocabulary entries are taken at a time. A
 # CPU's logits are to stay in its cache; a GPU wants products that keep all of it busy.
-_CPU_BYTES, _GPU_BYTES = 16 << 20, 128 << 20
+_CPU_BYTES, _GPU_BYTES = 16 << 20, 256 << 20
 _CPU_LARGEST, _GPU_LARGEST = (512, 1024), (4096, 8192)
 _SMALLEST = 16
 

@@ -60,8 +60,8 @@ def token_logps(
         outputs: any of ``entropy``, ``log_sum_sq_probs``, ``mean_logits``, ``is_top1``; detached, from the same pass.
         retain_bytes: how much memory exponentials may take up from forward to backward when weight or bias needs a
             gradient; tokens beyond it cost one more matrix product in the backward.
-        num_scored: the number of targets that are not ``ignore_index``, where the caller knows it: on CUDA it saves
-            the host's waiting for the device. A wrong number raises on the CPU and gives NaN on CUDA.
+        num_scored: the number of targets that are not ``ignore_index``, where the caller knows it: it saves the host's
+            waiting for a device. A wrong number raises on the CPU and gives NaN on a device.
         low_rank: what is added to ``weight``, as products of small matrices that are never multiplied out: LoRA on
             the output embedding. See :class:`fastdpo.LowRankUpdate`.
         group: the ranks over which the vocabulary is cut. ``weight`` and ``bias`` are then this rank's part of it, as
@@ -79,7 +79,8 @@ def token_logps(
 
     Raises:
         TypeError, ValueError: an argument's dtype, shape, device or range, by name.
-        IndexError: a target outside [0, V). (On CUDA with num_scored given, and in a captured graph, that row is NaN.)
+        IndexError: a target outside [0, V). (On a device with num_scored given, and in a captured graph, that row is
+            NaN.)
         NotImplementedError: a second derivative, forward-mode differentiation, or vmap; both low_rank and group.
         RuntimeError: low_rank or group in a captured CUDA graph, without num_scored.
         torch.OutOfMemoryError: memory did not suffice, with half of ``retain_bytes`` either (which is tried, with a
