@@ -17,10 +17,11 @@ from fastdpo.logps.native import compute_dtype
 from fastdpo.logps.portable_rows import ComputedRows, may_look
 from fastdpo.logps.wide import wide_dtype
 
-# What all temporary buffers may take up together, and how many tokens and vocabulary entries are taken at a time. A
-# CPU's logits are to stay in its cache; a GPU wants products that keep all of it busy.
-_CPU_BYTES, _GPU_BYTES = 16 << 20, 256 << 20
-_CPU_LARGEST, _GPU_LARGEST = (512, 1024), (4096, 8192)
+# What all temporary buffers may take up together, and how many tokens and vocabulary entries are taken at a time. Large
+# enough that operations are few: a GPU wants products that keep all of it busy, and on a CPU each operation ends with a
+# wait for all threads (tiles of an eighth of this took more than twice the time where others had the cores as well).
+_CPU_BYTES, _GPU_BYTES = 48 << 20, 256 << 20
+_CPU_LARGEST, _GPU_LARGEST = (1024, 4096), (4096, 8192)
 _SMALLEST = 16
 
 

@@ -309,7 +309,7 @@ MEMORY_SCRIPT = """
     ],
 )
 def test_memory_does_not_depend_on_the_vocabulary(n: int, h: int, v: int, dtype: str, kept: int) -> None:
-    """Beyond inputs, gradients and what is kept: 40 MB + 8 N H, where float32 logits would be 245 MB."""
+    """Beyond inputs, gradients and what is kept: 56 MB + 8 N H, where float32 logits would be 245 MB."""
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(MEMORY_SCRIPT), *map(str, (n, h, v, dtype, kept))],
         capture_output=True,
@@ -318,7 +318,7 @@ def test_memory_does_not_depend_on_the_vocabulary(n: int, h: int, v: int, dtype:
         # Blocks of a megabyte and more go back to the system when they are freed.
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
     )
-    assert int(result.stdout) <= 40e6 + 8 * n * h + kept
+    assert int(result.stdout) <= 56e6 + 8 * n * h + kept
 
 
 # ------------------------------------------------------------------------------------------- other devices
