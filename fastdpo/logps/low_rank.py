@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdpo.logps.dense import refuse_not_dense
 from fastdpo.logps.graphs import outside_of_graphs
 from fastdpo.logps.low_rank_rows import ALIGNMENT, WideRows, wide_logps
 from fastdpo.logps.native import compute_dtype
@@ -48,6 +49,7 @@ def low_rank_logps(
     updates = [replace(update, a=gathered(update.a), b=gathered(update.b)) for update in updates]
     for update in updates:
         refuse_sharded(hidden=update.hidden)
+        refuse_not_dense(**{f"low_rank's {name}": getattr(update, name) for name in ("a", "b", "hidden")})
         _check(update, hidden, weight)
     rows = ScoredRows.find(targets, scalars, weight.shape[0])
     picked = rows.pick(hidden)

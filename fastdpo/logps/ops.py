@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.logps import device_paths as _device_paths  # noqa: F401  (loads the ops)
+from fastdpo.logps.dense import refuse_not_dense
 from fastdpo.logps.sharded import gathered, partitioned_by, refuse_sharded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -45,6 +46,7 @@ def op_inputs(
     num_scored: int | None,
 ) -> OpInputs:
     """Arguments, result's values and errors as :func:`token_logps`'s; what is copied on the way is differentiable."""
+    refuse_not_dense(hidden=hidden, weight=weight, targets=targets, bias=bias)
     refuse_sharded(hidden=hidden, targets=targets)
     hidden, weight = _autocast(hidden, weight)
     weight, bias = gathered(weight), gathered(bias)
@@ -153,9 +155,9 @@ def _check(
         raise TypeError(f"targets has dtype {targets.dtype}; it should be torch.int64")
     if bias is not None and not bias.is_floating_point():
         raise TypeError(f"bias has dtype {bias.dtype}; it should be a floating dtype")
-    if weight.dim() != 2 or weight.shape[0] == 0:
+    if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; it should be [V, H] with V of at least 1{partitioned_by(weight)}"
+            f"weight has shape {tuple(weight.shape)}; it should be [V, H], both at least 1{partitioned_by(weight)}"
         )
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(

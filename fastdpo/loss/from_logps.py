@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fastdpo.logps.dense import refuse_not_dense
 from fastdpo.loss.objectives import Pairs
 from fastdpo.loss.options import LossKeywords, LossOptions
 from fastdpo.loss.pair_losses import mixed_losses, mixed_rewards
@@ -88,6 +89,7 @@ def preference_loss(
         hint = ", or ipo_reduction='sum'" if o.loss_types == ("ipo",) else ""
         raise ValueError(f"{o.described} takes means over tokens: give chosen_lengths and rejected_lengths{hint}")
     beside = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths, "pair_weights": pair_weights}
+    refuse_not_dense(**tensors, **beside)
     for name, value in {**tensors, **beside}.items():
         if value is not None and value.shape != policy_chosen_logps.shape:
             raise ValueError(

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastdpo.logps.dense import refuse_not_dense
 from fastdpo.logps.low_rank import LowRankUpdate
 from fastdpo.logps.native import compute_dtype
 from fastdpo.logps.ops import OUTPUTS, OpInputs, named_outputs, op_inputs
@@ -133,6 +134,8 @@ def dpo_loss(
             raise ValueError(f"outputs names {name!r}; it may name {', '.join(METRIC_OUTPUTS)}")
     if sequence_group is not None and o.ld_alpha is not None:
         raise NotImplementedError("ld_alpha counts a sequence's tokens from its start, which sequence_group divides")
+    refuse_not_dense(hidden=hidden, weight=weight, targets=targets, bias=bias, cu_seqlens=cu_seqlens)
+    refuse_not_dense(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_logps=ref_logps, ref_bias=ref_bias)
     refuse_sharded(hidden=hidden, targets=targets, ref_hidden=ref_hidden)
     vocabulary = vocabulary_of(weight, bias, low_rank, group)
     weight, bias = gathered(weight), gathered(bias)

@@ -58,7 +58,10 @@ class Reference(NamedTuple):
         if own_weight is None:
             own_weight, own_bias = weight, bias if own_bias is None else own_bias
         with torch.no_grad():
-            return token_logps(self.hidden, own_weight, targets, own_bias, group=group, **head_options).logps
+            try:
+                return token_logps(self.hidden, own_weight, targets, own_bias, group=group, **head_options).logps
+            except (TypeError, ValueError) as error:  # which speaks of hidden, weight and bias
+                raise type(error)(f"ref_hidden, ref_weight and ref_bias do not go together: {error}") from None
 
 
 def check_without_reference(options: LossOptions) -> None:

@@ -19,7 +19,7 @@ from oracle import assert_within, oracle, relative_error
 from primitive_inputs import DTYPES, assert_matches, make_inputs, run
 from torch import Tensor
 
-from fastdpo import build_info, token_logps
+from fastdpo import LowRankUpdate, build_info, token_logps
 from fastdpo.logps import OUTPUTS
 from fastdpo.logps import oracle as reference
 
@@ -556,7 +556,35 @@ MISUSE = [
     ({"hidden": torch.tensor(1.0)}, ValueError, "hidden has shape (); it should be [..., H]"),
     ({"hidden": H.double()}, TypeError, "weight has dtype torch.float32; it should be hidden's, torch.float64"),
     ({"weight": W[0]}, ValueError, "weight has shape (8,); it should be [V, H]"),
-    ({"weight": W[:0]}, ValueError, "weight has shape (0, 8); it should be [V, H] with V of at least 1"),
+    ({"weight": W[:0]}, ValueError, "weight has shape (0, 8); it should be [V, H], both at least 1"),
+    (
+        {"weight": W[:, :0], "hidden": H[:, :0]},
+        ValueError,
+        "weight has shape (20, 0); it should be [V, H], both at least 1",
+    ),
+    ({"hidden": H.tolist()}, TypeError, "hidden is a list; it should be a torch.Tensor"),
+    ({"hidden": H.numpy()}, TypeError, "hidden is a ndarray; it should be a torch.Tensor"),
+    (
+        {"hidden": H.to_sparse()},
+        TypeError,
+        "hidden is a tensor of layout torch.sparse_coo; it should be dense: hidden.to_dense()",
+    ),
+    ({"hidden": H.to_sparse_csr()}, TypeError, "hidden is a tensor of layout torch.sparse_csr"),
+    ({"hidden": H.to_mkldnn()}, TypeError, "hidden is a tensor of layout torch._mkldnn"),
+    (
+        {"weight": W.to_sparse()},
+        TypeError,
+        "weight is a tensor of layout torch.sparse_coo; it should be dense: weight.to_dense()",
+    ),
+    ({"targets": Y.to_sparse()}, TypeError, "targets is a tensor of layout torch.sparse_coo"),
+    ({"bias": torch.ones(20).to_sparse()}, TypeError, "bias is a tensor of layout torch.sparse_coo"),
+    ({"hidden": torch.nested.nested_tensor([H, H])}, TypeError, "hidden is a nested tensor"),
+    ({"hidden": torch.nested.nested_tensor([H, H], layout=torch.jagged)}, TypeError, "hidden is a nested tensor"),
+    (
+        {"low_rank": LowRankUpdate(torch.ones(2, 8).to_sparse(), torch.ones(20, 2))},
+        TypeError,
+        "low_rank's a is a tensor of",
+    ),
     ({"weight": W.to("meta")}, ValueError, "weight is on meta, hidden on cpu; they should be on one device"),
     ({"targets": Y.to("meta")}, ValueError, "targets is on meta, hidden on cpu"),
     ({"bias": torch.zeros(19)}, ValueError, "bias has shape (19,); it should be (20,)"),

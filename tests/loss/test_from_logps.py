@@ -70,3 +70,10 @@ MISUSE = [
 def test_misuse(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         preference_loss(**({"beta": 0.1} | LOGPS | arguments))
+
+
+def test_what_is_no_dense_tensor_is_refused() -> None:
+    with pytest.raises(TypeError, match="policy_rejected_logps is a list; it should be a torch.Tensor"):
+        preference_loss(**{"beta": 0.1} | LOGPS | {"policy_rejected_logps": [0.0, 0.0, 0.0]})
+    with pytest.raises(TypeError, match="reference_chosen_logps is a tensor of layout torch.sparse_coo"):
+        preference_loss(**{"beta": 0.1} | LOGPS | {"reference_chosen_logps": torch.ones(3).to_sparse()})

@@ -275,6 +275,16 @@ MISUSE = [
     (POLICY | {"outputs": ["logits"]}, ValueError, "outputs names 'logits'; it may name entropy, mean_logits, is_top1"),
     (POLICY | {"outputs": ["log_sum_sq_probs"]}, ValueError, "outputs names 'log_sum_sq_probs'; it may name"),
     (POLICY | {"workspace": -1}, ValueError, "workspace is -1; it should be at least 0"),
+    (POLICY | {"hidden": BATCH["hidden"].to_sparse()}, TypeError, "hidden is a tensor of layout torch.sparse_coo"),
+    (POLICY | {"targets": BATCH["targets"].tolist()}, TypeError, "targets is a list; it should be a torch.Tensor"),
+    (PACKED | {"cu_seqlens": [0, 5, 10]}, TypeError, "cu_seqlens is a list; it should be a torch.Tensor"),
+    (POLICY | {"ref_logps": [0.0] * 4}, TypeError, "ref_logps is a list; it should be a torch.Tensor"),
+    (POLICY | {"ref_hidden": BATCH["hidden"].to_sparse()}, TypeError, "ref_hidden is a tensor of layout"),
+    (
+        POLICY | {"ref_hidden": BATCH["hidden"], "ref_weight": BATCH["weight"].double()},
+        TypeError,
+        "ref_hidden, ref_weight and ref_bias do not go together: weight has dtype torch.float64",
+    ),
 ]
 
 
