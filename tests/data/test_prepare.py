@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -412,6 +416,25 @@ def test_num_proc_changes_nothing() -> None:
     two, together = prepare(rows, TOKENIZERS["plain"], max_length=50, num_proc=2)
     assert ids_of(one) == ids_of(two)
     assert alone == together
+
+
+def test_processes_may_be_started_after_torch_has_started_threads() -> None:
+    """What a fork leaves of torch's threads waits for ever; so nothing that rows go through may compute with torch."""
+    code = """
+        import torch
+        from datasets import Dataset
+        from toy_data import chat_rows, make_tokenizer
+        from fastdpo import token_logps
+        from fastdpo.data import prepare
+
+        torch.set_num_threads(2)
+        token_logps(torch.randn(300, 64), torch.randn(5000, 64), torch.zeros(300, dtype=torch.long))
+        print(len(prepare(Dataset.from_list(chat_rows(6)), make_tokenizer(), num_proc=2)[0]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    path = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *sys.path])
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path})
+    assert result.stdout.split() == ["6"], result.stderr
 
 
 @pytest.mark.parametrize(

@@ -543,6 +543,29 @@ def test_memory_does_not_depend_on_the_vocabulary(n: int, h: int, v: int, frozen
     assert int(result.stdout) <= 64e6 + 4 * n * h
 
 
+def test_in_the_workers_of_a_dataloader() -> None:
+    """Forked, after threads were started here: each worker has torch use one thread, which is what makes it work."""
+
+    code = """
+        import torch
+        from fastdpo import token_logps
+
+        class Rows(torch.utils.data.Dataset):
+            def __len__(self):
+                return 4
+
+            def __getitem__(self, index):
+                return token_logps(*inputs).logps
+
+        torch.set_num_threads(2)
+        inputs = torch.randn(300, 64), torch.randn(5000, 64), torch.zeros(300, dtype=torch.long)
+        here = token_logps(*inputs).logps
+        for batch in torch.utils.data.DataLoader(Rows(), num_workers=2, multiprocessing_context="fork"):
+            torch.testing.assert_close(batch, here[None])
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)
+
+
 # ---- Misuse: the message names the argument, what it was, what it should be. ----
 
 H, W, Y = torch.randn(4, 8), torch.randn(20, 8), torch.zeros(4, dtype=torch.int64)

@@ -633,7 +633,7 @@ def test_the_module_is_copied_pickled_and_has_no_state() -> None:
 
 @pytest.mark.parametrize(
     ("mark", "message"),
-    [("ds_id", "DeepSpeed ZeRO-3 has partitioned it: compute the loss in the forward"), (None, "V of at least 1$")],
+    [("ds_id", "DeepSpeed ZeRO-3 has partitioned it: compute the loss in the forward"), (None, "both at least 1$")],
 )
 def test_a_partitioned_weight_is_refused(mark: str | None, message: str) -> None:
     weight = nn.Parameter(torch.empty(0))

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import mpmath
 import pytest
 import torch
 from grouped_losses import groups_of
@@ -256,6 +257,52 @@ def test_compiled_as_one_graph(options: dict[str, Any], packed: bool) -> None:
         output = function(**rows.policy(), **arguments, **layout, **options)
         found.append((output.loss.detach(), output.losses, output.metrics(), *torch.autograd.grad(output.loss, leaves)))
     torch.testing.assert_close(*found)
+
+
+def exact_sigmoid_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, beta: float
+) -> tuple[mpmath.mpf, list[mpmath.mpf], list[mpmath.mpf]]:
+    """One pair's reference-free loss, and its gradients of hidden and weight, flat, in numbers of 60 digits."""
+    rows = [[[mpmath.mpf(x) for x in token] for token in row] for row in hidden.tolist()]
+    w = [[mpmath.mpf(x) for x in entry] for entry in weight.tolist()]
+    slopes, ratio = [], mpmath.mpf(0)  # of each token: sign * (one-hot - p)
+    for sign, row, labels in zip((1, -1), rows, targets.tolist(), strict=True):
+        for token, label in zip(row, labels, strict=True):
+            sizes = [mpmath.exp(sum(a * b for a, b in zip(token, entry, strict=True))) for entry in w]
+            p = [size / sum(sizes) for size in sizes]
+            ratio += sign * mpmath.log(p[label])
+            slopes.append([sign * ((entry == label) - p[entry]) for entry in range(len(w))])
+    factor = -beta / (1 + mpmath.exp(beta * ratio))
+    tokens = [token for row in rows for token in row]
+    columns = range(len(w[0]))
+    of_hidden = [factor * sum(s * e[k] for s, e in zip(slope, w, strict=True)) for slope in slopes for k in columns]
+    of_weight = [
+        factor * sum(slope[v] * token[k] for slope, token in zip(slopes, tokens, strict=True))
+        for v in range(len(w))
+        for k in columns
+    ]
+    return mpmath.log(1 + mpmath.exp(-beta * ratio)), of_hidden, of_weight
+
+
+@pytest.mark.parametrize("lead", [0.0, 5.0, 20.0, 36.0, 60.0])
+def test_float64_keeps_its_digits_however_sure_the_model_is(lead: float) -> None:
+    """1 - p is no difference of two numbers near 1: torch's log_softmax has 8 digits of it at 20 nats, none at 40."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    weight = torch.randn(7, 4, generator=generator, dtype=torch.float64)
+    hidden[..., 0], weight[:, 0] = 1.0, 0.0
+    weight[0, 0] = lead
+    targets = torch.zeros(2, 3, dtype=torch.int64)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    loss = dpo_loss(hidden, weight, targets, beta=0.5).loss
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    with mpmath.workdps(60):
+        exact_loss, *exact = exact_sigmoid_loss(hidden.detach(), weight.detach(), targets, 0.5)
+        assert abs(loss.item() - exact_loss) <= 1e-15
+        for gradient, wanted in zip(gradients, exact, strict=True):
+            largest = max(abs(x) for x in wanted)
+            error = max(abs(a - b) for a, b in zip(gradient.flatten().tolist(), wanted, strict=True))
+            assert error <= 1e-14 * largest
 
 
 ROWS = make_batch(10, 2, 5, 8, 20, torch.float32)
