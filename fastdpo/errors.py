@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+DIVERGED = 1
 BAD_INPUT = 2  # argparse's exit code for it, too
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
@@ -15,6 +16,10 @@ class UsageError(Exception):
 
 class InputError(ValueError):
     """Files that cannot be used. The message says all there is to say: which one, what is wrong, what to do."""
+
+
+class DivergedError(ArithmeticError):
+    """A run came to numbers that are none. The message says where it began, and what is kept."""
 
 
 @contextmanager

@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``fastdpo``; ``sys.argv[1:]`` if None.
 
     Returns:
-        The exit code: 0, 2 for bad input, 130 after Ctrl-C. ``--help`` and ``--version`` return 0. Errors that are
-        not about the input propagate.
+        The exit code: 0, 1 for a training that diverged, 2 for bad input, 130 after Ctrl-C. ``--help`` and
+        ``--version`` return 0. Errors that are not about the input propagate.
     """
     try:
         args = _make_parser().parse_args(argv)

@@ -14,12 +14,13 @@ from fastdpo.commands.flags import ReportArguments, ScriptArguments, TrainParser
 from fastdpo.commands.pairs import label_of
 from fastdpo.commands.preparation import console, say_what_was_prepared
 from fastdpo.commands.trainer_from_flags import check_sources, make_trainer
-from fastdpo.errors import INTERRUPTED
+from fastdpo.errors import DIVERGED, INTERRUPTED, DivergedError, InputError, UsageError
 from fastdpo.report.facts import all_settings, changed_settings
 from fastdpo.report.recorder import PICTURE_FILE, REPORT_FILE, RunReport, resume_command
 from fastdpo.trainer.checkpoints import came_from, find_checkpoints, find_torn, is_end, resolve_resume, set_aside
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.gentle_stop import GentleStop
+from fastdpo.trainer.manifest import damage_in, read_manifest, write_manifest
 from fastdpo.trainer.model_card import CARD_FILE
 from fastdpo.trainer.progress import OneLineProgress, format_metrics
 from fastdpo.trainer.trainer import DPOTrainer
@@ -32,7 +33,7 @@ def run(argv: list[str]) -> int:
         argv: the words after ``fastdpo train``.
 
     Returns:
-        0, or 130 after Ctrl-C.
+        0, 1 after the run came to numbers that are none, or 130 after Ctrl-C.
 
     Raises:
         UsageError: the flags, the data or the model cannot be used.
@@ -51,6 +52,7 @@ def run(argv: list[str]) -> int:
                 "further, give more steps (--max_steps, --num_train_epochs)."
             )
         return 0
+    _take_over(checkpoint, training_args, parser)
     trainer = make_trainer(script_args, model_args, training_args)
     if trainer.is_world_process_zero():
         _say_what_it_trains_on(trainer, output_dir)
@@ -64,6 +66,10 @@ def run(argv: list[str]) -> int:
     try:
         with stop.listening():
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except InputError as error:
+        raise UsageError(str(error)) from error
+    except DivergedError as error:
+        return _diverged(error, report, argv, output_dir)
     except KeyboardInterrupt:
         if report is not None:
             report.write(look=False)
@@ -75,15 +81,40 @@ def run(argv: list[str]) -> int:
             print(f"Writing {output_dir / REPORT_FILE}; Ctrl-C makes it short.", file=sys.stderr)
             report.write(result.metrics["train_runtime"])
         return INTERRUPTED
-    _finish(trainer, result.metrics, script_args, report)
+    try:
+        _finish(trainer, result.metrics, script_args, report)
+    except DivergedError as error:
+        return _diverged(error, report, argv, output_dir)
     return 0
+
+
+def _diverged(error: DivergedError, report: RunReport | None, argv: list[str], output_dir: Path) -> int:
+    """What is left to do where numbers are none any more: to say so."""
+    if report is not None:
+        report.write(look=False, notes=[f"The run stopped: {error}."])
+        print(f"fastdpo train: the run diverged: {error}.", file=sys.stderr)
+        _say_how_to_resume(argv, output_dir)
+    return DIVERGED
 
 
 def _is_done(checkpoint: Path, args: DPOConfig) -> bool:
     """Whether the run ends at the checkpoint, and its results were written, of which the report is the last."""
     output_dir = args.folder
     at_end = is_end(checkpoint, max_steps=args.max_steps, num_train_epochs=args.num_train_epochs)
-    return at_end and came_from(output_dir, checkpoint) and (output_dir / REPORT_FILE).exists()
+    if not at_end or not came_from(output_dir, checkpoint) or not (output_dir / REPORT_FILE).exists():
+        return False
+    damage = damage_in(output_dir)
+    if damage and args.process_index == 0:
+        console.print(f"What came of this run in {output_dir} is written again: {'; '.join(damage)}.")
+    return not damage
+
+
+def _take_over(checkpoint: Path | None, args: DPOConfig, parser: TrainParser) -> None:
+    """What a run chose for itself when it began, it keeps: the day that templates write, unless one is given."""
+    manifest = read_manifest(checkpoint) if checkpoint is not None else None
+    asked, _ = parser.asked["template_date"]
+    if manifest is not None and asked is None:
+        args.template_date = manifest.settings.get("template_date", args.template_date)
 
 
 def _start_report(
@@ -155,6 +186,9 @@ def _finish(
     trainer.save_state()
     trainer.create_model_card(dataset_name=label_of(script_args))
     if report is not None:
+        # The report is what a run's results end with, and tells that nothing is left to be done.
+        names = [path.name for path in output_dir.iterdir() if path.is_file()]
+        write_manifest(output_dir, [name for name in names if name not in (REPORT_FILE, PICTURE_FILE)])
         report.write(metrics["train_runtime"])
         what = "adapter and tokenizer" if isinstance(trainer.model, PeftModel) else "model and tokenizer"
         last = [entry for entry in trainer.state.log_history if "loss" in entry][-1:]

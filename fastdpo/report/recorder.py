@@ -52,14 +52,15 @@ class RunReport:
         self._taker = SnapshotTaker(trainer, size)
         self._start = take_start(self._taker, self._output_dir, checkpoint)
 
-    def write(self, seconds: float | None = None, *, look: bool = True) -> None:
+    def write(self, seconds: float | None = None, *, look: bool = True, notes: Sequence[str] = ()) -> None:
         """Write the report and the picture of the run as it stands.
 
         Args:
             seconds: that this process trained for.
             look: at the policy as it is now, which takes a moment; else the report does without.
+            notes: what else there is to say.
         """
-        end, notes = None, self._notes()
+        end, notes = None, [*notes, *self._notes()]
         if look:
             try:
                 end = self._taker.take(like=self._start)

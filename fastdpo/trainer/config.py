@@ -28,6 +28,7 @@ class DPOConfig(TrainingArguments):
       without an accelerator, it runs on the CPU (TRL: raises unless ``use_cpu`` is given).
     - ``include_num_input_tokens_seen``: ``non_padding``, for the metric ``num_tokens`` to survive a resume.
     - ``precompute_ref_log_probs``: keeps them on disk, in ``ref_cache``, and reads them from there the next time.
+    - ``logging_nan_inf_filter``: off, and cannot be turned on: it writes another number in the place of NaN.
     - ``loss_type``: SimPO, ORPO and CPO as well, which need no reference. Options of the losses are those of
       :class:`fastdpo.LossOptions`, None for its default; ``label_smoothing`` makes ``sigmoid`` cDPO, where TRL ignores
       it, and ``sft`` is each completion's mean over tokens unless ``sft_reduction`` is ``batch``, as TRL has it.
@@ -41,6 +42,9 @@ class DPOConfig(TrainingArguments):
     logging_steps: float = field(
         default=10,
         metadata={"help": "Log every X update steps; below 1, X is a share of all steps."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Not supported: a run stops where its loss is no number."}
     )
     gradient_checkpointing: bool | None = field(
         default=None,
@@ -230,6 +234,11 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 f"precompute_ref_batch_size is {self.precompute_ref_batch_size}, but precompute_ref_log_probs is off: "
                 "turn it on, or leave the batch size out"
+            )
+        if self.logging_nan_inf_filter:
+            raise ValueError(
+                "logging_nan_inf_filter is on, which writes another number in the place of a loss that is NaN; leave "
+                "it out: a run stops there, and says on which rows"
             )
         if self.label_smoothing_factor:
             raise ValueError(

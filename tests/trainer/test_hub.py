@@ -18,7 +18,14 @@ from fastdpo.trainer import hub
 CARD_AND_TOKENIZER = {"README.md", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 MODEL = {"config.json", "generation_config.json", "model.safetensors"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
-CHECKPOINT = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin"}
+CHECKPOINT = {
+    "optimizer.pt",
+    "rng_state.pth",
+    "scheduler.pt",
+    "trainer_state.json",
+    "training_args.bin",
+    "fastdpo_manifest.json",
+}
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 
