@@ -106,17 +106,22 @@ class RunReport:
 
 def resume_command(argv: Sequence[str]) -> str:
     """What to type to go on with a run from its last checkpoint."""
-    return command_line([*_without_resume(argv), "--resume_from_checkpoint", "last"])
+    words, before = _without_resume(argv)
+    # A job script's command is the one that goes on.
+    return command_line([*words, "--resume_from_checkpoint", "auto" if before == ["auto"] else "last"])
 
 
-def _without_resume(argv: Sequence[str]) -> list[str]:
-    words, skip = [], False
+def _without_resume(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words without that flag, and what it was given."""
+    words, given, skip = [], [], False
     for word in argv:
         name = word.split("=")[0].replace("-", "_").strip("_")
         if name == "resume_from_checkpoint" and word.startswith("--"):
             skip = "=" not in word
+            given += word.split("=")[1:]
         elif skip:
             skip = False
+            given.append(word)
         else:
             words.append(word)
-    return words
+    return words, given

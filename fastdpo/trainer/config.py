@@ -16,9 +16,10 @@ from fastdpo.data.settings import SCORES, parse_date
 from fastdpo.loss.objectives import F_DIVERGENCES, OBJECTIVES
 from fastdpo.loss.options import LossOptions
 from fastdpo.model.packing import PACKINGS
+from fastdpo.trainer.secrets import redacted, remember_secrets
 
 
-@dataclass
+@dataclass(repr=False)
 class DPOConfig(TrainingArguments):
     """Training arguments of :class:`DPOTrainer`: those of ``transformers.TrainingArguments``, and these.
 
@@ -255,6 +256,18 @@ class DPOConfig(TrainingArguments):
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing is not False
         super().__post_init__()  # type: ignore[no-untyped-call]
+        remember_secrets(vars(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``TrainingArguments``', for reporters; without the secrets in it, however deep they are."""
+        values: dict[str, Any] = redacted(super().to_dict())  # type: ignore[no-untyped-call]
+        return values
+
+    def __str__(self) -> str:
+        lines = [f"{name}={value},\n" for name, value in sorted(self.to_dict().items())]
+        return f"{type(self).__name__}(\n{''.join(lines)})"
+
+    __repr__ = __str__
 
     @property
     def folder(self) -> Path:

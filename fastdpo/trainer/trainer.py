@@ -42,6 +42,7 @@ from fastdpo.trainer.models import aux_loss_coef, compute_dtype, make_models
 from fastdpo.trainer.pair_metrics import PairSums, means_of
 from fastdpo.trainer.reference import Reference
 from fastdpo.trainer.resumable import ResumableRuns
+from fastdpo.trainer.saving import CarefulSaves
 from fastdpo.trainer.start_check import check_start
 from fastdpo.trainer.throughput import Throughput
 from fastdpo.trainer.weights import check_comes_back
@@ -49,7 +50,7 @@ from fastdpo.trainer.weights import check_comes_back
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(PairBatches, HubUploads, FiniteRuns, ResumableRuns):
+class DPOTrainer(PairBatches, HubUploads, CarefulSaves, FiniteRuns, ResumableRuns):
     """Trains ``model`` on preference pairs with a DPO loss.
 
     Rows have ``chosen``, ``rejected`` and, unless these begin with it, ``prompt``, as strings or as message lists; or
