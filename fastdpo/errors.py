@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+DIVERGED = 1
 BAD_INPUT = 2  # argparse's exit code for it, too
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
+TERMINATED = 143  # and after SIGTERM
+READER_GONE = 141  # and after SIGPIPE
 
 
 class UsageError(Exception):
@@ -15,6 +18,22 @@ class UsageError(Exception):
 
 class InputError(ValueError):
     """Files that cannot be used. The message says all there is to say: which one, what is wrong, what to do."""
+
+
+class DivergedError(ArithmeticError):
+    """A run came to numbers that are none. The message says where it began, and what is kept."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal other than Ctrl-C ended what ran. Whoever tidies up after Ctrl-C does so after it.
+
+    Attributes:
+        exit_code: what the command ends with.
+    """
+
+    def __init__(self, name: str, exit_code: int) -> None:
+        super().__init__(name)
+        self.exit_code = exit_code
 
 
 @contextmanager

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from fastdpo.commands.flags import ModelArguments, ScriptArguments, TrainParser
-from fastdpo.commands.preparation import console, say_what_was_prepared
+from fastdpo.commands.preparation import bad_writes, check_names, console, say, say_what_was_prepared
 from fastdpo.commands.trainer_from_flags import check_sources, make_trainer
-from fastdpo.errors import INTERRUPTED, bad_input
+from fastdpo.errors import INTERRUPTED, Stopped, bad_input
 from fastdpo.ref_cache.files import DEFAULT_FOLDER, MANIFEST, RefCache
+from fastdpo.report.facts import command_line
+from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.gentle_stop import stopping_on_signals
 
 EPILOG = """\
 Training by --precompute_ref_log_probs, or with --ref_cache, reads what is found here and computes what is not, so this
@@ -89,25 +91,37 @@ def run(argv: list[str]) -> int:
         argv: the words after ``fastdpo cache-ref``.
 
     Returns:
-        0, or 130 after Ctrl-C.
+        0, 130 after Ctrl-C, or 143 after SIGTERM or SIGUSR1.
 
     Raises:
         UsageError: the flags, the data, the model or the cache that is there cannot be used.
     """
     script_args, model_args, training_args, *_, cache_args = CacheRefParser().read(argv)
     check_sources(script_args, model_args)
+    check_names(output_dir=training_args.output_dir, ref_cache=training_args.ref_cache)
+    with stopping_on_signals(), bad_writes(training_args.folder):
+        return _build(argv, script_args, model_args, training_args, cache_args)
+
+
+def _build(
+    argv: list[str],
+    script_args: ScriptArguments,
+    model_args: ModelArguments,
+    training_args: DPOConfig,
+    cache_args: CacheArguments,
+) -> int:
     training_args.precompute_ref_log_probs = True
-    folder = Path(training_args.ref_cache or Path(training_args.output_dir) / DEFAULT_FOLDER)
+    folder = Path(training_args.ref_cache or training_args.folder / DEFAULT_FOLDER)
     if cache_args.rebuild:
         with training_args.main_process_first(desc="deleting the old cache"), bad_input():
             if training_args.process_index == 0:
                 _delete_caches(folder)
     try:
         trainer = make_trainer(script_args, model_args, training_args)
-    except KeyboardInterrupt:
-        command = shlex.join(["fastdpo", "cache-ref", *(word for word in argv if word != "--rebuild")])
-        print(f"\nStopped. What was computed is kept in {folder}. To go on:\n  {command}", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        command = command_line([word for word in argv if word != "--rebuild"], "cache-ref")
+        say(f"\nStopped. What was computed is kept in {folder}. To go on:\n  {command}")
+        return error.exit_code if isinstance(error, Stopped) else INTERRUPTED
     if trainer.is_world_process_zero():
         say_what_was_prepared(trainer)
         console.print(f"To train with them: fastdpo train … --ref_cache {shlex.quote(str(folder))}")

@@ -11,6 +11,7 @@ from rich.console import Console
 from fastdpo.commands.generation_flags import CHAT_HELP
 from fastdpo.commands.models import check_models, make_drawing, make_loader
 from fastdpo.commands.side_by_side import Comparison, Side, answers, is_chat, sides_of, table_of
+from fastdpo.commands.terminal import SafeConsole
 from fastdpo.errors import UsageError, bad_input
 from fastdpo.model.generation import Drawing, LoadedModel, Prompt, Text
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     for conversation in conversations:
         if args.format == "chat" and loaded[conversation.side.source].tokenizer.chat_template is None:
             raise UsageError(f"--format chat: {conversation.side.label} has no chat template; use --format text.")
-    _converse(conversations, drawing, Console(highlight=False))
+    _converse(conversations, drawing, SafeConsole())
     return 0
 
 
@@ -85,7 +86,7 @@ def _converse(conversations: list[Conversation], drawing: Drawing, console: Cons
     turn = 0
     while True:
         try:
-            line = console.input("[bold]you>[/] ").strip()
+            line = console.input("[bold]you>[/] ", markup=True).strip()
         except EOFError:
             console.print()
             return

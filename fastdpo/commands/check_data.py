@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from fastdpo.commands.pairs import columns_of
+from fastdpo.commands.terminal import SafeConsole
 from fastdpo.data.account import nothing_left_message, strict_message
 from fastdpo.data.files import TOKEN_COLUMNS, load_preferences
 from fastdpo.data.fix import Fixed, write_fixed
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: the pairs or the tokenizer cannot be used; or, with ``--strict``, there are doubts.
     """
-    console = Console(highlight=False)
+    console = SafeConsole()
     with bad_input():
         dataset = load_preferences(
             args.files,
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     # Sound data shows its first row, so that one sees the mask.
     rows = worst_rows(summary, args.rows) or kept[: min(1, args.rows)].tolist()
     if rows:
-        console.print("\n[bold]Rows to look at[/]", legend(), sep="\n")
+        console.print("\nRows to look at", style="bold")
+        console.print(legend())
     for row in rows:
         console.print(show_row(row, dataset[row], tokenised[row], tokenizer, summary))
     if args.fix:

@@ -15,7 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from fastdpo.commands.help_page import HelpPage
 from fastdpo.commands.quick_help import print_help
 from fastdpo.commands.quiet import hush_other_libraries
-from fastdpo.errors import BAD_INPUT, INTERRUPTED, UsageError
+from fastdpo.commands.streams import ReaderGoneError, safe_streams
+from fastdpo.data.visible import visible
+from fastdpo.errors import BAD_INPUT, INTERRUPTED, READER_GONE, Stopped, UsageError
 
 EPILOG = """\
 example:
@@ -26,6 +28,9 @@ example:
 `fastdpo train --help` lists the flags, which are those of `trl dpo`.
 """
 
+# For these, what is printed is beside the point: they go on when nobody reads it.
+_LEAVE_FILES = ("train", "cache-ref", "demo")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -34,15 +39,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``fastdpo``; ``sys.argv[1:]`` if None.
 
     Returns:
-        The exit code: 0, 2 for bad input, 130 after Ctrl-C. ``--help`` and ``--version`` return 0. Errors that are
-        not about the input propagate.
+        The exit code: 0, 1 for a training that diverged, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM or
+        SIGUSR1, 141 where nobody reads standard output any more and there was nothing else to do. ``--help`` and
+        ``--version`` return 0. Errors that are not about the input propagate.
     """
     try:
         args = _make_parser().parse_args(argv)
     except SystemExit as exit_:
         return _exit_code(exit_)
-    show_traceback = args.debug or os.environ.get("FASTDPO_TRACEBACK", "") not in ("", "0")
     hush_other_libraries()
+    try:
+        with safe_streams(goes_on=args.command in _LEAVE_FILES, for_good=argv is None):
+            return _run(args)
+    except ReaderGoneError:
+        return READER_GONE
+
+
+def _run(args: argparse.Namespace) -> int:
+    show_traceback = args.debug or os.environ.get("FASTDPO_TRACEBACK", "") not in ("", "0")
     try:
         code: int = args.run(args.rest)
         return code
@@ -51,13 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         if show_traceback:
             raise
-        print(f"fastdpo {args.command}: error: {error}", file=sys.stderr)
+        from fastdpo.trainer.secrets import redacted
+
+        print(f"fastdpo {args.command}: error: {visible(redacted(str(error)))}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if show_traceback:
             raise
-        print(f"\nfastdpo {args.command}: stopped.", file=sys.stderr)
-        return INTERRUPTED
+        by = f" by {error}" if isinstance(error, Stopped) else ""
+        print(f"\nfastdpo {args.command}: stopped{by}.", file=sys.stderr)
+        return error.exit_code if isinstance(error, Stopped) else INTERRUPTED
 
 
 def _exit_code(exit_: SystemExit) -> int:

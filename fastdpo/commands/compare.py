@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from fastdpo.commands.models import check_models, make_drawing, make_loader
 from fastdpo.commands.prompts import read_prompts
 from fastdpo.commands.side_by_side import compare, sides_of, table_of, write_comparisons
+from fastdpo.commands.terminal import SafeConsole
 from fastdpo.errors import UsageError, bad_input
 from fastdpo.model.generation import Prompt
 
@@ -40,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--model {args.model[0]} is no adapter, so there is nothing beside it: give --model twice.")
     with bad_input():
         comparisons = compare(sides, prompts, drawing, make_loader(args), prompt_format=args.format, typed=typed)
-    console = Console(highlight=False)
+    console = SafeConsole()
     for number, comparison in enumerate(comparisons, 1):
         console.print(table_of(comparison, sides, number))
     if out is not None:

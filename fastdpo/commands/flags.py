@@ -72,7 +72,8 @@ USUAL_TRAINING_FLAGS = (
 HELP = {
     "logging_first_step": "Log the first step too, where policy and reference agree and the loss is known.",
     "output_dir": "Folder for the model, the checkpoints and the report of the run (default: trainer_output).",
-    "resume_from_checkpoint": "'last' for the last checkpoint in output_dir, or the folder of a checkpoint.",
+    "resume_from_checkpoint": "'last' for the last checkpoint in output_dir, 'auto' for the same or, where there is "
+    "none, the beginning; or the folder of a checkpoint.",
 }
 
 

@@ -1,18 +1,67 @@
-"""What ``train`` and ``cache-ref`` print once the data is read and the reference asked."""
+"""What ``train`` and ``cache-ref`` print, and how they end where the disk is full."""
 
 from __future__ import annotations
 
-from rich.console import Console
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+from fastdpo.commands.terminal import SafeConsole
+from fastdpo.data.visible import visible
+from fastdpo.errors import UsageError
+from fastdpo.trainer.disk import NotWrittenError, why_not_written
+from fastdpo.trainer.saving import kept
 from fastdpo.trainer.trainer import DPOTrainer
 
-console = Console(highlight=False, soft_wrap=True)
+console = SafeConsole(soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """A line on standard error, for who looks there alone."""
+    print(visible(text), file=sys.stderr, flush=True)
+
+
+def check_names(**names: str | None) -> None:
+    """Raises UsageError for names of folders, by flag, that the libraries which read and write in them do not take."""
+    for flag, name in names.items():
+        try:
+            (name or "").encode("utf-8")
+        except UnicodeEncodeError as error:
+            advice = (
+                "rename it"
+                if sys.getfilesystemencoding() == "utf-8"
+                else f"this locale has names in {sys.getfilesystemencoding()} alone; PYTHONUTF8=1 reads others"
+            )
+            raise UsageError(f"--{flag} {name}: this name holds bytes that are no text ({advice}).") from error
+
+
+@contextmanager
+def bad_writes(output_dir: Path) -> Iterator[None]:
+    """Turn errors of a full disk, whatever it was that could not be written, into UsageError with what there is.
+
+    Args:
+        output_dir: of the run.
+    """
+    try:
+        yield
+    except NotWrittenError as error:
+        raise UsageError(str(error)) from error
+    except Exception as error:
+        why = why_not_written(error)
+        if why is None:
+            raise
+        named = getattr(error, "filename", None)
+        raise UsageError(
+            f"{named or f'a file in {output_dir}'} could not be written: {why}. {kept(output_dir)}"
+        ) from error
 
 
 def say_what_was_prepared(trainer: DPOTrainer) -> None:
     """Print what became of the rows, where the reference's log-probabilities are, and how many were there before."""
     for name, summary in trainer.data_summaries.items():
-        console.print(f"\n[bold]{name}[/]", summary.table(), sep="\n")
+        console.print(f"\n{name}", style="bold")
+        console.print(summary.table())
     for name, split in trainer.reference_splits.items():
         computed = split.rows - split.rows_read
         how = f"{split.rows_read} pairs read, {computed} computed" if computed else f"{split.rows_read} pairs read"

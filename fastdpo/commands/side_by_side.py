@@ -14,6 +14,7 @@ from peft import PeftModel
 from rich.table import Table
 from rich.text import Text as RichText
 
+from fastdpo.data.visible import in_markdown, visible, visible_line
 from fastdpo.model.adapters import base_of_adapter
 from fastdpo.model.generation import Drawing, LoadedModel, Prompt, Text, complete, encode_prompt
 
@@ -131,18 +132,18 @@ def is_chat(loaded: LoadedModel, prompt_format: str, typed: bool = True) -> bool
 
 def table_of(comparison: Comparison, sides: Sequence[Side], number: int | None = None) -> Table:
     """One prompt, with a column for each side."""
-    title = RichText(comparison.prompt_text, style="bold")
+    title = RichText(visible(comparison.prompt_text), style="bold")
     if number is not None:
         title = RichText(f"{number}. ", style="dim").append(title)
     table = Table(title=title, title_justify="left", title_style="", expand=True, show_lines=False)
     for side in sides:
-        table.add_column(RichText(side.label), ratio=1, overflow="fold")
+        table.add_column(RichText(visible_line(side.label)), ratio=1, overflow="fold")
     table.add_row(*(_cell(text) for text in comparison.texts))
     return table
 
 
 def _cell(text: Text) -> RichText:
-    cell = RichText(text.text.strip() or "(nothing)", style="" if text.text.strip() else "dim")
+    cell = RichText(visible(text.text.strip()) or "(nothing)", style="" if text.text.strip() else "dim")
     return cell if text.ended else cell.append(" … (cut)", style="dim")
 
 
@@ -154,6 +155,7 @@ def write_comparisons(
     path.write_text(
         _as_jsonl(comparisons, sides, about) if path.suffix == ".jsonl" else _as_markdown(comparisons, sides, about),
         encoding="utf-8",
+        errors="backslashreplace",  # names of files may hold what is no text
     )
 
 
@@ -169,12 +171,12 @@ def _as_jsonl(comparisons: Sequence[Comparison], sides: Sequence[Side], about: d
 
 
 def _as_markdown(comparisons: Sequence[Comparison], sides: Sequence[Side], about: dict[str, Any]) -> str:
-    parts = ["# " + " against ".join(side.label for side in sides)]
+    parts = ["# " + " against ".join(in_markdown(side.label) for side in sides)]
     parts.append(", ".join(f"{name} {value}" for name, value in about.items()))
     for number, comparison in enumerate(comparisons, 1):
         parts += [f"## Prompt {number}", _block(comparison.prompt_text)]
         for side, text in zip(sides, comparison.texts, strict=True):
-            parts += [f"**{side.label}**{'' if text.ended else ' (cut)'}", _block(text.text.strip())]
+            parts += [f"**{in_markdown(side.label)}**{'' if text.ended else ' (cut)'}", _block(text.text.strip())]
     return "\n\n".join(parts) + "\n"
 
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from rich.text import Text
 from transformers import ProgressCallback
 
 from fastdpo.commands.flags import ReportArguments, ScriptArguments, TrainParser
 from fastdpo.commands.pairs import label_of
-from fastdpo.commands.preparation import console, say_what_was_prepared
+from fastdpo.commands.preparation import bad_writes, check_names, console, say, say_what_was_prepared
 from fastdpo.commands.trainer_from_flags import check_sources, make_trainer
-from fastdpo.errors import INTERRUPTED
+from fastdpo.errors import DIVERGED, INTERRUPTED, DivergedError, InputError, UsageError, bad_input
 from fastdpo.report.facts import all_settings, changed_settings
 from fastdpo.report.recorder import PICTURE_FILE, REPORT_FILE, RunReport, resume_command
 from fastdpo.trainer.checkpoints import came_from, find_checkpoints, find_torn, is_end, resolve_resume, set_aside
 from fastdpo.trainer.config import DPOConfig
-from fastdpo.trainer.gentle_stop import GentleStop
+from fastdpo.trainer.gentle_stop import GentleStop, stopping_on_signals
+from fastdpo.trainer.manifest import damage_in, read_manifest, write_manifest
 from fastdpo.trainer.model_card import CARD_FILE
 from fastdpo.trainer.progress import OneLineProgress, format_metrics
+from fastdpo.trainer.run_lock import LOCK_FILE, only_run_in
 from fastdpo.trainer.trainer import DPOTrainer
 
 
@@ -32,17 +36,33 @@ def run(argv: list[str]) -> int:
         argv: the words after ``fastdpo train``.
 
     Returns:
-        0, or 130 after Ctrl-C.
+        0, 1 after the run came to numbers that are none, 130 after Ctrl-C, or 143 after SIGTERM or SIGUSR1.
 
     Raises:
-        UsageError: the flags, the data or the model cannot be used.
+        UsageError: the flags, the data or the model cannot be used; another run is in the folder; the disk is full.
+        Stopped: SIGTERM or SIGUSR1 came where there was nothing to save.
     """
     parser = TrainParser()
     arguments = parser.read(argv)
+    script_args, model_args, training_args, _ = arguments
+    check_sources(script_args, model_args)
+    check_names(output_dir=training_args.output_dir, ref_cache=training_args.ref_cache)
+    with stopping_on_signals(), bad_writes(training_args.folder), _alone(training_args):
+        return _run(argv, parser, arguments)
+
+
+@contextmanager
+def _alone(args: DPOConfig) -> Iterator[None]:
+    with ExitStack() as stack:
+        with bad_input():
+            stack.enter_context(only_run_in(args.folder, is_main=args.process_index == 0))
+        yield
+
+
+def _run(argv: list[str], parser: TrainParser, arguments: tuple[Any, ...]) -> int:
     script_args, model_args, training_args, report_args = arguments
     settings = all_settings(arguments)  # as they were asked for: making the trainer fills some in
-    output_dir = Path(training_args.output_dir)
-    check_sources(script_args, model_args)
+    output_dir = training_args.folder
     checkpoint = resolve_resume(training_args.resume_from_checkpoint, output_dir)
     if checkpoint is not None and _is_done(checkpoint, training_args):
         if training_args.process_index == 0:
@@ -51,6 +71,7 @@ def run(argv: list[str]) -> int:
                 "further, give more steps (--max_steps, --num_train_epochs)."
             )
         return 0
+    _take_over(checkpoint, training_args, parser)
     trainer = make_trainer(script_args, model_args, training_args)
     if trainer.is_world_process_zero():
         _say_what_it_trains_on(trainer, output_dir)
@@ -64,6 +85,10 @@ def run(argv: list[str]) -> int:
     try:
         with stop.listening():
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except InputError as error:
+        raise UsageError(str(error)) from error
+    except DivergedError as error:
+        return _diverged(error, report, argv, output_dir)
     except KeyboardInterrupt:
         if report is not None:
             report.write(look=False)
@@ -72,18 +97,46 @@ def run(argv: list[str]) -> int:
     if stop.stopped_at is not None and stop.stopped_at < trainer.state.max_steps:
         if report is not None:
             _say_how_to_resume(argv, output_dir)
-            print(f"Writing {output_dir / REPORT_FILE}; Ctrl-C makes it short.", file=sys.stderr)
-            report.write(result.metrics["train_runtime"])
-        return INTERRUPTED
-    _finish(trainer, result.metrics, script_args, report)
+            # Who sends SIGTERM waits a short while, and then ends everything.
+            look = stop.exit_code == INTERRUPTED
+            if look:
+                say(f"Writing {output_dir / REPORT_FILE}; Ctrl-C makes it short.")
+            report.write(result.metrics["train_runtime"], look=look)
+        return stop.exit_code
+    try:
+        _finish(trainer, result.metrics, script_args, report, stop)
+    except DivergedError as error:
+        return _diverged(error, report, argv, output_dir)
     return 0
+
+
+def _diverged(error: DivergedError, report: RunReport | None, argv: list[str], output_dir: Path) -> int:
+    """What is left to do where numbers are none any more: to say so."""
+    if report is not None:
+        report.write(look=False, notes=[f"The run stopped: {error}."])
+        say(f"fastdpo train: the run diverged: {error}.")
+        _say_how_to_resume(argv, output_dir)
+    return DIVERGED
 
 
 def _is_done(checkpoint: Path, args: DPOConfig) -> bool:
     """Whether the run ends at the checkpoint, and its results were written, of which the report is the last."""
     output_dir = args.folder
     at_end = is_end(checkpoint, max_steps=args.max_steps, num_train_epochs=args.num_train_epochs)
-    return at_end and came_from(output_dir, checkpoint) and (output_dir / REPORT_FILE).exists()
+    if not at_end or not came_from(output_dir, checkpoint) or not (output_dir / REPORT_FILE).exists():
+        return False
+    damage = damage_in(output_dir)
+    if damage and args.process_index == 0:
+        console.print(f"What came of this run in {output_dir} is written again: {'; '.join(damage)}.")
+    return not damage
+
+
+def _take_over(checkpoint: Path | None, args: DPOConfig, parser: TrainParser) -> None:
+    """What a run chose for itself when it began, it keeps: the day that templates write, unless one is given."""
+    manifest = read_manifest(checkpoint) if checkpoint is not None else None
+    asked, _ = parser.asked["template_date"]
+    if manifest is not None and asked is None:
+        args.template_date = manifest.settings.get("template_date", args.template_date)
 
 
 def _start_report(
@@ -136,8 +189,11 @@ def _say_where_it_starts(checkpoint: Path | None, output_dir: Path) -> None:
     last = find_checkpoints(folder)[-1:]
     how = f" To go on from them instead: --resume_from_checkpoint {last[0]}" if last else ""
     console.print(
-        f"[bold yellow]{output_dir} holds checkpoints of an earlier run, and --resume_from_checkpoint was not given.[/]"
-        f"\nThey were moved to {folder}; this run starts from step 0, and replaces the model in {output_dir} when it "
+        f"{output_dir} holds checkpoints of an earlier run, and --resume_from_checkpoint was not given.",
+        style="bold yellow",
+    )
+    console.print(
+        f"They were moved to {folder}; this run starts from step 0, and replaces the model in {output_dir} when it "
         f"ends.{how}"
     )
 
@@ -147,18 +203,28 @@ def _finish(
     metrics: dict[str, float],
     script_args: ScriptArguments,
     report: RunReport | None,
+    stop: GentleStop,
 ) -> None:
     """Save everything, and say where it is."""
     output_dir = trainer.args.folder
-    trainer.save_model(str(output_dir))
-    trainer.save_metrics("train", metrics)
-    trainer.save_state()
-    trainer.create_model_card(dataset_name=label_of(script_args))
+    with stop.listening():  # a signal waits until what the run was for is written
+        trainer.save_model(str(output_dir))
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+        trainer.create_model_card(dataset_name=label_of(script_args))
+        if report is not None:
+            # The report is what a run's results end with, and tells that nothing is left to be done.
+            names = [path.name for path in output_dir.iterdir() if path.is_file()]
+            write_manifest(output_dir, [name for name in names if name not in (REPORT_FILE, PICTURE_FILE, LOCK_FILE)])
     if report is not None:
-        report.write(metrics["train_runtime"])
+        report.write(metrics["train_runtime"], look=not stop.asked)
         what = "adapter and tokenizer" if isinstance(trainer.model, PeftModel) else "model and tokenizer"
         last = [entry for entry in trainer.state.log_history if "loss" in entry][-1:]
-        console.print(f"\n[bold]Done: {trainer.state.global_step} steps.[/]  {''.join(map(format_metrics, last))}")
+        console.print(
+            Text.assemble(
+                ("\nDone: ", "bold"), (f"{trainer.state.global_step} steps.", "bold"), "  ", *map(format_metrics, last)
+            )
+        )
         for label, path in (
             (what, output_dir),
             ("report, for a browser", output_dir / REPORT_FILE),
@@ -176,6 +242,6 @@ def _finish(
 def _say_how_to_resume(argv: list[str], output_dir: Path) -> None:
     there = find_checkpoints(output_dir)
     if not there:
-        print("Stopped. No checkpoint had been written, so there is nothing to resume from.", file=sys.stderr)
+        say("Stopped. No checkpoint had been written, so there is nothing to resume from.")
         return
-    print(f"Stopped. The last checkpoint is {there[-1]}. To go on:\n  {resume_command(argv)}", file=sys.stderr)
+    say(f"Stopped. The last checkpoint is {there[-1]}. To go on:\n  {resume_command(argv)}")

@@ -15,6 +15,7 @@ from rich.text import Text
 from fastdpo.data.encode import decode
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.truncation import cut
+from fastdpo.data.visible import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,8 +114,3 @@ def _shorten(text: str, keep_end: bool = False) -> str:
     half = _SHOWN // 4  # the end that touches the boundary is what one looks at
     head, tail = (half, _SHOWN - half) if keep_end else (_SHOWN - half, half)
     return f"{text[:head]}{left_out}{text[-tail:]}"
-
-
-def visible(text: str) -> str:
-    """Control characters by their codes, so that a terminal shows them and does not obey them."""
-    return "".join(char if char >= " " and char != "\x7f" or char in "\n\t" else f"\\x{ord(char):02x}" for char in text)

@@ -14,7 +14,6 @@ tokens (LD-DPO).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import uuid
@@ -29,6 +28,7 @@ from fastdpo.data.row_digests import rows_fingerprint
 from fastdpo.errors import InputError
 from fastdpo.ref_cache.durable import UNFINISHED, read_tensors, write_json, write_tensors
 from fastdpo.ref_cache.key import CacheKey, differences, row_differences
+from fastdpo.ref_cache.lock import HeldError, held
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,9 @@ class RefCache:
             raise RefCacheError(f"{path} cannot be read ({error!r}). {_advice(self.folder)}") from error
         if not known or not isinstance(complete, bool):
             raise RefCacheError(f"{path} is of another version of fastdpo. {_advice(self.folder)}")
+        # What the other files' checksums hang on: altered, or left out, it would be about other numbers than theirs.
+        if manifest.get("key_fingerprint") != CacheKey(**manifest["key"]).fingerprint():
+            raise RefCacheError(f"{path} is damaged: key_fingerprint is not that of its key. {_advice(self.folder)}")
         return manifest
 
     def _manifest_that_is_there(self) -> dict[str, Any]:
@@ -103,7 +106,7 @@ class RefCache:
         if there["rows"] != here["rows"]:
             found.append(self._row_differences(there, digests, describe_row))
         if found:
-            model = manifest["about"].get("model", "another model")
+            model = _model_in(manifest)
             raise RefCacheError(
                 f"{self.folder} holds the log-probabilities of another reference or of other data (model: {model}): "
                 f"{'; '.join(found)}.\n{_advice(self.folder)}"
@@ -135,15 +138,14 @@ class RefCache:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Keeps a second builder out. A killed builder's lock is gone with it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / _LOCK).open("w") as file:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+                stack.enter_context(held(self.folder / _LOCK))
+            except HeldError as holder:
                 raise RefCacheError(
-                    f"another process is building the reference cache in {self.folder}. Wait for it, or name another "
-                    "folder with ref_cache (--ref_cache)"
-                ) from error
+                    f"{holder} is building the reference cache in {self.folder}. Wait for it, or name another folder "
+                    "with ref_cache (--ref_cache)"
+                ) from None
             yield
 
     def begin(self, key: CacheKey, digests: np.ndarray, about: dict[str, Any]) -> None:
@@ -213,6 +215,11 @@ class RefCache:
             "key_fingerprint": key.fingerprint(),
         }
         write_json(self.folder / MANIFEST, manifest)
+
+
+def _model_in(manifest: dict[str, Any]) -> str:
+    about = manifest.get("about")
+    return str(about.get("model", "another model")) if isinstance(about, dict) else "another model"
 
 
 def _is_ours(path: Path) -> bool:

@@ -2,54 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import platform
 import shlex
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from fastdpo.logps.device_paths import build_info
+from fastdpo.trainer.secrets import redacted, redacted_words
 
 _PACKAGES = ("fastdpo", "torch", "transformers", "datasets", "accelerate", "peft", "tokenizers")
-_HIDDEN = "(hidden)"
 
 
 def all_settings(arguments: Sequence[Any]) -> dict[str, Any]:
-    """name -> value of all fields of some dataclasses of flags; access tokens are hidden."""
-    values = {f.name: getattr(part, f.name) for part in arguments for f in dataclasses.fields(part)}
-    return {name: _HIDDEN if value and _is_secret(name) else value for name, value in values.items()}
+    """name -> value of all fields of some dataclasses of flags; secrets are hidden."""
+    settings: dict[str, Any] = redacted({f.name: getattr(part, f.name) for part in arguments for f in fields(part)})
+    return settings
 
 
 def changed_settings(asked: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
-    """name -> (value, default), of those that differ; access tokens are hidden."""
-    return {
-        name: (_HIDDEN if _is_secret(name) else value, default)
-        for name, (value, default) in asked.items()
-        if value != default
-    }
+    """name -> (value, default), of those that differ; secrets are hidden."""
+    values = redacted({name: value for name, (value, _) in asked.items()})
+    return {name: (values[name], default) for name, (value, default) in asked.items() if value != default}
 
 
 def command_line(argv: Sequence[str], command: str = "train") -> str:
-    """What to type for the same run again, with access tokens hidden."""
-    words, hide = [], False
-    for word in argv:
-        name, equals, _ = word.partition("=")
-        if hide:
-            words.append(_HIDDEN)
-        elif word.startswith("--") and equals and _is_secret(name):
-            words.append(f"{name}={_HIDDEN}")
-        else:
-            words.append(word)
-        hide = not hide and word.startswith("--") and not equals and _is_secret(name)
-    return shlex.join(["fastdpo", command, *words])
-
-
-def _is_secret(name: str) -> bool:
-    return name.replace("-", "_").endswith("_token") and not name.replace("-", "_").endswith("pad_token")
+    """What to type for the same run again, with secrets hidden."""
+    return shlex.join(["fastdpo", command, *redacted_words(argv)])
 
 
 def environment(device: torch.device, processes: int = 1) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from fastdpo.data.summary import DataSummary
 from fastdpo.report.charts import draw_curves, draw_histograms
 from fastdpo.report.picture import read_curve
 from fastdpo.report.record import RunRecord
+from fastdpo.report.whole_files import write_text_whole
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -43,10 +43,7 @@ def write_report(record: RunRecord, path: str | Path) -> Path:
         show=_show,
     )
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, path)
+    write_text_whole(path, page)
     return path
 
 

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastdpo.data.visible import visible_line
+from fastdpo.report.whole_files import whole_or_not_at_all
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -21,7 +24,7 @@ Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 
 def draw_training(log_history: list[dict[str, Any]], path: str | Path, *, title: str | None = None) -> Path:
-    """Draw loss, reward margin, reward accuracy and rewards over the steps of a run, as a PNG.
+    """Draw loss, reward margin, reward accuracy and rewards over the steps of a run, as a PNG, whole or not at all.
 
     Args:
         log_history: the entries of ``trainer.state.log_history``. An entry needs ``step`` and any of ``loss``,
@@ -40,7 +43,9 @@ def draw_training(log_history: list[dict[str, Any]], path: str | Path, *, title:
     # A figure of its own, not pyplot's: no display is looked for, and a notebook's open figures are left alone.
     figure = Figure(figsize=(11, 7.2), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title or "Preference training", fontsize=14, fontweight="bold", x=0.012, ha="left")
+    # A name of a file: neither a formula, nor bytes that no font has.
+    title = visible_line(title or "Preference training")
+    figure.suptitle(title, fontsize=14, fontweight="bold", x=0.012, ha="left", parse_math=False)
     loss, margin, accuracy, rewards = figure.subplots(2, 2).flat
 
     _draw_pair(loss, log_history, "loss", "Loss", "loss")
@@ -55,8 +60,8 @@ def draw_training(log_history: list[dict[str, Any]], path: str | Path, *, title:
     _align_steps((loss, margin, accuracy, rewards), log_history)
 
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with whole_or_not_at_all(path) as draft:
+        figure.savefig(draft, format="png")
     return path
 
 

@@ -52,14 +52,15 @@ class RunReport:
         self._taker = SnapshotTaker(trainer, size)
         self._start = take_start(self._taker, self._output_dir, checkpoint)
 
-    def write(self, seconds: float | None = None, *, look: bool = True) -> None:
+    def write(self, seconds: float | None = None, *, look: bool = True, notes: Sequence[str] = ()) -> None:
         """Write the report and the picture of the run as it stands.
 
         Args:
             seconds: that this process trained for.
             look: at the policy as it is now, which takes a moment; else the report does without.
+            notes: what else there is to say.
         """
-        end, notes = None, self._notes()
+        end, notes = None, [*notes, *self._notes()]
         if look:
             try:
                 end = self._taker.take(like=self._start)
@@ -105,17 +106,22 @@ class RunReport:
 
 def resume_command(argv: Sequence[str]) -> str:
     """What to type to go on with a run from its last checkpoint."""
-    return command_line([*_without_resume(argv), "--resume_from_checkpoint", "last"])
+    words, before = _without_resume(argv)
+    # A job script's command is the one that goes on.
+    return command_line([*words, "--resume_from_checkpoint", "auto" if before == ["auto"] else "last"])
 
 
-def _without_resume(argv: Sequence[str]) -> list[str]:
-    words, skip = [], False
+def _without_resume(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words without that flag, and what it was given."""
+    words, given, skip = [], [], False
     for word in argv:
         name = word.split("=")[0].replace("-", "_").strip("_")
         if name == "resume_from_checkpoint" and word.startswith("--"):
             skip = "=" not in word
+            given += word.split("=")[1:]
         elif skip:
             skip = False
+            given.append(word)
         else:
             words.append(word)
-    return words
+    return words, given

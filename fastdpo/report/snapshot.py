@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from fastdpo.report.whole_files import write_text_whole
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,7 @@ class Snapshot:
 
     def save(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
-        draft = path.with_name(f".{path.name}")
-        draft.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(draft, path)
+        write_text_whole(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Snapshot:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fastdpo.errors import UsageError
+from fastdpo.errors import InputError, UsageError
+from fastdpo.trainer.damage import STATE_FILE, damage_without_manifest, missing_state
+from fastdpo.trainer.manifest import MANIFEST_FILE, damage_in, read_manifest
+
+logger = logging.getLogger(__name__)
 
 # The record of what the policy was like before the first step; see fastdpo.report.snapshot.
 START_FILE = "report_start.json"
@@ -36,35 +42,81 @@ def _step_of(path: Path) -> int | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """trainer_state.json is what a checkpoint's writing ends with; a killed run may have left one without it."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+    """The manifest is what a checkpoint's writing ends with; a killed run, or a full disk, may have left less."""
+    manifest = read_manifest(checkpoint)
+    return manifest is not None and manifest.is_complete(checkpoint)
 
 
 def resolve_resume(value: str | None, output_dir: Path) -> Path | None:
     """The checkpoint that ``--resume_from_checkpoint`` means; None where it was not given or is false.
 
+    ``auto`` is ``last`` where there is a checkpoint, and nothing where there is none.
+
     Raises:
-        UsageError: there is no such checkpoint.
+        UsageError: there is no such checkpoint, or it is damaged.
     """
     if value is None or value.lower() in ("false", "no", "0"):
         return None
-    there = find_checkpoints(output_dir)
-    if value.lower() in ("true", "last", "yes", "1"):
-        if there:
-            return there[-1]
-        raise UsageError(
-            f"--resume_from_checkpoint {value}: no whole checkpoint in {output_dir}. Leave the flag out to start from "
-            "the beginning, or name the checkpoint's folder."
+    try:
+        if value.lower() in ("true", "last", "yes", "1"):
+            return last_whole(output_dir)
+        if value.lower() == "auto":
+            return _last_whole(output_dir)
+        refuse_damaged(Path(value))
+    except InputError as error:
+        there = [path.name for path in find_checkpoints(output_dir) if path.resolve() != Path(value).resolve()]
+        known = f" In {output_dir}: {', '.join(there)}." if there else ""
+        raise UsageError(f"--resume_from_checkpoint {value}: {error}.{known}") from error
+    return Path(value)
+
+
+def last_whole(folder: Path) -> Path:
+    """The last checkpoint in a folder, all of whose files are as they were written; those after it are named in a log.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = _last_whole(folder)
+    if found is None:
+        old = [path.name for path in _in_order(folder) if not (path / MANIFEST_FILE).exists() and read_state(path)]
+        how = f"; {', '.join(old)} without a manifest can be tried by name" if old else ""
+        raise InputError(
+            f"no whole checkpoint in {folder}{how}. Leave the flag out to start from the beginning, or name the "
+            "checkpoint's folder"
         )
-    checkpoint = Path(value)
-    if not _is_whole(checkpoint):
-        known = f" In {output_dir}: {', '.join(path.name for path in there)}." if there else ""
-        raise UsageError(f"--resume_from_checkpoint {value}: not a checkpoint (no trainer_state.json there).{known}")
-    return checkpoint
+    return found
+
+
+def _last_whole(folder: Path) -> Path | None:
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    found: list[Path | None] = [None]
+    if not several or torch.distributed.get_rank() == 0:
+        for path in reversed(_in_order(folder)):
+            damage = damage_in(path) or missing_state(path)
+            if not damage:
+                found = [path]
+                break
+            logger.warning("%s is passed over: %s.", path, "; ".join(damage))
+    if several:
+        torch.distributed.broadcast_object_list(found, src=0)  # to read all of it is one process's work
+    return found[0]
+
+
+def refuse_damaged(checkpoint: Path) -> None:
+    """Raises unless ``checkpoint`` is one, and whole.
+
+    Raises:
+        InputError: it is not; the message names the files, and their tensors where these can be told.
+    """
+    if not read_state(checkpoint) and not (checkpoint / MANIFEST_FILE).exists():
+        what = "cannot be read" if (checkpoint / STATE_FILE).exists() else "is not there"
+        raise InputError(f"{checkpoint} is not a checkpoint ({STATE_FILE} {what})")
+    if (checkpoint / MANIFEST_FILE).exists():
+        damage = damage_in(checkpoint) or missing_state(checkpoint)
+    else:
+        damage = missing_state(checkpoint) or damage_without_manifest(checkpoint)
+    if damage:
+        raise InputError(f"{checkpoint} is damaged: {'; '.join(damage)}")
 
 
 def is_end(checkpoint: Path, *, max_steps: int, num_train_epochs: float) -> bool:
@@ -86,10 +138,10 @@ def came_from(output_dir: Path, checkpoint: Path) -> bool:
 def read_state(folder: Path) -> dict[str, Any]:
     """trainer_state.json; empty where it is not there, or broken."""
     try:
-        state: dict[str, Any] = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return state
+    return state if isinstance(state, dict) else {}
 
 
 def set_aside(output_dir: Path, resumed: Path | None = None) -> Path | None:

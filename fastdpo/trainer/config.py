@@ -16,9 +16,10 @@ from fastdpo.data.settings import SCORES, parse_date
 from fastdpo.loss.objectives import F_DIVERGENCES, OBJECTIVES
 from fastdpo.loss.options import LossOptions
 from fastdpo.model.packing import PACKINGS
+from fastdpo.trainer.secrets import redacted, remember_secrets
 
 
-@dataclass
+@dataclass(repr=False)
 class DPOConfig(TrainingArguments):
     """Training arguments of :class:`DPOTrainer`: those of ``transformers.TrainingArguments``, and these.
 
@@ -28,6 +29,7 @@ class DPOConfig(TrainingArguments):
       without an accelerator, it runs on the CPU (TRL: raises unless ``use_cpu`` is given).
     - ``include_num_input_tokens_seen``: ``non_padding``, for the metric ``num_tokens`` to survive a resume.
     - ``precompute_ref_log_probs``: keeps them on disk, in ``ref_cache``, and reads them from there the next time.
+    - ``logging_nan_inf_filter``: off, and cannot be turned on: it writes another number in the place of NaN.
     - ``loss_type``: SimPO, ORPO and CPO as well, which need no reference. Options of the losses are those of
       :class:`fastdpo.LossOptions`, None for its default; ``label_smoothing`` makes ``sigmoid`` cDPO, where TRL ignores
       it, and ``sft`` is each completion's mean over tokens unless ``sft_reduction`` is ``batch``, as TRL has it.
@@ -41,6 +43,9 @@ class DPOConfig(TrainingArguments):
     logging_steps: float = field(
         default=10,
         metadata={"help": "Log every X update steps; below 1, X is a share of all steps."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Not supported: a run stops where its loss is no number."}
     )
     gradient_checkpointing: bool | None = field(
         default=None,
@@ -231,6 +236,11 @@ class DPOConfig(TrainingArguments):
                 f"precompute_ref_batch_size is {self.precompute_ref_batch_size}, but precompute_ref_log_probs is off: "
                 "turn it on, or leave the batch size out"
             )
+        if self.logging_nan_inf_filter:
+            raise ValueError(
+                "logging_nan_inf_filter is on, which writes another number in the place of a loss that is NaN; leave "
+                "it out: a run stops there, and says on which rows"
+            )
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, but it is cross-entropy's and DPO has "
@@ -246,6 +256,18 @@ class DPOConfig(TrainingArguments):
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing is not False
         super().__post_init__()  # type: ignore[no-untyped-call]
+        remember_secrets(vars(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``TrainingArguments``', for reporters; without the secrets in it, however deep they are."""
+        values: dict[str, Any] = redacted(super().to_dict())  # type: ignore[no-untyped-call]
+        return values
+
+    def __str__(self) -> str:
+        lines = [f"{name}={value},\n" for name, value in sorted(self.to_dict().items())]
+        return f"{type(self).__name__}(\n{''.join(lines)})"
+
+    __repr__ = __str__
 
     @property
     def folder(self) -> Path:

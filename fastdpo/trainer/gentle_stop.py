@@ -1,48 +1,115 @@
-"""Ctrl-C that loses nothing."""
+"""Signals to stop that lose nothing: Ctrl-C, and those by which schedulers announce that they end a job."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
+from fastdpo.errors import INTERRUPTED, TERMINATED, Stopped
+
+# SIGUSR1 is what job scripts have the scheduler send some time before its SIGTERM. One exit code for both: that of a
+# run that was told to end, and can go on.
+EXIT_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGUSR1: TERMINATED}
+
+Handler = Callable[[int, "FrameType | None"], Any]
+
+
+@contextmanager
+def stopping_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 raise :class:`Stopped`, where they would end the process without a word."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Stopped(_name(number), EXIT_CODES[signal.Signals(number)])
+
+    with _handling({signal.SIGTERM: stop, signal.SIGUSR1: stop}):
+        yield
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name
+
+
+@contextmanager
+def _handling(handlers: dict[signal.Signals, Handler]) -> Iterator[None]:
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for number, handler in handlers.items():
+            before[number] = signal.signal(number, handler)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 
 class GentleStop(TrainerCallback):
-    """The first Ctrl-C lets the step end and saves a checkpoint; the second stops at once."""
+    """The first signal lets the step end and saves a checkpoint; a second Ctrl-C stops at once.
+
+    Attributes:
+        stopped_at: the step after which the run was stopped; None where it was not.
+        exit_code: what the command ends with then; on several processes the same in all.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = 0  # the signal's number
         self.stopped_at: int | None = None
+        self.exit_code = INTERRUPTED
+        self._agreement: _Agreement | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take Ctrl-C over for the duration of the run."""
-        before = signal.signal(signal.SIGINT, self._on_signal)
-        try:
+        """Take the signals over for the duration of the run."""
+        with _handling(dict.fromkeys(EXIT_CODES, self._on_signal)):
             yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
-    def _on_signal(self, *_: Any) -> None:
-        if self.asked:
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
-        print("\nStopping after this step, with a checkpoint. Ctrl-C again stops at once.", file=sys.stderr)
+        if not self.asked:
+            name, again = (
+                ("", " Ctrl-C again stops at once.") if number == signal.SIGINT else (f"{_name(number)}. ", "")
+            )
+            # Nobody may be there any more to read it; or the signal came in the middle of another line.
+            with contextlib.suppress(OSError, RuntimeError):
+                print(f"\n{name}Stopping after this step, with a checkpoint.{again}", file=sys.stderr, flush=True)
+        self.asked = number
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        if args.world_size > 1:
+            self._agreement = _Agreement(self.asked, args.device)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        if self._anyone_asked(args):
+        agreement, self._agreement = self._agreement, None
+        heard = self.asked if args.world_size == 1 else 0 if agreement is None else agreement.outcome()
+        if heard:
             control.should_log = control.should_save = control.should_training_stop = True
-            self.stopped_at = state.global_step
+            self.stopped_at, self.exit_code = state.global_step, EXIT_CODES[signal.Signals(heard)]
 
-    def _anyone_asked(self, args: TrainingArguments) -> bool:
-        if args.world_size == 1:
-            return self.asked
-        # Processes hear of the signal at different moments; all must leave after the same step.
-        asked = torch.tensor(float(self.asked), device=args.device)
-        torch.distributed.all_reduce(asked)
-        return bool(asked.item())
+
+class _Agreement:
+    """Processes hear of a signal at different moments, and all must leave after the same step: the largest number wins.
+
+    It is asked before the optimiser's step and heard after it, so that a device has that step to do meanwhile.
+    """
+
+    def __init__(self, number: int, device: torch.device) -> None:
+        asked = torch.tensor(number, device=device)
+        self._work = torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, async_op=True)
+        self._work.wait()  # on a device, its stream does, and not this process
+        self._asked = asked.to("cpu", non_blocking=True)
+        self._is_there = torch.Event(device) if device.type != "cpu" else None
+        if self._is_there is not None:
+            self._is_there.record()
+
+    def outcome(self) -> int:
+        """What all agree on; 0 where nobody was asked to stop."""
+        if self._is_there is not None:
+            self._is_there.synchronize()
+        return int(self._asked)

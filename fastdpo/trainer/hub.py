@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
 from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.manifest import MANIFEST_FILE
 
 # What a run writes for whoever runs it: samples of the data, paths of the machine, checkpoints of earlier runs.
 RUN_RECORDS = (
@@ -27,6 +28,7 @@ RUN_RECORDS = (
     "*_results.json",
     "trainer_state.json",
     "training_args.bin",
+    MANIFEST_FILE,
 )
 # What a checkpoint holds beside the model and the tokenizer; a card in it is a form that nobody filled in.
 _TRAINING_STATE = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "*.md")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -19,9 +20,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from fastdpo.data.files import FILE_FORMATS
+from fastdpo.data.visible import code_span, in_markdown, visible_line
 from fastdpo.loss.options import LossOptions
 from fastdpo.model.language_model import language_model
 from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.secrets import redacted
 
 CARD_FILE = "README.md"
 TAGS = ("dpo", "fastdpo")
@@ -120,7 +123,7 @@ def write_model_card(
     data.tags = sorted({*(data.tags or ()), *tags, *TAGS})
     data.language, data.license = language or data.language, license or data.license
     name = model_name or path.parent.resolve().name
-    ours = f"{_BEGIN}\n{_section(facts, name, dataset_name)}\n{_END}"
+    ours = redacted(f"{_BEGIN}\n{_section(facts, name, dataset_name)}\n{_END}")
     card.text = _merged(card.text, ours)
     path.parent.mkdir(parents=True, exist_ok=True)
     card.save(path)
@@ -160,7 +163,7 @@ def _section(facts: CardFacts, name: str, dataset_name: str | None) -> str:
     settings = _settings(facts, loss)
     versions = {package: version(package) for package in ("fastdpo", "transformers", "torch", "datasets", "peft")}
     parts = [
-        f"# {name}",
+        f"# {in_markdown(name)}",
         f"{of}, trained on preferences{on} with Direct Preference Optimisation "
         f"([DPO](https://arxiv.org/abs/2305.18290), loss `{loss}`, beta {facts.args.beta:g}) by fastdpo.",
         "## How to load it",
@@ -193,7 +196,7 @@ def _settings(facts: CardFacts, loss: str) -> dict[str, Any]:
 def _linked(name: str, kind: str) -> str:
     if _is_hub_id(name):
         return f"[{name}](https://huggingface.co/{kind}{name})"
-    return f"`{Path(name).name}`"  # where it lay on somebody's machine is nobody's business
+    return code_span(Path(name).name)  # where it lay on somebody's machine is nobody's business
 
 
 def _loss_options(options: LossOptions) -> dict[str, Any]:
@@ -222,7 +225,7 @@ def _how_to_load(name: str, is_adapter: bool, has_chat_template: bool) -> str:
         f"from {module} import {loader}",
         "from transformers import AutoTokenizer",
         "",
-        f'path = "{name}"  # this folder, or its name on the Hub',
+        f"path = {json.dumps(visible_line(name), ensure_ascii=False)}  # this folder, or its name on the Hub",
         f"model = {loader}.from_pretrained(path)",
         "tokenizer = AutoTokenizer.from_pretrained(path)",
     ]

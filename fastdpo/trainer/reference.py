@@ -34,6 +34,7 @@ from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.datasets import EvalDataset
 from fastdpo.trainer.fsdp2 import keep_requires_grad, shard_without_optimizer
 from fastdpo.trainer.models import compute_dtype
+from fastdpo.trainer.secrets import redacted
 
 
 class Reference:
@@ -165,7 +166,7 @@ class Reference:
             ),
             score=score,
             max_length=args.max_length,
-            about={"model": language_model(model).config._name_or_path or type(model).__name__},
+            about={"model": redacted(language_model(model).config._name_or_path or type(model).__name__)},
             describe_row=lambda row: row_words(row, tokenizer),
             show_progress=not args.disable_tqdm,
             in_step=accelerator.is_fsdp2,

@@ -31,6 +31,7 @@ from fastdpo.trainer.arguments import check_arguments, check_distribution
 from fastdpo.trainer.batches import PairBatches
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.datasets import DatasetPreparer, TrainDataset, columns_of, is_tokenised, make_collator
+from fastdpo.trainer.finite_runs import FiniteRuns, refuse_not_finite
 from fastdpo.trainer.fsdp2 import keep_output_dtypes, reshard, shard_without_optimizer, whole_weights
 from fastdpo.trainer.hub import HubUploads
 from fastdpo.trainer.layout import BatchLayout
@@ -40,13 +41,16 @@ from fastdpo.trainer.model_card import CardFacts, write_model_card
 from fastdpo.trainer.models import aux_loss_coef, compute_dtype, make_models
 from fastdpo.trainer.pair_metrics import PairSums, means_of
 from fastdpo.trainer.reference import Reference
+from fastdpo.trainer.resumable import ResumableRuns
+from fastdpo.trainer.saving import CarefulSaves
 from fastdpo.trainer.start_check import check_start
 from fastdpo.trainer.throughput import Throughput
+from fastdpo.trainer.weights import check_comes_back
 
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(PairBatches, HubUploads):
+class DPOTrainer(PairBatches, HubUploads, CarefulSaves, FiniteRuns, ResumableRuns):
     """Trains ``model`` on preference pairs with a DPO loss.
 
     Rows have ``chosen``, ``rejected`` and, unless these begin with it, ``prompt``, as strings or as message lists; or
@@ -132,6 +136,8 @@ class DPOTrainer(PairBatches, HubUploads):
             needs_reference=asks_reference and not args.precompute_ref_log_probs,
             is_sharded=later,
         )
+        if not later:
+            refuse_not_finite({"the model": policy, "the reference model": ref_model})
         source = model if isinstance(model, str) else language_model(policy).config._name_or_path
         self._preparer = DatasetPreparer(
             source, processing_class, args, needs_tokenizer=not is_tokenised(train_dataset)
@@ -157,6 +163,8 @@ class DPOTrainer(PairBatches, HubUploads):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if not later and self.is_world_process_zero():
+            check_comes_back(policy, args.folder)
         self._throughput = Throughput()
         self.add_callback(self._throughput)
         check_distribution(
@@ -246,6 +254,7 @@ class DPOTrainer(PairBatches, HubUploads):
         With ``return_outputs`` also what metrics are made of, each [B].
         """
         losses, per_pair = self.pair_losses(model, inputs)
+        self.watch.see_losses(losses)
         if not self._start_is_checked:
             self._start_is_checked = True
             if self.state.global_step == 0:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_checkpoints import make_checkpoint
 from safetensors.torch import load_file
 from toy_data import make_tokenizer, text_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -25,7 +26,7 @@ from fastdpo.commands.cli import main
 from fastdpo.commands.flags import TrainParser
 from fastdpo.errors import UsageError
 from fastdpo.report.snapshot import Snapshot
-from fastdpo.trainer.checkpoints import came_from, find_checkpoints, is_end, resolve_resume, set_aside
+from fastdpo.trainer.checkpoints import came_from, find_checkpoints, is_end, set_aside
 
 STEPS = 8
 # Dies as a machine does: no handler runs, nothing is flushed.
@@ -281,26 +282,7 @@ def test_lora_with_evaluation_from_a_file_of_flags(
 
 def make_checkpoints(folder: Path, whole: list[int], broken: list[int]) -> None:
     for step in whole + broken:
-        (folder / f"checkpoint-{step}").mkdir(parents=True)
-    for step in whole:
-        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-
-
-def test_the_last_whole_checkpoint_is_found(tmp_path: Path) -> None:
-    make_checkpoints(tmp_path, whole=[5, 20, 100], broken=[120])
-    (tmp_path / "checkpoint-130").mkdir()
-    (tmp_path / "checkpoint-130" / "trainer_state.json").write_text('{"epoch": 0.')
-    (tmp_path / "checkpoint-best").mkdir()
-    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-20", "checkpoint-100"]
-    for word in ("last", "true", "True"):
-        assert resolve_resume(word, tmp_path) == tmp_path / "checkpoint-100"
-    assert resolve_resume(str(tmp_path / "checkpoint-5"), Path("elsewhere")) == tmp_path / "checkpoint-5"
-    assert resolve_resume(None, tmp_path) is None
-    assert resolve_resume("false", tmp_path) is None
-    with pytest.raises(UsageError, match="not a checkpoint .* checkpoint-5, checkpoint-20, checkpoint-100"):
-        resolve_resume(str(tmp_path / "checkpoint-120"), tmp_path)
-    with pytest.raises(UsageError, match="no whole checkpoint in"):
-        resolve_resume("last", tmp_path / "checkpoint-5")
+        make_checkpoint(folder, step, manifest=step in whole)
 
 
 def test_checkpoints_of_an_earlier_run_are_moved_and_never_overwritten(tmp_path: Path) -> None:
@@ -326,7 +308,7 @@ def test_a_run_over_an_earlier_one_says_so(
     assert "holds checkpoints of an earlier run" in said
     assert f"--resume_from_checkpoint {tmp_path / 'run' / 'previous-1' / 'checkpoint-4'}" in said
     assert said.index("holds checkpoints") < said.index("Done")
-    assert (tmp_path / "run" / "previous-1" / "checkpoint-4" / "trainer_state.json").read_text() == "{}"
+    assert find_checkpoints(tmp_path / "run" / "previous-1") == [tmp_path / "run" / "previous-1" / "checkpoint-4"]
 
 
 def test_a_run_that_is_finished_is_left_as_it_is(
@@ -459,7 +441,7 @@ def test_bad_pairs(
         (["--eval_strategy", "steps"], 'nknown split "test"'),
         (["--lora_r", "4"], "--lora_r would have no effect without --use_peft"),
         (["--resume_from_checkpoint", "last"], "no whole checkpoint in"),
-        (["--resume_from_checkpoint", "nowhere"], "nowhere: not a checkpoint"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere is not a checkpoint"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: "),
         (["--report_samples", "-1"], "report_samples is -1; it should be at least 0"),
         (["--max_length", "8"], "dropped because the prompt alone fills max_length (max_length is 8)"),

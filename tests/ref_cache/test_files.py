@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,33 @@ def test_a_damaged_or_foreign_manifest_is_refused(content: str, tmp_path: Path) 
         builder(tmp_path).with_columns(token_rows(), "train", 3)
 
 
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("name", ["key_fingerprint", "about", "what", "key", "complete", "format"])
+@pytest.mark.parametrize("how", ["absent", None, 1, "x", [], {}])
+def test_a_manifest_whose_entries_are_altered_is_read_or_refused(
+    name: str, how: Any, complete: bool, tmp_path: Path
+) -> None:
+    builder(tmp_path).with_columns(token_rows(), "train", 3)
+    path = tmp_path / "train" / MANIFEST
+    manifest = json.loads(path.read_text()) | {"complete": complete, name: how}
+    if how == "absent":
+        del manifest[name]
+    path.write_text(json.dumps(manifest))
+    if name in ("about", "what") or (name == "format" and how == 1):  # these say nothing of the numbers
+        builder(tmp_path, score if not complete else never).with_columns(token_rows(), "train", 3)
+        return
+    with pytest.raises(RefCacheError, match=r"manifest\.json (cannot be read|is of another version|is damaged)"):
+        builder(tmp_path).with_columns(token_rows(), "train", 3)
+
+
+def test_an_altered_manifest_that_is_about_another_cache_is_told_so(tmp_path: Path) -> None:
+    builder(tmp_path).with_columns(token_rows(), "train", 3)
+    path = tmp_path / "train" / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"about": None}))
+    with pytest.raises(RefCacheError, match="of another reference or of other data .model: another model."):
+        builder(tmp_path, weights="12" * 32).with_columns(token_rows(), "train", 3)
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "pairs.jsonl").write_text("precious")
@@ -88,7 +117,10 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 def test_two_builders_do_not_write_into_one_folder(tmp_path: Path) -> None:
     def meanwhile(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-        with pytest.raises(RefCacheError, match="another process is building the reference cache in"):
+        with pytest.raises(
+            RefCacheError,
+            match=rf"process {os.getpid()} on \S+, since [-\d]+ [:\d]+ is building the reference cache in",
+        ):
             builder(tmp_path).with_columns(token_rows(), "train", 3)
         return score(rows)
 

@@ -122,3 +122,25 @@ def test_many_points_are_smoothed_and_say_so(figures: list[matplotlib.figure.Fig
     draw_training(history(report.SMOOTH_FROM - 1), tmp_path / "x.png")
     assert labels_of(figures[0])["Loss"] == ["train, mean of 5 logs"]
     assert labels_of(figures[1])["Loss"] == ["train"]
+
+
+@pytest.mark.parametrize("title", ["a $x^$ b", "$", "\\frac{", "ber\udcff", "a\x00\x1bb", "漢字 🙂"])
+def test_a_title_is_a_name_and_no_formula(title: str, tmp_path: Path) -> None:
+    draw_training([{"step": 1, "loss": 0.5}], tmp_path / "a.png", title=title)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_picture_that_cannot_be_finished_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = draw_training([{"step": 1, "loss": 0.5}], tmp_path / "a.png")
+    before = path.read_bytes()
+
+    def half(_: Any, name: Path, **__: Any) -> None:
+        name.write_bytes(before[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", half)
+    with pytest.raises(OSError, match="No space"):
+        draw_training([{"step": 1, "loss": 0.5}], path)
+    assert path.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["a.png"]

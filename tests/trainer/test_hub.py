@@ -18,7 +18,14 @@ from fastdpo.trainer import hub
 CARD_AND_TOKENIZER = {"README.md", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 MODEL = {"config.json", "generation_config.json", "model.safetensors"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
-CHECKPOINT = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin"}
+CHECKPOINT = {
+    "optimizer.pt",
+    "rng_state.pth",
+    "scheduler.pt",
+    "trainer_state.json",
+    "training_args.bin",
+    "fastdpo_manifest.json",
+}
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 
@@ -94,3 +101,23 @@ def test_checkpoints_go_where_they_were_asked_for(
         assert sent["files"] == MODEL | CHECKPOINT | CARD_AND_TOKENIZER - {"README.md"}
     others = [sent["files"] for sent in api.sent if "path_in_repo" not in sent]
     assert len(others) == len(where) + 2 and others[-1] == MODEL | CARD_AND_TOKENIZER
+
+
+def test_no_checkpoint_that_is_uploaded_holds_a_token(
+    api: FakeApi, model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[bytes] = []
+    send = api.upload_folder
+
+    def upload_folder(*, folder_path: str, **about: Any) -> Any:
+        held.extend(path.read_bytes() for path in Path(folder_path).rglob("*") if path.is_file())
+        return send(folder_path=folder_path, **about)
+
+    monkeypatch.setattr(api, "upload_folder", upload_folder)
+    token = "no-form-but-a-token"
+    more = ["--push_to_hub", "--hub_strategy", "checkpoint", "--hub_token", token]
+    assert main(words(model, pairs, tmp_path / "run", *more)) == 0
+    assert [about for about in api.sent if about.get("path_in_repo")] and {about["token"] for about in api.sent} == {
+        token
+    }
+    assert held and not [content for content in held if token.encode() in content]

@@ -1,0 +1,193 @@
+"""Weights that come back from a checkpoint: all of them, or an error that names those that do not.
+
+``transformers.Trainer`` reads a checkpoint's file into the live model as it is, and passes over what does not fit. But
+``save_pretrained`` writes the names and shapes of the Hub, from which those of many live models differ: the experts of
+most mixtures are one tensor each there, and one for all of them here. ``from_pretrained`` turns the one into the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging as transformers_logging
+
+from fastdpo.errors import InputError
+from fastdpo.model.adapters import has_transformers_adapter
+from fastdpo.trainer.digests import WeightDigests, saved_tensors
+from fastdpo.trainer.manifest import name_some
+
+# Up to so many bytes of weights that are converted on their way are written and read, to see whether they come back.
+_TRIED_BYTES = 1 << 30
+
+
+class UnsavableError(NotImplementedError):
+    """What is saved of the model would not bring it back; the message says what is missing, and why."""
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Put the weights that ``save_pretrained`` wrote to ``folder`` into ``model``, in place.
+
+    They are read as ``from_pretrained`` reads them, into a second model on the CPU.
+
+    Raises:
+        InputError: a tensor is missing, has another shape, or belongs to no parameter; the message names it.
+    """
+    try:
+        saved, info = _loaded(model, folder, config=copy.deepcopy(model.config), local_files_only=True)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        wrong = _other_names(model, folder) or _first_line(error)
+        raise InputError(f"{folder}: the weights cannot be loaded: {wrong}") from error
+    wrong = _wrong_in(info)
+    if wrong:
+        raise InputError(f"{folder}: the weights do not fit the model: {wrong}")
+    state = saved.state_dict()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(state[name])
+
+
+def check_weights(model: torch.nn.Module, expected: dict[str, str], source: Path, digests: WeightDigests) -> None:
+    """Raises unless the model's weights are those whose digests are ``expected``; ``source`` is where they are from.
+
+    Raises:
+        InputError: some are not; the message names them.
+    """
+    found = digests.of(model)
+    if not found or not expected:
+        return
+    kinds = {
+        "not in the checkpoint": found.keys() - expected.keys(),
+        "not in the model": expected.keys() - found.keys(),
+        "other values": {name for name in expected.keys() & found.keys() if expected[name] != found[name]},
+    }
+    wrong = "; ".join(f"{kind}: {name_some(names)}" for kind, names in kinds.items() if names)
+    if wrong:
+        raise InputError(
+            f"{source}: the model's weights are not those that were saved there ({wrong}). If the base of an adapter "
+            "or the version of a library changed since, give the former one"
+        )
+
+
+def check_comes_back(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Whether what will be saved of ``model`` brings it back, found out before anything is trained.
+
+    Names and shapes are followed through ``save_pretrained`` and ``from_pretrained`` with tensors that hold nothing.
+    Where weights are converted on the way, and are not large, they are written to ``folder`` for a moment, and read.
+    An adapter is not tried: it is loaded into the very model.
+
+    Raises:
+        UnsavableError: it does not.
+    """
+    if isinstance(model, PeftModel) or has_transformers_adapter(model):
+        return
+    with tempfile.TemporaryDirectory(prefix=".round-trip-", dir=folder) as place:
+        kind = type(model)
+        try:
+            model.config.save_pretrained(place)
+            config = type(model.config).from_pretrained(place)
+        except Exception as error:  # whatever a configuration's class makes of its own file
+            raise UnsavableError(
+                f"the configuration of a {kind.__name__} cannot be read again once it is written, so that nothing that "
+                f"a run saves could be loaded: {_first_line(error)}"
+            ) from error
+        state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        try:
+            wrong, is_converted = _lost_names(model, config, state)
+            if not wrong and is_converted and sum(tensor.nbytes for tensor in state.values()) <= _TRIED_BYTES:
+                wrong = _lost_values(model, Path(place), state)
+        except Exception as error:  # the conversions of hundreds of families
+            wrong = _first_line(error)
+    if wrong:
+        raise UnsavableError(
+            f"what save_pretrained writes of a {kind.__name__} does not bring it back ({wrong}): neither a checkpoint "
+            "nor the trained model could be loaded. Another version of transformers may do better"
+        )
+
+
+def load_adapter_weights(model: Any, folder: Path) -> None:
+    """The adapter that ``save_pretrained`` of a model with transformers' own adapter wrote, in place."""
+    prefix = "base_model.model."
+    state = load_file(folder / "adapter_model.safetensors")
+    state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    set_peft_model_state_dict(model, state, adapter_name=model.active_adapters()[0])
+
+
+def _other_names(model: PreTrainedModel, folder: Path) -> str:
+    """What the files in ``folder`` have of other names than ``save_pretrained`` would give; empty for nothing."""
+    empty = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    expected, found = set(revert_weight_conversion(model, empty)), set()
+    for path in folder.glob("model*.safetensors"):
+        with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+            found.update(file.keys())
+    missing = expected - found - set(getattr(model, "all_tied_weights_keys", None) or ())
+    kinds = {"missing": missing, "of no parameter": found - expected}
+    return "; ".join(f"{kind}: {name_some(names)}" for kind, names in kinds.items() if names)
+
+
+def _lost_names(model: PreTrainedModel, config: Any, state: dict[str, Tensor]) -> tuple[str, bool]:
+    """What has no counterpart once it is saved and loaded; and whether anything but names is changed on the way."""
+    empty = {name: tensor.to("meta") for name, tensor in state.items()}
+    saved = revert_weight_conversion(model, empty)
+    _, info = _loaded(model, None, config=config, state_dict=dict(saved), device_map={"": "meta"})
+    return _wrong_in(info), saved is not empty
+
+
+def _lost_values(model: PreTrainedModel, place: Path, state: dict[str, Tensor]) -> str:
+    model.save_pretrained(place)
+    loaded = _loaded(model, place)[0].state_dict()
+    return name_some([name for name, tensor in state.items() if not _is_same(tensor.cpu(), loaded[name])])
+
+
+def _loaded(model: PreTrainedModel, folder: Path | None, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A second model, and what ``from_pretrained`` says of it; in the widest type of ``model``, so that none is cut."""
+    kinds = [tensor.dtype for _, tensor in saved_tensors(model) if tensor.is_floating_point()]
+    widest = functools.reduce(torch.promote_types, kinds, kinds[0])
+    with _undisturbed():
+        found: Any = type(model).from_pretrained(folder, dtype=widest, output_loading_info=True, **options)
+    loaded, info = found
+    return loaded, info
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Neither random numbers nor bars on the screen, which belong to the run."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _is_same(tensor: Tensor, loaded: Tensor) -> bool:
+    return tensor.shape == loaded.shape and torch.equal(tensor, loaded.to(tensor.dtype))
+
+
+def _wrong_in(info: dict[str, Any]) -> str:
+    kinds = {"missing": "missing_keys", "of another shape": "mismatched_keys", "of no parameter": "unexpected_keys"}
+    found = {
+        words: [entry[0] if isinstance(entry, tuple) else entry for entry in info.get(key) or ()]
+        for words, key in kinds.items()
+    }
+    words = [f"{kind}: {name_some(names)}" for kind, names in found.items() if names]
+    return "; ".join(words + [str(message) for message in info.get("error_msgs") or ()])
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}{': ' if lines else ''}{' '.join(line.strip() for line in lines[:2])}"

@@ -1,0 +1,189 @@
+"""Signals that end a run: a checkpoint first, after the same step on all processes, and an exit code that says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from toy_data import text_rows, write_jsonl
+
+from fastdpo.commands import train as train_command
+from fastdpo.commands.cli import main
+from fastdpo.errors import UsageError
+from fastdpo.trainer.checkpoints import find_checkpoints, resolve_resume
+from fastdpo.trainer.gentle_stop import GentleStop
+
+pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", text_rows(12))
+
+
+def words(model: Path, pairs: Path, output_dir: Path, *more: str) -> list[str]:
+    flags = {"model_name_or_path": model, "dataset_name": pairs, "output_dir": output_dir, "max_steps": 5}
+    flags |= {"max_length": 128, "per_device_train_batch_size": 2, "save_strategy": "no", "report_pairs": 2}
+    flags |= {"report_samples": 1, "report_max_new_tokens": 2, "resume_from_checkpoint": "auto", "logging_steps": 1}
+    return ["train", *(word for name, value in flags.items() for word in (f"--{name}", str(value))), "--use_cpu", *more]
+
+
+class SignalledInStep3(GentleStop):
+    number = signal.SIGTERM
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            os.kill(os.getpid(), self.number)
+            os.kill(os.getpid(), self.number)  # schedulers say it more than once
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_schedulers_signal_saves_a_checkpoint_from_which_the_same_command_goes_on(
+    number: signal.Signals,
+    model: Path,
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        patch.setattr(SignalledInStep3, "number", number)
+        patch.setattr(train_command, "GentleStop", SignalledInStep3)
+        assert main(words(model, pairs, tmp_path / "run")) == 143
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+    assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+    said = capsys.readouterr()
+    assert said.err.count(f"{number.name}. Stopping after this step, with a checkpoint.") == 1
+    assert "The last checkpoint is" in said.err and "--resume_from_checkpoint auto" in said.err
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "stopped at step 3 of 5" in page and "At the stop: not looked at." in page  # there is no time for it
+    assert main(words(model, pairs, tmp_path / "run")) == 0
+    said = capsys.readouterr()
+    assert "Going on from" in said.out and "step     4  loss" in said.out and "step     3  loss" not in said.out
+
+
+def test_a_signal_before_the_first_step_ends_in_the_same_code(
+    model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def signalled(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train_command, "make_trainer", signalled)
+    assert main(words(model, pairs, tmp_path / "run")) == 143
+    assert "fastdpo train: stopped by SIGTERM." in capsys.readouterr().err
+
+
+def test_a_signal_while_the_results_are_written_waits_for_them(
+    model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_state = train_command.DPOTrainer.save_state
+
+    def signalled(self: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save_state(self)
+
+    monkeypatch.setattr(train_command.DPOTrainer, "save_state", signalled)
+    assert main(words(model, pairs, tmp_path / "run")) == 0
+    there = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"model.safetensors", "trainer_state.json", "README.md", "report.html"} <= there
+    assert "Done: 5 steps." in capsys.readouterr().out
+
+
+def test_a_build_of_the_cache_ends_by_signal_with_what_it_has(model: Path, pairs: Path, tmp_path: Path) -> None:
+    """In a process of its own, whose reference is asked batch by batch."""
+    program = """
+import os, signal, sys
+from fastdpo.commands.cli import main
+from fastdpo.ref_cache.build import ReferenceBuilder
+score, asked = ReferenceBuilder._score, []
+def signalled(self, rows):
+    asked.append(1)
+    if len(asked) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return score(self, rows)
+ReferenceBuilder._score = signalled
+sys.exit(main(sys.argv[1:]))
+"""
+    flags = ["--model_name_or_path", str(model), "--dataset_name", str(pairs), "--ref_cache", str(tmp_path / "ref")]
+    flags += ["--max_length", "128", "--per_device_train_batch_size", "2", "--use_cpu"]
+    done = subprocess.run([sys.executable, "-c", program, "cache-ref", *flags], capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr
+    assert "Stopped. What was computed is kept in" in done.stderr and "fastdpo cache-ref --model" in done.stderr
+    again = subprocess.run([sys.executable, "-m", "fastdpo", "cache-ref", *flags], capture_output=True, text=True)
+    assert again.returncode == 0 and "4 pairs read, 8 computed" in again.stdout, again.stdout + again.stderr
+
+
+def test_auto_goes_on_where_there_is_something_to_go_on_from(tmp_path: Path) -> None:
+    assert resolve_resume("auto", tmp_path / "new") is None
+    with pytest.raises(UsageError, match="no whole checkpoint"):
+        resolve_resume("last", tmp_path / "new")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Several processes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def stopped_at_on_this_rank() -> list[tuple[int | None, int]]:
+    """Where, and with which code, a rank stops of which one alone hears a signal, between two steps or in one."""
+    rank, found = torch.distributed.get_rank(), []
+    args = SimpleNamespace(world_size=2, device=torch.device("cpu"))
+    for when in ("before the optimizer", "after the optimizer", "both ranks", "nobody"):
+        stop = GentleStop()
+        for step in range(1, 7):
+            control = SimpleNamespace(should_training_stop=False)
+            hears = step == 3 and (rank == 1 or when == "both ranks")
+            if hears and when in ("before the optimizer", "both ranks"):
+                stop._on_signal(signal.SIGTERM if rank else signal.SIGINT, None)
+            stop.on_pre_optimizer_step(args, None, control)
+            if hears and when == "after the optimizer":
+                stop._on_signal(signal.SIGTERM, None)
+            stop.on_step_end(args, SimpleNamespace(global_step=step), control)
+            if control.should_training_stop:
+                break
+        found.append((stop.stopped_at, stop.exit_code))
+    return found
+
+
+def test_all_processes_leave_after_the_same_step(tmp_path: Path) -> None:
+    one, other = on_ranks(stopped_at_on_this_rank, 2, tmp_path)
+    assert one == other == [(3, 143), (4, 143), (3, 143), (None, 130)]
+
+
+TWO_PROCESSES = """
+import os, signal, sys
+from fastdpo.commands import train as train_command
+from fastdpo.commands.cli import main
+
+class Stop(train_command.GentleStop):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2 and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+train_command.GentleStop = Stop
+sys.exit(main())
+"""
+
+
+def test_two_processes_save_one_checkpoint_and_end_alike(model: Path, pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(TWO_PROCESSES)
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29711", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, tmp_path / "run.py", *words(model, pairs, tmp_path / "run", "--ddp_backend", "gloo")]
+    processes = [
+        subprocess.Popen(
+            command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], said
+    assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
