@@ -13,7 +13,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from fastdpo.model.attention_backends import (
     AttentionOptions,
@@ -61,9 +61,7 @@ class RowAttention:
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; it should be one of {', '.join(BACKENDS)}")
         lm = language_model(model)
-        # Parents come before their parts: setting a configuration also sets those that it contains.
-        configs = (module.config for module in lm.modules() if hasattr(module, "config"))
-        self._configs = list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
+        self._configs = attention_configs(lm)
         self.backend = backend
         self._name = f"fastdpo_rows_{backend}"
         attend = {"sdpa": attend_by_segment, "flex": attend_flex}.get(backend)
@@ -103,6 +101,13 @@ class RowAttention:
                 yield windows
         finally:
             AttentionInterface.register(self._name, self._attend)
+
+
+def attention_configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """The configurations in which parts of ``model`` look up what their attention is."""
+    # Parents come before their parts: setting a configuration also sets those that it contains.
+    configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    return list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
 
 
 def _forward(

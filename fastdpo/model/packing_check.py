@@ -1,128 +1,240 @@
 """Whether a model computes the same in packed rows as in padded ones.
 
-That it honours our attention and our positions is not taken on trust: a made-up row is scored in the layout and padded,
-and the two must agree.
+That it honours our attention and our positions is not taken on trust: made-up rows are scored in the layout and padded,
+and the two must agree. They are longer than the lengths in the model's configuration that training can reach, because
+layers may change there; and they are scored in float32, because 16 bits hide small faults.
 """
 
 from __future__ import annotations
 
-import random
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastdpo.data.prepare import PreferenceCollator
 from fastdpo.model.attention import RowAttention
 from fastdpo.model.attention_backends import RowsNotSupportedError
-from fastdpo.model.head_calls import IGNORE_INDEX
-from fastdpo.model.packing import PackedRow, RowCollator
+from fastdpo.model.config_lengths import lengths_in, longest_position
+from fastdpo.model.made_up import SHORT, UNLIMITED, MadeUp, made_up
+from fastdpo.model.packing import PackedRow
+from fastdpo.model.precision import in_float32
+from fastdpo.model.rounding import at_most_rounding, moved_by_last_place, root_mean_square
 from fastdpo.model.scoring import Scorer, evaluating, score_row
 
-# The tokens of the made-up pairs: prompt, chosen, rejected.
-_LENGTHS = ((7, 5, 4), (1, 3, 6), (4, 1, 9))
-
-# What a layout may differ by from padded rows, in units of the last place of the largest log-probability: the same
-# numbers, summed in another order in every layer.
-_ROUNDING = 64
-# In 16 bits rounding is not far below what a wrong attention changes, and says less: a share of the latter then.
+# A share of what a wrong attention changes: rounding has to stay below it for anything to be told.
 _SHARE = 0.1
+# In 16 bits, how many times as far from the truth packed rows may be as padded ones, by the root of the mean square.
+_ERRORS = 2.0
+# One token that rounding sends to another expert changes a sequence or two. A fault is also there with other tokens.
+_TRIES = 2
 
 # Layers whose tokens meet in the attention alone.
 _LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
 
 
-def check_rows(
-    scorer: Scorer, layout: str, backend: str, max_length: int | None, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Score made-up pairs in packed rows and in padded ones, and see that they agree.
+class RowsCheck:
+    """What a model says about made-up pairs in padded rows, and whether packed ones say the same.
 
     Args:
         scorer: the model.
-        layout: ``shared`` or ``repeated``.
-        backend: one of :data:`fastdpo.model.attention.BACKENDS`.
         max_length: most tokens of a sequence in training; None for no limit.
+        row_tokens: most tokens of a row in training; None for no limit.
         device: where the model runs.
         dtype: what it computes in.
+    """
+
+    def __init__(
+        self, scorer: Scorer, max_length: int | None, row_tokens: int | None, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._scorer, self._device, self._dtype = scorer, device, dtype
+        self._max_length = max_length
+        self._name = f"{type(scorer.lm).__name__} (model_type {scorer.lm.config.model_type!r})"
+        self._config = scorer.lm.config.get_text_config()
+        limits = [limit for limit in (max_length, longest_position(self._config)) if limit is not None]
+        self._longest = min(limits, default=UNLIMITED)
+        self._row_tokens = UNLIMITED if row_tokens is None else row_tokens
+        self._truths: dict[int, _Truth] = {}
+
+    def check(self, layout: str, backend: str) -> None:
+        """See that a layout, with a back end, gives what padded rows give.
+
+        Args:
+            layout: ``shared`` or ``repeated``.
+            backend: one of :data:`fastdpo.model.attention.BACKENDS`.
+
+        Raises:
+            RowsNotSupportedError: it does not, or the model cannot do it; the message says why.
+        """
+        self._look_at_code()
+        with self._worded(), torch.no_grad(), evaluating(self._scorer.root):
+            attention = RowAttention(self._scorer.model, backend)
+            self._scorer.head.inspect_once(self._scorer.root)
+            with in_float32(self._scorer.model, self._device, self._dtype) as dtype:
+                is_wide = torch.finfo(dtype).eps <= torch.finfo(torch.float32).eps
+                # Back ends that take 16 bits alone come after; the layout is the model's, whatever its attention.
+                inner = RowAttention(self._scorer.model, "sdpa") if is_wide else attention
+                for seed in range(_TRIES):
+                    fault = self._fault(seed, inner, layout, dtype)
+                    if fault is None or fault.is_widespread:
+                        break
+            if fault is not None:
+                raise RowsNotSupportedError(f"{self._name} {fault.words}")
+            if is_wide and (backend != "sdpa" or torch.finfo(dtype).eps < torch.finfo(self._dtype).eps):
+                self._compare_narrow(attention, layout)
+
+    def _look_at_code(self) -> None:
+        """What is known without running the model, for words that a person can use."""
+        others = sorted(set(getattr(self._config, "layer_types", None) or ()) - set(_LAYER_TYPES))
+        if others:
+            raise RowsNotSupportedError(f"{self._name} has layers of the kind {', '.join(others)}")
+        parameters = inspect.signature(self._scorer.lm.forward).parameters
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        if not takes_any and "position_ids" not in parameters:
+            raise RowsNotSupportedError(f"{self._name} takes no position_ids, and counts positions by itself")
+
+    def _no_interface(self) -> RowsNotSupportedError:
+        return RowsNotSupportedError(
+            f"the attention of {self._name} does not go through transformers' attention interface"
+        )
+
+    @contextlib.contextmanager
+    def _worded(self) -> Iterator[None]:
+        try:
+            yield
+        except (torch.OutOfMemoryError, RowsNotSupportedError):
+            raise
+        except Exception as error:
+            # Models fail in their own ways when they are called in one that they do not know.
+            if not getattr(self._scorer.lm, "_supports_attention_backend", False):
+                raise self._no_interface() from error
+            line = (str(error).splitlines() or [""])[0]
+            raise RowsNotSupportedError(
+                f"{self._name} does not take packed rows: its forward stops there ({type(error).__name__}: {line})"
+            ) from error
+
+    def _truth(self, seed: int) -> _Truth:
+        if seed not in self._truths:
+            vocabulary = self._scorer.lm.get_output_embeddings().weight.shape[0]
+            made = made_up(
+                vocabulary,
+                lengths_in(self._config),
+                longest=self._longest,
+                row_tokens=self._row_tokens,
+                seed=seed,
+            )
+            padded = made.padded(self._scorer, self._device)
+            with moved_by_last_place(self._scorer.lm):
+                moved = made.padded(self._scorer, self._device)
+            noise = torch.cat(moved) - torch.cat(padded)
+            self._truths[seed] = _Truth(made, padded, noise)
+        return self._truths[seed]
+
+    def _fault(self, seed: int, attention: RowAttention, layout: str, dtype: torch.dtype) -> _Fault | None:
+        """What is wrong with the layout, if anything is."""
+        truth = self._truth(seed)
+        made = truth.made
+        short = range(SHORT)
+        row = made.row(layout, self._device, short)
+        with attention.watched() as windows:
+            packed = self._score(row)
+        if not windows:
+            raise self._no_interface()
+        self._look_at_windows(windows)
+        with attention.active():
+            moved = self._score(made.changed().row(layout, self._device, short))
+            in_rows = made.of_row(packed, row, short)
+            if len(made.order) > SHORT:
+                whole = made.row(layout, self._device)
+                in_rows += made.of_row(self._score(whole), whole)
+        plain = self._scorer.head.score_row(self._scorer.root, row.input_ids, row.scored, row.targets).logps
+        # As a plain text, the row has another attention: how far off a wrong one is.
+        wrong = torch.cat([a - truth.padded[i] for i, a in made.of_row(plain, row, short)])
+        errors = [(logps - truth.padded[i]) for i, logps in in_rows]
+        largest = max(float(x.abs().max()) for x in truth.padded)
+        allowed = min(at_most_rounding(largest, truth.noise, dtype), _SHARE * float(wrong.abs().max()))
+        over = [error for error in errors if not float(error.abs().max()) <= allowed]  # so that NaN is over
+        if over:
+            worst = max(float(error.abs().max().nan_to_num(torch.inf)) for error in over)
+            return _Fault(
+                "computes something else in packed rows than in padded ones: log-probabilities of a made-up row "
+                f"differ by {worst:.2g} nats, where {allowed:.2g} would be rounding",
+                is_widespread=4 * len(over) > len(errors),
+            )
+        # How many tokens an expert gets, and so how its products round, depends on others.
+        first = len(in_rows[0][1])
+        leak = float((moved - packed)[first:].abs().max())
+        if not leak <= allowed:
+            return _Fault(
+                "lets one completion of a packed row depend on another: its log-probabilities moved by "
+                f"{leak:.2g} nats when the other's tokens changed",
+                is_widespread=True,
+            )
+        return None
+
+    def _score(self, row: PackedRow) -> Tensor:
+        return score_row(self._scorer.head, self._scorer.root, row).logps
+
+    def _look_at_windows(self, windows: list[int | None]) -> None:
+        config = self._config
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        if window is None or (self._max_length is not None and window >= self._max_length):
+            return
+        layer_types = getattr(config, "layer_types", None) or ()
+        sliding = layer_types.count("sliding_attention") if layer_types else len(windows)
+        if sum(w is not None for w in windows) < sliding:
+            raise RowsNotSupportedError(
+                f"{self._name} has a sliding window of {window} tokens, which it does not pass on to its attention"
+            )
+
+    def _compare_narrow(self, attention: RowAttention, layout: str) -> None:
+        """See that in what the model computes in, packed rows are no further from float32 than padded ones are."""
+        truth = next(iter(self._truths.values()))
+        true = torch.cat(truth.padded)
+        of_padded = root_mean_square(torch.cat(truth.made.padded(self._scorer, self._device)) - true)
+        row = truth.made.row(layout, self._device)
+        with attention.active():
+            packed = self._score(row)
+        errors = torch.cat([logps - truth.padded[i] for i, logps in truth.made.of_row(packed, row)])
+        of_packed = root_mean_square(errors)
+        if not of_packed <= _ERRORS * of_padded:
+            raise RowsNotSupportedError(
+                f"{self._name} is less exact in packed rows than in padded ones: log-probabilities of a made-up row "
+                f"are {of_packed:.2g} nats off in {self._dtype}, those of padded rows {of_padded:.2g}"
+            )
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """Made-up pairs, their log-probabilities in padded rows, and by how much these move with the last place."""
+
+    made: MadeUp
+    padded: list[Tensor]
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """What is wrong with a layout, in words that follow the model's name."""
+
+    words: str
+    is_widespread: bool
+
+
+def check_rows(
+    scorer: Scorer,
+    layout: str,
+    backend: str,
+    max_length: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    row_tokens: int | None = None,
+) -> None:
+    """:meth:`RowsCheck.check`, once.
 
     Raises:
         RowsNotSupportedError: they do not agree, or the model cannot do it; the message says why.
     """
-    name = f"{type(scorer.lm).__name__} (model_type {scorer.lm.config.model_type!r})"
-    config = scorer.lm.config.get_text_config()
-    layer_types = getattr(config, "layer_types", None) or ()
-    others = sorted(set(layer_types) - set(_LAYER_TYPES))
-    if others:
-        raise RowsNotSupportedError(f"{name} has layers of the kind {', '.join(others)}")
-    try:
-        attention = RowAttention(scorer.model, backend)
-        with torch.no_grad(), evaluating(scorer.root):
-            padded, packed, plain, leak, windows = _score_made_up(scorer, attention, layout, device)
-    except torch.OutOfMemoryError:
-        raise
-    except RowsNotSupportedError:
-        raise
-    except Exception as error:
-        # Models fail in their own ways when they are called in one that they do not know.
-        line = (str(error).splitlines() or [""])[0]
-        raise RowsNotSupportedError(f"{name} does not take packed rows ({type(error).__name__}: {line})") from error
-    if not windows:
-        raise RowsNotSupportedError(f"the attention of {name} does not go through transformers' attention interface")
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window is not None and (max_length is None or window < max_length):
-        sliding = layer_types.count("sliding_attention") if layer_types else len(windows)
-        if sum(w is not None for w in windows) < sliding:
-            raise RowsNotSupportedError(
-                f"{name} has a sliding window of {window} tokens, which it does not pass on to its attention"
-            )
-    difference = float((packed - padded).abs().max())
-    # Models take norms and softmaxes in float32, also in float64.
-    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    rounding = _ROUNDING * eps * float(padded.abs().max())
-    allowed = min(rounding, _SHARE * float((plain - padded).abs().max()))
-    # Written so that NaN is refused.
-    if not difference <= allowed:
-        raise RowsNotSupportedError(
-            f"{name} computes something else in packed rows than in padded ones: log-probabilities of a made-up row "
-            f"differ by {difference:.2g} nats, where {allowed:.2g} would be rounding"
-        )
-    # The same shapes and the same numbers give the same bits; but how many tokens an expert gets depends on others.
-    if leak > 0 and not hasattr(config, "output_router_logits"):
-        raise RowsNotSupportedError(
-            f"{name} lets one completion of a packed row depend on another: its log-probabilities moved by {leak:.2g} "
-            "nats when the other's tokens changed"
-        )
-
-
-def _score_made_up(
-    scorer: Scorer, attention: RowAttention, layout: str, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, float, list[int | None]]:
-    """Log-probabilities [K] from padded rows, from the packed row, and from the row taken for one plain text; how much
-    other completions' moved when the first one's tokens changed; the sliding windows that the attention was given."""
-    head, root = scorer.head, scorer.root
-    head.inspect_once(root)
-    vocabulary = scorer.lm.get_output_embeddings().weight.shape[0]
-    rng = random.Random(0)
-
-    def tokens(count: int) -> list[int]:
-        return [rng.randrange(vocabulary) for _ in range(count)]
-
-    pairs = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(tokens, n), strict=True)) for n in _LENGTHS]
-    changed = [{**pairs[0], "chosen_ids": tokens(_LENGTHS[0][1])}, *pairs[1:]]
-    collate = PreferenceCollator(pad_token_id=0)
-    batch = {name: values.to(device) for name, values in collate(pairs).items()}
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
-    out = head(root, batch["input_ids"], batch["attention_mask"], labels)
-    padded = out.logps[out.mask]
-
-    def row_of(rows: list[dict[str, list[int]]]) -> PackedRow:
-        row: PackedRow = RowCollator(layout, collate)(rows)["micro_batches"][0]["row"]
-        return row.to(device)
-
-    row, changed_row = row_of(pairs), row_of(changed)
-    with attention.watched() as windows:
-        packed = score_row(head, root, row).logps
-    with attention.active():
-        moved = score_row(head, root, changed_row).logps - packed
-    plain = head.score_row(root, row.input_ids, row.scored, row.targets).logps
-    leak = float(moved[_LENGTHS[0][1] :].abs().max())
-    return padded, packed, plain, leak, windows
+    RowsCheck(scorer, max_length, row_tokens, device, dtype).check(layout, backend)

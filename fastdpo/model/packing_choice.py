@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from fastdpo.model.attention import RowAttention
 from fastdpo.model.attention_backends import RowsNotSupportedError
 from fastdpo.model.packing import LAYOUTS
-from fastdpo.model.packing_check import check_rows
-from fastdpo.model.scoring import Scorer
+from fastdpo.model.packing_check import RowsCheck, check_rows
+from fastdpo.model.scoring import Scorer, are_alike
 
 _DESCRIPTIONS = {
     "shared": "packed rows, each prompt once",
@@ -45,7 +45,14 @@ class Packing:
         """What ``model`` needs to take the batches; None for padded rows."""
         return None if self.backend is None else RowAttention(model, self.backend)
 
-    def require(self, scorer: Scorer, max_length: int | None, device: torch.device, dtype: torch.dtype) -> None:
+    def require(
+        self,
+        scorer: Scorer,
+        max_length: int | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        row_tokens: int | None = None,
+    ) -> None:
         """:func:`fastdpo.model.packing_check.check_rows`, of a layout that was chosen ``unchecked``.
 
         Raises:
@@ -54,7 +61,7 @@ class Packing:
         if self.backend is None:
             return
         try:
-            check_rows(scorer, self.layout, self.backend, max_length, device, dtype)
+            check_rows(scorer, self.layout, self.backend, max_length, device, dtype, row_tokens)
         except RowsNotSupportedError as error:
             raise NotImplementedError(
                 f"the batches are laid out in {self}, but {error}. Use packing='padded' (--packing padded)"
@@ -99,6 +106,7 @@ def choose_packing(
     obstacles: dict[str, str | None],
     max_length: int | None,
     device: torch.device,
+    row_tokens: int | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     unchecked: bool = False,
 ) -> Packing:
@@ -109,8 +117,9 @@ def choose_packing(
             ``padded`` that suits; any other is taken, or refused.
         scorers: the models that must all suit it: the policy and the reference.
         obstacles: layout -> why the run's other settings rule it out, or None.
-        max_length: most tokens of a sequence.
+        max_length: most tokens of a sequence; None for no limit.
         device: where the models run.
+        row_tokens: most tokens of a row; None for no limit.
         autocast: makes the context that they run in.
         unchecked: the models cannot be run yet: leave :meth:`Packing.require` to the caller.
 
@@ -118,14 +127,14 @@ def choose_packing(
         NotImplementedError: the layout that was asked for does not suit; the message says why.
     """
     reasons: list[str] = []
+    find = _BackendFinder(scorers, max_length, row_tokens, device, autocast, unchecked)
     for layout in LAYOUTS if packing == "auto" else (packing,):
         if layout == "padded":
             return Packing(layout, None, tuple(reasons))
         reason = obstacles.get(layout)
         if reason is None:
             try:
-                backend = _find_backend(scorers, layout, max_length, device, autocast, unchecked)
-                return Packing(layout, backend, tuple(reasons))
+                return Packing(layout, find(layout), tuple(reasons))
             except RowsNotSupportedError as error:
                 reason = str(error)
         if reason not in reasons:
@@ -154,28 +163,38 @@ def backends_for(lm: PreTrainedModel, device: torch.device, dtype: torch.dtype) 
     return ("sdpa",)
 
 
-def _find_backend(
-    scorers: Sequence[Scorer],
-    layout: str,
-    max_length: int | None,
-    device: torch.device,
-    autocast: Callable[[], AbstractContextManager[None]],
-    unchecked: bool,
-) -> str:
-    """The first back end with which the layout is right; RowsNotSupportedError, for the last one's reason, if none."""
-    with autocast():
-        lm = scorers[0].lm
-        kind = device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lm.dtype
-        candidates = backends_for(lm, device, dtype)
-        if unchecked:
-            return candidates[0]
-        *faster, last = candidates
-        for backend in faster:
-            with suppress(RowsNotSupportedError):
-                for scorer in scorers:
-                    check_rows(scorer, layout, backend, max_length, device, dtype)
-                return backend
-        for scorer in scorers:
-            check_rows(scorer, layout, last, max_length, device, dtype)
-        return last
+class _BackendFinder:
+    """Finds the first back end with which a layout is right; the models' truths are computed once for all layouts."""
+
+    def __init__(
+        self,
+        scorers: Sequence[Scorer],
+        max_length: int | None,
+        row_tokens: int | None,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[None]],
+        unchecked: bool,
+    ) -> None:
+        self._autocast, self._unchecked = autocast, unchecked
+        with autocast():
+            lm = scorers[0].lm
+            kind = device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lm.dtype
+            self._candidates = backends_for(lm, device, dtype)
+        different = [s for i, s in enumerate(scorers) if not any(are_alike(s, other) for other in scorers[:i])]
+        self._checks = [RowsCheck(scorer, max_length, row_tokens, device, dtype) for scorer in different]
+
+    def __call__(self, layout: str) -> str:
+        """RowsNotSupportedError, for the last one's reason, if there is none."""
+        if self._unchecked:
+            return self._candidates[0]
+        *faster, last = self._candidates
+        with self._autocast():
+            for backend in faster:
+                with suppress(RowsNotSupportedError):
+                    for check in self._checks:
+                        check.check(layout, backend)
+                    return backend
+            for check in self._checks:
+                check.check(layout, last)
+            return last

@@ -163,6 +163,18 @@ class Scorer:
         return _sums(out, outputs, sequences)
 
 
+def are_alike(one: Scorer, other: Scorer) -> bool:
+    """Whether two models are the same code with the same settings, so that what one can do the other can."""
+    first, second = one.lm, other.lm
+    return (
+        type(first) is type(second)
+        and first.config.to_dict() == second.config.to_dict()
+        and first.config._attn_implementation == second.config._attn_implementation
+        and first.dtype == second.dtype
+        and isinstance(one.model, PeftModel) == isinstance(other.model, PeftModel)
+    )
+
+
 def _sums(out: HeadOutput, outputs: Sequence[str], sequences: Sequences) -> SequenceScores:
     return SequenceScores(
         sums=sequences.segment_sums(out.logps),

@@ -252,6 +252,8 @@ class DPOConfig(TrainingArguments):
             self.use_cpu = True  # where it would run anyway: transformers refuses bfloat16 unless that is said
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to copy to, and torch warns of it
+        # Whether someone did, or it is on by default: another model may have none.
+        self.asks_checkpointing = bool(self.activation_checkpointing or self.gradient_checkpointing)
         # transformers calls it activation_checkpointing, and warns about the older name that everyone's scripts use.
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing is not False

@@ -13,9 +13,10 @@ from transformers import DataCollator
 from fastdpo.data.prepare import PreferenceCollator
 from fastdpo.model.packing import RowCollator
 from fastdpo.model.packing_choice import choose_packing, obstacles_in
+from fastdpo.model.randomness import has_dropout
 from fastdpo.model.scoring import Scorer
 from fastdpo.trainer.config import DPOConfig
-from fastdpo.trainer.models import compute_dtype, has_dropout
+from fastdpo.trainer.models import compute_dtype
 from fastdpo.trainer.reference import Reference
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class BatchLayout:
             ),
             max_length=args.max_length,
             device=accelerator.device,
+            row_tokens=_row_tokens(args),
             autocast=accelerator.autocast,
             unchecked=weights_come_later,
         )
@@ -93,5 +95,17 @@ class BatchLayout:
         for scorer in self._unchecked:
             scorer = dataclasses.replace(scorer, root=model) if scorer is self._policy else scorer
             dtype = compute_dtype(self._accelerator, self._policy.model)
-            self.packing.require(scorer, self._args.max_length, self._accelerator.device, dtype)
+            self.packing.require(
+                scorer, self._args.max_length, self._accelerator.device, dtype, _row_tokens(self._args)
+            )
         self._unchecked = []
+
+
+def _row_tokens(args: DPOConfig) -> int | None:
+    """The most tokens that a packed row may have; None where nothing limits it."""
+    if args.max_length is None:
+        return args.max_tokens_per_batch
+    pair = 2 * args.max_length
+    if args.max_tokens_per_batch is not None:
+        return max(pair, args.max_tokens_per_batch)  # a pair that has more is a row of its own
+    return pair * max(args.per_device_train_batch_size, args.per_device_eval_batch_size)

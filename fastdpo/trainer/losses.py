@@ -25,11 +25,14 @@ class BatchLosses:
         reference: what it is compared with.
         options: of the loss.
         aux_loss_coef: the weight of a mixture of experts' load-balancing loss; 0 for none.
+
+    Attributes:
+        aux_loss_coef: as above. Where the model can only be looked at once it is sharded, set then.
     """
 
     def __init__(self, policy: Scorer, reference: Reference, options: LossOptions, aux_loss_coef: float) -> None:
         self._policy, self._reference = policy, reference
-        self._options, self._aux_loss_coef = options, aux_loss_coef
+        self._options, self.aux_loss_coef = options, aux_loss_coef
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each pair [B] float64, and what metrics are made of, each detached, [B] float64.
@@ -45,7 +48,7 @@ class BatchLosses:
     def _of_part(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         # The reference goes first: what the policy keeps for its backward is then not yet there.
         ref_sums = self._reference.sums(model, inputs)
-        kwargs = {"output_router_logits": True} if self._aux_loss_coef else {}
+        kwargs = {"output_router_logits": True} if self.aux_loss_coef else {}
         outputs = (*_OUTPUTS, "log_sum_sq_probs") if self._options.use_weighting else _OUTPUTS
         at_shorter = self._options.ld_alpha is not None
         out = self._policy.score(inputs, outputs, root=model, at_shorter=at_shorter, **kwargs)
@@ -72,8 +75,8 @@ class BatchLosses:
             "entropy": chosen_entropy + rejected_entropy,
             "chosen_top1": out.outputs["is_top1"].chunk(2)[0],
         }
-        if self._aux_loss_coef:
-            losses = losses + self._aux_loss_coef * out.model_output.aux_loss
+        if self.aux_loss_coef:
+            losses = losses + self.aux_loss_coef * out.model_output.aux_loss
             sums["aux_loss"] = out.model_output.aux_loss.expand_as(losses)
         sums["loss"] = losses
         return losses, {name: widened(values.detach()) for name, values in sums.items()}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fastdpo.model.adapters import (
@@ -18,8 +18,13 @@ from fastdpo.model.adapters import (
     is_adapter,
     load_adapter,
 )
+from fastdpo.model.language_model import language_model
 from fastdpo.model.quantization import make_trainable
+from fastdpo.model.randomness import disable_dropout
+from fastdpo.model.rotary import fix_frequencies
 from fastdpo.trainer.config import DPOConfig
+
+logger = logging.getLogger(__name__)
 
 
 def make_models(
@@ -101,46 +106,34 @@ def check_trainable(model: PreTrainedModel | PeftModel, args: DPOConfig, *, is_s
         raise ValueError(f"no parameter of model requires a gradient, so there is nothing to train; {how}")
 
 
-def aux_loss_coef(model: PreTrainedModel | PeftModel, args: DPOConfig) -> float:
-    """The weight of a mixture of experts' load-balancing loss; 0 for other models.
+def fix_frequencies_of(models: Iterable[PreTrainedModel | PeftModel | None], args: DPOConfig) -> None:
+    """Hold rotary frequencies still for the run, and say so once.
 
     Raises:
-        ValueError: one is given, and the model has no such loss.
+        NotImplementedError: see :func:`fastdpo.model.rotary.fix_frequencies`.
     """
-    config = model.config.get_text_config()
-    if not hasattr(config, "output_router_logits"):
-        if args.router_aux_loss_coef:
-            raise ValueError(
-                f"router_aux_loss_coef is {args.router_aux_loss_coef}, but a {config.model_type} has no load-balancing "
-                "loss; leave it out"
-            )
-        return 0.0
-    if args.router_aux_loss_coef is not None:
-        return args.router_aux_loss_coef
-    return getattr(config, "router_aux_loss_coef", 0.0)
+    done = [fix_frequencies(language_model(model), args.max_length) for model in models if model is not None]
+    if done[0] is not None and args.process_index == 0:
+        logger.warning(done[0])
+
+
+def settle_checkpointing(model: PreTrainedModel | PeftModel, args: DPOConfig) -> None:
+    """Turns gradient checkpointing off, and says so, where it is on by default and the model has none.
+
+    Raises:
+        ValueError: it was asked for.
+    """
+    lm = language_model(model)
+    if not args.activation_checkpointing or lm.supports_gradient_checkpointing:
+        return
+    name = f"{type(lm).__name__} (model_type {lm.config.model_type!r})"
+    if args.asks_checkpointing:
+        raise ValueError(f"gradient_checkpointing is on, but {name} has none; leave it out, or turn it off")
+    args.activation_checkpointing = args.gradient_checkpointing = False
+    if args.process_index == 0:
+        logger.warning("Gradient checkpointing is off: %s has none.", name)
 
 
 def compute_dtype(accelerator: Accelerator, model: PreTrainedModel | PeftModel) -> torch.dtype:
     """What the layers of ``model`` compute in."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, model.dtype)
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout in ``model`` to 0: the modules', and what layers keep as numbers."""
-    for module, name in _dropouts(model):
-        setattr(module, name, 0.0)
-
-
-def has_dropout(model: nn.Module) -> bool:
-    """Whether there is a dropout in ``model`` that is not 0."""
-    return any(getattr(module, name) > 0 for module, name in _dropouts(model))
-
-
-def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Where ``model`` keeps the probabilities of its dropouts: (module, attribute)."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            yield module, "p"
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in name or "pdrop" in name or "layerdrop" in name):
-                yield module, name

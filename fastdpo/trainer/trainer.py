@@ -38,7 +38,8 @@ from fastdpo.trainer.layout import BatchLayout
 from fastdpo.trainer.losses import BatchLosses
 from fastdpo.trainer.memory_advice import advising, memory_advice
 from fastdpo.trainer.model_card import CardFacts, write_model_card
-from fastdpo.trainer.models import aux_loss_coef, compute_dtype, make_models
+from fastdpo.trainer.model_look import ModelLook
+from fastdpo.trainer.models import compute_dtype, fix_frequencies_of, make_models, settle_checkpointing
 from fastdpo.trainer.pair_metrics import PairSums, means_of
 from fastdpo.trainer.reference import Reference
 from fastdpo.trainer.resumable import ResumableRuns
@@ -138,6 +139,8 @@ class DPOTrainer(PairBatches, HubUploads, CarefulSaves, FiniteRuns, ResumableRun
         )
         if not later:
             refuse_not_finite({"the model": policy, "the reference model": ref_model})
+        fix_frequencies_of((policy, ref_model), args)
+        settle_checkpointing(policy, args)
         source = model if isinstance(model, str) else language_model(policy).config._name_or_path
         self._preparer = DatasetPreparer(
             source, processing_class, args, needs_tokenizer=not is_tokenised(train_dataset)
@@ -179,17 +182,20 @@ class DPOTrainer(PairBatches, HubUploads, CarefulSaves, FiniteRuns, ResumableRun
         self._start_is_checked = not args.loss_options.takes_reference
         self._policy.root = self.model
         self._reference = Reference(self._policy, ref_model, args, self.accelerator, in_columns=has_reference_columns)
-        aux_coef = aux_loss_coef(policy, args)
-        self._losses = BatchLosses(self._policy, self._reference, args.loss_options, aux_coef)
+        # FSDP leaves the model where it was loaded until the training loop shards it.
+        later = later or self.is_fsdp_enabled
+        self._look = ModelLook(self._policy, self._reference.scorer, args, self.accelerator)
+        if not later:
+            self._look.once()
+        self._losses = BatchLosses(self._policy, self._reference, args.loss_options, self._look.aux_loss_coef)
         self._layout = BatchLayout(
             self._policy,
             self._reference,
             args,
             self.accelerator,
             has_own_collator=data_collator is not None,
-            has_aux_loss=bool(aux_coef),
-            # FSDP leaves the model where it was loaded until the training loop shards it.
-            weights_come_later=later or self.is_fsdp_enabled,
+            has_aux_loss=bool(self._look.aux_loss_coef),
+            weights_come_later=later,
         )
         self.data_collator = self._layout.collator(padded)
         if args.precompute_ref_log_probs:
@@ -276,6 +282,8 @@ class DPOTrainer(PairBatches, HubUploads, CarefulSaves, FiniteRuns, ResumableRun
         parts = micro_batches(inputs)
         if num_items_in_batch is None:
             num_items_in_batch = count_pairs(inputs) * self.accelerator.num_processes
+        self._look.once(model)
+        self._losses.aux_loss_coef = self._look.aux_loss_coef
         self._layout.look_once(model)
         total = torch.zeros((), device=self.args.device)
         # Gradient checkpointing runs layers again in the backward, which must find the same attention.
@@ -310,6 +318,8 @@ class DPOTrainer(PairBatches, HubUploads, CarefulSaves, FiniteRuns, ResumableRun
     ) -> tuple[Tensor, None, None]:
         """The loss of an evaluation batch. There are no logits to return."""
         inputs = self._prepare_inputs(inputs)
+        self._look.once(model)
+        self._losses.aux_loss_coef = self._look.aux_loss_coef
         self._layout.look_once(model)
         with torch.no_grad(), self.compute_loss_context_manager(), self._advising(training=False):
             losses, per_pair = self.pair_losses(model, inputs)

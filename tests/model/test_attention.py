@@ -16,8 +16,8 @@ from fastdpo.model.attention import BACKENDS, RowAttention
 from fastdpo.model.attention_backends import RowsNotSupportedError
 from fastdpo.model.head import FusedHead
 from fastdpo.model.packing import RowCollator
+from fastdpo.model.randomness import disable_dropout
 from fastdpo.model.scoring import Scorer, score_row
-from fastdpo.trainer.models import disable_dropout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

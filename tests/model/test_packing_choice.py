@@ -101,7 +101,7 @@ def test_a_model_that_fails_in_its_own_way_falls_back(monkeypatch):
     monkeypatch.setattr(RowAttention, "active", forward)
     packing = choose(model)
     assert packing.layout == "padded"
-    assert "does not take packed rows (KeyError: 'position_ids')" in packing.reasons[0]
+    assert "does not take packed rows: its forward stops there (KeyError: 'position_ids')" in packing.reasons[0]
 
     def out_of_memory(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("no memory")

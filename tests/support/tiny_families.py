@@ -237,6 +237,8 @@ def make_family(
     """
     config = tiny_config(model_type, length=length, **overrides)
     torch.manual_seed(seed)
+    if dtype == torch.float64:
+        config._experts_implementation = "eager"  # grouped products have no float64
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -20,8 +20,8 @@ from transformers import TrainingArguments
 
 from fastdpo.data import PreferenceCollator, prepare
 from fastdpo.loss import oracle as reference_losses
+from fastdpo.model.randomness import disable_dropout
 from fastdpo.trainer import DPOConfig, DPOTrainer
-from fastdpo.trainer.models import disable_dropout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

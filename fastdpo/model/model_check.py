@@ -1,0 +1,117 @@
+"""Whether a model can be trained as a language model at all, however its batches are laid out.
+
+What its configuration and its class's name say is not taken on trust: it is run on a few made-up tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpo.model.head_calls import IGNORE_INDEX
+from fastdpo.model.precision import in_float32
+from fastdpo.model.rounding import at_most_rounding, moved_by_last_place
+from fastdpo.model.scoring import Scorer, evaluating
+
+_TOKENS = 24
+# A share of what a change of an earlier token does: below it, what a later one does is rounding.
+_SHARE = 0.25
+
+# Settings by which configurations choose between both directions and one: what makes a model causal, and how it is
+# written.
+_CAUSAL_SETTINGS: dict[str, tuple[Any, str]] = {
+    "is_decoder": (True, "is_decoder=True"),
+    "use_bidirectional_attention": (False, "use_bidirectional_attention=False"),
+    "causal": (True, "causal=True"),
+    "attn_type": ("uni", "attn_type='uni'"),
+}
+
+
+def made_up_tokens(scorer: Scorer, device: torch.device) -> Tensor:
+    """[1, 24] int64, a sequence of the model's vocabulary."""
+    vocabulary = scorer.lm.get_output_embeddings().weight.shape[0]
+    return torch.arange(_TOKENS, device=device).mul(7919).add(11).remainder(vocabulary)[None]
+
+
+def score_tokens(scorer: Scorer, ids: Tensor, **model_kwargs: Any) -> Tensor:
+    """[T - 1]: the log-probabilities of one sequence [1, T], all but the first token's."""
+    labels = ids.clone()
+    labels[:, 0] = IGNORE_INDEX
+    return scorer.head(scorer.root, ids, torch.ones_like(ids), labels, **model_kwargs).logps[0]
+
+
+def cannot_run(name: str, how: str, error: Exception) -> NotImplementedError:
+    line = (str(error).splitlines() or [""])[0]
+    return NotImplementedError(
+        f"{name} cannot be trained: it cannot be run {how} on {_TOKENS} tokens ({type(error).__name__}: {line})"
+    )
+
+
+def check_causal(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> None:
+    """See that a model can be run, and that what it says about a token does not depend on later ones.
+
+    Args:
+        scorer: the model, under the autocast that it is to run in.
+        device: where it runs.
+        dtype: what it computes in.
+
+    Raises:
+        NotImplementedError: it cannot, or it does; the message names the model, and the setting that helps.
+    """
+    name = f"{type(scorer.lm).__name__} (model_type {scorer.lm.config.model_type!r})"
+    try:
+        with torch.no_grad(), evaluating(scorer.root):
+            scorer.head.inspect_once(scorer.root)
+            score_tokens(scorer, made_up_tokens(scorer, device))
+            with in_float32(scorer.model, device, dtype) as seen_in:
+                leak, allowed = _leak(scorer, device, seen_in)
+    except (torch.OutOfMemoryError, NotImplementedError):
+        raise
+    except Exception as error:
+        raise cannot_run(name, f"in {str(dtype).removeprefix('torch.')}", error) from error
+    if not leak > allowed:  # NaN has other causes, and is told of by others
+        return
+    raise NotImplementedError(
+        f"{name} sees the future: log-probabilities moved by {leak:.2g} nats when only a later token changed, so it "
+        f"can copy what it is to predict, and its losses would mean nothing. {_advice(scorer)}"
+    )
+
+
+def _leak(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """By how much log-probabilities move when the last token changes, and how much of that may be rounding, in nats."""
+    vocabulary = scorer.lm.get_output_embeddings().weight.shape[0]
+    ids = made_up_tokens(scorer, device)
+
+    def logps(changed: int | None = None) -> Tensor:
+        other = ids.clone()
+        if changed is not None:
+            other[:, changed] = (other[:, changed] + vocabulary // 2) % vocabulary
+        return score_tokens(scorer, other)[1:-1]  # not those of the tokens that change
+
+    before = logps()
+    leak = float((logps(-1) - before).abs().max())
+    if leak == 0:
+        return 0.0, 0.0
+    with moved_by_last_place(scorer.lm):
+        moved = logps() - before
+    allowed = at_most_rounding(float(before.abs().max()), moved, dtype)
+    # Where attention does little yet, rounding may be as large as what it does: a later token then does as much.
+    effect = float((logps(0) - before).abs().max())
+    return leak, min(allowed, _SHARE * effect)
+
+
+def _advice(scorer: Scorer) -> str:
+    config = scorer.lm.config.get_text_config()
+    helping = [
+        written
+        for setting, (causal, written) in _CAUSAL_SETTINGS.items()
+        if getattr(config, setting, causal) not in (causal, None)
+    ]
+    if not helping:
+        return "It has no setting that changes this: use a causal language model"
+    return (
+        f"Load it with {', '.join(helping)} (from_pretrained({', '.join(helping)}), or model_init_kwargs) if it was "
+        "trained so, or use a causal language model"
+    )

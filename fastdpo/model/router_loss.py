@@ -1,0 +1,43 @@
+"""The load-balancing loss of a mixture of experts: whether a model gives one, and with which weight it asks for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastdpo.model.model_check import made_up_tokens
+from fastdpo.model.scoring import Scorer, evaluating
+
+# Under which names configurations keep the weight.
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+
+
+def may_have_router_loss(lm: PreTrainedModel) -> bool:
+    """Whether the configuration speaks of such a loss. Models whose configuration does may yet give none."""
+    config = lm.config.get_text_config()
+    return hasattr(config, "output_router_logits") or any(hasattr(config, name) for name in _COEFFICIENTS)
+
+
+def router_loss_coef(lm: PreTrainedModel) -> float:
+    """The weight that the model's configuration gives the loss; 0 for none."""
+    config = lm.config.get_text_config()
+    return next((float(getattr(config, name)) for name in _COEFFICIENTS if hasattr(config, name)), 0.0)
+
+
+def has_router_loss(scorer: Scorer, device: torch.device) -> bool:
+    """Whether the model returns a load-balancing loss when it is asked to: it is asked, on made-up tokens."""
+    if not may_have_router_loss(scorer.lm):
+        return False
+    ids = made_up_tokens(scorer, device)
+    labels = ids.clone()
+    with torch.no_grad(), evaluating(scorer.root):
+        try:
+            out = scorer.head(scorer.root, ids, torch.ones_like(ids), labels, output_router_logits=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            # Models whose layers are all dense, or have one expert, stop where they look for what routers said. That
+            # the model runs when it is not asked is seen elsewhere.
+            return False
+    return isinstance(getattr(out.model_output, "aux_loss", None), Tensor)
