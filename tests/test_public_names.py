@@ -54,7 +54,7 @@ CONSTANTS = {
 }
 MODULES = {"fastdpo": "data integrations logps loss model ref_cache report trainer"}
 COMMANDS = ("train", "check-data", "cache-ref", "compare", "chat", "demo", "info")
-BENCHMARKS = ("run", "train", "rlhf", "outputs", "cuda_blocks")
+BENCHMARKS = ("run", "train", "rlhf", "data", "outputs", "cuda_blocks")
 
 
 def listed(names: dict[str, str]) -> list[tuple[str, str]]:
