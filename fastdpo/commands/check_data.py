@@ -12,7 +12,7 @@ from fastdpo.commands.pairs import columns_of
 from fastdpo.data.account import nothing_left_message, strict_message
 from fastdpo.data.files import TOKEN_COLUMNS, load_preferences
 from fastdpo.data.fix import Fixed, write_fixed
-from fastdpo.data.prepare import examine
+from fastdpo.data.preparing import examine
 from fastdpo.data.templates import read_template
 from fastdpo.data.view import legend, show_row, worst_rows
 from fastdpo.errors import UsageError, bad_input

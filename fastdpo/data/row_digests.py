@@ -40,7 +40,8 @@ def row_digests(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS) -> n
 def pair_hashes(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """int64 [rows] twice: a hash of each pair, and of the pair the other way round; the same within this process.
 
-    Equal ids, with their masks, have equal hashes: what a row says again has its hash, what says the opposite the other.
+    Equal ids, with their masks, have equal hashes: what says a row again has its hash, and what says the opposite has
+    the other.
     """
     found, turned = np.empty(len(dataset), np.int64), np.empty(len(dataset), np.int64)
     masks = [name if name in dataset.column_names else None for name in (None, *MASK_COLUMNS)]

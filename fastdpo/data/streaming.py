@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets.table import InMemoryTable
 
 from fastdpo.data.account import strict_message
-from fastdpo.data.prepare import examine
+from fastdpo.data.preparing import examine
 from fastdpo.data.reading.exact import features_of, kind_of, to_array
 from fastdpo.data.row_digests import MASK_COLUMNS
 from fastdpo.data.summary import DataSummary

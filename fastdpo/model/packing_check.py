@@ -11,7 +11,7 @@ import random
 import torch
 from torch import Tensor
 
-from fastdpo.data.prepare import PreferenceCollator
+from fastdpo.data.collator import PreferenceCollator
 from fastdpo.model.attention import RowAttention
 from fastdpo.model.attention_backends import RowsNotSupportedError
 from fastdpo.model.head_calls import IGNORE_INDEX

@@ -8,8 +8,9 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.files import TOKEN_COLUMNS
-from fastdpo.data.prepare import PreferenceCollator, prepare
+from fastdpo.data.preparing import prepare
 from fastdpo.data.streaming import columns_of_stream, prepare_stream
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.templates import read_template

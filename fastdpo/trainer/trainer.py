@@ -20,8 +20,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastdpo.data.prepare import REFERENCE_COLUMNS
 from fastdpo.data.summary import DataSummary
+from fastdpo.data.terms import REFERENCE_COLUMNS
 from fastdpo.model.head import FusedHead
 from fastdpo.model.language_model import language_model
 from fastdpo.model.packing_choice import Packing

@@ -1,8 +1,7 @@
-"""Preference rows → token ids, checked, and accounted for; token ids → batches.
+"""Preference rows → token ids, checked, and accounted for.
 
-``prepare`` tokenises a dataset once, ``PreferenceCollator`` cuts, pads and stacks. Formats are TRL's: an explicit
-prompt (``prompt``, ``chosen``, ``rejected``) or an implicit one (``chosen`` and ``rejected`` share a beginning), as
-strings or as message lists.
+Rows have TRL's columns: an explicit prompt (``prompt``, ``chosen``, ``rejected``) or an implicit one (``chosen`` and
+``rejected`` share a beginning), as strings or as message lists.
 """
 
 from __future__ import annotations
@@ -12,13 +11,11 @@ import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
 import pyarrow.compute as pc
-import torch
 
 from fastdpo.data.account import account, nothing_left_message, strict_message
 from fastdpo.data.columns import check_columns
@@ -30,14 +27,12 @@ from fastdpo.data.summary import DataSummary
 from fastdpo.data.templates import writes_date
 from fastdpo.data.terms import REFERENCE_COLUMNS, TOKEN_COLUMNS, USED_COLUMNS, DataError
 from fastdpo.data.tokens import RowTokenizer
-from fastdpo.data.truncation import TRUNCATION_MODES, check_truncation, cut
+from fastdpo.data.truncation import check_truncation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["REFERENCE_COLUMNS", "TRUNCATION_MODES", "PreferenceCollator", "examine", "prepare"]
 
 BATCH = 1000  # rows tokenised at a time
 
@@ -240,69 +235,3 @@ def _row_tokenizer(tokenizer: PreTrainedTokenizerBase, preparation: Preparation,
     if not _row_tokenizers or _row_tokenizers[0][0] != key:
         _row_tokenizers[:] = [(key, RowTokenizer(tokenizer, preparation, implicit))]
     return _row_tokenizers[0][1]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Batches
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class PreferenceCollator:
-    """Rows of ``prepare`` → a padded batch; the one place where sequences are cut.
-
-    Called with a list of B rows, it returns a dict of tensors, chosen rows first, then rejected, padded on the right:
-
-    - ``input_ids``, ``attention_mask``, ``completion_mask``: int64 [2B, T]. ``completion_mask`` is 1 on the tokens of
-      the completion, and 0 on prompt and padding.
-    - ``ref_chosen_logps``, ``ref_rejected_logps``: float64 [B], when the rows have them.
-
-    Args:
-        pad_token_id: what to pad ``input_ids`` with.
-        max_length: most tokens of prompt + completion; None for no limit.
-        truncation_mode: ``keep_start`` drops the end of what is too long, ``keep_end`` the beginning.
-        pad_to_multiple_of: T is rounded up to a multiple of this.
-
-    Raises:
-        ValueError: ``max_length`` or ``truncation_mode`` is not valid; or, when called, a row has no completion token
-            left (``prepare`` with the same ``max_length`` drops such rows).
-    """
-
-    pad_token_id: int
-    max_length: int | None = None
-    truncation_mode: str = "keep_start"
-    pad_to_multiple_of: int | None = None
-
-    def __post_init__(self) -> None:
-        check_truncation(self.max_length, self.truncation_mode)
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        sequences = [
-            cut(row["prompt_ids"], row[f"{side}_ids"], self.max_length, self.truncation_mode, row.get(f"{side}_mask"))
-            for side in ("chosen", "rejected")
-            for row in rows
-        ]
-        for ids, mask in sequences:
-            if not any(mask):
-                raise ValueError(
-                    f"A row of {len(ids)} tokens has no completion left within max_length={self.max_length}. "
-                    "Pass the rows through fastdpo.data.prepare with the same max_length: it drops and counts them."
-                )
-        batch = {
-            "input_ids": self._stack([ids for ids, _ in sequences], self.pad_token_id),
-            "attention_mask": self._stack([[1] * len(ids) for ids, _ in sequences], 0),
-            "completion_mask": self._stack([mask for _, mask in sequences], 0),
-        }
-        for name in REFERENCE_COLUMNS:
-            if name in rows[0]:
-                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float64)
-        return batch
-
-    def _stack(self, lists: list[list[int]], padding: int) -> torch.Tensor:
-        width = max(map(len, lists))
-        if self.pad_to_multiple_of:
-            width += -width % self.pad_to_multiple_of
-        out = torch.full((len(lists), width), padding, dtype=torch.int64)
-        for row, values in zip(out, lists, strict=True):
-            row[: len(values)] = torch.tensor(values, dtype=torch.int64)
-        return out
