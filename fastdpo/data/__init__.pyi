@@ -6,6 +6,7 @@ from .files import stream_preferences as stream_preferences
 from .formats.base import Answers as Answers
 from .preparing import examine as examine
 from .preparing import prepare as prepare
+from .reading.given import read_preferences as read_preferences
 from .streaming import prepare_stream as prepare_stream
 from .summary import DataSummary as DataSummary
 from .terms import REFERENCE_COLUMNS as REFERENCE_COLUMNS

@@ -19,6 +19,8 @@ import pyarrow.compute as pc
 
 from fastdpo.data.account import account, nothing_left_message, strict_message
 from fastdpo.data.columns import check_columns
+from fastdpo.data.reading.given import as_pairs
+from fastdpo.data.reading.origins import naming_files
 from fastdpo.data.reading.read import as_said
 from fastdpo.data.reasons import WARN_EXPLANATIONS
 from fastdpo.data.row_digests import MASK_COLUMNS
@@ -28,6 +30,7 @@ from fastdpo.data.templates import writes_date
 from fastdpo.data.terms import REFERENCE_COLUMNS, TOKEN_COLUMNS, USED_COLUMNS, DataError
 from fastdpo.data.tokens import RowTokenizer
 from fastdpo.data.truncation import check_truncation
+from fastdpo.data.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +52,7 @@ def prepare(
     score: str = "assistant",
     end_token: str | None = None,
     template_date: str | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[datasets.Dataset, DataSummary]:
     """Tokenise preference rows once, drop those that cannot teach anything, and account for all of them.
 
@@ -62,7 +66,8 @@ def prepare(
     that cut are dropped here, so no batch has an empty completion.
 
     Args:
-        dataset: rows with ``chosen``, ``rejected`` and, unless these two begin with it, ``prompt``.
+        dataset: rows with ``chosen``, ``rejected`` and, unless these two begin with it, ``prompt``; or of any format
+            that is known, which its first rows tell.
         tokenizer: with a chat template if the rows are message lists, with an EOS token if they are strings.
         max_length: most tokens of prompt + completion; None for no limit.
         truncation_mode: ``keep_start`` drops the end of what is too long, ``keep_end`` the beginning.
@@ -73,6 +78,7 @@ def prepare(
             the ``last`` one. What lies between them is never scored.
         end_token: a special token to append to answers after which the chat template writes none.
         template_date: what a chat template takes for today, as ``2026-03-01``; by default it is today.
+        vocab_size: how many tokens the model has embeddings for; by default that is not checked.
 
     Returns:
         A dataset with ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (lists of int), and the columns
@@ -80,8 +86,8 @@ def prepare(
         count, also ``chosen_mask`` and ``rejected_mask`` (lists of 0 and 1, empty where all count); and the summary.
 
     Raises:
-        DataError: columns are missing or of the wrong type, a row is malformed, the chat template refuses one, no row
-            is left, or, with ``strict``, any is dropped or doubtful.
+        DataError: columns are missing or of the wrong type, a row is malformed, the chat template refuses one, a token
+            is beyond ``vocab_size``, no row is left, or, with ``strict``, any is dropped or doubtful.
         ValueError: ``max_length``, ``truncation_mode``, ``score``, ``end_token`` or ``template_date`` is not valid.
         TypeError: ``dataset`` is not a ``datasets.Dataset``.
     """
@@ -95,6 +101,7 @@ def prepare(
         score=score,
         end_token=end_token,
         template_date=template_date,
+        vocab_size=vocab_size,
     )
     if not len(kept):
         raise DataError(nothing_left_message(summary))
@@ -124,6 +131,7 @@ def examine(
     score: str = "assistant",
     end_token: str | None = None,
     template_date: str | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[datasets.Dataset, np.ndarray, DataSummary]:
     """What :func:`prepare` does, with the rows that it drops still there.
 
@@ -143,31 +151,33 @@ def examine(
         )
     if len(dataset) == 0:
         raise DataError("The dataset has no rows.")
+    dataset = as_said(as_pairs(dataset))
     check_columns(dataset)
-    dataset = as_said(dataset)
     preparation = _preparation(tokenizer, score, end_token, template_date)
 
     carried = [name for name in REFERENCE_COLUMNS if name in dataset.column_names]
     lists = dict.fromkeys((*TOKEN_COLUMNS, *MASK_COLUMNS), datasets.List(datasets.Value("int32")))
-    tokenised = dataset.map(
-        _tokenize_batch,
-        batched=True,
-        batch_size=BATCH,
-        with_indices=True,
-        fn_kwargs={
-            "tokenizer": tokenizer,
-            "preparation": preparation,
-            "implicit": "prompt" not in dataset.column_names,
-        },
-        remove_columns=[name for name in dataset.column_names if name not in carried],
-        features=datasets.Features(
-            {name: dataset.features[name] for name in carried}
-            | lists
-            | {"drop": datasets.Value("string"), "warn": datasets.List(datasets.Value("string"))}
-        ),
-        num_proc=num_proc,
-        desc="Tokenizing preference pairs",
-    )
+    with naming_files(dataset):
+        tokenised = dataset.map(
+            _tokenize_batch,
+            batched=True,
+            batch_size=BATCH,
+            with_indices=True,
+            fn_kwargs={
+                "tokenizer": tokenizer,
+                "preparation": preparation,
+                "implicit": "prompt" not in dataset.column_names,
+            },
+            remove_columns=[name for name in dataset.column_names if name not in carried],
+            features=datasets.Features(
+                {name: dataset.features[name] for name in carried}
+                | lists
+                | {"drop": datasets.Value("string"), "warn": datasets.List(datasets.Value("string"))}
+            ),
+            num_proc=num_proc,
+            desc="Tokenizing preference pairs",
+        )
+        check_vocabulary(tokenised, vocab_size, tokenizer)
     masks = [tokenised.data.column(name) for name in MASK_COLUMNS]
     if not any(pc.sum(pc.list_value_length(column)).as_py() for column in masks):
         tokenised = tokenised.remove_columns(list(MASK_COLUMNS))

@@ -134,7 +134,11 @@ class DPOTrainer(PairBatches, HubUploads):
         )
         source = model if isinstance(model, str) else language_model(policy).config._name_or_path
         self._preparer = DatasetPreparer(
-            source, processing_class, args, needs_tokenizer=not is_tokenised(train_dataset)
+            source,
+            processing_class,
+            args,
+            needs_tokenizer=not is_tokenised(train_dataset),
+            vocab_size=language_model(policy).config.get_text_config().vocab_size,
         )
         tokenizer = self._preparer.tokenizer
         padded = make_collator(policy, tokenizer, args) if data_collator is None else data_collator
