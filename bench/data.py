@@ -9,7 +9,7 @@ rounds that follow each other. What makes ids of rows that are read is timed (``
 checks; TRL's ``DPOTrainer._prepare_dataset``), each at its default of processes: by the clock, and in seconds of all
 cores together, which others on the machine change less. Memory is what a process takes to read the file and to prepare
 its rows: the most that it held at a time beyond what it had before, without pages of files, which the system takes back
-when it needs them; the second table has it over the number of rows (Linux alone tells it).
+when it needs them; the first table has it over the number of rows (Linux alone tells it).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=6000, help="rows of the file that is timed (default: 6000)")
     parser.add_argument(
-        "--memory-rows", type=int, nargs="*", default=[2000, 8000, 32000], help="rows of the files for the second table"
+        "--memory-rows", type=int, nargs="*", default=[2000, 8000, 32000], help="rows of the files for the first table"
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=5)
@@ -63,25 +63,32 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(measure(*args.arm)))
         return 0
     facts = machine.facts_of_run(sys.argv, "cpu")
-    times, memory = [], []
+    results: dict[str, Any] = {**facts, "times": [], "memory": []}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = args.tokenizer or make_tokenizer(Path(folder) / "tokenizer")
         file = Path(folder) / "rows.jsonl"
-        for case in args.cases:
-            write_rows(file, args.rows, *CASES[case])
-            times.append({"case": case, "rows": args.rows, "rounds": rounds(file, tokenizer, args)})
-            print(table(times[-1]), flush=True)
         for count in args.memory_rows:
             write_rows(file, count, *CASES[MEMORY_CASE])
-            memory.append({"case": MEMORY_CASE, "rows": count, "rounds": rounds(file, tokenizer, args)})
-        if memory:
-            print(memory_table(memory))
-    facts["machine"]["load_at_the_end"] = os.getloadavg()[0]
+            once = {arm: run(arm, file, tokenizer, args.before)["memory"] for arm in ("fastdpo", "trl")}
+            results["memory"].append({"case": MEMORY_CASE, "rows": count, "MiB": once})
+            save(results, args.json)
+        if args.memory_rows:
+            print(memory_table(results["memory"]), flush=True)
+        for case in args.cases:
+            write_rows(file, args.rows, *CASES[case])
+            results["times"].append({"case": case, "rows": args.rows, "rounds": rounds(file, tokenizer, args)})
+            save(results, args.json)
+            print(table(results["times"][-1]), flush=True)
     if warning := machine.warn_of_load(facts["machine"]):
         print(warning)
-    if args.json:
-        args.json.write_text(json.dumps({**facts, "times": times, "memory": memory}, indent=1) + "\n")
     return 0
+
+
+def save(results: dict[str, Any], path: Path | None) -> None:
+    """What there is so far: a run that is stopped has measured something."""
+    results["machine"]["load_at_the_end"] = os.getloadavg()[0]
+    if path:
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def rounds(file: Path, tokenizer: str, args: argparse.Namespace) -> list[dict[str, dict[str, float]]]:
@@ -221,11 +228,10 @@ def make_tokenizer(folder: Path) -> str:
 
 
 def memory_table(results: list[dict[str, Any]]) -> str:
-    arms = list(results[0]["rounds"][0])
     lines = [f"MiB to read and prepare, {MEMORY_CASE}"]
     for result in results:
-        medians = {arm: statistics.median(once[arm]["memory"] for once in result["rounds"]) for arm in arms}
-        lines.append(f"  {result['rows']:9,} rows" + "".join(f"   {arm} {medians[arm]:5,.0f}" for arm in arms))
+        arms = "".join(f"   {arm} {most:5,.0f}" for arm, most in result["MiB"].items())
+        lines.append(f"  {result['rows']:9,} rows{arms}")
     return "\n".join(lines)
 
 
