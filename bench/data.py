@@ -1,27 +1,32 @@
 """How fast preference rows become token ids, and in how much memory: fastdpo beside TRL, from the same file.
 
-    python bench/data.py                                          a table
-    python bench/data.py --rows 6000 60000 --json data.json       two sizes, and every round
+    python bench/data.py                                          two tables
+    python bench/data.py --rows 6000 --json data.json             and every round
     python bench/data.py --before ../fastdpo-of-last-month        and another checkout
 
 Each round is a process of its own, and rounds of the arms take turns. Figures are medians over rounds, ratios those of
 rounds that follow each other. What makes ids of rows that are read is timed (``fastdpo.data.prepare`` with all of its
 checks; TRL's ``DPOTrainer._prepare_dataset``), each at its default of processes: by the clock, and in seconds of all
-cores together, which others on the machine change less. Memory is the peak beyond what the process had before.
+cores together, which others on the machine change less. Memory is what a process takes to read the file and to prepare
+its rows: the most that it held at a time beyond what it had before, without pages of files, which the system takes back
+when it needs them; the first table has it over the number of rows (Linux alone tells it).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +39,14 @@ CHATML = (
 )
 # Words of the prompt, of each answer, and whether the rows are message lists.
 CASES = {"short chats": (20, 20, True), "short texts": (20, 20, False), "long prompts": (600, 60, True)}
+MEMORY_CASE = "short chats"
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=6000, help="rows of the file that is timed (default: 6000)")
     parser.add_argument(
-        "--rows", type=int, nargs="+", default=[6000], help="rows of the file; several sizes for memory"
+        "--memory-rows", type=int, nargs="*", default=[2000, 8000, 32000], help="rows of the files for the first table"
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=5)
@@ -56,19 +63,32 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(measure(*args.arm)))
         return 0
     facts = machine.facts_of_run(sys.argv, "cpu")
-    results = []
+    results: dict[str, Any] = {**facts, "times": [], "memory": []}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = args.tokenizer or make_tokenizer(Path(folder) / "tokenizer")
+        file = Path(folder) / "rows.jsonl"
+        for count in args.memory_rows:
+            write_rows(file, count, *CASES[MEMORY_CASE])
+            once = {arm: run(arm, file, tokenizer, args.before)["memory"] for arm in ("fastdpo", "trl")}
+            results["memory"].append({"case": MEMORY_CASE, "rows": count, "MiB": once})
+            save(results, args.json)
+        if args.memory_rows:
+            print(memory_table(results["memory"]), flush=True)
         for case in args.cases:
-            for count in args.rows:
-                file = write_rows(Path(folder) / "rows.jsonl", count, *CASES[case])
-                results.append({"case": case, "rows": count, "rounds": rounds(file, tokenizer, args)})
-                print(table(results[-1]), flush=True)
+            write_rows(file, args.rows, *CASES[case])
+            results["times"].append({"case": case, "rows": args.rows, "rounds": rounds(file, tokenizer, args)})
+            save(results, args.json)
+            print(table(results["times"][-1]), flush=True)
     if warning := machine.warn_of_load(facts["machine"]):
         print(warning)
-    if args.json:
-        args.json.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
     return 0
+
+
+def save(results: dict[str, Any], path: Path | None) -> None:
+    """What there is so far: a run that is stopped has measured something."""
+    results["machine"]["load_at_the_end"] = os.getloadavg()[0]
+    if path:
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def rounds(file: Path, tokenizer: str, args: argparse.Namespace) -> list[dict[str, dict[str, float]]]:
@@ -95,23 +115,31 @@ def measure(arm: str, file: str, tokenizer_name: str) -> dict[str, float]:
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     with tempfile.TemporaryDirectory() as cache:
-        rows = datasets.load_dataset("json", data_files=file, split="train", cache_dir=cache)
-        prepare = {"fastdpo": prepare_fastdpo, "trl": prepare_trl}[arm]()
-        prepare(rows.select(range(8)), tokenizer)  # compiles the template
-        before, start, used = _peak(), time.perf_counter(), time.process_time()
-        kept = prepare(rows, tokenizer)
-        seconds, used = time.perf_counter() - start, time.process_time() - used
+        datasets.config.HF_DATASETS_CACHE = cache
+        read, prepare = {"fastdpo": fastdpo_ways, "trl": trl_ways}[arm]()
+        few = Path(cache) / "few.jsonl"
+        with open(file) as lines:
+            few.write_text("".join(islice(lines, 8)))
+        prepare(read(str(few)), tokenizer)  # imports, and compiles the template
+        with PeakOfOwnMemory() as peak:
+            rows = read(file)
+            start, used = time.perf_counter(), time.process_time()
+            kept = prepare(rows, tokenizer)
+            seconds, used = time.perf_counter() - start, time.process_time() - used
     assert kept == len(rows), f"{arm} kept {kept} of {len(rows)} rows"
-    return {"rows_a_second": len(rows) / seconds, "rows_a_core_second": len(rows) / used, "memory": _peak() - before}
+    return {"rows_a_second": len(rows) / seconds, "rows_a_core_second": len(rows) / used, "memory": peak.beyond}
 
 
-def prepare_fastdpo() -> Any:
+def fastdpo_ways() -> tuple[Any, Any]:
+    from fastdpo import data
     from fastdpo.data import prepare
 
-    return lambda rows, tokenizer: len(prepare(rows, tokenizer, max_length=None)[0])
+    # An older checkout read files by way of datasets.
+    read = getattr(data, "load_preferences", read_by_datasets)
+    return read, lambda rows, tokenizer: len(prepare(rows, tokenizer, max_length=None)[0])
 
 
-def prepare_trl() -> Any:
+def trl_ways() -> tuple[Any, Any]:
     from types import SimpleNamespace
 
     from trl import DPOTrainer
@@ -121,11 +149,43 @@ def prepare_trl() -> Any:
         options = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
         return len(DPOTrainer._prepare_dataset(trainer, rows, tokenizer, options, "train"))
 
-    return prepare
+    return read_by_datasets, prepare
 
 
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def read_by_datasets(file: str) -> Any:
+    import datasets
+
+    return datasets.load_dataset("json", data_files=file, split="train", cache_dir=datasets.config.HF_DATASETS_CACHE)
+
+
+class PeakOfOwnMemory:
+    """The most memory of its own that the process holds within the block, looked at fifty times a second.
+
+    Attributes:
+        beyond: MiB, beyond what it held at the beginning.
+    """
+
+    def __enter__(self) -> PeakOfOwnMemory:
+        gc.collect()
+        self._first = self._most = _own_memory()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.02):
+            self._most = max(self._most, _own_memory())
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self.beyond = max(self._most, _own_memory()) - self._first
+
+
+def _own_memory() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1024
 
 
 def write_rows(path: Path, count: int, prompt: int, answer: int, chat: bool) -> Path:
@@ -165,6 +225,14 @@ def make_tokenizer(folder: Path) -> str:
     )
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def memory_table(results: list[dict[str, Any]]) -> str:
+    lines = [f"MiB to read and prepare, {MEMORY_CASE}"]
+    for result in results:
+        arms = "".join(f"   {arm} {most:5,.0f}" for arm, most in result["MiB"].items())
+        lines.append(f"  {result['rows']:9,} rows{arms}")
+    return "\n".join(lines)
 
 
 def table(result: dict[str, Any]) -> str:

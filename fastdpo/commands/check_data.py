@@ -6,14 +6,14 @@ import argparse
 from pathlib import Path
 
 from rich.console import Console
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from fastdpo.commands.pairs import columns_of
 from fastdpo.commands.terminal import SafeConsole
 from fastdpo.data.account import nothing_left_message, strict_message
 from fastdpo.data.files import TOKEN_COLUMNS, load_preferences
 from fastdpo.data.fix import Fixed, write_fixed
-from fastdpo.data.prepare import examine
+from fastdpo.data.preparing import examine
 from fastdpo.data.templates import read_template
 from fastdpo.data.view import legend, show_row, worst_rows
 from fastdpo.errors import UsageError, bad_input
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
             score=args.score,
             end_token=args.end_token,
             template_date=args.template_date,
+            vocab_size=_vocab_size(args),
         )
     console.print(summary.table())
     # Sound data shows its first row, so that one sees the mask.
@@ -78,6 +79,17 @@ def run(args: argparse.Namespace) -> int:
     doubtful = f", {sum(summary.warned.values())} doubts" if summary.warned else ""
     console.print(f"{len(kept)} of {summary.rows_in} pairs can be trained on{doubtful}.")
     return 0
+
+
+def _vocab_size(args: argparse.Namespace) -> int | None:
+    """How many tokens the model has embeddings for; None where there is a tokenizer alone."""
+    try:
+        config = AutoConfig.from_pretrained(
+            args.model_name_or_path, revision=args.model_revision, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError):
+        return None
+    return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def _say_what_was_fixed(name: str, fixed: Fixed, console: Console) -> None:

@@ -1,12 +1,13 @@
+from .collator import PreferenceCollator as PreferenceCollator
 from .files import TOKEN_COLUMNS as TOKEN_COLUMNS
 from .files import DataError as DataError
 from .files import load_preferences as load_preferences
 from .files import stream_preferences as stream_preferences
 from .formats.base import Answers as Answers
-from .prepare import REFERENCE_COLUMNS as REFERENCE_COLUMNS
-from .prepare import PreferenceCollator as PreferenceCollator
-from .prepare import examine as examine
-from .prepare import prepare as prepare
+from .preparing import examine as examine
+from .preparing import prepare as prepare
+from .reading.given import read_preferences as read_preferences
 from .streaming import prepare_stream as prepare_stream
 from .summary import DataSummary as DataSummary
+from .terms import REFERENCE_COLUMNS as REFERENCE_COLUMNS
 from .truncation import TRUNCATION_MODES as TRUNCATION_MODES

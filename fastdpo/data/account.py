@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastdpo.data.reasons import DROP_REASONS, DROP_REMEDIES, NOTES, WARN_REASONS
-from fastdpo.data.row_digests import MASK_COLUMNS, part_hashes
+from fastdpo.data.row_digests import MASK_COLUMNS, pair_hashes
 from fastdpo.data.summary import DataSummary, LengthStats
 from fastdpo.data.terms import TOKEN_COLUMNS
 from fastdpo.data.truncation import cut
@@ -128,17 +128,21 @@ def _identical_once_cut(
 
 def repeated_rows(tokenised: datasets.Dataset, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows that say again what a row before them says, and rows that say the opposite."""
-    prompt, chosen, rejected = part_hashes(tokenised.select(kept)).T
-    pairs = np.concatenate([np.stack([prompt, chosen, rejected], 1), np.stack([prompt, rejected, chosen], 1)])
-    names = np.ascontiguousarray(pairs).view([(name, np.int64) for name in "pcr"]).reshape(-1)
-    codes = np.unique(names, return_inverse=True)[1]
+    name, opposite = pair_hashes(tokenised.select(kept))
+    order = np.argsort(name, kind="stable")
+    ordered = name[order]
+
+    def first_with(hashes: np.ndarray) -> np.ndarray:
+        """The first row of each hash; the number of rows where there is none."""
+        places = np.searchsorted(ordered, hashes)
+        there = places < len(ordered)
+        there[there] = ordered[places[there]] == hashes[there]
+        return np.where(there, order[np.where(there, places, 0)], len(ordered)) if len(ordered) else places
+
     here = np.arange(len(kept))
-    name, opposite = codes[: len(kept)], codes[len(kept) :]
-    first = np.full(2 * len(kept), len(kept))
-    np.minimum.at(first, name, here)
-    repeated = first[name] < here
+    repeated = first_with(name) < here
     # An identical pair is its own opposite, and was seen under its own name.
-    contradicted = ~repeated & (first[opposite] < here)
+    contradicted = ~repeated & (first_with(opposite) < here)
     return kept[repeated], kept[contradicted]
 
 

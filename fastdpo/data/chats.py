@@ -5,16 +5,16 @@ from __future__ import annotations
 import marshal
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
-from fastdpo.data.claims import Fault, compare
-from fastdpo.data.facts import Facts, SideFacts, find_facts, shape_of
+from fastdpo.data.claims import compare
+from fastdpo.data.facts import Facts, find_facts, shape_of
 from fastdpo.data.forms import forms_for, in_form
 from fastdpo.data.settings import Preparation
+from fastdpo.data.sides import SideRenderer
 from fastdpo.data.templates import BoundTemplate, Messages, plain, template_of
 from fastdpo.data.terms import DataError
-from fastdpo.data.turns import Span, answer_spans
+from fastdpo.data.turns import Span
 from fastdpo.data.verdicts import cause_of, tools_left_out, verdict
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class ChatRenderer:
         self, tokenizer: PreTrainedTokenizerBase, special_tokens: Collection[str], preparation: Preparation
     ) -> None:
         self._tokenizer, self._special, self._preparation = tokenizer, special_tokens, preparation
+        self._sides = SideRenderer(special_tokens, preparation)
         self._facts: dict[Any, Facts | None] = {}
         self._prompts: dict[bytes, str] = {}
 
@@ -155,7 +156,7 @@ class ChatRenderer:
         for number, side in enumerate(sides):
             side = in_form(side, forms)
             known = facts.sides[number] if facts else None
-            outcome = self._side(template, prompt, side, before, said.places[-1], opening, known)
+            outcome = self._sides.render(template, prompt, side, before, said.places[-1], opening, known)
             wholes.append(outcome.whole)
             spans.append(outcome.spans)
             found += outcome.found
@@ -171,100 +172,3 @@ class ChatRenderer:
                 self._prompts.clear()
             self._prompts[key] = template.render(prompt, answer=answer)
         return self._prompts[key]
-
-    def _side(
-        self,
-        template: BoundTemplate,
-        prompt: Messages,
-        side: Messages,
-        before: str,
-        last_word: Span | None,
-        opening: str,
-        facts: SideFacts | None,
-    ) -> _Side:
-        whole = template.render(prompt + side)
-        if facts and facts.header:
-            whole = whole.removesuffix(facts.header)
-        if whole.startswith(before):
-            # What opens an answer may be the beginning of what the answer says: <think>.
-            start, part = len(before) - len(opening), side
-            shared = len(before)
-        else:
-            start, part = 0, prompt + side
-            shared = len(commonprefix((before, whole)))
-        said = compare(whole, part, start)
-        behind = len(part) - len(side)
-        faults = [Fault(fault.message - behind, fault.what) for fault in said.faults if fault.message >= behind]
-        drop, found = verdict(faults, side, 0)
-        if facts:
-            number = len(prompt)
-            known = [Fault(fault.message - number, fault.what) for fault in facts.faults if fault.message >= number]
-            known_drop, more = verdict(known, side, 0)
-            _, asked = verdict([fault for fault in facts.faults if fault.message < number], prompt, number)
-            drop, found = drop or known_drop, found + more + asked
-        if (facts and facts.prompt_scored) or (last_word is not None and last_word[1] > shared):
-            drop = "prompt_scored"
-        result = _Side(whole, None, found, drop)
-        if not drop:
-            first = said.places[behind]
-            lead = whole[shared : first[0]] if first else ""
-            self._score(result, template, prompt, side, said.places[-1], opening, lead, facts)
-        return result
-
-    def _score(
-        self,
-        result: _Side,
-        template: BoundTemplate,
-        prompt: Messages,
-        side: Messages,
-        last_answer: Span | None,
-        opening: str,
-        lead: str,
-        facts: SideFacts | None,
-    ) -> None:
-        """Which part of the text counts, and how it ends."""
-        end_token = facts.end_token if facts else None
-        header = facts.header if facts else ""
-        if len(side) > 1:
-            spans = answer_spans(
-                template,
-                prompt,
-                side,
-                result.whole,
-                opening=opening,
-                end_token=end_token,
-                header=header,
-                special_tokens=self._special,
-            )
-            if spans is None:
-                result.drop = "turns_not_told_apart"
-                return
-            result.spans = spans[-1:] if self._preparation.score == "last" else spans
-            if any(message["role"] != "assistant" for message in side) or len(result.spans) < len(spans):
-                result.found.append("between_not_scored")
-            if spans[-1][1] < len(result.whole):
-                result.whole = result.whole[: spans[-1][1]]
-        elif lead.strip() and not side[0].get("tool_calls"):
-            result.found.append("answer_opened" if opening else "header_scored")
-        if header:
-            result.found.append("header_cut")
-        tail = result.whole[last_answer[1] :] if last_answer else result.whole[-100:]
-        ends = any(token in tail for token in self._special)
-        end = self._preparation.end_token
-        if end is not None and end not in tail:
-            result.whole += end
-            if result.spans:
-                result.spans = [*result.spans[:-1], (result.spans[-1][0], len(result.whole))]
-            result.found.append("end_appended")
-        elif not ends:
-            result.found.append("end_not_scored")
-
-
-@dataclass
-class _Side:
-    """What became of chosen, or of rejected."""
-
-    whole: str
-    spans: list[Span] | None
-    found: list[str]
-    drop: str

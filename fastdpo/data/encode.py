@@ -1,9 +1,9 @@
 """Texts → token ids and back, many at a time.
 
-Conversations share long beginnings: a prompt with its two completions, and rows that ask the same. A tokenizer looks at
-what lies between two special tokens by itself, so a text may be taken apart where one begins, and the beginning be
-tokenised once. That this gives the ids of the whole is tried on the first texts of every tokenizer, and left where it
-does not.
+A prompt is the beginning of its two completions' texts, and rows that ask the same share long ones. A tokenizer looks
+at what lies between two special tokens by itself, and most look at each word by itself, so a text may be taken apart
+where such a token or a word begins, and the beginning be tokenised once. That this gives the ids of the whole is tried
+on the first texts of every tokenizer, too, and left where it does not.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+from fastdpo.data.word_cuts import last_word, parts_at_words
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -33,7 +35,8 @@ class Encoder:
         self.special_tokens = {token.content for token in added if token.special}
         self.special_tokens |= {tokenizer.eos_token} - {None}
         self._parting = _parting_tokens(added) if fast else []
-        self._untried = _TRIED if self._parting else 0
+        self._at_words = fast and parts_at_words(tokenizer, tokenizer.backend_tokenizer)
+        self._untried = _TRIED if self._parting or self._at_words else 0
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[Ids]:
         if not texts:
@@ -46,15 +49,17 @@ class Encoder:
         found = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in found]
 
-    def encode_groups(self, groups: Sequence[Sequence[str]]) -> list[list[Ids]]:
-        """Of texts without special tokens of the tokenizer's own, in groups that begin alike.
+    def encode_groups(self, groups: Sequence[Sequence[str]], *, add_special_tokens: bool = False) -> list[list[Ids]]:
+        """Of texts in groups that begin alike.
 
         Args:
             groups: each a prompt and texts that may begin with it.
+            add_special_tokens: whether the tokenizer puts those of its own around each text.
         """
-        if self._tokenizer.split_special_tokens or not self._parting:
-            return self._encode_whole(groups)
-        cuts = [_last_of(self._parting, group[0]) for group in groups]
+        front = self._front() if add_special_tokens else []
+        if self._tokenizer.split_special_tokens or not (self._parting or self._at_words) or front is None:
+            return self._encode_whole(groups, add_special_tokens)
+        cuts = [self._cut(group[0]) for group in groups]
         heads = {group[0][:cut]: None for group, cut in zip(groups, cuts, strict=True)}
         parted = [
             (group[0][:cut], [text[cut:] if text.startswith(group[0][:cut]) else None for text in group])
@@ -68,19 +73,32 @@ class Encoder:
         pieces = list(heads | rest)
         ids = dict(zip(pieces, self.encode(pieces, add_special_tokens=False), strict=True))
         found = [
-            [ids[text] if tail is None else ids[head] + ids[tail] for text, tail in zip(group, tails, strict=True)]
+            [
+                front + ids[text] if tail is None else front + ids[head] + ids[tail]
+                for text, tail in zip(group, tails, strict=True)
+            ]
             for group, (head, tails) in zip(groups, parted, strict=True)
         ]
         if self._untried > 0:
             self._untried -= len(groups)
-            if found[:_TRIED] != self._encode_whole(groups[:_TRIED]):
-                self._parting = []
-                return self._encode_whole(groups)
+            if found[:_TRIED] != self._encode_whole(groups[:_TRIED], add_special_tokens):
+                self._parting, self._at_words = [], False
+                return self._encode_whole(groups, add_special_tokens)
         return found
 
-    def _encode_whole(self, groups: Sequence[Sequence[str]]) -> list[list[Ids]]:
-        ids = iter(self.encode([text for group in groups for text in group], add_special_tokens=False))
-        return [[next(ids) for _ in group] for group in groups]
+    def _cut(self, prompt: str) -> int:
+        """Where the prompt's last special token or last word begins; 0 where it may not be parted."""
+        return max(_last_of(self._parting, prompt), last_word(prompt) if self._at_words else 0)
+
+    def _front(self) -> Ids | None:
+        """What the tokenizer puts before every text; None where it puts something behind it."""
+        (bare,), (whole,) = (self.encode(["a"], add_special_tokens=added) for added in (False, True))
+        return whole[: len(whole) - len(bare)] if bare and whole[-len(bare) :] == bare else None
+
+    def _encode_whole(self, groups: Sequence[Sequence[str]], add_special_tokens: bool) -> list[list[Ids]]:
+        texts = list(dict.fromkeys(text for group in groups for text in group))
+        ids = dict(zip(texts, self.encode(texts, add_special_tokens=add_special_tokens), strict=True))
+        return [[ids[text] for text in group] for group in groups]
 
     def offsets(self, text: str) -> list[tuple[int, int]] | None:
         """Where each token of a text begins and ends; None where the tokenizer does not tell."""

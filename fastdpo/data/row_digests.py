@@ -37,19 +37,28 @@ def row_digests(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS) -> n
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, ROW_DIGEST_BYTES)
 
 
-def part_hashes(dataset: Dataset) -> np.ndarray:
-    """int64 [rows, 3]: a hash each of prompt, chosen and rejected, with their masks; the same within this process."""
-    found = []
+def pair_hashes(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [rows] twice: a hash of each pair, and of the pair the other way round; the same within this process.
+
+    Equal ids, with their masks, have equal hashes: what says a row again has its hash, and what says the opposite has
+    the other.
+    """
+    found, turned = np.empty(len(dataset), np.int64), np.empty(len(dataset), np.int64)
     masks = [name if name in dataset.column_names else None for name in (None, *MASK_COLUMNS)]
     columns = [*TOKEN_COLUMNS, *filter(None, masks)]
+    first = 0
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         hashes = []
         for name, mask in zip(TOKEN_COLUMNS, masks, strict=True):
             parts = _pieces(table.column(name))
             marks = _pieces(table.column(mask)) if mask else None
             hashes.append([hash(part) for part in (parts if marks is None else zip(parts, marks, strict=True))])
-        found.append(np.array(hashes, np.int64).T)
-    return np.concatenate(found) if found else np.zeros((0, len(TOKEN_COLUMNS)), np.int64)
+        rows = slice(first, first + table.num_rows)
+        found[rows] = [hash(pair) for pair in zip(*hashes, strict=True)]
+        prompt, chosen, rejected = hashes
+        turned[rows] = [hash(pair) for pair in zip(prompt, rejected, chosen, strict=True)]
+        first += table.num_rows
+    return found, turned
 
 
 def _pieces(column: pa.ChunkedArray) -> list[bytes]:

@@ -158,8 +158,13 @@ def _split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
+def _without_blank(value: Any) -> Any:
+    """A table of text has an empty cell where a row has nothing."""
+    return None if isinstance(value, str) and not value.strip() else value
+
+
 def _tools(row: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
-    tools = row.get("tools")
+    tools = _without_blank(row.get("tools"))
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
@@ -175,7 +180,7 @@ def _tools(row: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
 
 
 def _template_kwargs(row: dict[str, Any], where: str) -> dict[str, Any]:
-    more = row.get("chat_template_kwargs")
+    more = _without_blank(row.get("chat_template_kwargs"))
     if isinstance(more, str):
         try:
             more = json.loads(more)

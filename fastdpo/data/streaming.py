@@ -12,8 +12,9 @@ import pyarrow as pa
 from datasets.table import InMemoryTable
 
 from fastdpo.data.account import strict_message
-from fastdpo.data.prepare import examine
+from fastdpo.data.preparing import examine
 from fastdpo.data.reading.exact import features_of, kind_of, to_array
+from fastdpo.data.reading.given import rows_as_pairs
 from fastdpo.data.row_digests import MASK_COLUMNS
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.terms import DataError
@@ -79,8 +80,10 @@ def _in_one_column(row: dict[str, Any]) -> dict[str, Any]:
 def _tokenize(
     batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, strict: bool, how: dict[str, Any]
 ) -> dict[str, list[Any]]:
+    chunk = chunk_of(rows_as_pairs(batch["row"]))
+    chunk.info.description = "a stream"  # whose rows are pairs by now
     with _quiet():
-        tokenised, kept, summary = examine(chunk_of(batch["row"]), tokenizer, **how)
+        tokenised, kept, summary = examine(chunk, tokenizer, **how)
     _say(summary, strict)
     kept_rows = tokenised.select(kept).remove_columns(["drop", "warn"])
     columns = {name: kept_rows[name][:] for name in kept_rows.column_names}

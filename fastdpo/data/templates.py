@@ -8,11 +8,13 @@ import re
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import jinja2
+import transformers
 from jinja2 import meta, nodes
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
+from transformers.utils import chat_template_utils
 
 from fastdpo.data.terms import DataError, type_name
 
@@ -23,6 +25,17 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 _ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"self", "kwargs"}
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _TRL_TEMPLATES = "chat_templates"
+
+
+def _compiled(source: str) -> jinja2.Template:
+    """The template in the environment that transformers renders it in, which it gives to nobody by a public name."""
+    compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
+    if compile_template is None:
+        raise ImportError(
+            f"transformers {transformers.__version__} compiles chat templates in another way than fastdpo knows; "
+            "install the transformers that fastdpo was released with, or a newer fastdpo."
+        )
+    return cast(jinja2.Template, compile_template(source))
 
 
 class ChatTemplate:
@@ -39,7 +52,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: tuple[tuple[str, str], ...], day: datetime.date) -> None:
         self.source = source
         self.marks_answers = _GENERATION.search(source) is not None
-        self.compiled = _compile_jinja_template(source)
+        self.compiled = _compiled(source)
         midnight = datetime.datetime(day.year, day.month, day.day)
         self._given = {**dict(special_tokens), "strftime_now": midnight.strftime, "documents": None}
 

@@ -139,10 +139,9 @@ class RowTokenizer:
             (text.prompt, text.prompt + chosen, text.prompt + rejected)
             for (_, text), (chosen, rejected) in zip(texts, ended, strict=True)
         ]
-        unique = list(dict.fromkeys(text for group in wholes for text in group))
-        ids = dict(zip(unique, self._encoder.encode(unique, add_special_tokens=True), strict=True))
-        for (tokens, text), group in zip(texts, wholes, strict=True):
-            _part(tokens, *self._with_one_bos(tokens, group, [ids[whole] for whole in group]))
+        ids = self._encoder.encode_groups(wholes, add_special_tokens=True)
+        for (tokens, text), group, found in zip(texts, wholes, ids, strict=True):
+            _part(tokens, *self._with_one_bos(tokens, group, found))
             if text.implicit and "prompt_shortened" in tokens.warn:
                 # Where two texts part within a word, nobody said that the prompt ends there.
                 tokens.warn.remove("prompt_shortened")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdpo.data.prepare import PreferenceCollator
+from fastdpo.data.collator import PreferenceCollator
 from fastdpo.model.head_calls import IGNORE_INDEX
 from fastdpo.model.packing import PackedRow, RowCollator, split_padded
 from fastdpo.model.scoring import Scorer

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.data.prepare import REFERENCE_COLUMNS, PreferenceCollator
+from fastdpo.data.collator import PreferenceCollator
+from fastdpo.data.terms import REFERENCE_COLUMNS
 from fastdpo.data.truncation import cut
 from fastdpo.model.segments import Segment, Segments
 

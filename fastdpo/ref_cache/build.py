@@ -26,8 +26,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastdpo.data.files import TOKEN_COLUMNS
-from fastdpo.data.prepare import REFERENCE_COLUMNS
 from fastdpo.data.row_digests import MASK_COLUMNS, row_digests, rows_fingerprint
+from fastdpo.data.terms import REFERENCE_COLUMNS
 from fastdpo.logps.out_of_memory import is_out_of_memory
 from fastdpo.ref_cache.files import RefCache, RefCacheError
 from fastdpo.ref_cache.key import CacheKey

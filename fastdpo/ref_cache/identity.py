@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastdpo.data.prepare import PreferenceCollator
+from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.templates import writes_date
 from fastdpo.ref_cache.fingerprints import (
     config_facts,

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import Trainer
 
 from fastdpo.data.files import TOKEN_COLUMNS
-from fastdpo.data.prepare import REFERENCE_COLUMNS
 from fastdpo.data.row_digests import MASK_COLUMNS
+from fastdpo.data.terms import REFERENCE_COLUMNS
 from fastdpo.model.packing import PackedRow
 from fastdpo.model.scoring import count_pairs, count_tokens, model_inputs
 

@@ -11,8 +11,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
-from fastdpo.data.prepare import TRUNCATION_MODES
 from fastdpo.data.settings import SCORES, parse_date
+from fastdpo.data.truncation import TRUNCATION_MODES
 from fastdpo.loss.objectives import F_DIVERGENCES, OBJECTIVES
 from fastdpo.loss.options import LossOptions
 from fastdpo.model.packing import PACKINGS

@@ -8,11 +8,13 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.files import TOKEN_COLUMNS
-from fastdpo.data.prepare import PreferenceCollator, prepare
+from fastdpo.data.preparing import prepare
 from fastdpo.data.streaming import columns_of_stream, prepare_stream
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.templates import read_template
+from fastdpo.data.vocabulary import check_vocabulary
 from fastdpo.model.adapters import load_tokenizer
 from fastdpo.model.language_model import language_model
 from fastdpo.trainer.config import DPOConfig
@@ -31,6 +33,7 @@ class DatasetPreparer:
         tokenizer: what the rows are tokenised with.
         args: the run's.
         needs_tokenizer: there are rows to tokenise.
+        vocab_size: how many tokens the model has embeddings for.
 
     Attributes:
         tokenizer: the one that was given or found; None where there is none, and none is needed.
@@ -41,9 +44,15 @@ class DatasetPreparer:
     """
 
     def __init__(
-        self, source: str, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig, *, needs_tokenizer: bool
+        self,
+        source: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        args: DPOConfig,
+        *,
+        needs_tokenizer: bool,
+        vocab_size: int,
     ) -> None:
-        self._source, self._args = source, args
+        self._source, self._args, self._vocab_size = source, args, vocab_size
         self.tokenizer = find_tokenizer(source, args, needed=needs_tokenizer) if tokenizer is None else tokenizer
         if self.tokenizer is not None and args.chat_template_path is not None:
             self.tokenizer.chat_template = read_template(args.chat_template_path)  # and the model is saved with it
@@ -65,6 +74,7 @@ class DatasetPreparer:
             score=args.score,
             end_token=args.end_token,
             template_date=args.template_date,
+            vocab_size=self._vocab_size,
         )
 
     def prepare(self, dataset: Dataset, name: str) -> Dataset:
@@ -78,6 +88,7 @@ class DatasetPreparer:
         if not isinstance(dataset, Dataset):
             raise TypeError(f"the {name} dataset is a {type(dataset).__name__}; it should be a datasets.Dataset")
         if is_tokenised(dataset):
+            check_vocabulary(dataset, self._vocab_size, self.tokenizer)
             return dataset
         args = self._args
         tokenizer = self._some_tokenizer()
@@ -93,6 +104,7 @@ class DatasetPreparer:
                 score=args.score,
                 end_token=args.end_token,
                 template_date=args.template_date,
+                vocab_size=self._vocab_size,
             )
         return dataset
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import DataCollator
 
-from fastdpo.data.prepare import PreferenceCollator
+from fastdpo.data.collator import PreferenceCollator
 from fastdpo.model.packing import RowCollator
 from fastdpo.model.packing_choice import choose_packing, obstacles_in
 from fastdpo.model.randomness import has_dropout

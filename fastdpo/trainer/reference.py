@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastdpo.data.prepare import REFERENCE_COLUMNS
+from fastdpo.data.terms import REFERENCE_COLUMNS
 from fastdpo.logps.wide import widened
 from fastdpo.loss.pair_losses import combine_segments
 from fastdpo.model.adapters import adapters_are_neutral

@@ -20,8 +20,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastdpo.data.prepare import REFERENCE_COLUMNS
 from fastdpo.data.summary import DataSummary
+from fastdpo.data.terms import REFERENCE_COLUMNS
 from fastdpo.model.head import FusedHead
 from fastdpo.model.language_model import language_model
 from fastdpo.model.packing_choice import Packing
@@ -143,7 +143,11 @@ class DPOTrainer(PairBatches, HubUploads, CarefulSaves, FiniteRuns, ResumableRun
         settle_checkpointing(policy, args)
         source = model if isinstance(model, str) else language_model(policy).config._name_or_path
         self._preparer = DatasetPreparer(
-            source, processing_class, args, needs_tokenizer=not is_tokenised(train_dataset)
+            source,
+            processing_class,
+            args,
+            needs_tokenizer=not is_tokenised(train_dataset),
+            vocab_size=language_model(policy).config.get_text_config().vocab_size,
         )
         tokenizer = self._preparer.tokenizer
         padded = make_collator(policy, tokenizer, args) if data_collator is None else data_collator

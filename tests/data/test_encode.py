@@ -70,7 +70,7 @@ def test_ids_are_those_of_the_whole_text(kind: str, groups: list[tuple[list[str]
 
 def test_a_tokenizer_that_looks_across_is_found_out() -> None:
     encoder = Encoder(TOKENIZERS["byte level"])
-    encoder._parting = ["e"]  # where no text may be parted
+    encoder._parting, encoder._at_words = ["e"], False  # where no text may be parted
     groups = [["The sky over the harbour", "The sky over the harbour turned"]] * 3
     expected = [[*TOKENIZERS["byte level"](group)["input_ids"]] for group in groups]
     assert encoder.encode_groups(groups) == expected

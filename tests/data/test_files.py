@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import io
 import json
-import lzma
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from families import family_template, tokenizer_with
+from file_writers import JSON_FILES, MESSAGE_WRITERS, said, write_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_data import assistant, chat_rows, make_tokenizer, text_rows, user, write_jsonl
@@ -101,43 +98,12 @@ TEXT_ROWS = st.lists(
 )
 
 
-def as_lines(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-JSON_FILES: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
-    "pairs.jsonl": as_lines,
-    "escaped.jsonl": lambda rows: "\n".join(map(json.dumps, rows)).encode(),
-    "pairs.json": lambda rows: json.dumps(rows, indent=1).encode(),
-    "pairs.jsonl.gz": lambda rows: gzip.compress(as_lines(rows)),
-    "pairs.ndjson.bz2": lambda rows: bz2.compress(as_lines(rows)),
-    "pairs.json.xz": lambda rows: lzma.compress(json.dumps(rows).encode()),
-    "pairs.jsonl.zst": lambda rows: pa.compress(as_lines(rows), codec="zstd", asbytes=True),
-}
-
-
 @settings(max_examples=60)
 @given(rows=TEXT_ROWS | chats(nulls=True), name=st.sampled_from(list(JSON_FILES)))
 def test_json_comes_back_as_it_was_written(rows: list[dict[str, Any]], name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / name).write_bytes(JSON_FILES[name](rows))
         assert exact(rows_of(Path(folder) / name)) == exact(rows)
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    if path.suffix == ".parquet":
-        pq.write_table(table, path)
-    else:
-        make = pa.ipc.new_stream if "stream" in path.name else pa.ipc.new_file
-        with make(str(path), table.schema) as writer:
-            writer.write_table(table, max_chunksize=2)
-
-
-def said(value: Any) -> Any:
-    """By hand: without what structs fill in."""
-    if isinstance(value, dict):
-        return {key: said(item) for key, item in value.items() if item is not None}
-    return [said(item) for item in value] if isinstance(value, list) else value
 
 
 @settings(max_examples=60)
@@ -327,18 +293,6 @@ def test_what_no_message_can_hold_is_refused(tmp_path: Path) -> None:
         load_preferences(str(tmp_path / "a.parquet"))
 
 
-def numpy_text(messages: list[dict[str, Any]]) -> str:
-    return str(np.array([*messages, None], dtype=object)[:-1])
-
-
-MESSAGE_WRITERS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
-    "json": json.dumps,
-    "python": repr,
-    "numpy": numpy_text,
-    "numpy repr": lambda messages: repr(np.array([*messages, None], dtype=object)[:-1]),
-}
-
-
 @pytest.mark.parametrize("writer", MESSAGE_WRITERS)
 def test_messages_in_cells_are_read_as_messages(writer: str, tmp_path: Path) -> None:
     write = MESSAGE_WRITERS[writer]
@@ -355,6 +309,20 @@ def test_messages_in_cells_are_read_as_messages(writer: str, tmp_path: Path) -> 
         out.writerow(["prompt", "chosen", "rejected", "note"])
         out.writerows([*(write(row[name]) for name in ("prompt", "chosen", "rejected")), "[1, 2]"] for row in rows)
     assert rows_of(tmp_path / "a.csv") == [row | {"note": "[1, 2]"} for row in rows]
+
+
+def test_an_empty_cell_of_tools_or_of_template_kwargs_says_nothing(tmp_path: Path) -> None:
+    tools = json.dumps([{"type": "function", "function": {"name": "look"}}])
+    cells = [["prompt", "chosen", "rejected", "tools", "chat_template_kwargs"]]
+    chat = [json.dumps([user("Look?")]), json.dumps([assistant("Yes.")]), json.dumps([assistant("No.")])]
+    cells += [[*chat, tools, '{"thinking": false}'], [*chat, "", " "]]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(cells)
+    tokenizer = make_tokenizer()
+    found, _ = prepare(load_preferences(str(tmp_path / "a.csv")), tokenizer)
+    texts = [tokenizer.decode(ids) for ids in found["prompt_ids"]]
+    asked = "<|user|>Look?<|end|><|assistant|>"
+    assert texts == [f"<|system|>tools: {tools}<|end|>{asked}", asked]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,12 @@ def test_the_day_is_the_one_that_is_given() -> None:
     assert not writes_date(None)
 
 
+def test_a_transformers_that_compiles_templates_otherwise_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("transformers.utils.chat_template_utils._compile_jinja_template")
+    with pytest.raises(ImportError, match=r"transformers \d.* compiles chat templates in another way"):
+        template_of(tokenizer_with("seen nowhere else"), None, DAY)
+
+
 def test_a_template_under_several_names() -> None:
     tokenizer = tokenizer_with(family_template("chatml"))
     tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")

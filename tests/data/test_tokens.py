@@ -16,8 +16,8 @@ from random_rows import TOOLS, chat_rows
 from row_check import DAY, SIDES, check, scored_text, tokenize
 from toy_data import assistant, make_tokenizer, user
 
+from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.files import DataError
-from fastdpo.data.prepare import PreferenceCollator
 from fastdpo.model.packing import cut_pair, pack
 
 TEMPLATES = {name: family_template(name) for name in FAMILIES} | trl_templates()

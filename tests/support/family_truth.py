@@ -12,7 +12,7 @@ from tiny_families import VOCABULARY
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastdpo.data.prepare import PreferenceCollator
+from fastdpo.data.collator import PreferenceCollator
 from fastdpo.model.attention import RowAttention
 from fastdpo.model.packing import RowCollator
 from fastdpo.model.scoring import Scorer, score_row

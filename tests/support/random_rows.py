@@ -58,11 +58,22 @@ class _Row:
         return {"id": "call00001", "type": "function", "function": {"name": "get_weather", "arguments": given}}
 
 
+KINDS = ("answer", "answer", "call", "reasoned", "thought", "agent", "turns")
+
+
 @st.composite
-def chat_rows(draw: Any) -> dict[str, Any]:
+def chat_rows(draw: Any, parts: bool | None = None, as_text: bool | None = None, kinds: Any = KINDS) -> dict[str, Any]:
+    """Rows of message lists.
+
+    Args:
+        parts: whether contents are parts; None for either.
+        as_text: whether arguments of calls are JSON text; None for either.
+        kinds: of answers, of ``KINDS``.
+    """
     row = _Row(draw)
-    parts, as_text = draw(st.booleans()), draw(st.booleans())
-    kinds = st.sampled_from(["answer", "answer", "call", "reasoned", "thought", "agent", "turns"])
+    parts = draw(st.booleans()) if parts is None else parts
+    as_text = draw(st.booleans()) if as_text is None else as_text
+    kinds = st.sampled_from(kinds)
 
     def answer(**more: Any) -> dict[str, Any]:
         return {"role": "assistant", "content": row.content("A", parts), **more}
@@ -91,3 +102,18 @@ def chat_rows(draw: Any) -> dict[str, Any]:
         prompt = [{"role": "system", "content": row.content("S", parts)}, *prompt]
     found = {"prompt": prompt, "chosen": side(draw(kinds)), "rejected": side(draw(kinds))}
     return found | ({"tools": TOOLS} if draw(st.booleans()) else {})
+
+
+@st.composite
+def text_rows(draw: Any) -> dict[str, Any]:
+    """Rows of strings, which may begin with spaces and end in anything."""
+    row = _Row(draw)
+    prompt = row.text("U") + draw(st.sampled_from(["", "\n", ": "]))
+    spaces = st.sampled_from(["", " ", "\n\n"])
+    return {"prompt": prompt, **{side: draw(spaces) + row.text("A") for side in ("chosen", "rejected")}}
+
+
+def in_answers(row: dict[str, Any]) -> dict[str, Any]:
+    """The same row with the prompt at the beginning of both answers, and in no column of its own."""
+    rest = {name: value for name, value in row.items() if name != "prompt"}
+    return rest | {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}

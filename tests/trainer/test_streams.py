@@ -14,6 +14,7 @@ from trainer_runs import make_trainer
 from fastdpo.data import load_preferences, stream_preferences
 from fastdpo.report.recorder import SnapshotSize
 from fastdpo.report.snapshot_taker import SnapshotTaker
+from fastdpo.trainer.config import DPOConfig
 
 pytestmark = pytest.mark.usefixtures("quiet_and_uncached", "one_thread")
 TOKENIZER = make_tokenizer()
@@ -58,6 +59,12 @@ def test_the_report_looks_at_the_first_pairs_of_a_stream(path: Path, tmp_path: P
     trainer = make_trainer(tmp_path, TOKENIZER, train_dataset=stream_preferences(str(path)), max_steps=1)
     shot = SnapshotTaker(trainer, SnapshotSize(pairs=4, samples=2, max_new_tokens=2)).take()
     assert "first pairs of the training stream" in shot.rows_of and len(shot.margins) == 4
+
+
+def test_a_stream_is_refused_on_several_processes(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DPOConfig, "world_size", 2)
+    with pytest.raises(NotImplementedError, match="a stream, which is not supported on 2 processes"):
+        make_trainer(tmp_path, TOKENIZER, train_dataset=stream_preferences(str(path)))
 
 
 @pytest.mark.parametrize(

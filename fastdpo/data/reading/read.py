@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
@@ -12,6 +13,7 @@ from fastdpo.data.formats.convert import convert, read_as
 from fastdpo.data.formats.messages import split_at_shared
 from fastdpo.data.formats.registry import definition_of
 from fastdpo.data.reading.opening import DataFile
+from fastdpo.data.reading.origins import origins_of, remember
 from fastdpo.data.reading.rows import rows_of
 from fastdpo.data.reading.store import Facts, digest_of, key_of, stored
 from fastdpo.data.reading.table_rows import dataset_rows, fills_in_nulls
@@ -47,15 +49,27 @@ def read_files(files: Sequence[DataFile], how: How) -> datasets.Dataset:
             digests.append([digest_of(file), file.format])
     dataset, facts = stored(key_of("files", digests, how.key()), lambda facts: rows_of_files(files, how, facts))
     dataset.info.description = read_as(facts, [file.name for file in files])
+    remember(dataset, [(file.name, partial(_pairs_of, file, files, how)) for file in files])
     return dataset
 
 
 def rows_of_files(files: Sequence[DataFile], how: How, facts: Facts) -> Iterator[dict[str, Any]]:
     """The pairs of files, one after another."""
-    mixed = len(files) > 1 and len({_has_prompt(file, how) for file in files} - {None}) > 1
+    mixed = _are_mixed(files, how)
     for file in files:
         rows = file_rows(file, how, facts)
         yield from with_prompts(rows, file.name) if mixed else rows
+
+
+def _pairs_of(file: DataFile, files: Sequence[DataFile], how: How) -> Iterator[dict[str, Any]]:
+    """Those of one of the files, as they are where all are one after another."""
+    rows = file_rows(file, how, [])
+    return with_prompts(rows, file.name) if _are_mixed(files, how) else rows
+
+
+def _are_mixed(files: Sequence[DataFile], how: How) -> bool:
+    """Whether the pairs of some files have a prompt of their own, and those of others begin with it."""
+    return len(files) > 1 and len({_has_prompt(file, how) for file in files} - {None}) > 1
 
 
 def _has_prompt(file: DataFile, how: How) -> bool | None:
@@ -133,5 +147,6 @@ def unite(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
                 yield from with_prompts(rows, part.info.description or "a dataset") if mixed else rows
 
         united, _ = stored(key_of("union", [part._fingerprint for part in parts]), read)
+        remember(united, [origin for part in parts for origin in origins_of(part)])
     united.info.description = described
     return united

@@ -1,8 +1,7 @@
-"""Preference rows → token ids, checked, and accounted for; token ids → batches.
+"""Preference rows → token ids, checked, and accounted for.
 
-``prepare`` tokenises a dataset once, ``PreferenceCollator`` cuts, pads and stacks. Formats are TRL's: an explicit
-prompt (``prompt``, ``chosen``, ``rejected``) or an implicit one (``chosen`` and ``rejected`` share a beginning), as
-strings or as message lists.
+Rows have TRL's columns: an explicit prompt (``prompt``, ``chosen``, ``rejected``) or an implicit one (``chosen`` and
+``rejected`` share a beginning), as strings or as message lists.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
 import pyarrow.compute as pc
-import torch
 
 from fastdpo.data.account import account, nothing_left_message, strict_message
 from fastdpo.data.columns import check_columns
+from fastdpo.data.reading.given import as_pairs
+from fastdpo.data.reading.origins import naming_files
 from fastdpo.data.reading.read import as_said
 from fastdpo.data.reasons import WARN_EXPLANATIONS
 from fastdpo.data.row_digests import MASK_COLUMNS
@@ -30,14 +29,13 @@ from fastdpo.data.summary import DataSummary
 from fastdpo.data.templates import writes_date
 from fastdpo.data.terms import REFERENCE_COLUMNS, TOKEN_COLUMNS, USED_COLUMNS, DataError
 from fastdpo.data.tokens import RowTokenizer
-from fastdpo.data.truncation import TRUNCATION_MODES, check_truncation, cut
+from fastdpo.data.truncation import check_truncation
+from fastdpo.data.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["REFERENCE_COLUMNS", "TRUNCATION_MODES", "PreferenceCollator", "examine", "prepare"]
 
 BATCH = 1000  # rows tokenised at a time
 
@@ -54,6 +52,7 @@ def prepare(
     score: str = "assistant",
     end_token: str | None = None,
     template_date: str | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[datasets.Dataset, DataSummary]:
     """Tokenise preference rows once, drop those that cannot teach anything, and account for all of them.
 
@@ -67,7 +66,8 @@ def prepare(
     that cut are dropped here, so no batch has an empty completion.
 
     Args:
-        dataset: rows with ``chosen``, ``rejected`` and, unless these two begin with it, ``prompt``.
+        dataset: rows with ``chosen``, ``rejected`` and, unless these two begin with it, ``prompt``; or of any format
+            that is known, which its first rows tell.
         tokenizer: with a chat template if the rows are message lists, with an EOS token if they are strings.
         max_length: most tokens of prompt + completion; None for no limit.
         truncation_mode: ``keep_start`` drops the end of what is too long, ``keep_end`` the beginning.
@@ -78,6 +78,7 @@ def prepare(
             the ``last`` one. What lies between them is never scored.
         end_token: a special token to append to answers after which the chat template writes none.
         template_date: what a chat template takes for today, as ``2026-03-01``; by default it is today.
+        vocab_size: how many tokens the model has embeddings for; by default that is not checked.
 
     Returns:
         A dataset with ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (lists of int), and the columns
@@ -85,8 +86,8 @@ def prepare(
         count, also ``chosen_mask`` and ``rejected_mask`` (lists of 0 and 1, empty where all count); and the summary.
 
     Raises:
-        DataError: columns are missing or of the wrong type, a row is malformed, the chat template refuses one, no row
-            is left, or, with ``strict``, any is dropped or doubtful.
+        DataError: columns are missing or of the wrong type, a row is malformed, the chat template refuses one, a token
+            is beyond ``vocab_size``, no row is left, or, with ``strict``, any is dropped or doubtful.
         ValueError: ``max_length``, ``truncation_mode``, ``score``, ``end_token`` or ``template_date`` is not valid.
         TypeError: ``dataset`` is not a ``datasets.Dataset``.
     """
@@ -100,6 +101,7 @@ def prepare(
         score=score,
         end_token=end_token,
         template_date=template_date,
+        vocab_size=vocab_size,
     )
     if not len(kept):
         raise DataError(nothing_left_message(summary))
@@ -129,6 +131,7 @@ def examine(
     score: str = "assistant",
     end_token: str | None = None,
     template_date: str | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[datasets.Dataset, np.ndarray, DataSummary]:
     """What :func:`prepare` does, with the rows that it drops still there.
 
@@ -148,31 +151,33 @@ def examine(
         )
     if len(dataset) == 0:
         raise DataError("The dataset has no rows.")
+    dataset = as_said(as_pairs(dataset))
     check_columns(dataset)
-    dataset = as_said(dataset)
     preparation = _preparation(tokenizer, score, end_token, template_date)
 
     carried = [name for name in REFERENCE_COLUMNS if name in dataset.column_names]
     lists = dict.fromkeys((*TOKEN_COLUMNS, *MASK_COLUMNS), datasets.List(datasets.Value("int32")))
-    tokenised = dataset.map(
-        _tokenize_batch,
-        batched=True,
-        batch_size=BATCH,
-        with_indices=True,
-        fn_kwargs={
-            "tokenizer": tokenizer,
-            "preparation": preparation,
-            "implicit": "prompt" not in dataset.column_names,
-        },
-        remove_columns=[name for name in dataset.column_names if name not in carried],
-        features=datasets.Features(
-            {name: dataset.features[name] for name in carried}
-            | lists
-            | {"drop": datasets.Value("string"), "warn": datasets.List(datasets.Value("string"))}
-        ),
-        num_proc=num_proc,
-        desc="Tokenizing preference pairs",
-    )
+    with naming_files(dataset):
+        tokenised = dataset.map(
+            _tokenize_batch,
+            batched=True,
+            batch_size=BATCH,
+            with_indices=True,
+            fn_kwargs={
+                "tokenizer": tokenizer,
+                "preparation": preparation,
+                "implicit": "prompt" not in dataset.column_names,
+            },
+            remove_columns=[name for name in dataset.column_names if name not in carried],
+            features=datasets.Features(
+                {name: dataset.features[name] for name in carried}
+                | lists
+                | {"drop": datasets.Value("string"), "warn": datasets.List(datasets.Value("string"))}
+            ),
+            num_proc=num_proc,
+            desc="Tokenizing preference pairs",
+        )
+        check_vocabulary(tokenised, vocab_size, tokenizer)
     masks = [tokenised.data.column(name) for name in MASK_COLUMNS]
     if not any(pc.sum(pc.list_value_length(column)).as_py() for column in masks):
         tokenised = tokenised.remove_columns(list(MASK_COLUMNS))
@@ -240,69 +245,3 @@ def _row_tokenizer(tokenizer: PreTrainedTokenizerBase, preparation: Preparation,
     if not _row_tokenizers or _row_tokenizers[0][0] != key:
         _row_tokenizers[:] = [(key, RowTokenizer(tokenizer, preparation, implicit))]
     return _row_tokenizers[0][1]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Batches
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class PreferenceCollator:
-    """Rows of ``prepare`` → a padded batch; the one place where sequences are cut.
-
-    Called with a list of B rows, it returns a dict of tensors, chosen rows first, then rejected, padded on the right:
-
-    - ``input_ids``, ``attention_mask``, ``completion_mask``: int64 [2B, T]. ``completion_mask`` is 1 on the tokens of
-      the completion, and 0 on prompt and padding.
-    - ``ref_chosen_logps``, ``ref_rejected_logps``: float64 [B], when the rows have them.
-
-    Args:
-        pad_token_id: what to pad ``input_ids`` with.
-        max_length: most tokens of prompt + completion; None for no limit.
-        truncation_mode: ``keep_start`` drops the end of what is too long, ``keep_end`` the beginning.
-        pad_to_multiple_of: T is rounded up to a multiple of this.
-
-    Raises:
-        ValueError: ``max_length`` or ``truncation_mode`` is not valid; or, when called, a row has no completion token
-            left (``prepare`` with the same ``max_length`` drops such rows).
-    """
-
-    pad_token_id: int
-    max_length: int | None = None
-    truncation_mode: str = "keep_start"
-    pad_to_multiple_of: int | None = None
-
-    def __post_init__(self) -> None:
-        check_truncation(self.max_length, self.truncation_mode)
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        sequences = [
-            cut(row["prompt_ids"], row[f"{side}_ids"], self.max_length, self.truncation_mode, row.get(f"{side}_mask"))
-            for side in ("chosen", "rejected")
-            for row in rows
-        ]
-        for ids, mask in sequences:
-            if not any(mask):
-                raise ValueError(
-                    f"A row of {len(ids)} tokens has no completion left within max_length={self.max_length}. "
-                    "Pass the rows through fastdpo.data.prepare with the same max_length: it drops and counts them."
-                )
-        batch = {
-            "input_ids": self._stack([ids for ids, _ in sequences], self.pad_token_id),
-            "attention_mask": self._stack([[1] * len(ids) for ids, _ in sequences], 0),
-            "completion_mask": self._stack([mask for _, mask in sequences], 0),
-        }
-        for name in REFERENCE_COLUMNS:
-            if name in rows[0]:
-                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float64)
-        return batch
-
-    def _stack(self, lists: list[list[int]], padding: int) -> torch.Tensor:
-        width = max(map(len, lists))
-        if self.pad_to_multiple_of:
-            width += -width % self.pad_to_multiple_of
-        out = torch.full((len(lists), width), padding, dtype=torch.int64)
-        for row, values in zip(out, lists, strict=True):
-            row[: len(values)] = torch.tensor(values, dtype=torch.int64)
-        return out
