@@ -105,7 +105,11 @@ BackwardResult token_logps_backward(const at::Tensor& grad_logps, const at::Tens
     at::Tensor grad_hidden = at::empty({need_hidden ? hidden.size(0) : 0, hidden.size(1)}, options);
     at::Tensor grad_weight = at::empty({return_weight ? weight.size(0) : 0, hidden.size(1)}, options);
     at::Tensor grad_bias = at::empty({return_bias ? weight.size(0) : 0}, bias_options);
-    if (need_hidden) at::mul_out(grad_hidden, direction, grad_logps.unsqueeze(1));
+    if (need_hidden) {
+      // An ignored row's direction is zero, and zero times what its gradient holds could be NaN.
+      const at::Tensor of_rows = grad_logps.masked_fill(targets.eq(ignore_index), 0);
+      at::mul_out(grad_hidden, direction, of_rows.unsqueeze(1));
+    }
     if (need_weight || need_bias) {
       prefer_huge_pages(grad_weight);
       Gradients gradients;

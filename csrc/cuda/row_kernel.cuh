@@ -31,7 +31,7 @@ struct RowTraits {
   // Three blocks of 256 threads leave 80 registers a thread (float64: two blocks, 128), which is enough to spill none,
   // and keep 3 x 256 x 64 bytes of loads in flight a multiprocessor, where 16 KiB already cover the memory's latency.
   static constexpr int kLeastBlocks = sizeof(C) == 8 ? 2 : 3;
-  static_assert(kThreads % kWarpSize == 0 && kUnroll >= 1);
+  static_assert(kThreads % kWarpSize == 0 && kUnroll >= 1 && 2 * (kPack - 1) <= kThreads);
 };
 
 // A block's view of the work. Rows are scored rows in their compact order, `row` from 0 in the present token block.
@@ -114,6 +114,24 @@ __device__ __forceinline__ ChunkSums<C> sum_over_block(ChunkSums<C> mine) {
   return total;
 }
 
+// The largest of the threads' numbers, in every thread; a comparison drops a NaN.
+template <typename Traits, typename C>
+__device__ __forceinline__ C max_over_block(C mine) {
+  __shared__ C of_warp[Traits::kWarps];
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    const C other = __shfl_xor_sync(kAllLanes, mine, distance);
+    mine = other > mine ? other : mine;
+  }
+  __syncthreads();  // nobody is still reading what an earlier call has put into of_warp
+  if (threadIdx.x % kWarpSize == 0) of_warp[threadIdx.x / kWarpSize] = mine;
+  __syncthreads();  // all warps' are in of_warp before anybody reads them
+  C largest = of_warp[0];
+#pragma unroll
+  for (int warp = 1; warp < Traits::kWarps; ++warp) largest = of_warp[warp] > largest ? of_warp[warp] : largest;
+  return largest;
+}
+
 template <typename O, typename C>
 __device__ __forceinline__ O as_operand(C x, bool tensor_float32) {
   if constexpr (std::is_same_v<O, float>) {
@@ -188,8 +206,10 @@ struct RowVisitor {
       }
     }
 
+    // Fewer than a pack on either side, so a thread has one at most.
     const int in_packs = packs * Traits::kPack;
-    for (int single = static_cast<int>(threadIdx.x); single < columns - in_packs; single += Traits::kThreads) {
+    const int single = static_cast<int>(threadIdx.x);
+    if (single < columns - in_packs) {
       const int column = single < head ? single : single + in_packs;
       const O value = entry(logits[column], column, exponent, sums);
       if constexpr (Traits::kWrites) operand[column] = value;

@@ -67,8 +67,8 @@ struct TiledRow {
 
   // An exponent that suits all tiles: the largest logit of those that are out of range, or what bounds the others'.
   __device__ __forceinline__ float suitable_exponent(float exponent) const {
-    ChunkSums<float> found = ChunkSums<float>::empty();
-    auto consider = [&](float logit) { found.max_logit = logit > found.max_logit ? logit : found.max_logit; };
+    float largest = -std::numeric_limits<float>::infinity();
+    auto consider = [&](float logit) { largest = logit > largest ? logit : largest; };
     for (int tile = 0; tile < tiles.tiles; ++tile) {
       const float sum = tile_sum(tile);
       if (in_range<kExtras>(sum)) {
@@ -77,7 +77,7 @@ struct TiledRow {
         each_logit(tile, [&](int, float logit) { consider(logit); });
       }
     }
-    return sum_over_block<Traits>(found).max_logit;
+    return max_over_block<Traits>(largest);
   }
 
   // This thread's share of the chunk's sums, relative to the exponent that the tiles were made with. `max_logit` is
@@ -101,12 +101,12 @@ struct TiledRow {
 
   // The chunk's largest logit, in every thread; -inf where the chunk holds the target alone.
   __device__ __forceinline__ float largest_logit() const {
-    ChunkSums<float> found = ChunkSums<float>::empty();
+    float largest = -std::numeric_limits<float>::infinity();
     for (int tile = static_cast<int>(threadIdx.x); tile < tiles.tiles; tile += Traits::kThreads) {
-      const float largest = tile_sum(tile, kTileLargest);
-      found.max_logit = largest > found.max_logit ? largest : found.max_logit;
+      const float of_tile = tile_sum(tile, kTileLargest);
+      largest = of_tile > largest ? of_tile : largest;
     }
-    return sum_over_block<Traits>(found).max_logit;
+    return max_over_block<Traits>(largest);
   }
 
   // The chunk's sums relative to another exponent, and the operand likewise: tiles in range shrink, the others are

@@ -304,7 +304,7 @@ def test_values_that_are_not_finite_stay_in_their_row(
     bad = int(case.scored.nonzero()[4])
     ignored = int((~case.scored).nonzero()[2])
     healthy = call(ops, case, num_scored=-1, retained_rows=retained_rows)
-    case.hidden[ignored] = value
+    case.hidden[ignored] = case.grad_logps[ignored] = value
     configure(ops, capturing=capturing)
     with_ignored = call(ops, case, num_scored=-1, retained_rows=retained_rows)
     for a, b in zip(healthy.tensors(), with_ignored.tensors(), strict=True):

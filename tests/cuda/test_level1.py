@@ -380,7 +380,7 @@ def test_values_that_are_not_finite_stay_in_their_row(
     bad = int(case.scored.nonzero()[4])
     ignored = int((~case.scored).nonzero()[2])
     healthy = plain(ops, case, num_scored=-1, retained_rows=retained_rows)
-    case.hidden[ignored] = value
+    case.hidden[ignored] = case.grad_logps[ignored] = value
     configure(ops, chunk=48, capturing=capturing)
     with_ignored = plain(ops, case, num_scored=-1, retained_rows=retained_rows)
     for a, b in zip(healthy.tensors(), with_ignored.tensors(), strict=True):

@@ -330,6 +330,7 @@ def test_where_the_host_does_not_look(capturing: bool) -> None:
     case = random_case(1, 40, 12, 61, torch.bfloat16, bias=torch.float32)
     case.hidden[~case.scored] = float("nan")
     clean = Case(case.hidden.nan_to_num(), case.weight, case.targets, case.bias, grad_logps=case.grad_logps)
+    case.grad_logps = case.grad_logps.masked_fill(~case.scored, float("inf"))
     for num_scored in (None, -1):
         with cut(16, 24), on_an_accelerator(capturing=capturing):
             results = call(OPS, case, num_scored=num_scored, retained_rows=33)

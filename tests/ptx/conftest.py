@@ -53,7 +53,7 @@ def level0(level0_library: Any, level0_kernels: dict[str, ops.Compiled], machine
 def level1_kernels(folder: Path, level0_kernels: dict[str, ops.Compiled]) -> dict[str, ops.Compiled]:
     if ops.cutlass() is None:
         pytest.skip("no CUTLASS here (pip install --no-deps nvidia-cutlass==4.2.0.0): Level 1's kernels are not run")
-    return {name: ops.level1_source(name, folder) for name in ops.level1_names()}
+    return ops.level1(folder)
 
 
 @pytest.fixture(scope="module")

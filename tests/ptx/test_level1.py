@@ -1,7 +1,7 @@
 """Level 1 whole: Hopper's kernels (TMA, wgmma, mbarriers, clusters) and their call, run from nvcc's PTX.
 
-Needs CUTLASS; the first run compiles five kernels, half a minute and 3.6 GB each. A small set runs with every test run,
-the rest with --run-slow.
+Needs CUTLASS; the first run compiles five kernels, which takes a minute of a processor's time. A small set runs with
+every test run, the rest with --run-slow.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,8 +54,23 @@ def _host() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
+def included(source: Path, directories: Sequence[Path] = ()) -> set[Path]:
+    """Our own headers that a source includes, and those that they do."""
+    found: set[Path] = set()
+    unread = [source]
+    while unread:
+        file = unread.pop()
+        for name in re.findall(r'^#include "([^"]+)"', file.read_text(), re.MULTILINE):
+            candidates = [(directory / name).resolve() for directory in (file.parent, *directories)]
+            header = next((c for c in candidates if c.is_file()), None)
+            if header is not None and header not in found:
+                found.add(header)
+                unread.append(header)
+    return found
+
+
 def compile_all(
-    sources: Sequence[Path], headers: Sequence[Path], flags_of: Callable[[Path], Sequence[str]], folder: Path
+    sources: Sequence[Path], flags_of: Callable[[Path], Sequence[str]], folder: Path, directories: Sequence[Path] = ()
 ) -> list[Path]:
     """Objects of C++ sources, two at a time."""
     compiler = os.environ.get("CXX", "g++")
@@ -64,7 +80,7 @@ def compile_all(
             run([compiler, *flags_of(source), "-c", source, "-o", target])
 
         name = f"{source.parent.name}_{source.stem}.o"
-        return cached(folder, name, [source, *headers], [compiler, *flags_of(source)], make)
+        return cached(folder, name, [source, *included(source, directories)], [compiler, *flags_of(source)], make)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(one, sources))
@@ -83,5 +99,5 @@ def machine(folder: Path) -> Path:
         # directed.cpp computes in other rounding modes.
         return [*FLAGS, "-frounding-math"] if source.stem == "directed" else FLAGS
 
-    objects = compile_all(sorted(MACHINE.glob("*.cpp")), sorted(MACHINE.glob("*.h")), flags_of, folder)
+    objects = compile_all(sorted(MACHINE.glob("*.cpp")), flags_of, folder)
     return link("libptxmachine.so", objects, [], folder)

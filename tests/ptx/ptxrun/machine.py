@@ -26,11 +26,13 @@ class Options:
     """How kernels are run.
 
     ``random``: groups of lanes of random warps, blocks in random order, from ``seed``; else the lowest program counter
-    first. ``late``: asynchronous operations take effect as late as the waits for them allow. ``perturb``: .approx
-    instructions err by what PTX allows. ``most_instructions`` of a launch, 0 for no limit.
+    first. ``uneven``: at random, but a cluster's blocks run ahead of each other as far as they can. ``late``:
+    asynchronous operations take effect as late as the waits for them allow. ``perturb``: .approx instructions err by
+    what PTX allows. ``most_instructions`` of a launch, 0 for no limit.
     """
 
     random: bool = False
+    uneven: bool = False
     late: bool = False
     perturb: bool = False
     races: bool = True
@@ -103,6 +105,7 @@ class Machine:
         o = options or Options()
         self.library.ptx_options(
             int(o.random),
+            int(o.uneven),
             int(o.late),
             int(o.perturb),
             int(o.races),
@@ -142,6 +145,7 @@ class Machine:
         *,
         grid: int = 1,
         block: int = 32,
+        cluster: int = 1,
         dynamic_shared: int = 0,
         unknown: tuple[int, ...] = (),
     ) -> None:
@@ -163,7 +167,7 @@ class Machine:
                 values.append(np.array(address, np.uint64))
             else:
                 values.append(np.asarray(argument))
-        sizes = (ctypes.c_uint32 * 9)(grid, 1, 1, block, 1, 1, 1, 1, 1)
+        sizes = (ctypes.c_uint32 * 9)(grid, 1, 1, block, 1, 1, cluster, 1, 1)
         pointers = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
         self.library.ptx_clear_fault()
         failed = self.library.ptx_launch(name.encode(), sizes, ctypes.c_uint64(dynamic_shared), pointers)

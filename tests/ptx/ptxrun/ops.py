@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +44,12 @@ def toolkit() -> Path:
 
 @functools.cache
 def cutlass() -> Path | None:
-    """CUTLASS's headers, as setup.py finds them."""
+    """CUTLASS's headers, of the installed package as for setup.py, or where `make test` has put them."""
     package = importlib.util.find_spec("cutlass_library")
-    headers = Path(package.origin).parent / "source/include" if package is not None and package.origin else None
-    return headers if headers is not None and (headers / "cutlass/cutlass.h").is_file() else None
+    folders = [Path(package.origin).parent] if package is not None and package.origin else []
+    folders.append(Path(sys.prefix) / "headers" / "cutlass_library")
+    headers = (folder / "source" / "include" for folder in folders)
+    return next((h for h in headers if (h / "cutlass" / "cutlass.h").is_file()), None)
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,18 @@ class Compiled:
     ptx: dict[str, Path]  # architecture -> file
 
 
-def compile_cu(source: Path, folder: Path, archs: tuple[str, ...] = ARCHS, flags: tuple[str, ...] = ()) -> Compiled:
+def compile_cu(
+    source: Path, folder: Path, archs: tuple[str, ...] = ARCHS, cutlass_headers: Path | None = None
+) -> Compiled:
     """The flags are setup.py's; the object embeds PTX, which nobody reads, in place of machine code."""
     gencode = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs]
-    command = [nvcc(), "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", *flags, *gencode]
-    headers = [*CUDA.glob("*.h"), *CUDA.glob("*.cuh"), *CUDA.glob("hopper/*.cuh"), CUDA.parent / "fastdpo.h"]
+    command = [nvcc(), "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", *gencode]
+    headers = build.included(source)
     settings = [build.run([nvcc(), "--version"]), *command]
+    if cutlass_headers is not None:
+        # Which headers they are says their version; where they lie does not matter.
+        headers.add(cutlass_headers / "cutlass" / "version.h")
+        command += ["-DNDEBUG", "-isystem", cutlass_headers]
 
     def make(target: Path) -> None:
         """One pass, whose intermediate files are kept: the PTX is the object's own."""
@@ -85,41 +94,36 @@ def level0(folder: Path) -> dict[str, Compiled]:
     return {source.stem: compile_cu(source, folder) for source in sorted(CUDA.glob("*.cu"))}
 
 
-def level1_source(name: str, folder: Path) -> Compiled:
-    """One of Level 1's kernels: half a minute and 3.6 GB the first time."""
-    flags = ("-DNDEBUG", "-isystem", str(cutlass()))
-    return compile_cu(CUDA / "hopper" / f"{name}.cu", folder, ("90a",), flags)
-
-
-def level1_names() -> list[str]:
-    return [source.stem for source in sorted((CUDA / "hopper").glob("*.cu"))]
+def level1(folder: Path) -> dict[str, Compiled]:
+    """Level 1's five kernels: a minute of a processor's time, once."""
+    return {"level1": compile_cu(STAND_INS / "level1.cu", folder, ("90a",), cutlass())}
 
 
 def library(folder: Path, kernels: dict[str, Compiled], name: str, with_level1: bool) -> Path:
     """The ops as torch.ops.``name``; loaded behind ``machine``."""
     replaced = ["binding"] if with_level1 else ["binding", "exponentials"]
+    own = [CUDA, build.MACHINE, STAND_INS]
     sources = [s for s in sorted(CUDA.glob("*.cpp")) if s.stem not in replaced] + sorted(STAND_INS.glob("*.cpp"))
     flags = [
         *build.FLAGS,
         "-Wno-unused-parameter",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
-        f"-DPTX_OPS={name}",
         f'-DPTX_TORCH="{torch.__version__}"',  # read by nobody, but another torch means another object
-        *([] if with_level1 else ["-DFASTDPO_NO_LEVEL1=stand_in"]),
-        f"-I{CUDA}",
-        f"-I{build.MACHINE}",
-        f"-I{STAND_INS}",
+        *(f"-I{directory}" for directory in own),
         f"-isystem{toolkit() / 'include'}",
         *(f"-isystem{path}" for path in include_paths()),
     ]
     stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
 
     def flags_of(source: Path) -> list[str]:
+        # What differs between the libraries is given to nothing else, and the rest is compiled once.
+        of_source = [f"-DPTX_OPS={name}"] if source.stem == "binding" else []
+        if source.stem == "exponentials" and not with_level1:
+            of_source.append("-DFASTDPO_NO_LEVEL1=stand_in")
         # torch_device.cpp looks behind the stable ABI, at the tensors themselves.
-        return flags if source.stem == "torch_device" else [*flags, *stable]
+        return [*flags, *of_source, *([] if source.stem == "torch_device" else stable)]
 
-    headers = [*CUDA.glob("*.h"), *STAND_INS.glob("*.h"), *build.MACHINE.glob("*.h"), CUDA.parent / "fastdpo.h"]
-    own = build.compile_all(sources, headers, flags_of, folder / name)
+    objects = build.compile_all(sources, flags_of, folder / "objects", own)
     torch_libraries = Path(torch.__file__).parent / "lib"
     link = [
         *(f"-Wl,--wrap={symbol}" for symbol in WRAPPED),
@@ -129,4 +133,4 @@ def library(folder: Path, kernels: dict[str, Compiled], name: str, with_level1: 
         "-lc10",
         f"-Wl,-rpath,{torch_libraries}",
     ]
-    return build.link(f"lib{name}.so", [*own, *(compiled.object for compiled in kernels.values())], link, folder)
+    return build.link(f"lib{name}.so", [*objects, *(compiled.object for compiled in kernels.values())], link, folder)

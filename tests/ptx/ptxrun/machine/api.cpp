@@ -16,7 +16,6 @@ std::map<std::string, std::unique_ptr<Program>>& programs() {
 std::string g_fault;
 // Asked for a program when it is launched for the first time; 0 if there is none.
 int (*g_provide)(const char* name) = nullptr;
-std::string g_opcodes;
 std::string g_launches;  // names of launched kernels, a line each
 
 template <typename F>
@@ -83,8 +82,8 @@ void ptx_clear_fault() { ptx::g_fault.clear(); }
 void ptx_set_fault(const char* text) { ptx::g_fault = text; }
 void ptx_on_missing_program(int (*provide)(const char*)) { ptx::g_provide = provide; }
 
-void ptx_options(int random, int late, int perturb, int races, uint64_t seed, uint64_t most_instructions) {
-  ptx::the_machine().options = {random != 0, late != 0, perturb != 0, races != 0, seed, most_instructions};
+void ptx_options(int random, int uneven, int late, int perturb, int races, uint64_t seed, uint64_t most_instructions) {
+  ptx::the_machine().options = {random != 0, uneven != 0, late != 0, perturb != 0, races != 0, seed, most_instructions};
 }
 
 // warp instructions, launches, barriers, mbarrier phases, bytes by TMA, wgmmas

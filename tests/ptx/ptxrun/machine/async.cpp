@@ -63,10 +63,18 @@ Mbarrier& Async::mbarrier(const Context& c, int cta, uint64_t offset, int lane) 
   }
   Mbarrier& b = found->second;
   const uint32_t agent = machine.agent_of(c.warp, lane);
-  if (!b.fenced && agent != b.initialiser && clock_in(machine.agents[agent].seen, b.initialiser) < b.initialised) {
+  const bool told = clock_in(machine.agents[agent].seen, b.initialiser) >= b.initialised;
+  const bool met = b.published != 0 && c.warp.cluster_waited >= b.published;
+  if (agent != b.initialiser && !told && !met) {
     c.fault("an mbarrier whose initialisation nothing has made visible to this thread", lane);
   }
   return b;
+}
+
+void Async::publish_initialisations(uint32_t agent, uint64_t cluster_phase) {
+  for (auto& [place, b] : mbarriers) {
+    if (b.fenced && b.initialiser == agent && b.published == 0) b.published = cluster_phase;
+  }
 }
 
 void Async::update(int cta, uint64_t offset, Mbarrier& b, const std::string& who) {

@@ -25,8 +25,9 @@ struct Mbarrier {
   bool fenced = false;  // its initialisation is visible to the asynchronous proxy and to the cluster's other blocks
   uint32_t initialiser = 0;  // and its clock then
   Clock initialised = 0;
-  Agent object;    // what arrivals of this phase make known
-  Agent complete;  // what those who find the last phase complete learn
+  uint64_t published = 0;  // the phase of the cluster's barrier whose waiters may use it: the initialiser's next one
+  Agent object;            // what arrivals of this phase make known
+  Agent complete;          // what those who find the last phase complete learn
 };
 
 struct Operation {
@@ -66,7 +67,10 @@ struct Async {
   // Waiters learn that the operation is complete, and what it was ordered after.
   void make_known(const Operation& o, Agent& to);
 
+  // An mbarrier that the thread may use, for its initialisation is visible to it.
   Mbarrier& mbarrier(const Context& c, int cta, uint64_t offset, int lane);
+  // A thread arrives at the cluster's barrier: its mbarriers that have been fenced are visible to whoever waits there.
+  void publish_initialisations(uint32_t agent, uint64_t cluster_phase);
   // Checks whether its phase is complete after an arrival or a transfer.
   void update(int cta, uint64_t offset, Mbarrier& b, const std::string& who);
 

@@ -1,5 +1,8 @@
 #include "machine.h"
 
+#include <algorithm>
+#include <utility>
+
 #include "async.h"
 #include "op_table.h"
 
@@ -32,6 +35,10 @@ const OpTable& op_table() {
 uint32_t Machine::lanes_of(const Warp& warp) const {
   const int64_t left = static_cast<int64_t>(launch->block.count()) - warp.number * kLanes;
   return left >= kLanes ? kAllLanes : (1u << left) - 1;
+}
+
+bool Machine::has_left(size_t rank) const {
+  return std::all_of(ctas[rank].warps.begin(), ctas[rank].warps.end(), [](const Warp& w) { return w.groups.empty(); });
 }
 
 // ------------------------------------------------------------------------------------------------ a launch
@@ -127,6 +134,9 @@ void Machine::start_cluster(uint64_t number) {
       }
     }
   }
+  ahead_.resize(ctas.size());
+  for (size_t i = 0; i < ahead_.size(); ++i) ahead_[i] = i;
+  if (options.random && options.uneven) pick_order(ahead_, dice);
   agents.assign(threads() + kAsyncAgents, Agent{});
   races.agents = static_cast<uint32_t>(agents.size());
   cluster_arrived_.clear();
@@ -156,12 +166,14 @@ void Machine::run_cluster() {
 }
 
 // In order: the lowest program counter first, which makes diverged lanes meet again as they do on a device. At random:
-// any group, which no kernel may depend on the order of.
+// any group, which no kernel may depend on the order of. Uneven: of a block only when no warp of those before it can go
+// on.
 bool Machine::pick(Warp*& warp, size_t& group) {
   uint64_t seen = 0;
   int lowest = 0;
-  for (Cta& cta : ctas) {
-    for (Warp& w : cta.warps) {
+  for (const size_t rank : ahead_) {
+    if (options.uneven && warp != nullptr) break;
+    for (Warp& w : ctas[rank].warps) {
       for (size_t g = 0; g < w.groups.size(); ++g) {
         if (w.groups[g].state != Group::kRunning) continue;
         const bool take = options.random ? dice() % ++seen == 0 : warp == nullptr || w.groups[g].pc < lowest;
@@ -319,6 +331,7 @@ void Machine::arrive_at_cluster_barrier(Context& c, bool releases) {
   each_lane(c.group.lanes, [&](int lane) {
     cluster_arrived_.push_back(agent_of(c.warp, lane));
     if (releases) release(agent_of(c.warp, lane), cluster_barrier_);
+    async->publish_initialisations(agent_of(c.warp, lane), cluster_phase_ + 1);
   });
   c.warp.cluster_phase = cluster_phase_ + 1;
   if (cluster_arrived_.size() < threads()) return;
@@ -335,7 +348,7 @@ bool Machine::cluster_has_arrived(Context& c) {
     c.group.key = 0;
     return false;
   }
-  c.warp.cluster_phase = 0;
+  c.warp.cluster_waited = std::exchange(c.warp.cluster_phase, 0);
   each_lane(c.group.lanes, [&](int lane) { acquire(agent_of(c.warp, lane), cluster_barrier_); });
   return true;
 }

@@ -5,7 +5,6 @@
 #include <functional>
 #include <memory>
 #include <random>
-#include <set>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -39,8 +38,9 @@ struct Warp {
   std::vector<uint64_t> written;   // [registers] when; kept where wgmma asks for it
   std::vector<uint8_t> in_flight;  // [registers] belongs to a wgmma that has not been waited for
   bool any_in_flight = false;
-  uint64_t fenced = 0;         // the last wgmma.fence
-  uint64_t cluster_phase = 0;  // that its arrival at the cluster's barrier was for
+  uint64_t fenced = 0;          // the last wgmma.fence
+  uint64_t cluster_phase = 0;   // that its arrival at the cluster's barrier was for
+  uint64_t cluster_waited = 0;  // the last phase of the cluster's barrier that it has waited for
   std::unique_ptr<std::byte[]> storage;
 };
 
@@ -72,6 +72,7 @@ struct Launch {
 
 struct Options {
   bool random = false;   // schedule: random groups of random warps, blocks in random order; else the lowest first
+  bool uneven = false;   // at random, but that a cluster's blocks run ahead of each other as far as they can
   bool late = false;     // asynchronous operations take effect as late as the waits for them allow
   bool perturb = false;  // .approx instructions err by what PTX allows them
   bool races = true;
@@ -99,7 +100,6 @@ class Machine {
   AddressSpace memory;
   Options options;
   Counts counts;
-  std::set<std::string> opcodes;  // that have run
 
   void run(const Launch& launch);
 
@@ -118,6 +118,7 @@ class Machine {
     return static_cast<uint32_t>(warp.cta->rank * launch->block.count()) + warp.number * kLanes + lane;
   }
   uint32_t lanes_of(const Warp& warp) const;  // that the warp was started with
+  bool has_left(size_t rank) const;           // all threads of the cluster's block
 
   [[noreturn]] void fault(const Context& c, const std::string& what, int lane = -1) const;
 
@@ -150,6 +151,7 @@ class Machine {
   Agent cluster_barrier_;
   uint64_t cluster_phase_ = 0;
   std::vector<std::unique_ptr<std::byte[]>> files_;
+  std::vector<size_t> ahead_;  // the cluster's blocks, in the order in which they run where they are uneven
 };
 
 // What an instruction sees.

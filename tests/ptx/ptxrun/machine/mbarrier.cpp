@@ -53,9 +53,7 @@ void arrive(Context& c, int operand, int lane, int64_t bytes) {
   if (place.cta != c.warp.cta->rank && !b.fenced) {
     c.fault("an arrival at another block's mbarrier that no fence.mbarrier_init has made visible", lane);
   }
-  bool left = true;
-  for (const Warp& warp : c.machine.ctas[place.cta].warps) left = left && warp.groups.empty();
-  if (left) c.fault("an arrival at the mbarrier of a block that has left", lane);
+  if (c.machine.has_left(place.cta)) c.fault("an arrival at the mbarrier of a block that has left", lane);
   c.machine.release(c.machine.agent_of(c.warp, lane), b.object);
   b.bytes += bytes;
   --b.pending;

@@ -93,6 +93,9 @@ Outcome load(Context& c) {
       if (!b.fenced) c.fault("a transfer to an mbarrier that no fence.mbarrier_init has made visible to it", lane);
     }
     o.effect = [=, &machine](Operation& by) {
+      for (uint32_t left = blocks; left != 0; left &= left - 1) {
+        if (machine.has_left(__builtin_ctz(left))) throw Fault(who + ": a transfer to a block that has left");
+      }
       const Warp& any = machine.ctas[self].warps[0];
       box.each_piece(to_offset, [&](uint64_t offset, uint64_t address, int64_t valid) {
         std::byte piece[kPiece] = {};  // zeros outside of the tensor
