@@ -104,7 +104,7 @@ struct RowSums {
     // float's lowest for all T: sums of float32 rows may be kept in float64, but z_j - k is formed in float32.
     const T lowest = std::numeric_limits<float>::lowest();
     const T infinity = std::numeric_limits<T>::infinity();
-    return {target_logit, target_logit < lowest ? lowest : target_logit, T(0), T(0), T(0), T(0), -infinity};
+    return {target_logit, target_logit == -infinity ? lowest : target_logit, T(0), T(0), T(0), T(0), -infinity};
   }
 
   // Moves k up to new_exponent and returns the factor by which everything that was formed with the old k shrinks.

@@ -99,7 +99,9 @@ class WeightChunks {
   // coefficient is a factor of the hidden state instead.
   void load_block(int64_t t, int64_t count, bool retained) {
     of_operand_.fill(0.0f);
-    exponents_.fill(0.0f);
+    // Of places that no token fills: whatever the bias is there, its exponential is 0, which a coefficient of 0 would
+    // not make of infinity.
+    exponents_.fill(std::numeric_limits<float>::max());
     ones_.fill(0.0f);
     for (int64_t i = 0; i < count; ++i) {
       rows_of_block_[i] = hidden_rows_.row(problem_.rows()[t + i], i);

@@ -39,7 +39,7 @@ bool bf16_products_work() {
 }  // namespace
 
 std::optional<at::ScalarType> fused_operand(const at::Tensor& hidden) {
-  if (tile_kernels() == nullptr || hidden.scalar_type() == at::kDouble || hidden.size(1) == 0) return std::nullopt;
+  if (tile_kernels() == nullptr || hidden.scalar_type() == at::kDouble) return std::nullopt;
   // Interleaved rows come in pairs.
   if (hidden.scalar_type() != at::kBFloat16 || hidden.size(1) % 2 != 0 || tile_kernels()->bf16 == nullptr) {
     return at::kFloat;

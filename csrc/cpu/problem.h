@@ -114,7 +114,8 @@ Problem<T> make_problem(const at::Tensor& hidden, const at::Tensor& weight, cons
               targets.size(0));
   TORCH_CHECK(hidden.size(1) == weight.size(1), "weight should have hidden's H = ", hidden.size(1), " columns, not ",
               weight.size(1));
-  TORCH_CHECK(weight.size(0) > 0, "weight should have at least one row");
+  TORCH_CHECK(weight.size(0) > 0 && weight.size(1) > 0, "weight should have at least one row and one column, not ",
+              weight.sizes());
   TORCH_CHECK(targets.scalar_type() == at::kLong, "targets should be int64, not ", targets.scalar_type());
   TORCH_CHECK(weight.scalar_type() == hidden.scalar_type(), "weight should have hidden's dtype, ", hidden.scalar_type(),
               ", not ", weight.scalar_type());
@@ -124,6 +125,7 @@ Problem<T> make_problem(const at::Tensor& hidden, const at::Tensor& weight, cons
   if (bias.has_value()) {
     TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias should be [V] with V = ", weight.size(0),
                 ", not ", bias->sizes());
+    TORCH_CHECK(bias->is_floating_point(), "bias should have a floating dtype, not ", bias->scalar_type());
     compute_bias = bias->to(kComputeType<T>).contiguous();
   }
   return {hidden,

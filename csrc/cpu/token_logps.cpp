@@ -12,6 +12,11 @@
 namespace fastdpo::cpu {
 namespace {
 
+// The operand type of ../fastdpo.h.
+at::ScalarType retained_type(const at::Tensor& hidden) {
+  return hidden.scalar_type() == at::kHalf ? at::kFloat : hidden.scalar_type();
+}
+
 template <typename T>
 Results<T> make_results(const Problem<T>& problem, at::ScalarType operand, bool need_direction, int64_t retain_bytes,
                         bool entropy, bool log_sum_sq_probs, bool mean_logits, bool top_gap) {
@@ -62,9 +67,8 @@ ForwardResult token_logps_forward(const at::Tensor& hidden, const at::Tensor& we
   return with_compute_type(hidden, [&](auto compute) -> ForwardResult {
     const auto problem = make_problem<decltype(compute)>(hidden, weight, targets, bias, ignore_index, num_scored,
                                                          logit_scale, softcap, temperature);
-    const at::ScalarType operand = hidden.scalar_type() == at::kHalf ? at::kFloat : hidden.scalar_type();
-    auto results =
-        make_results(problem, operand, need_direction, retain_bytes, entropy, log_sum_sq_probs, mean_logits, top_gap);
+    auto results = make_results(problem, retained_type(hidden), need_direction, retain_bytes, entropy, log_sum_sq_probs,
+                                mean_logits, top_gap);
     forward(problem, results);
     return {results.logps,   results.row_state,        results.direction,   results.retained,
             results.entropy, results.log_sum_sq_probs, results.mean_logits, results.top_gap};
@@ -87,10 +91,13 @@ BackwardResult token_logps_backward(const at::Tensor& grad_logps, const at::Tens
                     row_state.dim() == 2 && row_state.size(0) == kRowStates && row_state.size(1) == n &&
                     row_state.scalar_type() == kComputeType<T> && row_state.is_contiguous(),
                 "grad_logps and row_state should be as the forward returned them");
-    TORCH_CHECK(!need_hidden || direction.sizes() == hidden.sizes(),
-                "direction should be [N, H] for hidden's gradient");
-    TORCH_CHECK(retained.dim() == 2 && retained.size(1) == weight.size(0) && retained.is_contiguous(),
-                "retained should be [R, V]");
+    TORCH_CHECK(!need_hidden || (direction.sizes() == hidden.sizes() && direction.scalar_type() == kComputeType<T>),
+                "direction should be as the forward returned it, [N, H], for hidden's gradient; it is a ",
+                direction.scalar_type(), " tensor of shape ", direction.sizes());
+    TORCH_CHECK(retained.dim() == 2 && retained.size(1) == weight.size(0) && retained.is_contiguous() &&
+                    retained.scalar_type() == retained_type(hidden),
+                "retained should be as the forward returned it, contiguous, [R, V]; it is a ", retained.scalar_type(),
+                " tensor of shape ", retained.sizes());
 
     const auto check_sum = [](const char* name, const at::Tensor& sum, bool needed, at::IntArrayRef shape) {
       TORCH_CHECK(needed && sum.sizes() == shape && sum.scalar_type() == kComputeType<T> && sum.is_contiguous(), name,

@@ -322,6 +322,16 @@ def test_ignored_rows_may_hold_anything() -> None:
     assert torch.isfinite(grads["hidden"]).all() and not grads["hidden"][4].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 5, 16, 17, 300])
+@pytest.mark.parametrize("retain_bytes", [0, 1 << 30])
+def test_a_bias_above_what_an_exponential_can_be(dtype: torch.dtype, n: int, retain_bytes: int) -> None:
+    """exp(bias) is infinite, and no gradient of a token is: nor of the places in a tile that no token fills."""
+    hidden, weight, targets, bias = make_inputs(n, n, 6, 200, dtype, bias=True)
+    bias[::7] += 4000.0
+    assert_matches((hidden, weight, targets, bias), 8, retain_bytes=retain_bytes)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_inf_reach_the_row_that_has_them_and_no_other(bad: float) -> None:
     hidden, weight, targets, _ = make_inputs(10, 10, 8, 3000, torch.float32, ignored=0.0)
@@ -568,6 +578,12 @@ def test_in_the_workers_of_a_dataloader() -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)
 
 
+def test_float64_logits_below_any_float32() -> None:
+    hidden, weight = torch.full((1, 1), -1e60, dtype=torch.float64), torch.tensor([[1.0], [2.0], [4.0]]).double()
+    logps = [token_logps(hidden, weight, torch.tensor([y])).logps.item() for y in range(3)]
+    assert logps == [0.0, -1e60, -3e60]
+
+
 # ---- Misuse: the message names the argument, what it was, what it should be. ----
 
 H, W, Y = torch.randn(4, 8), torch.randn(20, 8), torch.zeros(4, dtype=torch.int64)
@@ -628,3 +644,44 @@ MISUSE = [
 def test_misuse(arguments: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         token_logps(**({"hidden": H, "weight": W, "targets": Y} | arguments))
+
+
+# ---- The bare ops, which others may call: they read no memory that is not theirs, and take nothing for what it is not.
+
+
+def bare(**changed: object) -> tuple[Tensor, ...]:
+    """Both ops, on H, W and Y; what is named ``state_...`` replaces what the backward gets of the forward."""
+    arguments = {"hidden": H, "weight": W, "targets": Y, "bias": torch.zeros(20)}
+    arguments |= {name: value for name, value in changed.items() if name in arguments}
+    scalars = {"ignore_index": -100, "num_scored": -1, "logit_scale": 1.0, "softcap": 0.0, "temperature": 1.0}
+    extras = dict.fromkeys(OP_OUTPUTS, False)
+    _, row_state, direction, retained, *_ = torch.ops.fastdpo.token_logps_forward(
+        *arguments.values(), **scalars, need_direction=True, retain_bytes=320, **extras
+    )
+    state = {"grad_logps": torch.ones(4), "row_state": row_state, "direction": direction, "retained": retained}
+    grad_logps, *state = [changed.get(f"state_{name}", lambda x: x)(value) for name, value in state.items()]
+    needs = {f"need_{name}": True for name in ("hidden", "weight", "bias")}
+    return torch.ops.fastdpo.token_logps_backward(grad_logps, *arguments.values(), *state, **scalars, **needs)
+
+
+BARE_MISUSE = [
+    ({"hidden": H[:, :0], "weight": torch.empty(2**62, 0)}, "weight should have at least one row and one column"),
+    ({"weight": W[:0]}, "weight should have at least one row and one column"),
+    ({"bias": torch.zeros(20, dtype=torch.int64)}, "bias should have a floating dtype, not Long"),
+    ({"bias": torch.zeros(20, dtype=torch.complex64)}, "bias should have a floating dtype, not ComplexFloat"),
+    ({"hidden": H.T.contiguous().T}, "should be contiguous"),
+    ({"state_retained": lambda x: x.double()}, "retained should be as the forward returned it"),
+    ({"state_retained": lambda x: x.view(torch.int32)}, "retained should be as the forward returned it"),
+    ({"state_retained": lambda x: x.repeat(1, 2)[:, ::2]}, "retained should be as the forward returned it"),
+    ({"state_direction": lambda x: x.double()}, "direction should be as the forward returned it"),
+    ({"state_direction": lambda x: x[:2]}, "direction should be as the forward returned it"),
+    ({"state_row_state": lambda x: x.half()}, "should be as the forward returned them"),
+    ({"state_grad_logps": lambda x: x[:3]}, "should be as the forward returned them"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), BARE_MISUSE)
+def test_the_bare_ops_refuse(changed: dict[str, object], message: str) -> None:
+    assert all(bool(gradient.isfinite().all()) for gradient in bare())
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        bare(**changed)

@@ -25,7 +25,8 @@ def made_up_rows(seed: int = 0, lengths: tuple[tuple[int, int, int], ...] = LENG
     rng = random.Random(seed)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     return [
-        {name: [rng.randrange(3, VOCABULARY - 1) for _ in range(n)] for name, n in zip(names, row)} for row in lengths
+        {name: [rng.randrange(3, VOCABULARY - 1) for _ in range(n)] for name, n in zip(names, row, strict=True)}
+        for row in lengths
     ]
 
 
