@@ -205,6 +205,7 @@ void Machine::run_group(Warp& warp, size_t index) {
   const Program& program = *launch->program;
   // In order, to the end of a basic block: then another group may have the lowest program counter.
   uint64_t budget = options.random ? 1 + (dice() & 63) : ~uint64_t{0};
+  if (options.random && options.uneven) budget = 1;  // a block ahead goes on as soon as it can
   if (options.random && warp.groups.size() > 1 && (dice() & 1)) merge(warp, index);
   for (; budget > 0; --budget) {
     Group* group = &warp.groups[index];
