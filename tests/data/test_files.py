@@ -396,6 +396,38 @@ def test_a_dataset_of_rows_of_several_types_can_be_changed_and_saved(tmp_path: P
     assert [*datasets.concatenate_datasets([dataset, dataset])] == rows + rows
 
 
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("told", [False, True])
+def test_map_refuses_columns_of_several_types_or_keeps_them(
+    batched: bool, swapped: bool, told: bool, tmp_path: Path
+) -> None:
+    rows = [*KINDS["strings that are JSON beside lists"], *KINDS["dates"], *text_rows(1)]
+    dataset = load_preferences(str(write_jsonl(tmp_path / "a.jsonl", rows)))
+
+    def change(row: dict[str, Any]) -> dict[str, Any]:
+        turned = {"chosen": row["rejected"], "rejected": row["chosen"]} if swapped else {}
+        return turned | {"marked": [True] * len(row["prompt"]) if batched else True}
+
+    marked = datasets.Features({"marked": datasets.Value("bool")})
+    how = {"features": datasets.Features(dataset.features | marked)} if told else {}
+    try:
+        found = dataset.map(change, batched=batched, **how)
+    except (pa.ArrowException, TypeError):
+        pass
+    else:
+        turned = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} if swapped else row for row in rows]
+        assert [{k: v for k, v in row.items() if v is not None} for row in found] == [
+            row | {"marked": True} for row in turned
+        ]
+    names = dataset.column_names
+    alone = dataset.map(lambda row: {"marked": change(row)["marked"]}, batched=batched, remove_columns=names)
+    joined = datasets.concatenate_datasets([dataset, alone], axis=1)  # as docs/data.md has it
+    assert exact([{k: v for k, v in row.items() if v is not None} for row in joined]) == exact(
+        [row | {"marked": True} for row in rows]
+    )
+
+
 def test_names_are_taken_as_they_are_and_not_as_patterns(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "p1.jsonl", text_rows(1))
     write_jsonl(tmp_path / "p[1].jsonl", text_rows(2))
