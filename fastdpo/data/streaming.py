@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHUNK = 1000  # rows that are examined at a time
+_SHOWN = 200  # characters of a row in an error
 
 
 def prepare_stream(
@@ -82,7 +85,7 @@ def _tokenize(
 ) -> dict[str, list[Any]]:
     chunk = chunk_of(rows_as_pairs(batch["row"]))
     chunk.info.description = "a stream"  # whose rows are pairs by now
-    with _quiet():
+    with _quiet(), _showing_rows(chunk):
         tokenised, kept, summary = examine(chunk, tokenizer, **how)
     _say(summary, strict)
     kept_rows = tokenised.select(kept).remove_columns(["drop", "warn"])
@@ -108,6 +111,19 @@ def _say(summary: DataSummary, strict: bool) -> None:
     if strict:
         raise DataError(strict_message(summary))
     logger.warning("Of %d streamed rows: %s.", summary.rows_in, "; ".join(summary.doubts()))
+
+
+@contextmanager
+def _showing_rows(chunk: datasets.Dataset) -> Iterator[None]:
+    """Errors say what is in the row, for its number in a chunk tells nobody where it was."""
+    try:
+        yield
+    except DataError as error:
+        numbered = re.match(r"row (\d+)\b", str(error))
+        if not numbered:
+            raise
+        said = json.dumps(chunk[int(numbered[1])], ensure_ascii=False, default=str)[:_SHOWN]
+        raise DataError(f"{error} (Of {len(chunk)} rows of the stream; the row begins: {said})") from error
 
 
 @contextmanager

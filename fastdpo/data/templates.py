@@ -8,9 +8,8 @@ import re
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import jinja2
 import transformers
 from jinja2 import meta, nodes
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +26,7 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _TRL_TEMPLATES = "chat_templates"
 
 
-def _compiled(source: str) -> jinja2.Template:
+def _compiled(source: str) -> Any:
     """The template in the environment that transformers renders it in, which it gives to nobody by a public name."""
     compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
     if compile_template is None:
@@ -35,7 +34,7 @@ def _compiled(source: str) -> jinja2.Template:
             f"transformers {transformers.__version__} compiles chat templates in another way than fastdpo knows; "
             "install the transformers that fastdpo was released with, or a newer fastdpo."
         )
-    return cast(jinja2.Template, compile_template(source))
+    return compile_template(source)
 
 
 class ChatTemplate:

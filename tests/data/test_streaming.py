@@ -87,3 +87,12 @@ def test_what_is_dropped_or_doubtful_is_said_as_it_comes(path: Path, caplog: pyt
         file.write("{\n")
     with pytest.raises(DataError, match="line 7: not valid JSON"):
         list(stream_preferences(str(path)))
+
+
+def test_an_error_shows_the_row(path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% if 'unlucky' in messages[0].content %}{{ raise_exception('bad luck') }}{% endif %}x"
+    unlucky = chat_rows(1)[0] | {"prompt": [{"role": "user", "content": "unlucky one"}]}
+    write_jsonl(path, [*chat_rows(4), unlucky])
+    with pytest.raises(DataError, match=r"row 1: the chat template refused .*the row begins: .*unlucky one"):
+        list(prepare_stream(stream_preferences(str(path)), tokenizer))
