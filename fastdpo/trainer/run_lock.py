@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from fastdpo.errors import InputError
@@ -19,7 +19,7 @@ def only_run_in(output_dir: Path, *, is_main: bool = True) -> Iterator[None]:
     """Keep other processes' runs out of ``output_dir`` for the duration of the block.
 
     Args:
-        output_dir: made where it is not there.
+        output_dir: made where it is not there; a run that left nothing in it does not leave it either.
         is_main: this process is the one of the run that writes; the others do nothing.
 
     Raises:
@@ -30,6 +30,8 @@ def only_run_in(output_dir: Path, *, is_main: bool = True) -> Iterator[None]:
         yield
         return
     with ExitStack() as stack:
+        if not output_dir.exists():
+            stack.callback(_remove_empty, output_dir)
         try:
             stack.enter_context(held(output_dir / LOCK_FILE))
         except HeldError as holder:
@@ -40,3 +42,8 @@ def only_run_in(output_dir: Path, *, is_main: bool = True) -> Iterator[None]:
         _of_this_process.add(output_dir)
         stack.callback(_of_this_process.discard, output_dir)
         yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # something is in it, or it is gone
+        folder.rmdir()
