@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.trainer_utils import EvalLoopOutput
 
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.terms import REFERENCE_COLUMNS
@@ -32,26 +31,25 @@ from fastdpo.trainer.batches import PairBatches
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.datasets import DatasetPreparer, TrainDataset, columns_of, is_tokenised, make_collator
 from fastdpo.trainer.finite_runs import FiniteRuns, refuse_not_finite
-from fastdpo.trainer.fsdp2 import keep_output_dtypes, reshard, shard_without_optimizer, whole_weights
+from fastdpo.trainer.fsdp2 import keep_output_dtypes, whole_weights
 from fastdpo.trainer.hub import HubUploads
 from fastdpo.trainer.layout import BatchLayout
 from fastdpo.trainer.losses import BatchLosses
+from fastdpo.trainer.measured import MeasuredRuns
 from fastdpo.trainer.memory_advice import advising, memory_advice
 from fastdpo.trainer.model_card import CardFacts, write_model_card
 from fastdpo.trainer.model_look import ModelLook
 from fastdpo.trainer.models import compute_dtype, fix_frequencies_of, make_models, settle_checkpointing
-from fastdpo.trainer.pair_metrics import PairSums, means_of
 from fastdpo.trainer.reference import Reference
 from fastdpo.trainer.resumable import ResumableRuns
 from fastdpo.trainer.saving import CarefulSaves
 from fastdpo.trainer.start_check import check_start
-from fastdpo.trainer.throughput import Throughput
 from fastdpo.trainer.weights import check_comes_back
 
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(PairBatches, HubUploads, CarefulSaves, FiniteRuns, ResumableRuns):
+class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns, ResumableRuns):
     """Trains ``model`` on preference pairs with a DPO loss.
 
     Rows have ``chosen``, ``rejected`` and, unless these begin with it, ``prompt``, as strings or as message lists; or
@@ -172,8 +170,6 @@ class DPOTrainer(PairBatches, HubUploads, CarefulSaves, FiniteRuns, ResumableRun
         )
         if not later and self.is_world_process_zero():
             check_comes_back(policy, args.folder)
-        self._throughput = Throughput()
-        self.add_callback(self._throughput)
         check_distribution(
             args,
             "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None,
@@ -182,7 +178,6 @@ class DPOTrainer(PairBatches, HubUploads, CarefulSaves, FiniteRuns, ResumableRun
         )
         if self.accelerator.is_fsdp2:
             keep_output_dtypes(self.accelerator)
-        self._sums, self._eval_sums = PairSums(), PairSums()
         self._start_is_checked = not args.loss_options.takes_reference
         self._policy.root = self.model
         self._reference = Reference(self._policy, ref_model, args, self.accelerator, in_columns=has_reference_columns)
@@ -270,7 +265,7 @@ class DPOTrainer(PairBatches, HubUploads, CarefulSaves, FiniteRuns, ResumableRun
             if self.state.global_step == 0:
                 dtype = compute_dtype(self.accelerator, self.model)
                 check_start(per_pair, beta=self.args.beta, loss_types=self.args.loss_type, dtype=dtype)
-        self._sums.add(per_pair)
+        self.sums.add(per_pair)
         if num_items_in_batch is None:
             loss = losses.mean()
         else:
@@ -329,46 +324,12 @@ class DPOTrainer(PairBatches, HubUploads, CarefulSaves, FiniteRuns, ResumableRun
             losses, per_pair = self.pair_losses(model, inputs)
         # Pair by pair, because the last batch repeats pairs to give every process as many, and these are cut off here.
         gathered = self.accelerator.gather_for_metrics(torch.stack(list(per_pair.values()), dim=-1))
-        self._eval_sums.add(dict(zip(per_pair, gathered.unbind(-1), strict=True)))
+        self.eval_sums.add(dict(zip(per_pair, gathered.unbind(-1), strict=True)))
         return losses.mean(), None, None
 
     # ----------------------------------------------------------------------------------------------------------------
-    # Metrics
+    # What a run leaves
     # ----------------------------------------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As ``Trainer``'s; adds the metrics since the last time to the training loss."""
-        if "loss" in logs and (sums := self._sums.take(self.accelerator.reduce)):
-            tokens = None if self.args.include_num_input_tokens_seen == "no" else self.state.num_input_tokens_seen
-            logs.update(means_of(sums) | self._throughput.rates(sums["pairs"], tokens))
-            if tokens is not None:
-                logs["num_tokens"] = tokens
-        super().log(logs, start_time)
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As ``Trainer``'s; adds the metrics, so that one of them can choose the best checkpoint."""
-        if self.accelerator.is_fsdp2 and not self.accelerator._models and self.optimizer is None:
-            # Before the training, which will find the model sharded. Trainer asks accelerate, which refuses.
-            self.accelerator._models.append(shard_without_optimizer(self.accelerator, self.model))
-        self._eval_sums.take()  # of an evaluation that was broken off
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
-        if self.accelerator.is_fsdp2 and self.optimizer is None:
-            reshard(self.model)
-        if sums := self._eval_sums.take():
-            # Trainer's own mean counts a short batch of several processes as a full one.
-            metrics = {"loss": sums["loss"] / sums["pairs"], **means_of(sums)}
-            named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-            output = output._replace(metrics=(output.metrics or {}) | named)
-        return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As ``Trainer``'s; where FSDP shards the model, whole weights also if checkpoints hold shards."""

@@ -1,0 +1,67 @@
+"""``transformers.Trainer``, whose logs have what is measured of pairs, and how fast they go through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.fsdp2 import reshard, shard_without_optimizer
+from fastdpo.trainer.pair_metrics import PairSums, means_of
+from fastdpo.trainer.throughput import Throughput
+
+
+class MeasuredRuns(Trainer):
+    """``transformers.Trainer``, with metrics that are means over all pairs since the last time.
+
+    Attributes:
+        sums: of the training; whoever computes the losses adds to them.
+        eval_sums: of the evaluation that is going on.
+    """
+
+    args: DPOConfig
+    model: PreTrainedModel | PeftModel  # Trainer says that it may be None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sums, self.eval_sums = PairSums(), PairSums()
+        self._throughput = Throughput()
+        self.add_callback(self._throughput)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As ``Trainer``'s; adds the metrics since the last time to the training loss."""
+        if "loss" in logs and (sums := self.sums.take(self.accelerator.reduce)):
+            tokens = None if self.args.include_num_input_tokens_seen == "no" else self.state.num_input_tokens_seen
+            logs.update(means_of(sums) | self._throughput.rates(sums["pairs"], tokens))
+            if tokens is not None:
+                logs["num_tokens"] = tokens
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As ``Trainer``'s; adds the metrics, so that one of them can choose the best checkpoint."""
+        if self.accelerator.is_fsdp2 and not self.accelerator._models and self.optimizer is None:
+            # Before the training, which will find the model sharded. Trainer asks accelerate, which refuses.
+            self.accelerator._models.append(shard_without_optimizer(self.accelerator, self.model))
+        self.eval_sums.take()  # of an evaluation that was broken off
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        if self.accelerator.is_fsdp2 and self.optimizer is None:
+            reshard(self.model)
+        if sums := self.eval_sums.take():
+            # Trainer's own mean counts a short batch of several processes as a full one.
+            metrics = {"loss": sums["loss"] / sums["pairs"], **means_of(sums)}
+            named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+            output = output._replace(metrics=(output.metrics or {}) | named)
+        return output
