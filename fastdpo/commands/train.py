@@ -22,10 +22,11 @@ from fastdpo.report.recorder import PICTURE_FILE, REPORT_FILE, RunReport, resume
 from fastdpo.trainer.checkpoints import came_from, find_checkpoints, find_torn, is_end, resolve_resume, set_aside
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.gentle_stop import GentleStop, stopping_on_signals
+from fastdpo.trainer.hub import is_run_record
 from fastdpo.trainer.manifest import damage_in, read_manifest, write_manifest
 from fastdpo.trainer.model_card import CARD_FILE
 from fastdpo.trainer.progress import OneLineProgress, format_metrics
-from fastdpo.trainer.run_lock import LOCK_FILE, only_run_in
+from fastdpo.trainer.run_lock import only_run_in
 from fastdpo.trainer.trainer import DPOTrainer
 
 
@@ -213,9 +214,7 @@ def _finish(
         trainer.save_state()
         trainer.create_model_card(dataset_name=label_of(script_args))
         if report is not None:
-            # The report is what a run's results end with, and tells that nothing is left to be done.
-            names = [path.name for path in output_dir.iterdir() if path.is_file()]
-            write_manifest(output_dir, [name for name in names if name not in (REPORT_FILE, PICTURE_FILE, LOCK_FILE)])
+            _note_results(output_dir)  # before the report, which tells that nothing is left to be done
     if report is not None:
         report.write(metrics["train_runtime"], look=not stop.asked)
         what = "adapter and tokenizer" if isinstance(trainer.model, PeftModel) else "model and tokenizer"
@@ -236,7 +235,15 @@ def _finish(
         ):
             console.print(f"  {label:<27} {path}")
     if trainer.args.push_to_hub:
-        trainer.push_to_hub(dataset_name=label_of(script_args))
+        trainer.push_to_hub(dataset_name=label_of(script_args))  # which saves the model once more
+        if report is not None:
+            _note_results(output_dir)
+
+
+def _note_results(output_dir: Path) -> None:
+    """Take digests of the model or adapter and its tokenizer; of a card, which people go on writing, none."""
+    names = [path.name for path in output_dir.iterdir() if path.is_file()]
+    write_manifest(output_dir, [name for name in names if name != CARD_FILE and not is_run_record(name)])
 
 
 def _say_how_to_resume(argv: list[str], output_dir: Path) -> None:

@@ -106,5 +106,10 @@ class HubUploads(Trainer):
         )
 
 
+def is_run_record(name: str) -> bool:
+    """Whether a file or folder of this name in a run's folder is for whoever runs it, and of no use with the model."""
+    return _matches(name, RUN_RECORDS)
+
+
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
