@@ -60,7 +60,7 @@ def test_two_and_two_steps_are_four(family: str, tmp_path: Path) -> None:
     rows = id_rows(8, VOCABULARY)
     try:
         unbroken = run(tmp_path, make, rows)
-    except NotImplementedError as error:
+    except (NotImplementedError, ValueError) as error:
         made = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "_inner_training_loop"]
         assert not made, f"refused after the training began: {error}"
         assert not list(tmp_path.glob("checkpoint-*"))
