@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_families import make_family
 
-from fastdpo.data.prepare import PreferenceCollator
+from fastdpo.data.collator import PreferenceCollator
 from fastdpo.model.head import FusedHead
 from fastdpo.model.packing import RowCollator
 from fastdpo.model.padded_parts import split_by_length
