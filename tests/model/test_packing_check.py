@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import make_family
 from tiny_models import make_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastdpo.model import packing_check
+from fastdpo.model import attention, attention_backends, packing_check, precision
 from fastdpo.model.attention_backends import RowsNotSupportedError
 from fastdpo.model.head import FusedHead
 from fastdpo.model.packing_check import check_rows
@@ -60,3 +61,63 @@ def test_a_model_that_ignores_positions_is_noticed(layout, dtype):
     model.model.rotary_emb = DropsPositions(model.model.rotary_emb)
     with pytest.raises(RowsNotSupportedError, match="computes something else"):
         check_rows(scorer(model), "shared", "sdpa", 64, CPU, dtype)
+
+
+FULL = {"layer_types": ["full_attention"] * 4, "num_hidden_layers": 4, "no_rope_layers": [0] * 4}
+
+
+@pytest.mark.parametrize("floor_scale", [8, 64, 300])
+@pytest.mark.parametrize("way", ["float32", "bfloat16", "autocast"])
+def test_layers_that_change_at_a_position_of_the_row_are_noticed(floor_scale, way):
+    """Llama 4 enlarges the queries of layers without positions, by where in the row they stand."""
+    dtype = torch.bfloat16 if way == "bfloat16" else torch.float32
+    model = make_family("llama4_text", dtype=dtype, trained=True, **FULL, floor_scale=floor_scale)
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        computed_in = torch.float32 if way == "float32" else torch.bfloat16
+        with pytest.raises(RowsNotSupportedError, match="computes something else"):
+            check_rows(scorer(model), "shared", "sdpa", 1024, CPU, computed_in)
+        # A sequence is never so long, but a row is.
+        with pytest.raises(RowsNotSupportedError, match="computes something else"):
+            check_rows(scorer(model), "repeated", "sdpa", 7, CPU, computed_in, row_tokens=2 * floor_scale + 200)
+    if floor_scale == 300:  # where no row gets there, nothing is wrong
+        check_rows(scorer(model), "shared", "sdpa", 128, CPU, dtype, row_tokens=256)
+
+
+@pytest.mark.parametrize("way", ["bfloat16", "autocast"])
+def test_a_model_that_ignores_positions_is_noticed_in_16_bits_as_it_was_initialised(way):
+    model = make_family("llama", dtype=torch.bfloat16 if way == "bfloat16" else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        check_rows(scorer(model), "shared", "sdpa", 64, CPU, torch.bfloat16)
+        model.model.rotary_emb = DropsPositions(model.model.rotary_emb)
+        with pytest.raises(RowsNotSupportedError, match="computes something else"):
+            check_rows(scorer(model), "shared", "sdpa", 64, CPU, torch.bfloat16)
+
+
+def test_without_room_for_float32_rounding_is_told_from_error(monkeypatch):
+    monkeypatch.setattr(precision, "_has_room", lambda *_: False)
+    model = make_family("llama", dtype=torch.bfloat16, trained=True)
+    check_rows(scorer(model), "shared", "sdpa", 64, CPU, torch.bfloat16)
+    model.model.rotary_emb = DropsPositions(model.model.rotary_emb)
+    with pytest.raises(RowsNotSupportedError, match="computes something else"):
+        check_rows(scorer(model), "shared", "sdpa", 64, CPU, torch.bfloat16)
+
+
+def test_a_back_end_of_less_precision_is_noticed(monkeypatch):
+    model = make_model("llama")
+    attend = attention_backends.attend_by_segment
+
+    def coarse(*args: Any) -> torch.Tensor:
+        return attend(*args) * 1.2
+
+    monkeypatch.setattr(attention, "attend_flex", attend)  # it has to be compiled
+    with torch.autocast("cpu", torch.bfloat16):
+        check_rows(scorer(model), "shared", "flex", 64, CPU, torch.bfloat16)
+        monkeypatch.setattr(attention, "attend_flex", coarse)
+        with pytest.raises(RowsNotSupportedError, match="is less exact in packed rows than in padded ones"):
+            check_rows(scorer(model), "shared", "flex", 64, CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "falcon", "mpt", "gpt_neo"])
+def test_own_attention_is_told_in_words(model_type):
+    with pytest.raises(RowsNotSupportedError, match="does not go through transformers' attention interface"):
+        check_rows(scorer(make_family(model_type)), "shared", "sdpa", 64, CPU, torch.float32)

@@ -24,24 +24,26 @@ LENGTHS = ((7, 5, 4), (1, 1, 3), (260, 40, 130), (4, 1, 9), (60, 640, 5), (3, 62
 def made_up_rows(seed: int = 0, lengths: tuple[tuple[int, int, int], ...] = LENGTHS) -> list[dict[str, list[int]]]:
     rng = random.Random(seed)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return [
-        {name: [rng.randrange(3, VOCABULARY - 1) for _ in range(n)] for name, n in zip(names, row, strict=True)}
-        for row in lengths
-    ]
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(3, VOCABULARY - 1) for _ in range(count)]
+
+    return [dict(zip(names, map(tokens, counts), strict=True)) for counts in lengths]
 
 
 @contextlib.contextmanager
-def widest(model: PreTrainedModel) -> Iterator[None]:
+def widest(model: PreTrainedModel, differentiable: bool) -> Iterator[None]:
     """float64 models stay in float64."""
-    with KeepFloat64() if model.dtype == torch.float64 else contextlib.nullcontext(), torch.no_grad():
+    keep = KeepFloat64() if model.dtype == torch.float64 else contextlib.nullcontext()
+    with keep, torch.set_grad_enabled(differentiable):
         yield
 
 
-def alone(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> list[Tensor]:
+def alone(model: PreTrainedModel, rows: list[dict[str, list[int]]], *, differentiable: bool = False) -> list[Tensor]:
     """The log-probabilities of each completion's tokens, chosen ones first, of each sequence alone from its logits."""
     found = []
     takes_cache = model.config.model_type not in ("xlm", "reformer")
-    with widest(model):
+    with widest(model, differentiable):
         for side in ("chosen_ids", "rejected_ids"):
             for row in rows:
                 ids = torch.tensor([row["prompt_ids"] + row[side]])
@@ -53,16 +55,24 @@ def alone(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> list[Tens
     return found
 
 
-def laid_out(scorer: Scorer, layout: str, backend: str | None, rows: list[dict[str, list[int]]]) -> list[Tensor]:
+def laid_out(
+    scorer: Scorer,
+    layout: str,
+    backend: str | None,
+    rows: list[dict[str, list[int]]],
+    *,
+    differentiable: bool = False,
+) -> list[Tensor]:
     """The same by the fused head, in a layout."""
     collate = PreferenceCollator(pad_token_id=0)
     sizes = [len(row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
-    with widest(scorer.model):
+    with widest(scorer.lm, differentiable):
         if layout == "padded":
             batch = collate(rows)
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
             out = scorer.head(scorer.root, batch["input_ids"], batch["attention_mask"], labels)
             return list(out.logps[out.mask].split(sizes))
         row = RowCollator(layout, collate)(rows)["micro_batches"][0]["row"]
+        scorer.head.inspect_once(scorer.root)
         with RowAttention(scorer.model, backend).active():
             return list(score_row(scorer.head, scorer.root, row).logps.split(sizes))

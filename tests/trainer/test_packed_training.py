@@ -15,7 +15,7 @@ from toy_data import make_tokenizer, text_rows
 from trainer_runs import LORA, METRICS, GradientRecorder, config, make_trainer
 
 from fastdpo.data import PreferenceCollator
-from fastdpo.trainer import DPOTrainer
+from fastdpo.trainer import DPOTrainer, layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,3 +161,16 @@ def test_what_could_not_be_checked_before_is_checked_at_the_first_step(tmp_path,
         NotImplementedError, match=r"has layers of the kind .* Use packing='padded' \(--packing padded\)"
     ):
         trainer.train()
+
+
+def test_padded_batches_in_parts_make_the_same_steps(tmp_path, tokenizer, monkeypatch):
+    def losses(cost: int) -> list[float]:
+        monkeypatch.setitem(layout.FORWARD_COST, "cpu", cost)
+        trainer = make_trainer(tmp_path, tokenizer, model=make_model("mamba"), per_device_train_batch_size=3)
+        assert trainer.packing.layout == "padded"
+        parts = next(iter(trainer.get_train_dataloader()))["micro_batches"]
+        assert ("forwards" in parts[0]) == (cost == 1)
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    assert losses(1) == pytest.approx(losses(10_000), rel=1e-4)

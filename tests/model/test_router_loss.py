@@ -1,0 +1,38 @@
+"""Whether there is a load-balancing loss is seen in what the model returns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_families import make_family
+
+from fastdpo.model.head import FusedHead
+from fastdpo.model.router_loss import has_router_loss, router_loss_coef
+from fastdpo.model.scoring import Scorer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "is_there"),
+    [
+        ("mixtral", {}, True),
+        ("jetmoe", {}, True),  # keeps the weight under another name
+        ("llama", {}, False),
+        ("llama4_text", {}, False),
+        ("doge", {}, False),
+        ("deepseek_v3", {}, False),
+        ("granitemoehybrid", {"num_local_experts": 0}, False),
+        ("jamba", {"num_experts": 1}, False),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1]}, False),
+    ],
+)
+def test_models_that_speak_of_a_loss_and_give_none(model_type, options, is_there):
+    model = make_family(model_type, **options)
+    assert has_router_loss(Scorer(model, model, FusedHead(model)), torch.device("cpu")) == is_there
+
+
+def test_its_weight_is_the_configurations():
+    assert router_loss_coef(make_family("mixtral", router_aux_loss_coef=0.25)) == 0.25
+    assert router_loss_coef(make_family("jetmoe", aux_loss_coef=0.5)) == 0.5
+    assert router_loss_coef(make_family("llama")) == 0

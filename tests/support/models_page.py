@@ -1,0 +1,92 @@
+"""docs/models.md, written from what :mod:`family_survey` finds; ``python tests/support/models_page.py`` writes it."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import astuple, fields
+from pathlib import Path
+
+import transformers
+from family_survey import MOST_TIMES, Family, survey
+from tiny_families import FAMILIES
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+
+_HEADINGS = {
+    "model_type": "Model type",
+    "name": "Class",
+    "trains": "Trains",
+    "layout": "Layout",
+    "why": "Why no layout with less work",
+    "gradients": "Gradients",
+    "bf16": "bf16",
+    "aux_loss": "Aux loss",
+    "checkpointing": "Checkpointing",
+    "notes": "Notes",
+}
+
+_TEXT = """# Models
+
+What a run gives with each causal language model class of transformers {version}: {count} classes, of which {trains}
+train, {packed} of these in packed rows. It is found by running every class in a tiny configuration, with its windows
+and chunks made short and its weights as large as trained ones. A run of yours looks at your model in the same way
+before it begins, and says what it chose, and why.
+
+```console
+python tests/support/models_page.py          # runs every class, and writes this page; minutes
+python -m pytest tests/families --run-families
+```
+
+The second command also checks that no layout that is taken is wrong: in float64, rows of 2 to 700 tokens, windows and
+chunks of 4, 8 and 64 tokens, initial weights, five times these, and weights as large as trained ones; and that packed
+rows in bfloat16 are at most {times} times as far from the truth as padded ones.
+
+- **Trains**: yes; or that it is refused, before anything is trained, and what helps.
+- **Layout**: of batches with `--packing auto` ([the trainer](guides/trainer.md#how-a-batch-is-laid-out)).
+- **Gradients**: whether those of the fused head, in this layout, are those of whole logits in padded rows.
+- **bf16**: whether packed rows in bfloat16 are as exact as padded ones; `padded` where these are used.
+- **Aux loss**: whether it returns a load-balancing loss, which is then part of the loss (and the layout is `repeated`,
+  because that loss counts a prompt once for each completion).
+- **Checkpointing**: whether it has gradient checkpointing; where it has none, that is off.
+
+"""
+
+
+def page(families: Iterable[Family]) -> str:
+    families = list(families)
+    layouts = Counter(family.layout for family in families if family.trains == "yes")
+    text = _TEXT.format(
+        version=transformers.__version__,
+        count=len(families),
+        trains=sum(layouts.values()),
+        packed=layouts["shared"] + layouts["repeated"],
+        times=MOST_TIMES,
+    )
+    heads = [_HEADINGS[field.name] for field in fields(Family)]
+    return text + "\n".join([row(heads), row(["---"] * len(heads)), *map(family_row, families)]) + "\n"
+
+
+def family_row(family: Family) -> str:
+    model_type, name, *cells = astuple(family)
+    return row([f"`{model_type}`", f"`{name}`", *cells])
+
+
+def row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    found = []
+    for model_type in FAMILIES:
+        found.append(survey(model_type))
+        print(family_row(found[-1]), file=sys.stderr, flush=True)
+    PAGE.write_text(page(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
