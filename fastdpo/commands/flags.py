@@ -361,9 +361,16 @@ class TrainParser(HfArgumentParser):
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
             raise UsageError(f"--config {path}{line}: not valid YAML: {getattr(error, 'problem', error)}.") from error
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            # What PyYAML makes dates, numbers and marked values of raises errors of their own.
+            raise UsageError(f"--config {path}: a value cannot be read ({error}).") from error
         if not isinstance(values, dict):
             raise UsageError(f"--config {path}: needed a mapping of flags to values, found {type(values).__name__}.")
-        os.environ.update({name: str(value) for name, value in (values.pop("env", None) or {}).items()})
+        variables = values.pop("env", None) or {}
+        if not isinstance(variables, dict):
+            raise UsageError(f"--config {path}: env should be a mapping of names to values.")
+        with bad_input(f"--config {path}, env"):
+            os.environ.update({str(name): str(value) for name, value in variables.items()})
         namespace = self.parse_args([])
         for key, value in values.items():
             self._apply_yaml_value(path, str(key), value, namespace)
@@ -376,8 +383,12 @@ class TrainParser(HfArgumentParser):
             setattr(namespace, key, None)
             return
         try:
+            words = _as_words(key, value)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UsageError(f"--config {path}, {key}: a value that JSON has no form for ({error}).") from error
+        try:
             # Through the same parser as the command line: the same types, choices and messages.
-            self.parse_args(_as_words(key, value), namespace)
+            self.parse_args(words, namespace)
         except UsageError as error:
             raise UsageError(f"--config {path}: {str(error).splitlines()[0]}") from error
 

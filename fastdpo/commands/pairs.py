@@ -10,6 +10,7 @@ import datasets
 
 from fastdpo.commands.flags import ScriptArguments
 from fastdpo.data.files import load_preferences, stream_preferences
+from fastdpo.data.json_text import UNREADABLE, what_is_wrong
 from fastdpo.data.mixture import Part, hold_out, load_mixture, stream_mixture
 from fastdpo.errors import UsageError, bad_input
 
@@ -77,7 +78,7 @@ def parts_of(entries: Sequence[str]) -> list[Part]:
 def _entry(text: str) -> dict[str, Any]:
     try:
         entry = json.loads(text)
-    except json.JSONDecodeError:
+    except UNREADABLE:
         entry = text
     return entry if isinstance(entry, dict) else {"path": str(entry)}
 
@@ -91,8 +92,10 @@ def columns_of(words: Sequence[str] | None) -> dict[str, str] | None:
     if not words:
         return None
     if words[0].startswith("{"):
-        with bad_input("--columns"):
+        try:
             return {str(new): str(old) for new, old in json.loads(" ".join(words)).items()}
+        except UNREADABLE as error:
+            raise UsageError(f"--columns: {what_is_wrong(error)}.") from error
     columns = {}
     for pair in ",".join(words).split(","):
         new, equals, old = pair.partition("=")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.data.files import DataError, load_preferences, type_name
+from fastdpo.data.json_text import UNREADABLE, what_is_wrong
 from fastdpo.data.rows import common_prefix_length
 from fastdpo.model.generation import Prompt
 
@@ -50,8 +51,8 @@ def _read_text(path: Path) -> str:
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}.") from error
+    except UNREADABLE as error:
+        raise DataError(f"{where}: {what_is_wrong(error)}.") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: each line must be a JSON object, this one is {type_name(row)}.")
     return row

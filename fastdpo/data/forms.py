@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from fastdpo.data.claims import calls_of
+from fastdpo.data.json_text import UNREADABLE
 from fastdpo.data.mask import squeeze
 from fastdpo.data.templates import Messages
 
@@ -31,7 +32,7 @@ def parse_arguments(text: str) -> dict[str, Any] | None:
     """The object that JSON text says; None if it is none, or would not be written as it was."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except UNREADABLE:
         return None
     if not isinstance(value, dict):
         return None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastdpo.data.chats import Chat
+from fastdpo.data.json_text import UNREADABLE, what_is_wrong
 from fastdpo.data.templates import check_json
 from fastdpo.data.terms import DataError, type_name
 
@@ -168,8 +169,8 @@ def _tools(row: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}, tools: not valid JSON: {error.msg} at column {error.colno}.") from error
+        except UNREADABLE as error:
+            raise DataError(f"{where}, tools: {what_is_wrong(error)}.") from error
     if not isinstance(tools, (list, type(None))):
         raise DataError(f"{where}, tools: needed a list of tools, or one as JSON text, found {type_name(tools)}.")
     for tool in tools or ():
@@ -184,7 +185,7 @@ def _template_kwargs(row: dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(more, str):
         try:
             more = json.loads(more)
-        except json.JSONDecodeError as error:
+        except UNREADABLE as error:
             raise DataError(f"{where}, chat_template_kwargs: needed an object, found a string.") from error
     if not isinstance(more or {}, dict):
         raise DataError(f"{where}, chat_template_kwargs: needed an object, found {type_name(more)}.")

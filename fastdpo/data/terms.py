@@ -18,7 +18,7 @@ class DataError(InputError):
 
 
 def first_line(text: str) -> str:
-    return text.strip().splitlines()[0]
+    return (text.strip().splitlines() or [""])[0]
 
 
 def type_name(value: Any) -> str:

@@ -71,14 +71,15 @@ class RefCache:
         try:
             manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             known = manifest["format"] == FORMAT and manifest["key"].keys() == {f.name for f in fields(CacheKey)}
-            complete = manifest["complete"]
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            # What the key says is what was written: its values are looked into without another check.
+            sound = not known or CacheKey(**manifest["key"]).fingerprint() == manifest["key_fingerprint"]
+            sound = sound and isinstance(manifest["complete"], bool) and isinstance(manifest["about"], dict)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise RefCacheError(f"{path} cannot be read ({error!r}). {_advice(self.folder)}") from error
-        if not known or not isinstance(complete, bool):
+        if not known:
             raise RefCacheError(f"{path} is of another version of fastdpo. {_advice(self.folder)}")
-        # What the other files' checksums hang on: altered, or left out, it would be about other numbers than theirs.
-        if manifest.get("key_fingerprint") != CacheKey(**manifest["key"]).fingerprint():
-            raise RefCacheError(f"{path} is damaged: key_fingerprint is not that of its key. {_advice(self.folder)}")
+        if not sound:
+            raise RefCacheError(f"{path} is damaged, or was changed after it was written. {_advice(self.folder)}")
         return manifest
 
     def _manifest_that_is_there(self) -> dict[str, Any]:

@@ -49,6 +49,12 @@ def test_other_files_of_pairs(tmp_path: Path) -> None:
     ("name", "content", "expected"),
     [
         ("p.jsonl", b'{"prompt": "a"}\n{broken\n', "p.jsonl, line 2: not valid JSON"),
+        (
+            "p.jsonl",
+            b'{"prompt": ' + b"9" * 5000 + b"}\n",
+            "p.jsonl, line 1: not to be read: a number in it has more than",
+        ),
+        ("p.jsonl", b"[" * 100_000, "p.jsonl, line 1: nested too deeply to be read"),
         ("p.jsonl", b"[1, 2]\n", "line 1: each line must be a JSON object"),
         ("p.jsonl", b'{"question": "a"}\n', "line 1: needed a field 'prompt' .* found 'question'"),
         ("p.jsonl", b'{"prompt": "  "}\n', "line 1: needed a field 'prompt'"),

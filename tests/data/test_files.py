@@ -331,6 +331,26 @@ def test_an_empty_cell_of_tools_or_of_template_kwargs_says_nothing(tmp_path: Pat
         ("[{'role': 'assistant', 'content': open('x').read()}]", "line 2, chosen: messages, written neither"),
         ("[{'role': 'assistant', 'content': 'cut", "written neither as JSON nor as a literal"),
         ("[{'role': 'assistant', 'content': 'x'}, 'y']", "of which some have no role"),
+        *(
+            (f"[{{'role': 'assistant', 'content': {literal}}}]", "written neither as JSON nor as a literal")
+            for literal in (
+                "{1, 2}",
+                "(1, 2)",
+                "b'x'",
+                "...",
+                "1j",
+                "{[]: 1}",
+                "{(1,): 2}",
+                "{1: 2}",
+                "\x00",
+                "9" * 5000,
+                "-" * 100_000,
+                "(" * 300,
+                "[" * 100_000,
+            )
+        ),
+        ("[{'role': 'assistant', 'content': '\\ud800'}]", "half of a surrogate pair"),
+        ('[{"role": "assistant", "content": "\\ud800"}]', "half of a surrogate pair"),
     ],
 )
 def test_cells_that_begin_like_messages_and_are_none_are_refused(cell: str, message: str, tmp_path: Path) -> None:

@@ -126,3 +126,32 @@ def test_two_builders_do_not_write_into_one_folder(tmp_path: Path) -> None:
 
     builder(tmp_path, meanwhile).with_columns(token_rows(), "train", 3)
     assert (tmp_path / "train" / LOGPS).exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.pop("key_fingerprint"),
+        lambda m: m.pop("about"),
+        lambda m: m.update(about=[1]),
+        lambda m: m.update(complete="yes"),
+        lambda m: m["key"].update(weights=5),
+        lambda m: m["key"].update(config=["llama"]),
+        lambda m: m["key"].update(num_rows="3"),
+        lambda m: m.update(key=[1]),
+        lambda m: m.update(key=None),
+        lambda m: m.clear(),
+    ],
+)
+def test_a_manifest_that_was_changed_is_refused(change: Any, tmp_path: Path) -> None:
+    builder(tmp_path).with_columns(token_rows(), "train", 3)
+    path = tmp_path / "train" / MANIFEST
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    cache = RefCache(tmp_path / "train")
+    with pytest.raises(RefCacheError, match=r"manifest\.json (cannot be read|was changed|is of another).*\n?.*Delete"):
+        cache.load()
+    path.write_text("[" * 100_000)
+    with pytest.raises(RefCacheError, match=r"manifest\.json cannot be read"):
+        cache.load()

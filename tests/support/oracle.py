@@ -15,7 +15,7 @@ from fastdpo.logps import oracle as reference
 # Half a unit in the last place, relative: what rounding a result to the dtype may cost.
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 # float16 results below this are subnormal and keep an absolute precision alone.
-SMALLEST = {torch.float64: 0.0, torch.float32: 2.0**-126, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126}
+SMALLEST = {torch.float64: 2.0**-1022, torch.float32: 2.0**-126, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126}
 
 
 @dataclass
@@ -85,6 +85,10 @@ def oracle(
         sizes = sizes * (grad_logps.double().abs() * scored)[:, None]
         operand = ROUNDING[operand_dtype] if operand_dtype is not None else unit
         relative = 4 * logit_error + operand + unit * (32 + probs.shape[1] ** 0.5)
+        softcap = options.get("softcap")
+        if softcap is not None:  # 1 - tanh^2 moves by 2 tanh times its argument's error, relative to itself
+            argument = unit * (h.shape[1] + 2) * abs(options.get("logit_scale", 1.0)) * terms.amax(-1)
+            relative = relative + 4 * argument / softcap + 16 * unit
         # An exponential near the end of the compute type's normal numbers may be taken for 0 (float32's: below e^-87).
         least = 2 * SMALLEST[torch.promote_types(hidden.dtype, torch.float32)]
         lost = least * slope * grad_logps.double().abs() * scored

@@ -84,8 +84,8 @@ class Format:
         reads: the columns that ``convert`` makes use of; the others stay as they are. None where which these are
             depends on the row; no other stays.
         detect: whether a file is of this format.
-        convert: what a row says. Raises DataError, KeyError, TypeError, ValueError or IndexError for a row that is not
-            of the format.
+        convert: what a row says. Raises DataError, or what looking for the missing raises, for a row that is not of
+            the format.
         gather: joins rows that belong together before they are converted, where the format spreads them.
         general: whether it gives way to any other format that a file is of, too.
     """

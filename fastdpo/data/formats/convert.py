@@ -13,6 +13,16 @@ from fastdpo.data.formats.registry import find_format, rename
 from fastdpo.data.terms import REFERENCE_COLUMNS, TOKEN_COLUMNS, DataError, first_line
 
 _LOOKED_AT = 100  # rows by which the format is told
+# What a row that is not of its format may raise, wherever a format looks for what it has not.
+_ROW_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    StopIteration,
+    TypeError,
+    ValueError,
+)
 _TIES = "two answers score alike"
 
 
@@ -50,9 +60,27 @@ def convert(
         return
     found = find_format(format, sample, source)
     left_out: Counter[str] = Counter()
-    for place, row in found.gather(rows) if found.gather else rows:
+    for place, row in _gathered(found, rows, source) if found.gather else rows:
         yield from _pairs(found, row, f"{source}, {place}", left_out)
     facts.append({"title": found.title, "left_out": dict(left_out)})
+
+
+def _gathered(found: Format, rows: Iterator[tuple[str, Row]], source: str) -> Iterator[tuple[str, Row]]:
+    assert found.gather is not None
+    try:
+        yield from found.gather(rows)
+    except DataError:
+        raise
+    except _ROW_ERRORS as error:
+        raise _other_format(source, found, error) from error
+
+
+def _other_format(where: str, found: Format, error: Exception) -> DataError:
+    what = f"it has no {error}" if isinstance(error, KeyError) else first_line(str(error) or type(error).__name__)
+    return DataError(
+        f"{where}: the row is not of the format that the file is read as, {found.title} ({what}). Mend or remove "
+        "it, or name the format of the file: --format."
+    )
 
 
 def _pairs(found: Format, row: Row, where: str, left_out: Counter[str]) -> Iterator[Row]:
@@ -71,12 +99,8 @@ def _pairs(found: Format, row: Row, where: str, left_out: Counter[str]) -> Itera
                 new_rows.append(each)
     except DataError as error:
         raise DataError(f"{where}, read as {found.title}: {str(error).rstrip('.')}.") from error
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        what = f"it has no {error}" if isinstance(error, KeyError) else first_line(str(error) or type(error).__name__)
-        raise DataError(
-            f"{where}: the row is not of the format that the file is read as, {found.title} ({what}). Mend or remove "
-            "it, or name the format of the file: --format."
-        ) from error
+    except _ROW_ERRORS as error:
+        raise _other_format(where, found, error) from error
     if found.reads is None:
         kept = {name: row[name] for name in REFERENCE_COLUMNS if name in row}
     else:

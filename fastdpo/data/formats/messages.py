@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from fastdpo.data.formats.base import Row, is_message_list
+from fastdpo.data.json_text import UNREADABLE, what_is_wrong
 from fastdpo.data.terms import DataError, type_name
 
 # ShareGPT's "from" → the role; what calls a tool and what a tool answers are messages of their own there.
@@ -99,8 +100,8 @@ def _calls(content: Any) -> list[Row]:
     if isinstance(content, str):
         try:
             content = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise DataError(f"a tool call is not valid JSON: {error.msg} at column {error.colno}") from error
+        except UNREADABLE as error:
+            raise DataError(f"a tool call is {what_is_wrong(error)}") from error
     calls = content if isinstance(content, list) else [content]
     if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise DataError('a tool call should be {"name": ..., "arguments": ...}')
@@ -114,8 +115,8 @@ def as_tools(tools: Any) -> Any:
             return None
         try:
             tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise DataError(f"'tools' is not valid JSON: {error.msg} at column {error.colno}") from error
+        except UNREADABLE as error:
+            raise DataError(f"'tools' is {what_is_wrong(error)}") from error
     if not tools:
         return None
     if not is_message_list(tools):

@@ -18,6 +18,8 @@ import tokenize
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from fastdpo.data.json_text import UNREADABLE
+from fastdpo.data.reading.json_rows import refuse_half_characters
 from fastdpo.data.reading.opening import DataFile
 from fastdpo.data.terms import REFERENCE_COLUMNS, DataError, first_line
 
@@ -88,14 +90,17 @@ def read_messages(text: str, where: str) -> Any:
     """
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except UNREADABLE:
         try:
             value = _literal(text)
-        except (ValueError, SyntaxError, tokenize.TokenError, RecursionError) as error:
+            if json.loads(json.dumps(value)) != value:
+                raise ValueError("there is something in it that JSON has no form for")
+        except (ValueError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
             raise DataError(
                 f"{where}: messages, written neither as JSON nor as a literal of Python ({first_line(str(error))}). "
                 "It would be learnt as text; write such rows as JSON lines or Parquet."
             ) from error
+    refuse_half_characters(value, where)
     messages = value if isinstance(value, list) else [value]
     if all(isinstance(m, dict) and any(keys <= m.keys() for keys in _KEYS) for m in messages):
         return value

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from fastdpo.data.json_text import UNREADABLE, what_is_wrong
 from fastdpo.data.reading.opening import DataFile
 from fastdpo.data.terms import DataError, type_name
 
@@ -73,10 +74,10 @@ def _parse_line(line: bytes, where: str) -> Any:
         ) from error
     except _RepeatedKeyError as error:
         raise DataError(_twice(where, error)) from error
-    except RecursionError as error:
-        raise DataError(f"{where}: nested too deeply to be read.") from error
+    except UNREADABLE as error:
+        raise DataError(f"{where}: {what_is_wrong(error)}.") from error
     if b"\\ud" in line.lower():
-        _refuse_half_characters(row, where)
+        refuse_half_characters(row, where)
     return row
 
 
@@ -84,7 +85,8 @@ def _twice(where: str, error: _RepeatedKeyError) -> str:
     return f"{where}: the key {str(error)!r} is specified twice in one object; which of the values is meant?"
 
 
-def _refuse_half_characters(row: Any, where: str) -> None:
+def refuse_half_characters(row: Any, where: str) -> None:
+    """Raise DataError for text that JSON can escape, and UTF-8 has no form for."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -104,7 +106,7 @@ def _list_rows(file: DataFile) -> Iterator[tuple[str, Any]]:
                 text.skip(",")
             place = f"item {number}"
             row = text.value()
-            _refuse_half_characters(row, f"{file.name}, {place}")
+            refuse_half_characters(row, f"{file.name}, {place}")
             yield place, row
             number += 1
         text.skip("]")
@@ -149,11 +151,12 @@ class _Text:
                 value, end = _DECODER.raw_decode(self._text, self._start)
             except _RepeatedKeyError as error:
                 raise DataError(_twice(f"{self._name}, line {self._line_of(self._start)}", error)) from error
-            except RecursionError as error:
-                raise DataError(f"{self._name}: nested too deeply to be read.") from error
             except json.JSONDecodeError as error:
                 if self._ended:
                     raise self._error(error.msg, error.pos) from error
+            except UNREADABLE as error:
+                where = f"{self._name}, line {self._line_of(self._start)}"
+                raise DataError(f"{where}: {what_is_wrong(error)}.") from error
             else:
                 if end < len(self._text) or self._ended:  # a number could go on
                     self._start = end
