@@ -169,7 +169,7 @@ def pad_token_id(
     if tokenizer is None:
         if pad_token is not None:
             raise ValueError(f"pad_token is {pad_token!r}, but there is no tokenizer to look it up in")
-        pad_id: int | None = language_model(model).config.pad_token_id
+        pad_id: int | None = getattr(language_model(model).config, "pad_token_id", None)
         return 0 if pad_id is None else pad_id  # attention_mask hides it, whichever it is
     if pad_token is None:
         pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from fastdpo.errors import InputError
 from fastdpo.model.adapters import has_transformers_adapter
-from fastdpo.trainer.digests import WeightDigests, saved_tensors
+from fastdpo.trainer.digests import WeightDigests, saved_tensors, tensor_digest
 from fastdpo.trainer.manifest import name_some
 
 # Up to so many bytes of weights that are converted on their way are written and read, to see whether they come back.
@@ -86,12 +86,20 @@ def check_comes_back(model: PreTrainedModel | PeftModel, folder: Path) -> None:
 
     Names and shapes are followed through ``save_pretrained`` and ``from_pretrained`` with tensors that hold nothing.
     Where weights are converted on the way, and are not large, they are written to ``folder`` for a moment, and read.
-    An adapter is not tried: it is loaded into the very model.
+    Of an adapter, which would be loaded into the very model, it is enough that PEFT saves all that is trained.
 
     Raises:
         UnsavableError: it does not.
     """
-    if isinstance(model, PeftModel) or has_transformers_adapter(model):
+    if isinstance(model, PeftModel):
+        if unsaved := _unsaved_beside(model):
+            raise UnsavableError(
+                f"{name_some(unsaved)} would be trained, but PEFT does not save that with the adapter, so that no "
+                "checkpoint could bring it back. Name the module in modules_to_save (--lora_modules_to_save), or turn "
+                "requires_grad off"
+            )
+        return
+    if has_transformers_adapter(model):
         return
     with tempfile.TemporaryDirectory(prefix=".round-trip-", dir=folder) as place:
         kind = type(model)
@@ -123,6 +131,16 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
     state = load_file(folder / "adapter_model.safetensors")
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     set_peft_model_state_dict(model, state, adapter_name=model.active_adapters()[0])
+
+
+def _unsaved_beside(model: PeftModel) -> list[str]:
+    """Names of parameters that are trained, and are in nothing that is saved of the active adapter."""
+    saved = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False).values()
+    places = {tensor.data_ptr() for tensor in saved}
+    others = {name: p for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in places}
+    # Some kinds of adapters save a copy.
+    copies = {tensor_digest(tensor) for tensor in saved} if others else set()
+    return [name for name, parameter in others.items() if tensor_digest(parameter) not in copies]
 
 
 def _other_names(model: PreTrainedModel, folder: Path) -> str:

@@ -107,6 +107,16 @@ def test_an_adapter(options: dict[str, Any], tmp_path: Path) -> None:
         run(tmp_path, on_another_base, ROWS, str(tmp_path / "checkpoint-2"))
 
 
+def test_what_is_trained_beside_an_adapter_and_not_saved_is_refused(tmp_path: Path) -> None:
+    def make() -> Any:
+        model = lora(mixture())
+        model.get_base_model().model.norm.weight.requires_grad_(True)
+        return model
+
+    with pytest.raises(UnsavableError, match="base_model.model.model.norm.weight would be trained, but PEFT does not"):
+        run(tmp_path, make, ROWS)
+
+
 def test_the_best_model_is_loaded_whole(tmp_path: Path) -> None:
     options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     trainer = run(
