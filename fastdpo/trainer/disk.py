@@ -28,7 +28,7 @@ class NotWrittenError(InputError):
 
 def why_not_written(error: BaseException) -> str | None:
     """In words, why a file could not be written; None where ``error`` and its causes are about something else."""
-    for cause in _chain(error):
+    for cause in chain(error):
         number = cause.errno if isinstance(cause, OSError) else None
         if isinstance(cause, SafetensorError) and (match := _OS_ERROR.search(str(cause))):
             number = int(match[1])
@@ -39,7 +39,8 @@ def why_not_written(error: BaseException) -> str | None:
     return None
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what caused it, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
