@@ -169,6 +169,7 @@ def test_killed_runs_end_as_the_unbroken_one(
         kind, fault = random_fault(chance, written, seconds) if in_a_row < 6 else ("", None)
         outcome = arena.run(words(folder), folder, fault)
         if outcome.code == -signal.SIGKILL:
+            print(f"{sum(kills.values()) + 1} killed, {ended} ended", flush=True)
             kills[f"in {kind_of(outcome.struck[0], folder)}" if outcome.struck else kind] += 1
             in_a_row += 1
             continue
@@ -186,15 +187,24 @@ def test_killed_runs_end_as_the_unbroken_one(
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def numbers_of(paths: list[str]) -> list[int]:
+    """Which writes, from 1: of a file that is written in many, the first, one in the middle, and the last."""
+    numbers: dict[str, list[int]] = {}
+    for number, path in enumerate(paths, 1):
+        numbers.setdefault(path, []).append(number)
+    return sorted({each[i] for each in numbers.values() for i in (0, len(each) // 2, -1)})
+
+
 def test_a_disk_that_is_full_at_any_write_loses_nothing(
     arena: Arena, unbroken: Path, words: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """From each write on, in a run of its own; then there is room again, and the run goes on."""
+    """From a write on, of each file, in a run of its own; then there is room again, and the run goes on."""
     fewer = ["--save_steps", "2"]  # checkpoints, which all have the same writes
     traced = arena.run(words(tmp_path / "traced", *fewer), tmp_path / "traced", Fault("count"))
     assert traced.code == 0, traced.said
     outcomes: Counter[str] = Counter()
-    for number in range(1, len(traced.struck) + 1):
+    for number in numbers_of(traced.struck):
+        print(f"{number} of {len(traced.struck)}: {traced.struck[number - 1]}", flush=True)
         folder = tmp_path / str(number)
         outcome = arena.run(words(folder, *fewer), folder, Fault("full", number))
         assert outcome.struck, (number, outcome.said)

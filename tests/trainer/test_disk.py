@@ -16,6 +16,8 @@ from peft import get_peft_model
 from ref_builds import builder, token_rows
 from safetensors.torch import save_file
 from tiny_models import make_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from toy_data import make_tokenizer, text_rows, write_jsonl
 from trainer_runs import LORA, make_trainer
 
@@ -46,11 +48,13 @@ def small_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("writer", ["python", "torch", "safetensors"])
+@pytest.mark.parametrize("writer", ["python", "torch", "safetensors", "tokenizers"])
 def test_a_failed_write_is_known_whoever_wrote(writer: str, small_files: None, tmp_path: Path) -> None:
     tensor = torch.zeros(100_000)
+    many = Tokenizer(WordLevel({str(i): i for i in range(10_000)}, unk_token="0"))
     writers: dict[str, Any] = {
         "python": lambda: (tmp_path / "a").write_bytes(bytes(100_000)),
+        "tokenizers": lambda: many.save(str(tmp_path / "a.json")),
         "torch": lambda: torch.save(tensor, tmp_path / "a.pt"),
         "safetensors": lambda: save_file({"a": tensor}, tmp_path / "a.safetensors"),
     }
