@@ -142,14 +142,21 @@ def tell(what: str, counts: Counter[str]) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def random_fault(chance: random.Random, written: Counter[str], seconds: float) -> tuple[str, Fault]:
-    """What is struck, in a word, and how: any moment, or half of any write to one kind of file."""
-    kind = chance.choice(["any moment", "any moment", "first part of the cache", *WRITTEN])
+def random_fault(chance: random.Random, written: Counter[str], seconds: float, folder: Path) -> tuple[str, Fault]:
+    """What is struck, in a word, and how: any moment, or half of any write to a kind of file that is still to come."""
+    kinds = ["any moment", "any moment", *WRITTEN]
+    if (folder / "ref" / "train" / LOGPS).exists():
+        kinds.remove("cache")
+    else:
+        kinds += ["first part of the cache"]
+    kind = chance.choice(kinds)
     if kind == "any moment":
         return kind, Fault("later", seconds=chance.uniform(0.0, seconds))
     if kind == "first part of the cache":  # the second part is begun when the first is there
-        return kind, Fault("kill", 2, ("/ref/train/.unfinished-",) if chance.random() < 0.5 else ("part-",))
-    return kind, Fault("kill", chance.randint(1, max(1, written[kind])), WRITTEN[kind])
+        return kind, Fault("kill", 2, ("part-",))
+    left = STEPS - len(find_checkpoints(folder / "run"))
+    most = written[kind] * left // STEPS if kind == "checkpoint" else written[kind]
+    return kind, Fault("kill", chance.randint(1, max(1, most)), WRITTEN[kind])
 
 
 def test_killed_runs_end_as_the_unbroken_one(
@@ -166,7 +173,7 @@ def test_killed_runs_end_as_the_unbroken_one(
     ended, in_a_row, folder = 0, 0, tmp_path / "0"
     while sum(kills.values()) < pytestconfig.getoption("--campaign-kills") or in_a_row:
         # Six kills at most before a run may end.
-        kind, fault = random_fault(chance, written, seconds) if in_a_row < 6 else ("", None)
+        kind, fault = random_fault(chance, written, seconds, folder) if in_a_row < 6 else ("", None)
         outcome = arena.run(words(folder), folder, fault)
         if outcome.code == -signal.SIGKILL:
             print(f"{sum(kills.values()) + 1} killed, {ended} ended", flush=True)
