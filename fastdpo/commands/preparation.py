@@ -10,7 +10,8 @@ from pathlib import Path
 from fastdpo.commands.terminal import SafeConsole
 from fastdpo.data.visible import visible
 from fastdpo.errors import UsageError
-from fastdpo.trainer.disk import NotWrittenError, why_not_written
+from fastdpo.ref_cache.files import RefCacheError
+from fastdpo.trainer.disk import NotWrittenError, chain, why_not_written
 from fastdpo.trainer.saving import kept
 from fastdpo.trainer.trainer import DPOTrainer
 
@@ -45,16 +46,15 @@ def bad_writes(output_dir: Path) -> Iterator[None]:
     """
     try:
         yield
-    except NotWrittenError as error:
-        raise UsageError(str(error)) from error
     except Exception as error:
-        why = why_not_written(error)
-        if why is None:
+        said = next((cause for cause in chain(error) if isinstance(cause, (NotWrittenError, RefCacheError))), None)
+        if said is not None:
+            raise UsageError(str(said)) from error
+        if (why := why_not_written(error)) is None:
             raise
-        named = getattr(error, "filename", None)
-        raise UsageError(
-            f"{named or f'a file in {output_dir}'} could not be written: {why}. {kept(output_dir)}"
-        ) from error
+        named = [name for cause in chain(error) if (name := getattr(cause, "filename", None))]
+        what = named[0] if named else f"a file in {output_dir}"
+        raise UsageError(f"{what} could not be written: {why}. {kept(output_dir)}") from error
 
 
 def say_what_was_prepared(trainer: DPOTrainer) -> None:

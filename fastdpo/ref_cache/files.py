@@ -73,7 +73,7 @@ class RefCache:
             known = manifest["format"] == FORMAT and manifest["key"].keys() == {f.name for f in fields(CacheKey)}
             # What the key says is what was written: its values are looked into without another check.
             sound = not known or CacheKey(**manifest["key"]).fingerprint() == manifest["key_fingerprint"]
-            sound = sound and isinstance(manifest["complete"], bool) and isinstance(manifest["about"], dict)
+            sound = sound and isinstance(manifest["complete"], bool)
         except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise RefCacheError(f"{path} cannot be read ({error!r}). {_advice(self.folder)}") from error
         if not known:
@@ -152,7 +152,8 @@ class RefCache:
     def begin(self, key: CacheKey, digests: np.ndarray, about: dict[str, Any]) -> None:
         """Write what the log-probabilities to come belong to. ``about``: facts that are not compared."""
         self.discard()
-        write_tensors(self.folder / ROWS, {"digests": digests})
+        with self._saying_what_is_kept():
+            write_tensors(self.folder / ROWS, {"digests": digests})
         self._write_manifest(key, about, complete=False)
 
     def discard(self) -> None:
@@ -165,7 +166,8 @@ class RefCache:
         """Keep the log-probabilities of some rows. Safe from several processes, and against a kill at any moment."""
         tensors = {"rows": rows, "chosen_logps": chosen, "rejected_logps": rejected}
         path = self.folder / PARTS.replace("*", uuid.uuid4().hex[:16])
-        write_tensors(path, tensors, key.fingerprint())
+        with self._saying_what_is_kept():
+            write_tensors(path, tensors, key.fingerprint())
 
     def read_parts(self, key: CacheKey) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(done bool, chosen, rejected), each [rows]: what the parts hold.
@@ -201,7 +203,8 @@ class RefCache:
                 "Is it on a file system that all machines of the run see?"
             )
         tensors = {"chosen_logps": chosen, "rejected_logps": rejected}
-        write_tensors(self.folder / LOGPS, tensors, key.fingerprint())
+        with self._saying_what_is_kept():
+            write_tensors(self.folder / LOGPS, tensors, key.fingerprint())
         self._write_manifest(key, about, complete=True)
         for path in self.folder.glob(PARTS):
             path.unlink()
@@ -215,7 +218,20 @@ class RefCache:
             "key": asdict(key),
             "key_fingerprint": key.fingerprint(),
         }
-        write_json(self.folder / MANIFEST, manifest)
+        with self._saying_what_is_kept():
+            write_json(self.folder / MANIFEST, manifest)
+
+    @contextlib.contextmanager
+    def _saying_what_is_kept(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            parts = len(list(self.folder.glob(PARTS)))
+            kept = f"The {parts} parts that were computed before are kept, and" if parts else "Once there is room"
+            raise RefCacheError(
+                f"a file of the reference cache {self.folder} could not be written: {error.strerror or error}. {kept} "
+                "the same command goes on from there"
+            ) from error
 
 
 def _model_in(manifest: dict[str, Any]) -> str:

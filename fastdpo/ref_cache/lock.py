@@ -126,6 +126,7 @@ def _say_who(file: IO[str]) -> None:
     process = psutil.Process()
     since = datetime.fromtimestamp(process.create_time()).isoformat(" ", "minutes")
     who = {"process": process.pid, "host": socket.gethostname(), "since": since, "created": process.create_time()}
-    file.truncate(0)
-    file.write(json.dumps(who) + "\n")
-    file.flush()
+    with contextlib.suppress(OSError):  # it is held as well where there is no room to say by whom
+        file.truncate(0)
+        file.write(json.dumps(who) + "\n")
+        file.flush()

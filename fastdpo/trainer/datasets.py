@@ -59,9 +59,15 @@ class DatasetPreparer:
         self.summaries: dict[str, DataSummary] = {}
 
     def prepare_to_train(self, dataset: TrainDataset) -> TrainDataset:
-        """The dataset to train on: all of it, as :meth:`prepare` does, or a stream, whose rows are tokenised later."""
+        """The dataset to train on: all of it, as :meth:`prepare` does, or a stream, whose rows are tokenised later.
+
+        Raises:
+            ValueError: no batch could be made of it.
+        """
         if not isinstance(dataset, IterableDataset):
-            return self.prepare(dataset, "train")
+            dataset = self.prepare(dataset, "train")
+            _check_there_is_a_batch(len(dataset), self._args)
+            return dataset
         if is_tokenised(dataset):
             return dataset
         args = self._args
@@ -143,6 +149,17 @@ def is_tokenised(dataset: TrainDataset) -> bool:
 def columns_of(dataset: TrainDataset) -> list[str]:
     """The names of the columns; a stream's first row is read for it."""
     return columns_of_stream(dataset) if isinstance(dataset, IterableDataset) else list(dataset.column_names)
+
+
+def _check_there_is_a_batch(pairs: int, args: DPOConfig) -> None:
+    """Raises where the last batch is dropped, and is the only one."""
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and pairs < batch:
+        raise ValueError(
+            f"dataloader_drop_last drops a last batch that is not full, and {pairs} pairs are less than one batch of "
+            f"{batch}: nothing would be trained on. Leave it out, or use a smaller "
+            "per_device_train_batch_size"
+        )
 
 
 def find_tokenizer(source: str, args: DPOConfig, *, needed: bool) -> PreTrainedTokenizerBase | None:

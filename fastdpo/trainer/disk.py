@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from fastdpo.errors import InputError
 
 # What a write fails with for want of room, or of a sound disk; anything else is a fault of another kind.
 _ERRNOS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS))
-# safetensors tells the number in words; torch's writer of archives tells nothing but that it failed.
+# safetensors and tokenizers tell the number in words; torch's writer of archives tells nothing but that it failed.
 _OS_ERROR = re.compile(r"os error (\d+)")
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
 
@@ -28,9 +27,11 @@ class NotWrittenError(InputError):
 
 def why_not_written(error: BaseException) -> str | None:
     """In words, why a file could not be written; None where ``error`` and its causes are about something else."""
-    for cause in _chain(error):
-        number = cause.errno if isinstance(cause, OSError) else None
-        if isinstance(cause, SafetensorError) and (match := _OS_ERROR.search(str(cause))):
+    for cause in chain(error):
+        number = None
+        if isinstance(cause, OSError):
+            number = cause.errno
+        elif match := _OS_ERROR.search(str(cause)):
             number = int(match[1])
         if number in _ERRNOS:
             return os.strerror(number)
@@ -39,7 +40,8 @@ def why_not_written(error: BaseException) -> str | None:
     return None
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what caused it, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

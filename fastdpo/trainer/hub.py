@@ -22,7 +22,7 @@ RUN_RECORDS = (
     "previous-*",
     "report.html",
     "report_start.json",
-    ".report_start.json",
+    ".*",  # what a killed process was writing
     "training.png",
     "data_summary.json",
     "*_results.json",

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from fastdpo.errors import InputError
 from fastdpo.model.adapters import has_transformers_adapter
 from fastdpo.trainer.digests import WeightDigests, saved_tensors, tensor_digest
+from fastdpo.trainer.disk import why_not_written
 from fastdpo.trainer.manifest import name_some
 
 # Up to so many bytes of weights that are converted on their way are written and read, to see whether they come back.
@@ -117,6 +118,8 @@ def check_comes_back(model: PreTrainedModel | PeftModel, folder: Path) -> None:
             if not wrong and is_converted and sum(tensor.nbytes for tensor in state.values()) <= _TRIED_BYTES:
                 wrong = _lost_values(model, Path(place), state)
         except Exception as error:  # the conversions of hundreds of families
+            if why_not_written(error):  # which says nothing of the model
+                raise
             wrong = _first_line(error)
     if wrong:
         raise UnsavableError(

@@ -1,13 +1,12 @@
 """Runs that nobody looks after: killed, out of disk space, and gone on with from files that were damaged.
 
 Each case ends in the unbroken run's weights, log and reference log-probabilities bit for bit, or in a refusal that
-names the file. ``FASTDPO_CAMPAIGN_KILLS`` says how many kills there are at least; counts are printed with ``-s``.
+names the file. Counts are printed with ``-s``.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -25,8 +24,6 @@ from toy_data import text_rows, write_jsonl
 from fastdpo.ref_cache.files import LOGPS, MANIFEST, ROWS
 from fastdpo.trainer.checkpoints import find_checkpoints, find_torn
 
-KILLS = int(os.environ.get("FASTDPO_CAMPAIGN_KILLS", "200"))
-SEED = int(os.environ.get("FASTDPO_CAMPAIGN_SEED", "0"))
 STEPS, SAVE_STEPS = 4, 1
 # What runs write, in the order in which they come to it, by a part of its path.
 WRITTEN = {
@@ -47,6 +44,11 @@ def arena(tmp_path_factory: pytest.TempPathFactory, quiet_and_uncached: None) ->
         arena = Arena(tmp_path_factory.mktemp("arena"))
         with arena.started():
             yield arena
+
+
+@pytest.fixture(scope="module")
+def seed(pytestconfig: pytest.Config) -> int:
+    return int(pytestconfig.getoption("--campaign-seed"))
 
 
 @pytest.fixture(scope="module")
@@ -140,33 +142,46 @@ def tell(what: str, counts: Counter[str]) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def random_fault(chance: random.Random, written: Counter[str], seconds: float) -> tuple[str, Fault]:
-    """What is struck, in a word, and how: any moment, or half of any write to one kind of file."""
-    kind = chance.choice(["any moment", "any moment", "first part of the cache", *WRITTEN])
+def random_fault(chance: random.Random, written: Counter[str], seconds: float, folder: Path) -> tuple[str, Fault]:
+    """What is struck, in a word, and how: any moment, or half of any write to a kind of file that is still to come."""
+    kinds = ["any moment", "any moment", *WRITTEN]
+    if (folder / "ref" / "train" / LOGPS).exists():
+        kinds.remove("cache")
+    else:
+        kinds += ["first part of the cache"]
+    kind = chance.choice(kinds)
     if kind == "any moment":
         return kind, Fault("later", seconds=chance.uniform(0.0, seconds))
     if kind == "first part of the cache":  # the second part is begun when the first is there
-        return kind, Fault("kill", 2, ("/ref/train/.unfinished-",) if chance.random() < 0.5 else ("part-",))
-    return kind, Fault("kill", chance.randint(1, max(1, written[kind])), WRITTEN[kind])
+        return kind, Fault("kill", 2, ("part-",))
+    left = STEPS - len(find_checkpoints(folder / "run"))
+    most = written[kind] * left // STEPS if kind == "checkpoint" else written[kind]
+    return kind, Fault("kill", chance.randint(1, max(1, most)), WRITTEN[kind])
 
 
 def test_killed_runs_end_as_the_unbroken_one(
-    arena: Arena, unbroken: Path, words: Callable[..., list[str]], tmp_path: Path
+    arena: Arena,
+    unbroken: Path,
+    words: Callable[..., list[str]],
+    seed: int,
+    tmp_path: Path,
+    pytestconfig: pytest.Config,
 ) -> None:
-    chance, written = random.Random(SEED), writes_of(unbroken)
+    chance, written = random.Random(seed), writes_of(unbroken)
     seconds = float((unbroken / "seconds.txt").read_text())
     kills: Counter[str] = Counter()
     ended, in_a_row, folder = 0, 0, tmp_path / "0"
-    while sum(kills.values()) < KILLS or in_a_row:
+    while sum(kills.values()) < pytestconfig.getoption("--campaign-kills") or in_a_row:
         # Six kills at most before a run may end.
-        kind, fault = random_fault(chance, written, seconds) if in_a_row < 6 else ("", None)
+        kind, fault = random_fault(chance, written, seconds, folder) if in_a_row < 6 else ("", None)
         outcome = arena.run(words(folder), folder, fault)
         if outcome.code == -signal.SIGKILL:
+            print(f"{sum(kills.values()) + 1} killed, {ended} ended", flush=True)
             kills[f"in {kind_of(outcome.struck[0], folder)}" if outcome.struck else kind] += 1
             in_a_row += 1
             continue
-        assert outcome.code == 0, (SEED, kills, outcome.said)
-        assert differences(folder, unbroken) == [], (SEED, kills, outcome.said)
+        assert outcome.code == 0, (seed, kills, outcome.said[-3000:])
+        assert differences(folder, unbroken) == [], (seed, kills, outcome.said[-3000:])
         shutil.rmtree(folder)
         ended, in_a_row = ended + 1, 0
         folder = tmp_path / str(ended)
@@ -179,24 +194,35 @@ def test_killed_runs_end_as_the_unbroken_one(
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def numbers_of(paths: list[str]) -> list[int]:
+    """Which writes, from 1: of a file that is written in many, the first, one in the middle, and the last."""
+    numbers: dict[str, list[int]] = {}
+    for number, path in enumerate(paths, 1):
+        numbers.setdefault(path, []).append(number)
+    return sorted({each[i] for each in numbers.values() for i in (0, len(each) // 2, -1)})
+
+
 def test_a_disk_that_is_full_at_any_write_loses_nothing(
     arena: Arena, unbroken: Path, words: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """From each write on, in a run of its own; then there is room again, and the run goes on."""
-    count = len((unbroken / "writes.txt").read_text().splitlines())
+    """From a write on, of each file, in a run of its own; then there is room again, and the run goes on."""
+    fewer = ["--save_steps", "2"]  # checkpoints, which all have the same writes
+    traced = arena.run(words(tmp_path / "traced", *fewer), tmp_path / "traced", Fault("count"))
+    assert traced.code == 0, traced.said
     outcomes: Counter[str] = Counter()
-    for number in range(1, count + 1):
+    for number in numbers_of(traced.struck):
+        print(f"{number} of {len(traced.struck)}: {traced.struck[number - 1]}", flush=True)
         folder = tmp_path / str(number)
-        outcome = arena.run(words(folder), folder, Fault("full", number))
+        outcome = arena.run(words(folder, *fewer), folder, Fault("full", number))
         assert outcome.struck, (number, outcome.said)
-        where = (number, outcome.struck[0], outcome.said)
+        where = (number, outcome.struck[0], outcome.said[-2000:])
         assert outcome.code == 2, where
         said = [line for line in outcome.said.splitlines() if "error: " in line]
         assert len(said) == 1 and "Traceback" not in outcome.said, where
         assert "could not be written: No space left on device" in said[0] or "(is the disk full" in said[0], where
         assert find_torn(folder / "run") == [], where
-        assert not list(folder.rglob("*unfinished*")) and not list((folder / "run").glob(".[a-z]*")), where
-        again = arena.run(words(folder), folder)
+        assert not list(folder.rglob(".[a-z]*")), where  # which is how what is being written is named
+        again = arena.run(words(folder, *fewer), folder)
         assert again.code == 0 and differences(folder, unbroken) == [], (where, again.said)
         outcomes[f"in {kind_of(outcome.struck[0], folder)}"] += 1
         shutil.rmtree(folder)
@@ -243,9 +269,9 @@ def verdict(outcome: Outcome, folder: Path, unbroken: Path, file: Path) -> str:
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_no_damage_to_a_checkpoint_passes_in_silence(
-    how: str, arena: Arena, unbroken: Path, killed: Path, words: Callable[..., list[str]], tmp_path: Path
+    how: str, arena: Arena, unbroken: Path, killed: Path, words: Callable[..., list[str]], seed: int, tmp_path: Path
 ) -> None:
-    chance = random.Random(f"{SEED} {how}")
+    chance = random.Random(f"{seed} {how}")
     last, before = (killed / "run" / f"checkpoint-{step}" for step in (2, 1))
     verdicts: Counter[str] = Counter()
     for name in sorted(path.name for path in last.iterdir()):
@@ -270,10 +296,11 @@ def test_no_damage_to_a_cache_passes_in_silence(
     killed: Path,
     half_cached: Path,
     words: Callable[..., list[str]],
+    seed: int,
     tmp_path: Path,
 ) -> None:
     """A whole one, and one that is half built; swapped: with another cache's file, or among the parts."""
-    chance, start = random.Random(f"{SEED} {how}"), killed if complete else half_cached
+    chance, start = random.Random(f"{seed} {how}"), killed if complete else half_cached
     foreign = tmp_path / "foreign"
     outcome = arena.run(words(foreign, "--max_length", "64", "--max_steps", "1"), foreign)
     assert outcome.code == 0, outcome.said

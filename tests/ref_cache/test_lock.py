@@ -128,3 +128,14 @@ def test_other_errors_are_not_taken_for_a_lack_of_locks(tmp_path: Path, monkeypa
     monkeypatch.setattr(lock.fcntl, "flock", refuse)
     with pytest.raises(OSError, match="broken"), held(tmp_path / "a.lock"):
         pass
+
+
+def test_a_full_disk_holds_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lock.json, "dumps", full)
+        with held(tmp_path / "a.lock"), pytest.raises(HeldError, match="^another process$"), held(tmp_path / "a.lock"):
+            pass
+    assert not list(tmp_path.iterdir())
