@@ -66,10 +66,10 @@ $(VENV)/installed: pyproject.toml
 build: $(VENV)/installed
 
 # For the tests of Level 1's PTX. Beside the packages: among them, CUTLASS would have Level 1 built for a device, which
-# takes minutes, with all that its Python asks for.
+# takes minutes, with all that its Python asks for. Without network the rest is tested, and the next time it is tried again.
 $(VENV)/headers/installed: $(VENV)/installed
-	$(VENV)/bin/python -m pip install -q --upgrade --no-deps --target $(VENV)/headers nvidia-cutlass==4.2.0.0
-	touch $@
+	@$(VENV)/bin/python -m pip install -q --upgrade --no-deps --target $(VENV)/headers nvidia-cutlass==4.2.0.0 && touch $@ \
+	  || echo "CUTLASS's headers could not be downloaded: Level 1's PTX is not run (tests/ptx/test_level1.py and others skip)"
 endif
 
 # Quick when nothing changed: ninja compiles what is newer than its object alone.
