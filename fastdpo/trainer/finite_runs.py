@@ -71,9 +71,10 @@ class FiniteRuns(Trainer):
         Raises:
             DivergedError: it is not finite.
         """
-        if "loss" in logs:
-            # Reading the loss has waited for the device.
+        if "loss" in logs or "train_loss" in logs:
+            # Reading the loss has waited for the device. After the last step all processes are still here.
             self._stop_if(self.watch.all_so_far())
+        if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 raise DivergedError(
                     f"the loss is {logs['loss']} at step {self.state.global_step}, though that of each pair is finite: "
@@ -168,7 +169,9 @@ class FiniteRuns(Trainer):
         return f" ({text[:_SHOWN]!r}{'...' if len(text) > _SHOWN else ''})" if text else ""
 
     def _weights_not_finite(self) -> list[str]:
-        return sorted(set(self._everyones(weights_not_finite(self.model))))
+        names = weights_not_finite(self.model)
+        # Elsewhere all processes have the same ones, and one may save them alone.
+        return sorted(set(self._everyones(names) if self.is_fsdp_enabled or self.is_deepspeed_enabled else names))
 
     def _everyones(self, words: list[str]) -> list[str]:
         """Those of all processes, which call this together."""

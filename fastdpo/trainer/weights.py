@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
@@ -60,7 +60,7 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
             tensor.copy_(state[name])
 
 
-def check_weights(model: torch.nn.Module, expected: dict[str, str], source: Path, digests: WeightDigests) -> None:
+def check_weights(model: nn.Module, expected: dict[str, str], source: Path, digests: WeightDigests) -> None:
     """Raises unless the model's weights are those whose digests are ``expected``; ``source`` is where they are from.
 
     Raises:
@@ -117,6 +117,7 @@ def check_comes_back(model: PreTrainedModel | PeftModel, folder: Path) -> None:
             wrong, is_converted = _lost_names(model, config, state)
             if not wrong and is_converted and sum(tensor.nbytes for tensor in state.values()) <= _TRIED_BYTES:
                 wrong = _lost_values(model, Path(place), state)
+            wrong = wrong or _lost_to_initialisation(model)
         except Exception as error:  # the conversions of hundreds of families
             if why_not_written(error):  # which says nothing of the model
                 raise
@@ -170,6 +171,27 @@ def _lost_values(model: PreTrainedModel, place: Path, state: dict[str, Tensor]) 
     model.save_pretrained(place)
     loaded = _loaded(model, place)[0].state_dict()
     return name_some([name for name, tensor in state.items() if not _is_same(tensor.cpu(), loaded[name])])
+
+
+def _lost_to_initialisation(model: PreTrainedModel) -> str:
+    """The embeddings whose padding row ``from_pretrained`` sets to 0 after it was loaded, where it is not 0 anyway.
+
+    Of an embedding that is the head as well, every row is trained.
+    """
+    head = model.get_output_embeddings()
+    lost = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or module.padding_idx is None:
+            continue
+        small = nn.Embedding(module.padding_idx + 1, 2, module.padding_idx)
+        nn.init.ones_(small.weight)
+        small.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # so from_pretrained marks what it loaded
+        with _undisturbed():
+            model._init_weights(small)
+        is_head = head is not None and getattr(head, "weight", None) is module.weight
+        if not bool((small.weight == 1).all()) and (is_head or bool(module.weight[module.padding_idx].any())):
+            lost.append(f"row {module.padding_idx} of {name}.weight")
+    return f"{name_some(lost)} is set to 0 when it is loaded" if lost else ""
 
 
 def _loaded(model: PreTrainedModel, folder: Path | None, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from broken_runs import id_rows, losses
 from datasets import Dataset
+from ranks import on_ranks
 from safetensors.torch import load_file
 from tiny_models import make_model
 from torch import nn
@@ -232,6 +233,25 @@ def test_the_command_stops_with_an_exit_code(model: Path, tmp_path: Path, capsys
     assert "The run stopped: step" in page and ">nan<" not in page.lower()
     for path in (tmp_path / "run").rglob("trainer_state.json"):
         assert all(math.isfinite(entry["loss"]) for entry in json.loads(path.read_text())["log_history"])
+
+
+def two_steps() -> list[Any]:
+    """Of one rank: only one rank's second loss is none."""
+    watch, model = FiniteWatch(), nn.Linear(3, 2)
+    found = []
+    for step in (1, 2):
+        is_bad = (step, torch.distributed.get_rank()) == (2, 1)
+        watch.see_losses(torch.tensor([0.5, NAN if is_bad else 0.5]))
+        model.weight.grad, model.bias.grad = torch.ones(2, 3), torch.ones(2)
+        watch.see_gradients(model)
+        found.append(watch.end_of_step(step, torch.device("cpu")))
+    return found
+
+
+def test_all_processes_hear_of_it_after_the_same_step(tmp_path: Path) -> None:
+    for rank, (first, second) in enumerate(on_ranks(two_steps, 2, tmp_path)):
+        assert first is None
+        assert (second.step, second.pairs, second.gradients) == (2, [[1] if rank == 1 else []], [])
 
 
 def test_a_device_is_read_one_step_late(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,6 +206,14 @@ def test_a_model_that_would_not_come_back_is_refused_before_the_run(
     assert not list(tmp_path.rglob(".round-trip-*"))
 
 
+def test_a_row_that_loading_sets_to_0_is_refused_where_it_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(UnsavableError, match="row 0 of model.embed_tokens.weight is set to 0 when it is loaded"):
+        run(tmp_path, lambda: make_family("youtu"), ROWS)
+    untied = run(tmp_path, lambda: make_family("youtu", tie_word_embeddings=False), ROWS)
+    got = run(tmp_path, lambda: make_family("youtu", tie_word_embeddings=False), ROWS, str(tmp_path / "checkpoint-2"))
+    assert differences(got, untied) == []
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Settings
 # --------------------------------------------------------------------------------------------------------------------
