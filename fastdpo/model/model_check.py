@@ -19,14 +19,9 @@ _TOKENS = 24
 # A share of what a change of an earlier token does: below it, what a later one does is rounding.
 _SHARE = 0.25
 
-# Settings by which configurations choose between both directions and one: what makes a model causal, and how it is
-# written.
-_CAUSAL_SETTINGS: dict[str, tuple[Any, str]] = {
-    "is_decoder": (True, "is_decoder=True"),
-    "use_bidirectional_attention": (False, "use_bidirectional_attention=False"),
-    "causal": (True, "causal=True"),
-    "attn_type": ("uni", "attn_type='uni'"),
-}
+# Settings by which configurations choose between both directions and one, and what chooses one. Where they are named
+# in words, None does.
+_CAUSAL_SETTINGS = {"is_decoder": True, "use_bidirectional_attention": False, "causal": True, "attn_type": "uni"}
 
 
 def made_up_tokens(scorer: Scorer, device: torch.device) -> Tensor:
@@ -104,11 +99,11 @@ def _leak(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> tuple[flo
 
 def _advice(scorer: Scorer) -> str:
     config = scorer.lm.config.get_text_config()
-    helping = [
-        written
-        for setting, (causal, written) in _CAUSAL_SETTINGS.items()
-        if getattr(config, setting, causal) not in (causal, None)
-    ]
+    helping = []
+    for setting, causal in _CAUSAL_SETTINGS.items():
+        value = getattr(config, setting, causal)
+        if value not in (causal, None):
+            helping.append(f"{setting}={None if causal is False and isinstance(value, str) else causal!r}")
     if not helping:
         return "It has no setting that changes this: use a causal language model"
     return (

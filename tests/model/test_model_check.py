@@ -31,13 +31,15 @@ def check(model: PreTrainedModel) -> None:
         ("roberta", {"is_decoder": True}),
         ("roc_bert", {"is_decoder": True}),  # a new one does very little with other tokens
         ("gemma3_text", {"use_bidirectional_attention": False}),
+        ("gemma4_text", {"use_bidirectional_attention": None}),
         ("xlm", {"causal": True}),
         ("cpmant", None),
     ],
 )
 def test_a_model_that_sees_the_future_is_refused_with_the_setting_that_helps(model_type, setting, dtype, trained):
     make = partial(make_family, model_type, dtype=dtype, trained=trained)
-    other = {"use_bidirectional_attention": True} if model_type == "gemma3_text" else {}
+    both_ways = {"gemma3_text": True, "gemma4_text": "all"}
+    other = {"use_bidirectional_attention": both_ways[model_type]} if model_type in both_ways else {}
     with pytest.raises(NotImplementedError, match=rf"model_type '{model_type}'\) sees the future: .* nats") as refused:
         check(make(**other))
     if setting is None:

@@ -93,9 +93,10 @@ def test_a_model_that_ignores_positions_is_noticed_in_16_bits_as_it_was_initiali
             check_rows(scorer(model), "shared", "sdpa", 64, CPU, torch.bfloat16)
 
 
-def test_without_room_for_float32_rounding_is_told_from_error(monkeypatch):
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "mixtral", "gemma2"])
+def test_without_room_for_float32_rounding_is_told_from_error(monkeypatch, model_type):
     monkeypatch.setattr(precision, "_has_room", lambda *_: False)
-    model = make_family("llama", dtype=torch.bfloat16, trained=True)
+    model = make_family(model_type, dtype=torch.bfloat16, trained=True)
     check_rows(scorer(model), "shared", "sdpa", 64, CPU, torch.bfloat16)
     model.model.rotary_emb = DropsPositions(model.model.rotary_emb)
     with pytest.raises(RowsNotSupportedError, match="computes something else"):

@@ -39,7 +39,7 @@ _SIZES = {
         max_position_embeddings n_positions n_ctx max_seq_len max_target_positions context_length
     """,
     64: """
-        max_source_positions
+        max_source_positions index_n_heads
     """,
     32: """
         hidden_size d_model n_embd dim_model emb_dim embedding_size word_embed_proj_dim embedding_dim input_size
@@ -66,7 +66,7 @@ _SIZES = {
     4: """
         num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads
         num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads mamba_n_heads mamba_num_heads
-        n_mamba_heads num_experts n_routed_experts num_local_experts index_n_heads linear_num_value_heads
+        n_mamba_heads num_experts n_routed_experts num_local_experts linear_num_value_heads
         linear_num_heads moe_num_experts zero_expert_num altup_num_inputs mm_tokens_per_image num_query_groups
         num_buckets
     """,
@@ -246,6 +246,6 @@ def make_family(
                 if trained:
                     parameter.normal_(std=2 / math.sqrt(parameter.shape[-1]))
                 parameter.mul_(scale)
-            elif trained and parameter.dim() == 1 and name.endswith(("bias", "norm.weight")):
+            elif trained and parameter.dim() == 1 and name.endswith(("bias", "norm.weight", "attn.A")):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model
