@@ -96,6 +96,7 @@ def environment(folder: Path, path: str) -> dict[str, str]:
     return os.environ | {
         "FASTDPO_CPU_PATH": path,
         "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "passive",  # threads that spin would wait for cores that others have
         "ASAN_OPTIONS": "detect_leaks=1:allocator_may_return_null=1:detect_stack_use_after_return=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "LSAN_OPTIONS": f"suppressions={leaks}:print_suppressions=0",
