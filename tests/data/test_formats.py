@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from families import family_template, tokenizer_with
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_data import assistant, chat_rows, text_rows, user, write_jsonl
 
 from fastdpo.data import examine
 from fastdpo.data.files import load_preferences
 from fastdpo.data.formats.base import Answers
+from fastdpo.data.formats.convert import convert
 from fastdpo.data.formats.pairs import pairs_of
 from fastdpo.data.formats.registry import FORMATS
 from fastdpo.data.terms import DataError
@@ -483,6 +484,52 @@ def test_what_cannot_be_told_or_used_is_refused_with_the_cause(kind: str, tmp_pa
     rows, message = REFUSED[kind]
     with pytest.raises(DataError, match=f"(?s){message}"):
         read(rows, tmp_path / "a.jsonl")
+
+
+_KEYS = ("role", "content", "from", "value", "type", "text", "name", "arguments", "score", "weight", "result")
+_TEXTS = st.sampled_from(
+    ["user", "assistant", "human", "gpt", "text", "tool_call", "A", "model_a", "[]", "{}", "", " "]
+)
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | _TEXTS | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_KEYS), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_rows_that_make_no_sense_are_refused_in_words(name: str, data: st.DataObject) -> None:
+    columns = FORMATS[name].reads or ("prompt", "chosen", "rejected")
+    row = st.fixed_dictionaries({}, optional=dict.fromkeys((*columns, "chosen", "n"), _VALUES))
+    rows = [(f"line {i}", data.draw(row)) for i in range(1, 3)]
+    try:
+        pairs = list(convert(iter(rows), "a.jsonl", format=name, columns=None, facts=[]))
+    except DataError as error:
+        assert str(error).startswith("a.jsonl")
+    else:
+        assert all(isinstance(pair, dict) for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        (
+            "helpsteer2_ratings",
+            {"response": "x"},
+            "is not of the format that the file is read as, .*it has no 'prompt'",
+        ),
+        (
+            "axolotl_argilla",
+            {"chosen_response": GOOD, "rejected_response": BAD},
+            "line 1, .*it has none of 'prompt', 'in",
+        ),
+    ],
+)
+def test_a_row_without_what_its_format_looks_for(name: str, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        list(convert(iter([("line 1", row)]), "a.jsonl", format=name, columns=None, facts=[]))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from fastdpo.data.formats.base import Format, Row, Sample, text
 from fastdpo.data.formats.pairs import pair
+from fastdpo.data.terms import DataError
 
 _QUESTIONS = ("prompt", "input", "question", "instruction")  # in the order in which Axolotl looks for them
 
@@ -35,7 +36,9 @@ def _detect_argilla(sample: Sample) -> bool:
 
 
 def _convert_argilla(row: Row) -> Row:
-    question = next(name for name in _QUESTIONS if row.get(name) is not None)
+    question = next((name for name in _QUESTIONS if row.get(name) is not None), None)
+    if question is None:
+        raise DataError(f"it has none of {', '.join(map(repr, _QUESTIONS))}")
     return pair(
         text(row, question), row["chosen_response"], row["rejected_response"], system=row.get("system"), chat=True
     )

@@ -71,7 +71,7 @@ def _submitted(row: Row, question: str) -> list[Any]:
 
 def _alternatives(columns: Collection[str], votes: Counter[str]) -> tuple[str, str]:
     """The two columns that could be chosen: those with the same name but for a number or letter at its end."""
-    stem = _stem(min(votes, default=""))
+    stem = _stem(next(iter(votes)))
     found = sorted(column for column in columns if _stem(column) == stem and stem)
     if len(found) != 2 or not set(votes) <= set(found):
         raise DataError(f"the answers among which {', '.join(votes)} was chosen cannot be told: {', '.join(found)}")
