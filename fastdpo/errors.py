@@ -9,6 +9,7 @@ DIVERGED = 1
 BAD_INPUT = 2  # argparse's exit code for it, too
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 TERMINATED = 143  # and after SIGTERM
+HUNG_UP = 129  # and after SIGHUP
 READER_GONE = 141  # and after SIGPIPE
 
 

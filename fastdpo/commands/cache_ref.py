@@ -91,7 +91,7 @@ def run(argv: list[str]) -> int:
         argv: the words after ``fastdpo cache-ref``.
 
     Returns:
-        0, 130 after Ctrl-C, or 143 after SIGTERM or SIGUSR1.
+        0, 130 after Ctrl-C, 143 after SIGTERM or SIGUSR1, or 129 after SIGHUP.
 
     Raises:
         UsageError: the flags, the data, the model or the cache that is there cannot be used.

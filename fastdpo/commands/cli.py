@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 1 for a training that diverged, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM or
-        SIGUSR1, 141 where nobody reads standard output any more and there was nothing else to do. ``--help`` and
-        ``--version`` return 0. Errors that are not about the input propagate.
+        SIGUSR1, 129 after SIGHUP, 141 where nobody reads standard output any more and there was nothing else to do.
+        ``--help`` and ``--version`` return 0. Errors that are not about the input propagate.
     """
     try:
         args = _make_parser().parse_args(argv)

@@ -37,11 +37,12 @@ def run(argv: list[str]) -> int:
         argv: the words after ``fastdpo train``.
 
     Returns:
-        0, 1 after the run came to numbers that are none, 130 after Ctrl-C, or 143 after SIGTERM or SIGUSR1.
+        0, 1 after the run came to numbers that are none, 130 after Ctrl-C, 143 after SIGTERM or SIGUSR1, or 129 after
+        SIGHUP.
 
     Raises:
         UsageError: the flags, the data or the model cannot be used; another run is in the folder; the disk is full.
-        Stopped: SIGTERM or SIGUSR1 came where there was nothing to save.
+        Stopped: SIGTERM, SIGUSR1 or SIGHUP came where there was nothing to save.
     """
     parser = TrainParser()
     arguments = parser.read(argv)

@@ -13,23 +13,28 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from fastdpo.errors import INTERRUPTED, TERMINATED, Stopped
+from fastdpo.errors import HUNG_UP, INTERRUPTED, TERMINATED, Stopped
 
 # SIGUSR1 is what job scripts have the scheduler send some time before its SIGTERM. One exit code for both: that of a
-# run that was told to end, and can go on.
-EXIT_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGUSR1: TERMINATED}
+# run that was told to end, and can go on. SIGHUP comes when a terminal is closed; under nohup nobody hears of it.
+EXIT_CODES = {
+    signal.SIGINT: INTERRUPTED,
+    signal.SIGTERM: TERMINATED,
+    signal.SIGUSR1: TERMINATED,
+    signal.SIGHUP: HUNG_UP,
+}
 
 Handler = Callable[[int, "FrameType | None"], Any]
 
 
 @contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 raise :class:`Stopped`, where they would end the process without a word."""
+    """SIGTERM, SIGUSR1 and SIGHUP raise :class:`Stopped`, where they would end the process without a word."""
 
     def stop(number: int, _: FrameType | None) -> None:
         raise Stopped(_name(number), EXIT_CODES[signal.Signals(number)])
 
-    with _handling({signal.SIGTERM: stop, signal.SIGUSR1: stop}):
+    with _handling({number: stop for number in EXIT_CODES if number != signal.SIGINT}):
         yield
 
 
@@ -42,7 +47,8 @@ def _handling(handlers: dict[signal.Signals, Handler]) -> Iterator[None]:
     before: dict[signal.Signals, Any] = {}
     try:
         for number, handler in handlers.items():
-            before[number] = signal.signal(number, handler)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
         yield
     finally:
         for number, handler in before.items():

@@ -19,7 +19,7 @@ from fastdpo.commands import train as train_command
 from fastdpo.commands.cli import main
 from fastdpo.errors import UsageError
 from fastdpo.trainer.checkpoints import find_checkpoints, resolve_resume
-from fastdpo.trainer.gentle_stop import GentleStop
+from fastdpo.trainer.gentle_stop import GentleStop, stopping_on_signals
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 
@@ -45,9 +45,10 @@ class SignalledInStep3(GentleStop):
             os.kill(os.getpid(), self.number)  # schedulers say it more than once
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGHUP, 129)])
 def test_a_schedulers_signal_saves_a_checkpoint_from_which_the_same_command_goes_on(
     number: signal.Signals,
+    code: int,
     model: Path,
     pairs: Path,
     tmp_path: Path,
@@ -58,7 +59,7 @@ def test_a_schedulers_signal_saves_a_checkpoint_from_which_the_same_command_goes
     with monkeypatch.context() as patch:
         patch.setattr(SignalledInStep3, "number", number)
         patch.setattr(train_command, "GentleStop", SignalledInStep3)
-        assert main(words(model, pairs, tmp_path / "run")) == 143
+        assert main(words(model, pairs, tmp_path / "run")) == code
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
     assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
     said = capsys.readouterr()
@@ -69,6 +70,16 @@ def test_a_schedulers_signal_saves_a_checkpoint_from_which_the_same_command_goes
     assert main(words(model, pairs, tmp_path / "run")) == 0
     said = capsys.readouterr()
     assert "Going on from" in said.out and "step     4  loss" in said.out and "step     3  loss" not in said.out
+
+
+def test_a_closed_terminal_is_not_heard_of_where_it_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping_on_signals(), GentleStop().listening():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_before_the_first_step_ends_in_the_same_code(

@@ -131,3 +131,29 @@ def test_it_goes_along_to_the_hub(lora: bool, tmp_path: Path, monkeypatch: pytes
     assert sent["repo_id"] == "me/my-model"
     assert "# my-model" in sent["card"].text and sent["card"].data.datasets == ["some-lab/pairs"]
     assert {"dpo", "fastdpo"} <= set(sent["card"].data.tags)
+
+
+def test_a_folders_name_is_a_name_whatever_is_in_it(tmp_path: Path) -> None:
+    name = "a`b`*c* <img src=x onerror=y> [d](e)\n# f\x1b[2J\u202e"
+    trainer = trained(tmp_path / "out", base=str(tmp_path / "base```x"))
+    trainer.create_model_card(model_name=name, dataset_name="p`q.jsonl")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    heading = r"# a\`b\`\*c\* \<img src=x onerror=y\> \[d\]\(e\)\\n\# f\\x1b\[2J\\u202e"
+    assert [line for line in text.splitlines() if line.startswith("# ")] == [heading]
+    assert "\x1b" not in text and "\u202e" not in text
+    assert "```` base```x ````" in text and "`` p`q.jsonl ``" in text
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    compile(code, "card", "exec")
+
+
+@pytest.mark.parametrize("before", [None, "", "# Mine\n", "---\nlicense: mit\n---\n# Mine\n"])
+def test_a_card_begins_with_one_block_of_metadata(before: str | None, tmp_path: Path) -> None:
+    trainer = trained(tmp_path / "out")
+    if before is not None:
+        (tmp_path / "out" / "README.md").write_text(before)
+    for _ in range(2):
+        trainer.create_model_card()
+        text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+        block, _, rest = text.removeprefix("---\n").partition("\n---\n")
+        assert text.startswith("---\n") and "library_name: transformers" in block and "---" not in block
+        assert not rest.lstrip().startswith("---") and rest.count("# Mine") == ("Mine" in (before or ""))
