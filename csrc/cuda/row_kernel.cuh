@@ -88,7 +88,9 @@ __device__ __forceinline__ void add(ChunkSums<C>& into, const ChunkSums<C>& from
   }
 }
 
-// Sums over the block, in an order that depends on nothing but the block's size; every thread gets the result.
+// Sums over the block, in an order that depends on nothing but the block's size; every thread gets the result. A second
+// call overwrites of_warp, so a barrier has to lie between two calls: nobody may still be reading the first one's
+// values.
 template <typename Traits, typename C>
 __device__ __forceinline__ ChunkSums<C> sum_over_block(ChunkSums<C> mine) {
   __shared__ ChunkSums<C> of_warp[Traits::kWarps];
@@ -104,8 +106,6 @@ __device__ __forceinline__ ChunkSums<C> sum_over_block(ChunkSums<C> mine) {
     }
     add<Traits>(mine, other);
   }
-  // A second call (after a raise) overwrites of_warp: nobody may still be reading the first call's values.
-  __syncthreads();
   if (threadIdx.x % kWarpSize == 0) of_warp[threadIdx.x / kWarpSize] = mine;
   __syncthreads();  // all warps' sums are in of_warp before anybody reads them
   ChunkSums<C> total = ChunkSums<C>::empty();
@@ -114,7 +114,8 @@ __device__ __forceinline__ ChunkSums<C> sum_over_block(ChunkSums<C> mine) {
   return total;
 }
 
-// The largest of the threads' numbers, in every thread; a comparison drops a NaN.
+// The largest of the threads' numbers, in every thread; a comparison drops a NaN. As with sum_over_block, a barrier has
+// to lie between two calls.
 template <typename Traits, typename C>
 __device__ __forceinline__ C max_over_block(C mine) {
   __shared__ C of_warp[Traits::kWarps];
@@ -123,7 +124,6 @@ __device__ __forceinline__ C max_over_block(C mine) {
     const C other = __shfl_xor_sync(kAllLanes, mine, distance);
     mine = other > mine ? other : mine;
   }
-  __syncthreads();  // nobody is still reading what an earlier call has put into of_warp
   if (threadIdx.x % kWarpSize == 0) of_warp[threadIdx.x / kWarpSize] = mine;
   __syncthreads();  // all warps' are in of_warp before anybody reads them
   C largest = of_warp[0];
@@ -287,11 +287,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLeastBlocks)
           shrink_row(operand - chunk.first_column, chunk.first_column, shrink, chunk.tensor_float32);
         }
       }
-      // The same thread writes the same entries again, so no barrier is needed between the two visits' stores.
-      const ChunkSums<C> again = sum_over_block<Traits>(visitor.visit(sums.max_logit));
-      sums = again;
+      // The same thread writes the same entries again, so the two visits' stores need no barrier; the two sums do.
+      const ChunkSums<C> mine = visitor.visit(sums.max_logit);
+      __syncthreads();
+      sums = sum_over_block<Traits>(mine);
     }
-    // Thread 0 may write the row's sums: all threads read the exponent before the barriers of sum_over_block.
+    // Thread 0 may write the row's sums: all threads read the exponent before the barrier of sum_over_block.
     if (threadIdx.x == 0) {
       RowSums<C> total = chunk.sums[row];
       if (raised) total.raise(sums.max_logit);

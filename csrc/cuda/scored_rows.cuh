@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(kBlockThreads) start_rows_kernel(const StartRo
   const int64_t target = work.targets[position];
   C product = 0;
   if (target >= 0 && target < work.vocabulary) {
-    product = dot_over_warp(work.hidden + position * work.hidden_units, work.weight + target * work.hidden_units,
-                            work.hidden_units);
+    product = dot_over_warp<false>(work.hidden + position * work.hidden_units, work.weight + target * work.hidden_units,
+                                   work.hidden_units);
   }
   if (lane == 0) {
     constexpr C kNaN = std::numeric_limits<C>::quiet_NaN();

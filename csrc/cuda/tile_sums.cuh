@@ -61,7 +61,7 @@ struct TiledRow {
       const int column = tile * kColumns + i;
       if (column == target) continue;
       const T* weight = tiles.weight + column * tiles.hidden_units;
-      use(column, chunk.transform.logit(dot_over_warp(hidden, weight, tiles.hidden_units)));
+      use(column, chunk.transform.logit(dot_over_warp<true>(hidden, weight, tiles.hidden_units)));
     }
   }
 
@@ -110,16 +110,13 @@ struct TiledRow {
   }
 
   // The chunk's sums relative to another exponent, and the operand likewise: tiles in range shrink, the others are
-  // computed again. `shift` is the old exponent minus the new one. The product left a zero in the target's column. The
-  // sum of logits has no exponent: it is the tiles' in any case.
+  // computed again. `shift` is the old exponent minus the new one. The product left a zero in the target's column.
+  // Without the sum of logits, which has no exponent.
   __device__ __forceinline__ ChunkSums<float> sum_again(float exponent, float shift) const {
     const auto shrink = Shrink<float>::by(shift);
     ChunkSums<float> sums = ChunkSums<float>::empty();
     for (int tile = 0; tile < tiles.tiles; ++tile) {
       const float sum = tile_sum(tile);
-      if constexpr (kExtras) {
-        if (threadIdx.x == 0) sums.logit_sum += tile_sum(tile, kTileLogits);
-      }
       if (in_range<kExtras>(sum)) {
         if (threadIdx.x == 0) {
           sums.sum += shrink(sum);
@@ -166,9 +163,11 @@ __global__ void __launch_bounds__(kBlockThreads) settle_rows_kernel(const TiledC
   const int64_t offset = target - chunk.first_column;
   const bool here = offset >= 0 && offset < chunk.columns;
   const TiledRow<T, kExtras> tiled{chunk, tiles, row, here ? static_cast<int>(offset) : -1, operand};
-  // All threads read the exponent before the barriers of sum_over_block, and thread 0 writes it after them.
+  // All threads read the exponent before the barrier of sum_over_block, and thread 0 writes it after that. Between two
+  // sums lies the barrier of a maximum, and the other way round.
   RowSums<float> total = chunk.sums[row];
   ChunkSums<float> sums = sum_over_block<Traits>(tiled.sum_tiles());
+  if constexpr (kExtras) total.logit_sum += sums.logit_sum;
   if (too_large(sums.max_logit)) {
     const float raised = tiled.suitable_exponent(total.exponent);
     const float shift = total.exponent - raised;
@@ -186,7 +185,6 @@ __global__ void __launch_bounds__(kBlockThreads) settle_rows_kernel(const TiledC
   if constexpr (kExtras) {
     total.weighted_sum += sums.weighted_sum;
     total.square_sum += sums.square_sum;
-    total.logit_sum += sums.logit_sum;
     const float largest = tiled.largest_logit();
     total.max_logit = largest > total.max_logit ? largest : total.max_logit;
   }

@@ -119,6 +119,31 @@ def test_blocks_that_leave_before_the_others_need_them(machine: Machine) -> None
     assert 0 < faults < 8
 
 
+def test_warps_that_fall_far_behind_others_of_their_block(machine: Machine) -> None:
+    """Block 0 waits for a signal of block 1's fifth warp, and not for the one that its first warp gives much sooner."""
+    body = (
+        "mov.u32 %r1, buffer; add.s32 %r2, %r1, 8; mov.u32 %r5, 0; setp.eq.u32 %p1, %t, 0;\n"
+        "@%p1 mbarrier.init.shared::cta.b64 [%r1], 1; @%p1 mbarrier.init.shared::cta.b64 [%r2], 1;\n"
+        f"{FENCE}{RENDEZVOUS}"
+        "mov.u32 %r4, %cluster_ctarank; setp.eq.u32 %p2, %r4, 0; @%p2 bra AGAIN;\n"
+        "mapa.shared::cluster.u32 %r3, %r2, 0; @%p1 mbarrier.arrive.shared::cluster.b64 _, [%r3];\n"
+        "setp.ne.u32 %p1, %t, 128; @%p1 bra END;\n"
+        "MORE: add.s32 %r5, %r5, 1; setp.lt.u32 %p1, %r5, 300; @%p1 bra MORE;\n"
+        "mapa.shared::cluster.u32 %r3, %r1, 0; mbarrier.arrive.shared::cluster.b64 _, [%r3]; bra END;\n"
+        f"{WAIT} END:"
+    )
+    how = CLUSTER | {"block": 160, "shared": ".shared .align 8 .b8 buffer[16];"}
+    faults = 0
+    for seed in range(16):
+        with machine.with_options(random=True, uneven=True, seed=seed):
+            try:
+                run(machine, [], body, **how)
+            except Fault as fault:
+                assert "a block that has left" in str(fault)
+                faults += 1
+    assert 0 < faults < 16
+
+
 def test_half_an_arrival_at_the_cluster_barrier(machine: Machine) -> None:
     body = f"mov.u32 %r2, %cluster_ctarank; setp.eq.u32 %p2, %r2, 0; @%p2 bra END; {RENDEZVOUS} END:"
     refused(machine, "deadlock.*waits for the cluster", [], body, **CLUSTER)

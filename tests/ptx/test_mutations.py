@@ -172,8 +172,11 @@ def only_sm80(level0_library: Any, level0_kernels: Any, machine: Machine) -> Any
     return level0_library
 
 
-def report(verdicts: list[Verdict], survive: dict[str, str]) -> None:
-    """Prints the share that is caught, and of every survivor why. One that is harmless must change no byte."""
+def report(verdicts: list[Verdict], survive: dict[str, str]) -> float:
+    """Prints the share that is caught, which it returns, and of every survivor why.
+
+    One that is harmless must change no byte, and of what is neither caught nor harmless there must be next to nothing.
+    """
     survivors = [v for v in verdicts if not v.caught]
     why = {v: reason for v in survivors for part, reason in survive.items() if part in str(v.mutation)}
     harmless = [v for v in survivors if v in why and not why[v].startswith(GAP)]
@@ -189,6 +192,7 @@ def report(verdicts: list[Verdict], survive: dict[str, str]) -> None:
     # Another nvcc writes other PTX, whose places are others.
     if f"release {EXPLAINED_FOR}," in build.run([ops.nvcc(), "--version"]):
         assert all(v in why for v in survivors)
+    return caught / len(verdicts)
 
 
 def test_a_sample_of_level_0(only_sm80: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +225,7 @@ HARMLESS0 = {
 def test_level_0(only_sm80: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     edits = all_of_level0(machine, 2, seed=1)
     assert len(edits) >= 60
-    report(judge_level0(only_sm80, machine, monkeypatch, edits, {}), HARMLESS0)
+    assert report(judge_level0(only_sm80, machine, monkeypatch, edits, {}), HARMLESS0) >= ENOUGH
 
 
 # ------------------------------------------------------------------------------------------- Level 1
@@ -242,6 +246,8 @@ def level1_calls(library: Any, patch: pytest.MonkeyPatch, kernel: str) -> Iterat
         (300, 401, 392, {"random": True, "seed": 1}),
         (140, 600, 136, {"late": True, "random": True, "seed": 2}),
         *((130, 100, 72, {"late": True, "random": True, "uneven": seed > 5, "seed": seed}) for seed in range(3, 11)),
+        # Two tiles of two k-tiles each, one for either warp group: both may be behind when the other block could leave.
+        *((130, 300, 72, {"random": True, "uneven": True, "late": seed % 2 == 1, "seed": seed}) for seed in range(6)),
     ):
         case = random_case(0, rows, depth, columns, torch.bfloat16, ignored=0.02)
 

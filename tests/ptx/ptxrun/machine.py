@@ -26,9 +26,9 @@ class Options:
     """How kernels are run.
 
     ``random``: groups of lanes of random warps, blocks in random order, from ``seed``; else the lowest program counter
-    first. ``uneven``: at random, but a cluster's blocks run ahead of each other as far as they can. ``late``:
-    asynchronous operations take effect as late as the waits for them allow. ``perturb``: .approx instructions err by
-    what PTX allows. ``most_instructions`` of a launch, 0 for no limit.
+    first. ``uneven``: at random, but blocks of a cluster, and in them fours of warps, run ahead of each other as far as
+    they can. ``late``: asynchronous operations take effect as late as the waits for them allow. ``perturb``: .approx
+    instructions err by what PTX allows. ``most_instructions`` of a launch, 0 for no limit.
     """
 
     random: bool = False

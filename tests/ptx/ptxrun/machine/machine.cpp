@@ -134,9 +134,7 @@ void Machine::start_cluster(uint64_t number) {
       }
     }
   }
-  ahead_.resize(ctas.size());
-  for (size_t i = 0; i < ahead_.size(); ++i) ahead_[i] = i;
-  if (options.random && options.uneven) pick_order(ahead_, dice);
+  order_warps();
   agents.assign(threads() + kAsyncAgents, Agent{});
   races.agents = static_cast<uint32_t>(agents.size());
   cluster_arrived_.clear();
@@ -144,6 +142,25 @@ void Machine::start_cluster(uint64_t number) {
 }
 
 // ------------------------------------------------------------------------------------------------ the schedule
+
+// Uneven: fours of warps, which wgmma has for its warp groups, block by block, both in random order.
+void Machine::order_warps() {
+  constexpr size_t kTogether = 4;
+  std::vector<std::vector<std::vector<Warp*>>> blocks;
+  for (Cta& cta : ctas) {
+    blocks.emplace_back();
+    for (Warp& warp : cta.warps) {
+      if (warp.number % kTogether == 0) blocks.back().emplace_back();
+      blocks.back().back().push_back(&warp);
+    }
+    if (options.random && options.uneven) pick_order(blocks.back(), dice);
+  }
+  if (options.random && options.uneven) pick_order(blocks, dice);
+  ahead_.clear();
+  for (auto& block : blocks) {
+    for (auto& warps : block) ahead_.push_back(std::move(warps));
+  }
+}
 
 void Machine::run_cluster() {
   for (;;) {
@@ -166,18 +183,18 @@ void Machine::run_cluster() {
 }
 
 // In order: the lowest program counter first, which makes diverged lanes meet again as they do on a device. At random:
-// any group, which no kernel may depend on the order of. Uneven: of a block only when no warp of those before it can go
-// on.
+// any group, which no kernel may depend on the order of. Uneven: of some warps only when none of those before them can
+// go on.
 bool Machine::pick(Warp*& warp, size_t& group) {
   uint64_t seen = 0;
   int lowest = 0;
-  for (const size_t rank : ahead_) {
+  for (const auto& warps : ahead_) {
     if (options.uneven && warp != nullptr) break;
-    for (Warp& w : ctas[rank].warps) {
-      for (size_t g = 0; g < w.groups.size(); ++g) {
-        if (w.groups[g].state != Group::kRunning) continue;
-        const bool take = options.random ? dice() % ++seen == 0 : warp == nullptr || w.groups[g].pc < lowest;
-        if (take) warp = &w, group = g, lowest = w.groups[g].pc;
+    for (Warp* w : warps) {
+      for (size_t g = 0; g < w->groups.size(); ++g) {
+        if (w->groups[g].state != Group::kRunning) continue;
+        const bool take = options.random ? dice() % ++seen == 0 : warp == nullptr || w->groups[g].pc < lowest;
+        if (take) warp = w, group = g, lowest = w->groups[g].pc;
       }
     }
   }
@@ -205,7 +222,7 @@ void Machine::run_group(Warp& warp, size_t index) {
   const Program& program = *launch->program;
   // In order, to the end of a basic block: then another group may have the lowest program counter.
   uint64_t budget = options.random ? 1 + (dice() & 63) : ~uint64_t{0};
-  if (options.random && options.uneven) budget = 1;  // a block ahead goes on as soon as it can
+  if (options.random && options.uneven) budget = 1;  // who is ahead goes on as soon as they can
   if (options.random && warp.groups.size() > 1 && (dice() & 1)) merge(warp, index);
   for (; budget > 0; --budget) {
     Group* group = &warp.groups[index];

@@ -72,7 +72,7 @@ struct Launch {
 
 struct Options {
   bool random = false;   // schedule: random groups of random warps, blocks in random order; else the lowest first
-  bool uneven = false;   // at random, but that a cluster's blocks run ahead of each other as far as they can
+  bool uneven = false;   // at random, but that blocks, and in them fours of warps, run ahead as far as they can
   bool late = false;     // asynchronous operations take effect as late as the waits for them allow
   bool perturb = false;  // .approx instructions err by what PTX allows them
   bool races = true;
@@ -142,6 +142,7 @@ class Machine {
   uint32_t special(const std::string& name, const Cta& cta, uint32_t thread) const;  // the register's value
   void run_cluster();
   bool pick(Warp*& warp, size_t& group);
+  void order_warps();
   void run_group(Warp& warp, size_t group);
   void merge(Warp& warp, size_t& group);
   [[noreturn]] void deadlock();
@@ -151,7 +152,7 @@ class Machine {
   Agent cluster_barrier_;
   uint64_t cluster_phase_ = 0;
   std::vector<std::unique_ptr<std::byte[]>> files_;
-  std::vector<size_t> ahead_;  // the cluster's blocks, in the order in which they run where they are uneven
+  std::vector<std::vector<Warp*>> ahead_;  // the cluster's warps: those in front first, where the schedule is uneven
 };
 
 // What an instruction sees.
