@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from fastdpo.data.formats.base import Format, Row, Sample, text
 from fastdpo.data.formats.pairs import pair
+from fastdpo.data.terms import DataError
 
 _QUESTIONS = ("prompt", "input", "question", "instruction")  # in the order in which Axolotl looks for them
 
@@ -35,7 +36,13 @@ def _detect_argilla(sample: Sample) -> bool:
 
 
 def _convert_argilla(row: Row) -> Row:
-    question = next(name for name in _QUESTIONS if row.get(name) is not None)
+    given = [name for name in _QUESTIONS if row.get(name)]
+    if len({row[name] for name in given if isinstance(row[name], str)}) > 1:
+        raise DataError(
+            f"the question could be in {' or '.join(map(repr, given))}; remove all but one, or join them by a function "
+            "of your own (--format path/to/file.py:function)"
+        )
+    question = given[0] if given else next(name for name in _QUESTIONS if name in row)
     return pair(
         text(row, question), row["chosen_response"], row["rejected_response"], system=row.get("system"), chat=True
     )
