@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import marshal
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from fastdpo.data.verdicts import cause_of, tools_left_out, verdict
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Also what Mistral and others write.
+_MARK_OF_THOUGHT = re.compile(r"[<\[|]*/?(?:think|thinking|reasoning)[>\]|]*", re.IGNORECASE)
 _MOST_FACTS = 10_000  # shapes kept; in a set where every row has its own, the oldest go
 
 
@@ -76,6 +79,9 @@ class ChatRenderer:
         self, tokenizer: PreTrainedTokenizerBase, special_tokens: Collection[str], preparation: Preparation
     ) -> None:
         self._tokenizer, self._special, self._preparation = tokenizer, special_tokens, preparation
+        # A thought may be written into a content, whether its marks are special tokens or not.
+        tokens = [re.escape(token) for token in special_tokens if not _MARK_OF_THOUGHT.fullmatch(token)]
+        self._looked_for = re.compile("|".join(sorted(tokens, key=len, reverse=True))) if tokens else None
         self._sides = SideRenderer(special_tokens, preparation)
         self._facts: dict[Any, Facts | None] = {}
         self._prompts: dict[bytes, str] = {}
@@ -103,11 +109,22 @@ class ChatRenderer:
                 cause = cause_of(error, prompt + sides[0])
                 raise DataError(f"{row.where}: the chat template refused the messages: {cause}") from error
         rendered.found += [f"kwargs_not_read:{name}" for name in unread]
+        rendered.found += self._special_in(prompt + sides[0] + sides[1])
         if row.tools:
             rendered.found += tools_left_out(row.tools, rendered.prompt)
         if template.writes_date:
             rendered.found.append(f"dated:{self._preparation.day}")
         return rendered
+
+    def _special_in(self, messages: Messages) -> list[str]:
+        """A reason to doubt where what a message says would be read as one of the tokenizer's special tokens."""
+        if self._tokenizer.split_special_tokens or self._looked_for is None:
+            return []
+        for message in messages:
+            for text in _strings([value for name, value in message.items() if name != "role"]):
+                if found := self._looked_for.search(text):
+                    return [f"special_in_text:{found[0]} in {message['role']}"]
+        return []
 
     def end_token(self) -> str | None:
         """The special token that the template writes first after an answer; None if it writes none."""
@@ -172,3 +189,12 @@ class ChatRenderer:
                 self._prompts.clear()
             self._prompts[key] = template.render(prompt, answer=answer)
         return self._prompts[key]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All texts in a value, names of fields aside."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)

@@ -93,9 +93,13 @@ def _look_for(message: dict[str, Any], search: _Search) -> None:
             position = search.need("content", text)
             if position > 0 and _INSIDE_A_PART.search(search.text[max(0, position - 16) : position]):
                 search.missing.append("python")
-    reasoning = next((message[name] for name in REASONING if name in message), None)
-    if isinstance(reasoning, str) and reasoning:
-        search.need("reasoning", reasoning)
+    refusal = message.get("refusal")
+    if isinstance(refusal, str) and refusal:
+        search.need("content", refusal)
+    for name in REASONING:
+        reasoning = message.get(name)
+        if isinstance(reasoning, str) and reasoning:
+            search.need("reasoning", reasoning)
     for call in calls_of(message):
         search.need("tool call", str(call.get("name", "")))
         _look_for_arguments(call.get("arguments"), search)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 
 from fastdpo.data.formats.names import PROMPT_NAMES, missing_columns_message
 from fastdpo.data.reading.exact import Exact
 from fastdpo.data.terms import DataError
+
+_DECODED = (datasets.Image, datasets.Audio, datasets.Video)
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 def check_columns(dataset: datasets.Dataset, source: str = "the dataset") -> None:
@@ -27,15 +31,27 @@ def check_columns(dataset: datasets.Dataset, source: str = "the dataset") -> Non
                 f"is the prompt (--columns prompt={near[0]}), or remove it if chosen and rejected begin with the "
                 "prompt."
             )
-    images = [name for name in ("image", "images") if name in found]
-    if images:
-        raise DataError(f"{source}: column {images[0]!r} found, but only text pairs can be trained on; remove it.")
+    media = [name for name in _MEDIA if name in found and _holds_something(dataset, name)]
+    if media:
+        raise DataError(
+            f"{source}: column {media[0]!r} holds something, but only text pairs can be trained on; remove the column, "
+            "or the rows that have any."
+        )
     for name in ("prompt", "chosen", "rejected"):
         if name in found and not _may_hold_text(dataset.features[name]):
             raise DataError(
                 f"{source}: column {name!r} has type {dataset.features[name]}; needed: strings, or lists of messages "
                 '{"role": ..., "content": ...}.'
             )
+
+
+def _holds_something(dataset: datasets.Dataset, name: str) -> bool:
+    """Whether any row of a column has a value, a list with an item, or a text."""
+    feature, column = dataset.features[name], dataset.data.column(name)
+    inner = getattr(feature, "feature", None)
+    if isinstance(feature, _DECODED) or isinstance(inner, _DECODED):  # which is not done for this
+        return column.null_count < len(column) if inner is None else any(pc.list_value_length(column).to_pylist())
+    return any(value for batch in dataset.select_columns([name]).iter(batch_size=1000) for value in batch[name])
 
 
 def _may_hold_text(feature: Any) -> bool:

@@ -176,7 +176,9 @@ def _mark(message: dict[str, Any], numbers: Iterator[int]) -> dict[str, Any]:
         found["content"] = mark(content)
     elif isinstance(content, list):
         found["content"] = [mark_part(part) for part in content]
-    thought = next((message[name] for name in REASONING if name in message), None)
+    if "refusal" in message:
+        found["refusal"] = mark(message["refusal"])
+    thought = next((message[name] for name in REASONING if message.get(name)), None)
     if isinstance(thought, str):
         found.update(dict.fromkeys([name for name in REASONING if name in message], mark(thought)))
     if message.get("tool_calls"):

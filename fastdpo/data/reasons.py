@@ -37,6 +37,9 @@ WARN_REASONS = {
     "prompt_repeated": "chosen and rejected repeat the prompt",
     "prompt_left_out": "the chat template leaves out something that the prompt says",
     "empty_prompt": "the prompt is empty",
+    "prompt_answered": "the prompt ends with an answer, and the completions are other ones",
+    "questions_differ": "chosen and rejected begin with different questions",
+    "special_in_text": "a message holds a special token as text",
     "messages_as_text": "a text is a message list written as JSON",
     "reasoning_left_out": "the chat template leaves out an answer's reasoning",
     "tools_left_out": "the chat template leaves out the tools",
@@ -59,6 +62,10 @@ WARN_EXPLANATIONS = {
     "prompt_repeated": "they begin with what is in the prompt column, which the model will read twice",
     "prompt_left_out": "the model answers without it; use a chat template that renders it (--chat_template_path)",
     "empty_prompt": "nothing is there for the completions to answer; is it in a column of another name?",
+    "prompt_answered": "the model would read two answers to one question; join them where one goes on to the other",
+    "questions_differ": "they answer different prompts, and what is preferred does not say which answer is better",
+    "special_in_text": "the tokenizer takes it for the token itself, which begins or ends a turn there; write it "
+    "otherwise, or remove the row",
     "messages_as_text": "it would be learnt as it stands; parse it into messages",
     "reasoning_left_out": "the answer alone is learnt; use a chat template that renders reasoning "
     "(--chat_template_path), or write it into the content as the model does",

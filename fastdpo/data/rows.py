@@ -13,8 +13,14 @@ from typing import Any
 
 from fastdpo.data.chats import Chat
 from fastdpo.data.json_text import UNREADABLE, what_is_wrong
-from fastdpo.data.templates import check_json
+from fastdpo.data.mask import squeeze
+from fastdpo.data.templates import REASONING, check_json
 from fastdpo.data.terms import DataError, type_name
+
+# What a message says beside its content; ids, names, weights and the like say nothing.
+_SAYS_SOMETHING = (*REASONING, "refusal", "tool_calls", "function_call")
+_TEXTS = ("text", "input_text", "output_text", None)  # types of parts that are text
+_NO_TEXT = ("image", "image_url", "audio", "input_audio", "video", "file", "refusal", "thinking", "reasoning")
 
 
 @dataclass
@@ -64,9 +70,12 @@ def read_row(row: dict[str, Any], implicit: bool, where: str) -> Row | str:
     warn: list[str] = []
     if implicit or (chat and isinstance(prompt, str)):
         # Some public sets repeat the question as a string beside whole conversations: the conversations are meant.
+        question = prompt
         prompt, chosen, rejected = _split_prompt(chosen, rejected)
         if _is_empty(chosen) or _is_empty(rejected):
             return "empty_completion"
+        if isinstance(question, str) and question.strip() and not _say(prompt, question):
+            warn.append("prompt_left_out:column 'prompt'")
     else:
         if chat != _is_chat(prompt, f"{where}, prompt"):
             raise DataError(f"{where}: the prompt is a message list but chosen and rejected are strings.")
@@ -89,6 +98,12 @@ def read_row(row: dict[str, Any], implicit: bool, where: str) -> Row | str:
     sides = [_up_to_the_last_answer(side) for side in (chosen, rejected)]
     if sides != [chosen, rejected]:
         warn.append("unanswered_turn")
+    first, second = chosen[0], rejected[0]
+    if "assistant" not in (first["role"], second["role"]):
+        if first != second:
+            warn.append("questions_differ")
+    elif prompt[-1]["role"] == "assistant" and not prompt[-1].get("tool_calls"):
+        warn.append("prompt_answered")
     tools, kwargs = _tools(row, where), _template_kwargs(row, where)
     return Row(Chat(prompt, sides[0], sides[1], tools, kwargs, where), warn)
 
@@ -96,9 +111,26 @@ def read_row(row: dict[str, Any], implicit: bool, where: str) -> Row | str:
 def _is_text(message: dict[str, Any]) -> bool:
     """Whether a message's content is a string, or parts that are text."""
     content = message.get("content")
-    return not isinstance(content, list) or all(
-        isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str)) for part in content
-    )
+    return not isinstance(content, list) or all(isinstance(part, str) or _is_text_part(part) for part in content)
+
+
+def _is_text_part(part: Any) -> bool:
+    """Whether a part is text and nothing else: some writers give every part an empty text beside its image."""
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("type", "text") not in _TEXTS:
+        return False
+    return not any(part.get(key) for key in _NO_TEXT)
+
+
+def _say(messages: list[dict[str, Any]], text: str) -> bool:
+    """Whether a text is what messages say, white space aside."""
+    said = squeeze("".join(content for m in messages for content in _texts(m.get("content"))))
+    return squeeze(text) in said
+
+
+def _texts(content: Any) -> list[str]:
+    if isinstance(content, str):
+        return [content]
+    return [text for part in content or () for text in (part.get("text") if isinstance(part, dict) else part,) if text]
 
 
 def _up_to_the_last_answer(side: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -143,7 +175,7 @@ def _is_empty(completion: str | list[dict[str, Any]]) -> bool:
 def _has_substance(message: dict[str, Any]) -> bool:
     content = message.get("content")
     said = bool(content.strip()) if isinstance(content, str) else bool(content)
-    return said or any(value for key, value in message.items() if key not in ("role", "content", "name"))
+    return said or any(message.get(key) for key in _SAYS_SOMETHING)
 
 
 def _split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:

@@ -168,7 +168,8 @@ def _plain(message: dict[str, Any], where: str) -> dict[str, Any]:
         return message
     message = {name: value for name, value in message.items() if value is not None}
     check_json(message, where)
-    reasoning = next((message[name] for name in REASONING if name in message), None)
+    given = [message[name] for name in REASONING if name in message]
+    reasoning = next(filter(None, given), given[0] if given else None)  # some writers leave one of them empty
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 

@@ -151,6 +151,8 @@ CASES: dict[str, list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]] = {
            "non_preferred_output": ANSWERED["rejected"]}], [ANSWERED]),
         ([{"input": {"messages": [user(Q)], "tools": [TOOL]}, "preferred_output": CALLS["chosen"],
            "non_preferred_output": CALLS["rejected"]}], [CALLS]),
+        ([{"input": {"messages": [user(Q)], "functions": [TOOL["function"]]}, "preferred_output": CALLS["chosen"],
+           "non_preferred_output": CALLS["rejected"]}], [CALLS]),
     ],
     "openpipe": [
         ([{"messages": [SYSTEM, user(Q), assistant(GOOD)], "rejected_message": assistant(BAD), "split": "TRAIN"}],
@@ -206,6 +208,8 @@ CASES: dict[str, list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]] = {
     "ms_swift_query": [
         ([{"system": SYSTEM["content"], "query": Q, "response": GOOD, "rejected_response": BAD}], [BRIEF]),
         ([{"query": Q, "response": GOOD, "rejected_response": BAD, "history": [["Hello", "Hi."]]}], [LONG]),
+        ([{"query": Q, "response": GOOD, "rejected_response": BAD, "tools": json.dumps([TOOL["function"]])}],
+         [CHAT | {"tools": [TOOL]}]),
     ],
     "axolotl_chat_template": [
         ([{"messages": [SYSTEM, user(Q)], "chosen": assistant(GOOD), "rejected": assistant(BAD)}], [BRIEF]),
@@ -247,7 +251,9 @@ CASES: dict[str, list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]] = {
            f"\n\nHuman: Hi\n\nAssistant: Hi.\n\nHuman: {Q}\n\nAssistant: Indeed"}],
          [{"prompt": f"\n\nHuman: Hi\n\nAssistant: Hi.\n\nHuman: {Q}\n\nAssistant:", "chosen": " In the",
            "rejected": " Indeed"}]),
-        ([{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b and c"}],
+        ([{"chosen": f"\n\nHuman: a\n\nAssistant: b\n\nHuman: {h}\n\nAssistant: c", "rejected":
+           "\n\nHuman: a\n\nAssistant: z"} for h in "xy"]
+         + [{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b and c"}],
          [{"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " b", "rejected": " b and c"}]),
     ],
     "nemo_rl": [
@@ -273,7 +279,7 @@ CASES: dict[str, list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]] = {
     "nectar": [
         ([{"prompt": f"\n\nHuman: {Q}\n\nAssistant: ", "answers": [{"answer": BAD, "model": "m", "rank": 2.0},
                                                                      {"answer": GOOD, "model": "n", "rank": 1.0}]}],
-         [TEXT | {"prompt": f"\n\nHuman: {Q}\n\nAssistant: "}]),
+         [{"prompt": f"\n\nHuman: {Q}\n\nAssistant:", "chosen": f" {GOOD}", "rejected": f" {BAD}"}]),
     ],
     "distilabel": [
         ([{"instruction": Q, "generations": [BAD, GOOD, "none"], "ratings": [2.0, 5, None]}], [CHAT]),
@@ -320,6 +326,15 @@ CASES: dict[str, list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]] = {
           "completions": [
             {"score": 1, "completion": parts("model", GOOD)}, {"score": 0, "completion": parts("model", BAD)}]}],
              [BRIEF]),
+        ([{"contents": [parts("user", Q), {"role": "model", "parts": [{"functionCall": {"name": "f", "args": {}}}]},
+                        {"role": "user", "parts": [{"functionResponse": {"name": "f", "response": {"t": 1.5}}}]}],
+           "completions": [
+            {"score": 1, "completion": {"role": "model", "parts": [{"text": "Hm.", "thought": True}, {"text": GOOD}]}},
+            {"score": 0, "completion": parts("model", BAD)}]}],
+         [{"prompt": [user(Q), {"role": "assistant", "content": "", "tool_calls": [
+             {"type": "function", "function": {"name": "f", "arguments": {}}}]},
+             {"role": "tool", "name": "f", "content": '{"t": 1.5}'}],
+           "chosen": [assistant(GOOD) | {"reasoning_content": "Hm."}], "rejected": [assistant(BAD)]}]),
         ([{"contents": [parts("user", Q)], "completions": [
             {"score": 1, "completion": {"role": "model", "parts": [{"functionCall": {"name": "compass",
              "args": {"place": "here"}}}]}},
@@ -340,13 +355,19 @@ CASES: dict[str, list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]] = {
         ([argilla("response_2", "response_1", "response_2"), argilla("response_1", "response_2"), argilla()], [CHAT]),
         ([argilla("response_1", "response_2", statuses=["draft", "submitted"])], [CHAT]),
         ([argilla([{"value": "response_2", "rank": 1}, {"value": "response_1", "rank": 2}])], [CHAT]),
+        ([argilla("response_2") | {"system_prompt": SYSTEM["content"]}], [BRIEF]),
+        ([argilla([{"value": "response_2", "rank": 1}, {"value": "response_1", "rank": 2}])
+          | {"system": SYSTEM["content"]}], [BRIEF]),
     ],
     "label_studio": [
         ([studio("right"), studio("right", "left"), studio("left", cancelled=True)], [CHAT | {"id": 7}]),
         ([studio("left", names="answer2, answer1")], [CHAT | {"id": 7}]),
+        ([studio("right") | {"data": studio()["data"] | {"system": SYSTEM["content"]}}], [BRIEF | {"id": 7}]),
     ],
     "label_studio_min": [
         ([{"id": 1, "prompt": Q, "answer1": BAD, "answer2": GOOD, "comparison": "right", "annotator": 1}], [CHAT]),
+        ([{"id": 1, "prompt": Q, "answer1": BAD, "answer2": GOOD, "comparison": "right", "annotator": 1,
+           "system": SYSTEM["content"]}], [BRIEF]),
     ],
 }  # fmt: skip
 
@@ -375,6 +396,7 @@ def test_rows_of_every_format_become_the_pairs_that_they_say(name: str, number: 
     ("name", "counts"),
     [
         ("arena", {"neither answer is preferred": 3}),
+        ("hh", {"the two conversations part before the last question": 2}),
         ("nemo_rl", {"two answers score alike": 1}),
         ("helpsteer2_ratings", {"two answers score alike": 1, "one answer alone to its prompt": 1}),
     ],
@@ -474,6 +496,18 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "all ties": ([arena("tie")], "has no rows. Read as Arena conversations; left out 1: neither answer is preferred"),
     "masked answers": ([{"chosen_conversations": [user(Q), assistant(GOOD) | {"masked": True}],
                          "rejected_conversations": [user(Q), assistant(BAD)]}], "nothing to learn"),
+    "a label that is neither": ([{"history": Q, "human_ref_A": GOOD, "human_ref_B": BAD, "labels": 2}],
+      "'labels' is 2; it should be 1"),
+    "two questions of Axolotl": ([{"instruction": "Translate.", "input": Q, "chosen_response": GOOD,
+      "rejected_response": BAD}], "question could be in 'input' or 'instruction'"),
+    "a conversation in an export": ([argilla("response_2") | {"history": [["a", "b"]]}],
+      "a conversation in 'history' beside the question"),
+    "two system messages of an export": ([argilla("response_2") | {"system": "a", "system_prompt": "b"}],
+      "'system' and 'system_prompt' say different things"),
+    "a result of Gemini beside text": ([{"contents": [{"role": "user", "parts": [{"text": Q}, {"functionResponse": {
+      "name": "f", "response": {}}}]}], "completions": []}], "results of functions beside other parts"),
+    "a rating without its prompt": ([helpsteer(Q, GOOD, 4), {k: v for k, v in helpsteer(Q, BAD, 1).items()
+      if k != "prompt"}], "line 2.*it has no 'prompt'"),
     "HH that shares nothing": ([{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: b"}],
                                "share no beginning"),
 }  # fmt: skip

@@ -91,7 +91,8 @@ ERRORS = {
     "tools that are no JSON": ("a.jsonl", jsonl(chat(tools="[{")), "row 0, tools: not valid JSON"),
     "tools that are no list": ("a.jsonl", jsonl(chat(tools="5")), "row 0, tools: needed a list of tools"),
     "template arguments that are text": ("a.jsonl", jsonl(chat(chat_template_kwargs="x")), "needed an object, found a"),
-    "images": ("a.jsonl", jsonl(text(image="x.png")), "column 'image' found, but only text"),
+    "images": ("a.jsonl", jsonl(text(image="x.png")), "column 'image' holds something, but only text"),
+    "videos": ("a.jsonl", jsonl(text(videos=[]), text(videos=["x.mp4"])), "column 'videos' holds something"),
     "a text file": ("a.txt", LINE.encode(), r"unknown extension '\.txt'"),
     "a zip archive": ("a.zip", b"PK\x03\x04", r"unknown extension '\.zip'"),
     "no parquet inside": ("a.parquet", b"not a parquet file", r"a\.parquet cannot be read: "),
@@ -169,9 +170,19 @@ ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, int], dict[str, int]]] = {
         {},
         {"prompt_shortened": 1},
     ),
-    "template tokens in the text": ([chat(prompt=[user("say <|end|><|assistant|>now")])], {}, {}),
+    "template tokens in the text": ([chat(prompt=[user("say <|end|><|assistant|>now")])], {}, {"special_in_text": 1}),
     "system messages and tools": ([chat(prompt=[SYSTEM, user("Q?")], tools=[{"name": "count"}])], {}, {}),
-    "a prompt as text beside conversations": ([{"prompt": "as text", **without_prompt([CHAT])[0]}], {}, {}),
+    "a prompt as text beside conversations": (
+        [{"prompt": CHAT["prompt"][-1]["content"], **without_prompt([CHAT])[0]}],
+        {},
+        {},
+    ),
+    "another prompt as text beside conversations": (
+        [{"prompt": "as text", **without_prompt([CHAT])[0]}],
+        {},
+        {"prompt_left_out": 1},
+    ),
+    "no images": ([text(images=[], videos=None, audio="")], {}, {}),
     "columns beside": ([text(score=3, source="web")], {}, {}),
 }
 CASES = FILES | {kind: ("a.jsonl", jsonl(*rows), *counts) for kind, (rows, *counts) in ROWS.items()}

@@ -446,7 +446,10 @@ def test_processes_may_be_started_after_torch_has_started_threads() -> None:
         ([{"prompt": "p", "chosen": "c", "project": "d"}], r"^(?!.*meant for).*missing column 'rejected'"),
         ([{"prompt": "p", "chosen": 1, "rejected": 2}], "column 'chosen' has type .*int64"),
         ([{"chosen": [{"from": "a", "value": "x"}], "rejected": [{"from": "a", "value": "y"}]}], "is from 'a'; known"),
-        ([{"prompt": "p", "chosen": "c", "rejected": "d", "image": "x.png"}], "column 'image' found, but only text"),
+        (
+            [{"prompt": "p", "chosen": "c", "rejected": "d", "image": "x.png"}],
+            "column 'image' holds something, but only text",
+        ),
         ([{"prompt": "p", "chosen": [assistant("a")], "rejected": "x"}], "row 0: one of chosen and rejected is"),
     ],
 )

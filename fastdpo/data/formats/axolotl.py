@@ -36,7 +36,13 @@ def _detect_argilla(sample: Sample) -> bool:
 
 
 def _convert_argilla(row: Row) -> Row:
-    question = next((name for name in _QUESTIONS if row.get(name) is not None), None)
+    given = [name for name in _QUESTIONS if row.get(name)]
+    if len({row[name] for name in given if isinstance(row[name], str)}) > 1:
+        raise DataError(
+            f"the question could be in {' or '.join(map(repr, given))}; remove all but one, or join them by a function "
+            "of your own (--format path/to/file.py:function)"
+        )
+    question = given[0] if given else next((name for name in _QUESTIONS if row.get(name) is not None), None)
     if question is None:
         raise DataError(f"it has none of {', '.join(map(repr, _QUESTIONS))}")
     return pair(

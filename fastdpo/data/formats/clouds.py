@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from fastdpo.data.formats.base import Answers, Format, Row, Sample, number
@@ -33,10 +34,16 @@ def _from_contents(contents: list[Row]) -> list[Row]:
             raise DataError(f"a content has the role {role!r}; known are user, model and function")
         answers = [part[key] for part in parts for key in ("functionResponse", "function_response") if part.get(key)]
         if answers:
-            messages += [{"role": "tool", "name": a["name"], "content": a["response"]} for a in answers]
+            if len(answers) < len(parts):
+                raise DataError("a content has results of functions beside other parts; give each a content of its own")
+            messages += [{"role": "tool", "name": a["name"], "content": _response(a["response"])} for a in answers]
             continue
         calls = [part[key] for part in parts for key in ("functionCall", "function_call") if part.get(key)]
-        message: Row = {"role": _GEMINI_ROLES[role], "content": _text([p for p in parts if not _is_call(p)])}
+        thoughts = [part for part in parts if part.get("thought")]
+        said = [part for part in parts if not part.get("thought") and not _is_call(part)]
+        message: Row = {"role": _GEMINI_ROLES[role], "content": _text(said)}
+        if thoughts:
+            message["reasoning_content"] = _text(thoughts)
         if calls:
             message["tool_calls"] = [
                 {"type": "function", "function": {"name": call["name"], "arguments": call.get("args", {})}}
@@ -44,6 +51,11 @@ def _from_contents(contents: list[Row]) -> list[Row]:
             ]
         messages.append(message)
     return messages
+
+
+def _response(value: Any) -> str:
+    """What a function returned, an object, as models are given it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _is_call(part: Row) -> bool:

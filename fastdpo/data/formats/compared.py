@@ -15,11 +15,13 @@ from fastdpo.data.terms import DataError
 TIE = LeftOut("neither answer is preferred")
 
 
-def prefer(prompt: Any, first: Any, second: Any, preference: float, *, chat: bool = True) -> Row | LeftOut:
+def prefer(
+    prompt: Any, first: Any, second: Any, preference: float, *, chat: bool = True, tools: Any = None
+) -> Row | LeftOut:
     """A pair of two answers; a negative preference is for the first, a positive one for the second, 0 for neither."""
     if preference == 0:
         return TIE
-    return pair(prompt, *((first, second) if preference < 0 else (second, first)), chat=chat)
+    return pair(prompt, *((first, second) if preference < 0 else (second, first)), chat=chat, tools=tools)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -61,6 +63,8 @@ def _gather_by_prompt(rows: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, Ro
     place = ""
     group: list[Row] = []
     for here, row in rows:
+        if "prompt" not in row:
+            raise DataError(f"{here}: it has no 'prompt'; mend or remove it.")
         if group and row["prompt"] != group[0]["prompt"]:
             yield place, {"prompt": group[0]["prompt"], "answers": group}
             group = []
@@ -85,8 +89,11 @@ def _convert_helpsteer2_ratings(row: Row) -> Answers | LeftOut:
 
 
 def _convert_shp(row: Row) -> Row | LeftOut:
-    # labels is 1 where A is preferred.
-    preference = -1 if number(row, "labels") == 1 else 1
+    # labels is 1 where A is preferred, 0 where B is.
+    label = number(row, "labels")
+    if label not in (0, 1):
+        raise DataError(f"'labels' is {label:g}; it should be 1 (A is preferred) or 0 (B is)")
+    preference = -1 if label else 1
     return prefer(text(row, "history"), text(row, "human_ref_A"), text(row, "human_ref_B"), preference)
 
 

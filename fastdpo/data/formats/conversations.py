@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdpo.data.formats.base import Format, Row, Sample
+from fastdpo.data.formats.base import Format, LeftOut, Row, Sample
 from fastdpo.data.formats.messages import as_messages, split_at_shared
 from fastdpo.data.terms import DataError
 
@@ -37,7 +37,7 @@ def _detect_hh(sample: Sample) -> bool:
     return all(text.startswith(_HUMAN) and _ASSISTANT in text for text in (sample["chosen"], sample["rejected"]))
 
 
-def _convert_hh(row: Row) -> Row:
+def _convert_hh(row: Row) -> Row | LeftOut:
     """The prompt is all up to the last mark of an answer that both share, as the authors of DPO cut it."""
     chosen, rejected = row["chosen"], row["rejected"]
     if chosen is None or rejected is None:
@@ -47,6 +47,8 @@ def _convert_hh(row: Row) -> Row:
     if end < 0:
         raise DataError(f"chosen and rejected share no beginning that ends with {_ASSISTANT!r}")
     cut = end + len(_ASSISTANT)
+    if any(_HUMAN in side[cut:] for side in (chosen, rejected)):
+        return LeftOut("the two conversations part before the last question")
     return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
 
 

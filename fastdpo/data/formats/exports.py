@@ -9,7 +9,9 @@ from typing import Any
 
 from fastdpo.data.formats.base import Answers, Format, LeftOut, Row, Sample, text
 from fastdpo.data.formats.compared import prefer
+from fastdpo.data.formats.messages import system_first, user
 from fastdpo.data.formats.names import PROMPT_NAMES
+from fastdpo.data.formats.pairs import HISTORY
 from fastdpo.data.terms import DataError
 
 NOBODY = LeftOut("nobody has answered it")
@@ -51,15 +53,17 @@ def _convert_argilla(row: Row) -> Answers | Row | LeftOut:
     responses = _submitted(row, questions[0])
     if not responses:
         return NOBODY
-    prompt = text(row, prompt_column(columns))
+    prompt = asked_of(row)
+    tools = row.get("tools")
     if isinstance(responses[0], list):
         scores: Counter[str] = Counter()
         for response in responses:
             scores.update({item["value"]: -float(item["rank"]) for item in response})
-        return Answers([_user(prompt)], [text(row, name) for name in scores], list(scores.values()))
+        more = {"tools": tools} if tools else {}
+        return Answers(prompt, [text(row, name) for name in scores], list(scores.values()), more)
     votes = Counter(responses)
     first, second = sorted(_alternatives(columns, votes))
-    return prefer([_user(prompt)], text(row, first), text(row, second), votes[second] - votes[first])
+    return prefer(prompt, text(row, first), text(row, second), votes[second] - votes[first], tools=tools)
 
 
 def _submitted(row: Row, question: str) -> list[Any]:
@@ -114,8 +118,7 @@ def _convert_label_studio(row: Row) -> Row | LeftOut:
             f"the task's data has no {left!r} or {right!r}, which the result compares; name the tags of the labelling "
             f"configuration as the data is named ({', '.join(data)})"
         )
-    prompt = [_user(text(data, prompt_column(set(data))))]
-    return prefer(prompt, text(data, left), text(data, right), _side_votes(votes))
+    return prefer(asked_of(data), text(data, left), text(data, right), _side_votes(votes), tools=data.get("tools"))
 
 
 def _side_votes(votes: list[Any]) -> int:
@@ -145,8 +148,26 @@ def _convert_label_studio_min(row: Row) -> Row | LeftOut:
     if len(two) != 1:
         raise DataError("the two answers cannot be told: two columns should differ in the number at their end alone")
     left, right = two[0]
-    prompt = [_user(text(row, prompt_column(columns)))]
-    return prefer(prompt, text(row, left), text(row, right), _side_votes([row[column]]))
+    return prefer(asked_of(row), text(row, left), text(row, right), _side_votes([row[column]]), tools=row.get("tools"))
+
+
+def asked_of(fields: Row) -> list[Row]:
+    """What was asked: the question, with the system's message where there is one.
+
+    Raises:
+        DataError: there is none, there are several, or a conversation is beside it.
+    """
+    question = text(fields, prompt_column(set(fields)))
+    beside = [name for name in HISTORY if fields.get(name)]
+    if beside:
+        raise DataError(
+            f"a conversation in {beside[0]!r} beside the question; join them by a function of your own "
+            "(--format path/to/file.py:function)"
+        )
+    given = [fields[name] for name in ("system", "system_prompt") if fields.get(name)]
+    if len(given) > 1 and given[0] != given[1]:
+        raise DataError("'system' and 'system_prompt' say different things; remove one")
+    return system_first(given[0] if given else None, [user(question)])
 
 
 def prompt_column(columns: Collection[str]) -> str:
@@ -161,10 +182,6 @@ def prompt_column(columns: Collection[str]) -> str:
     if "prompt" not in found and len(found) > 1:
         raise DataError(f"the question could be in {' or '.join(map(repr, found))}")
     return found[0]
-
-
-def _user(content: str) -> Row:
-    return {"role": "user", "content": content}
 
 
 FORMATS = (

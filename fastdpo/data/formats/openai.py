@@ -15,7 +15,7 @@ def _convert(row: Row) -> Row:
     given = row["input"]
     if not isinstance(given, dict) or not isinstance(given.get("messages"), list):
         raise DataError(f"'input' should be an object with 'messages', found {type_name(given)}")
-    prompt, tools = given["messages"], given.get("tools") or row.get("tools")
+    prompt, tools = given["messages"], given.get("tools") or given.get("functions") or row.get("tools")
     return pair(prompt, row["preferred_output"], row["non_preferred_output"], tools=tools, chat=True)
 
 

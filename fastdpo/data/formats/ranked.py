@@ -56,9 +56,14 @@ def _detect_nectar(sample: Sample) -> bool:
 
 
 def _convert_nectar(row: Row) -> Answers:
-    answers = row["answers"]
+    answers, prompt = row["answers"], text(row, "prompt")
+    # Tokenizers have the space before a word in the word's token: it belongs to what follows.
+    space = " " if prompt.endswith("Assistant: ") else ""
+    texts = [text(answer, "answer") for answer in answers]
     return Answers(
-        text(row, "prompt"), [text(answer, "answer") for answer in answers], [-number(a, "rank") for a in answers]
+        prompt.removesuffix(space),
+        [space + answer for answer in texts],
+        [-number(a, "rank") for a in answers],
     )
 
 

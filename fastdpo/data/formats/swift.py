@@ -58,7 +58,9 @@ def _detect_query(sample: Sample) -> bool:
 
 def _convert_query(row: Row) -> Row:
     prompt = [*from_turns(row.get("history") or []), user(text(row, "query"))]
-    return pair(prompt, row["response"], row["rejected_response"], system=row.get("system"), chat=True)
+    return pair(
+        prompt, row["response"], row["rejected_response"], system=row.get("system"), tools=row.get("tools"), chat=True
+    )
 
 
 _SOURCE = "https://swift.readthedocs.io/en/latest/Customization/Custom-dataset.html"
@@ -75,7 +77,7 @@ FORMATS = (
         name="ms_swift_query",
         title="ms-swift's query and responses",
         source=_SOURCE,
-        reads=("query", "response", "rejected_response", "system", "history"),
+        reads=("query", "response", "rejected_response", "system", "history", "tools"),
         detect=_detect_query,
         convert=_convert_query,
     ),
