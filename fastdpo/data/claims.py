@@ -96,8 +96,8 @@ def _look_for(message: dict[str, Any], search: _Search) -> None:
     refusal = message.get("refusal")
     if isinstance(refusal, str) and refusal:
         search.need("content", refusal)
-    for name in REASONING:
-        reasoning = message.get(name)
+    for field in REASONING:
+        reasoning = message.get(field)
         if isinstance(reasoning, str) and reasoning:
             search.need("reasoning", reasoning)
     for call in calls_of(message):
