@@ -552,7 +552,7 @@ def test_rows_that_make_no_sense_are_refused_in_words(name: str, data: st.DataOb
         (
             "helpsteer2_ratings",
             {"response": "x"},
-            "is not of the format that the file is read as, .*it has no 'prompt'",
+            "a.jsonl, line 1: it has no 'prompt'",
         ),
         (
             "axolotl_argilla",

@@ -69,8 +69,8 @@ def _gathered(found: Format, rows: Iterator[tuple[str, Row]], source: str) -> It
     assert found.gather is not None
     try:
         yield from found.gather(rows)
-    except DataError:
-        raise
+    except DataError as error:  # which begins with the row's place
+        raise DataError(f"{source}, {error}") from error
     except _ROW_ERRORS as error:
         raise _other_format(source, found, error) from error
 
