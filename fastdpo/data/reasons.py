@@ -50,6 +50,7 @@ WARN_REASONS = {
     "kwargs_not_read": "chat_template_kwargs has what the chat template does not read",
     "end_not_scored": "the end of the answer is not scored",
     "header_scored": "the beginning of an answer is scored, too",
+    "text_added": "the chat template writes text of its own behind an answer, and it is scored",
     "unanswered_turn": "a completion goes on after its last answer",
     "not_decoded": "the tokens do not decode to the text",
     "duplicate": "the same pair as a row before it",
@@ -81,6 +82,8 @@ WARN_EXPLANATIONS = {
     "name the token that generation stops at (--end_token), or use a chat template for training (--chat_template_path)",
     "header_scored": "the chat template knows no add_generation_prompt, so what it writes before an answer counts as a "
     "part of the answer",
+    "text_added": "it is learnt as the model's own words, before the end of the turn; use a chat template without it "
+    "(--chat_template_path)",
     "unanswered_turn": "what comes after it is left out, for nothing there is scored",
     "not_decoded": "the tokenizer leaves out or changes some of it; look at the row",
     "duplicate": "it counts twice",

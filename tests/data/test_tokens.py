@@ -193,6 +193,21 @@ def test_white_space_within_a_message_is_not_changed_without_a_word(filter: str)
         assert tokens.drop == "" and [w for w in tokens.warn if w.startswith("spacing")] == doubt
 
 
+@pytest.mark.parametrize("more", ["{{ m.content }}", "\nWhat do you think?"])
+def test_text_of_the_template_behind_an_answer_is_not_learnt_without_a_word(more: str) -> None:
+    row = {"prompt": [user("Why?")], "chosen": [assistant("So.")], "rejected": [assistant("No.")]}
+    template = family_template("chatml").replace("{{ m.content }}", "{{ m.content }}" + more)
+    warn = tokenize(row, tokenizer_with(template)).warn
+    assert [w for w in warn if w.startswith("text_added")]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_no_template_of_a_family_adds_text_behind_an_answer(name: str) -> None:
+    row = {"prompt": [user("Why?")], "chosen": [assistant("So.")], "rejected": [assistant("No.")]}
+    warn = tokenize(row, tokenizer_with(TEMPLATES[name])).warn
+    assert not [w for w in warn if w.startswith("text_added")]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_empty_list_of_calls_is_none(family: str) -> None:
     tokenizer = tokenizer_with(family_template(family))
