@@ -1,7 +1,8 @@
 """What messages say, and whether a rendered text says it.
 
 A message says its content, its reasoning, and the names and arguments of its tool calls. All of it should stand in the
-text, in the order of the messages. White space does not count, for templates strip, nor do compatibility forms;
+text, in the order of the messages. White space around it does not count, for templates strip, nor do compatibility
+forms; that within a content is told apart (code depends on it);
 JSON counts as equal however it is spaced, and so do arguments that a template writes name by name.
 """
 
@@ -20,7 +21,8 @@ _INSIDE_A_PART = re.compile(r"""['"]text['"]:\s*['"]$""")
 
 class Fault(NamedTuple):
     """``what`` of message number ``message``: its ``content``, ``reasoning``, ``tool call``, or ``name`` is not there;
-    ``text arguments`` and ``python`` are there in a form of which quotation marks and brackets would be learnt."""
+    ``text arguments`` and ``python`` are there in a form of which quotation marks and brackets would be learnt, and
+    ``spacing`` is content that is there with other white space within it."""
 
     message: int
     what: str
@@ -38,7 +40,9 @@ def compare(text: str, messages: Messages, start: int = 0) -> Comparison:
     found = _compare(text, messages, start, exact=True)
     if not found.faults:
         return found
-    return Comparison(_compare(squeeze(text[start:]), messages, 0, exact=False).faults, found.places)
+    faults = _compare(squeeze(text[start:]), messages, 0, exact=False).faults
+    spaced = [number for number, what in found.faults if what == "content" and Fault(number, what) not in faults]
+    return Comparison([*faults, *(Fault(number, "spacing") for number in spaced)], found.places)
 
 
 def _compare(text: str, messages: Messages, start: int, exact: bool) -> Comparison:
@@ -63,11 +67,16 @@ class _Search:
         self.end = start
         self.missing: list[str] = []
 
-    def find(self, *forms: str) -> int:
-        """Where the first of ``forms`` that is there begins; -1 if none is. An empty one is everywhere."""
+    def find(self, *forms: str, before: int = -1) -> int:
+        """Where the first of ``forms`` that is there begins; -1 if none is. An empty one is everywhere.
+
+        Args:
+            forms: what to look for.
+            before: where it should end at the latest; -1 for anywhere.
+        """
         for form in forms:
             form = form.strip() if self.exact else squeeze(form)
-            position = self.text.find(form, self.start)
+            position = self.text.find(form, self.start, None if before < 0 else before)
             if position >= 0:
                 if form:
                     self.begin = position if self.begin is None else min(self.begin, position)
@@ -75,8 +84,8 @@ class _Search:
                 return position
         return -1
 
-    def need(self, what: str, *forms: str) -> int:
-        position = self.find(*forms)
+    def need(self, what: str, *forms: str, before: int = -1) -> int:
+        position = self.find(*forms, before=before)
         if position < 0 and what not in self.missing:
             self.missing.append(what)
         return position
@@ -114,8 +123,9 @@ def _look_for_content(content: str, role: str, search: _Search) -> None:
     if role == "assistant" and _END_OF_THOUGHT in content:
         # Templates take such an answer apart, and write the thought anew, or not at all.
         thought, _, answer = content.rpartition(_END_OF_THOUGHT)
-        search.need("content", answer)
-        search.need("reasoning", thought.rpartition("<think>")[2])
+        position = search.need("content", answer)
+        # Before the answer, which may say what the thought says.
+        search.need("reasoning", thought.rpartition("<think>")[2], before=position)
     else:
         escaped = (_json(content)[1:-1], json.dumps(content)[1:-1]) if role not in ("user", "assistant") else ()
         search.need("content", content, *escaped)

@@ -50,7 +50,8 @@ def _holds_something(dataset: datasets.Dataset, name: str) -> bool:
     feature, column = dataset.features[name], dataset.data.column(name)
     inner = getattr(feature, "feature", None)
     if isinstance(feature, _DECODED) or isinstance(inner, _DECODED):  # which is not done for this
-        return column.null_count < len(column) if inner is None else any(pc.list_value_length(column).to_pylist())
+        there = column.null_count < len(column) if inner is None else any(pc.list_value_length(column).to_pylist())
+        return bool(there)
     return any(value for batch in dataset.select_columns([name]).iter(batch_size=1000) for value in batch[name])
 
 

@@ -46,9 +46,11 @@ WARN_REASONS = {
     "between_left_out": "the chat template leaves out what lies between the answers of a completion",
     "arguments_as_text": "a tool call's arguments are JSON text within JSON",
     "written_as_python": "a message is written as Python or JSON would write it",
+    "spacing_changed": "the chat template changes the white space within a message",
     "kwargs_not_read": "chat_template_kwargs has what the chat template does not read",
     "end_not_scored": "the end of the answer is not scored",
     "header_scored": "the beginning of an answer is scored, too",
+    "text_added": "the chat template writes text of its own behind an answer, and it is scored",
     "unanswered_turn": "a completion goes on after its last answer",
     "not_decoded": "the tokens do not decode to the text",
     "duplicate": "the same pair as a row before it",
@@ -74,11 +76,14 @@ WARN_EXPLANATIONS = {
     "between_left_out": "later answers follow without it; use a chat template that renders it (--chat_template_path)",
     "arguments_as_text": "quotation marks would be learnt with backslashes; give the arguments as an object",
     "written_as_python": "brackets and quotation marks of it would be learnt; give the content as one string",
+    "spacing_changed": "code and lists lose their form; use a chat template that leaves it (--chat_template_path)",
     "kwargs_not_read": "it changes nothing; leave it out, or name it as the template does",
     "end_not_scored": "no token that ends a turn follows it in the chat template, so the model does not learn to stop; "
     "name the token that generation stops at (--end_token), or use a chat template for training (--chat_template_path)",
     "header_scored": "the chat template knows no add_generation_prompt, so what it writes before an answer counts as a "
     "part of the answer",
+    "text_added": "it is learnt as the model's own words, before the end of the turn; use a chat template without it "
+    "(--chat_template_path)",
     "unanswered_turn": "what comes after it is left out, for nothing there is scored",
     "not_decoded": "the tokenizer leaves out or changes some of it; look at the row",
     "duplicate": "it counts twice",

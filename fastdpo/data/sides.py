@@ -126,6 +126,10 @@ class SideRenderer:
             result.found.append("answer_opened" if opening else "header_scored")
         if header:
             result.found.append("header_cut")
+        if facts and facts.tail and not side[-1].get("tool_calls"):
+            added = facts.tail.partition(end_token)[0] if end_token else facts.tail
+            if added.strip():
+                result.found.append(f"text_added:{added.strip()}")
         tail = result.whole[last_answer[1] :] if last_answer else result.whole[-100:]
         ends = any(token in tail for token in self._special)
         end = self._preparation.end_token

@@ -166,7 +166,8 @@ def plain(messages: Messages, where: str) -> Messages:
 def _plain(message: dict[str, Any], where: str) -> dict[str, Any]:
     if len(message) == 2 and isinstance(message.get("content"), str):
         return message
-    message = {name: value for name, value in message.items() if value is not None}
+    # To many templates, a list of calls says that there is one.
+    message = {name: value for name, value in message.items() if value is not None and (value or name != "tool_calls")}
     check_json(message, where)
     given = [message[name] for name in REASONING if name in message]
     reasoning = next(filter(None, given), given[0] if given else None)  # some writers leave one of them empty

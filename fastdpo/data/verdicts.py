@@ -19,6 +19,8 @@ def verdict(faults: list[Fault], messages: Messages, prompt: int) -> tuple[str, 
             found.append("written_as_python")
         elif what == "text arguments":
             found.append("arguments_as_text")
+        elif what == "spacing":
+            found.append(f"spacing_changed:{role}")
         elif number < prompt:
             # Templates leave out what was thought before earlier answers: so the models were trained.
             if what != "reasoning":

@@ -36,8 +36,23 @@ def test_any_text_is_found_as_it_stands_and_not_without_its_end(text: str, befor
     assert faults(before + text[:-1], user(text)) == [(0, "content")]
 
 
-def test_white_space_and_compatibility_forms_do_not_count() -> None:
-    assert faults("a\n\nb ﬁne", user(" a b   fine ")) == []
+@pytest.mark.parametrize("written", ["def f(): return 1", "def f():\n  return 1", "deff():return1"])
+def test_other_white_space_within_a_content_is_told(written: str) -> None:
+    said = assistant("\ndef f():\n    return 1 \n")
+    assert faults(f"<a>{written}<e>", said) == [(0, "spacing")]
+    assert faults("<a>def f():\n    return 1<e>", said) == []
+
+
+def test_a_thought_is_looked_for_before_the_answer_that_may_say_the_same() -> None:
+    said = assistant("<think>yes</think>yes")
+    assert faults("<a>yes<e>", said) == [(0, "reasoning")]
+    assert faults("<a><think>\nyes\n</think>\n\nyes<e>", said) == []
+    assert faults("<a><think>yes</think> yes<e>", said) == []
+
+
+def test_white_space_around_and_compatibility_forms_do_not_make_a_content_missing() -> None:
+    assert faults("x\n\na b ﬁne\n", user(" a b ﬁne ")) == []
+    assert faults("a\n\nb ﬁne", user(" a b   fine ")) == [(0, "spacing")]
 
 
 ARGUMENTS = {"city": "Oslo", "days": [1, 2], "when": {"from": "2024-05-01", "to": None}, "wet": True, "q": 'a "b"'}

@@ -181,6 +181,41 @@ def test_answers_that_say_nothing_or_what_cannot_be_rendered(answer: dict[str, A
     assert found("chatml", [{"role": "assistant", **answer}])[0] == drop
 
 
+@pytest.mark.parametrize("filter", ["replace('\\n', ' ')", "wordwrap(8)", "indent(2)"])
+def test_white_space_within_a_message_is_not_changed_without_a_word(filter: str) -> None:
+    code = "if so:\n    go(on)\n\nif not:\n    stop()"
+    template = family_template("chatml")
+    changed = template.replace("m.content", f"m.content | {filter}")
+    assert changed != template
+    for text, doubt in ((template, []), (changed, ["spacing_changed:user", "spacing_changed:assistant"])):
+        row = {"prompt": [user(code)], "chosen": [assistant(code)], "rejected": [assistant("No.")]}
+        tokens = tokenize(row, tokenizer_with(text))
+        assert tokens.drop == "" and [w for w in tokens.warn if w.startswith("spacing")] == doubt
+
+
+@pytest.mark.parametrize("more", ["{{ m.content }}", "\nWhat do you think?"])
+def test_text_of_the_template_behind_an_answer_is_not_learnt_without_a_word(more: str) -> None:
+    row = {"prompt": [user("Why?")], "chosen": [assistant("So.")], "rejected": [assistant("No.")]}
+    template = family_template("chatml").replace("{{ m.content }}", "{{ m.content }}" + more)
+    warn = tokenize(row, tokenizer_with(template)).warn
+    assert [w for w in warn if w.startswith("text_added")]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_no_template_of_a_family_adds_text_behind_an_answer(name: str) -> None:
+    row = {"prompt": [user("Why?")], "chosen": [assistant("So.")], "rejected": [assistant("No.")]}
+    warn = tokenize(row, tokenizer_with(TEMPLATES[name])).warn
+    assert not [w for w in warn if w.startswith("text_added")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_empty_list_of_calls_is_none(family: str) -> None:
+    tokenizer = tokenizer_with(family_template(family))
+    row = {"prompt": [user("Why?")], "chosen": [assistant("So.")], "rejected": [assistant("No.")]}
+    empty = {name: [message | {"tool_calls": []} for message in said] for name, said in row.items()}
+    assert tokenize(empty, tokenizer) == tokenize(row, tokenizer)
+
+
 @pytest.mark.parametrize("empty", ["reasoning_content", "thinking"])
 def test_a_thought_under_one_of_its_names_is_not_lost_to_an_empty_one(empty: str) -> None:
     answer = [assistant("So.") | {empty: "", "reasoning": "Hm."}]
