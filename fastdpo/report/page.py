@@ -15,7 +15,7 @@ from fastdpo.data.summary import DataSummary
 from fastdpo.report.charts import draw_curves, draw_histograms
 from fastdpo.report.picture import read_curve
 from fastdpo.report.record import RunRecord
-from fastdpo.report.whole_files import write_text_whole
+from fastdpo.trainer.whole_files import write_text_whole
 
 _TEMPLATES = Path(__file__).parent / "templates"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastdpo.data.visible import visible_line
-from fastdpo.report.whole_files import whole_or_not_at_all
+from fastdpo.trainer.whole_files import whole_or_not_at_all
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fastdpo.report.whole_files import write_text_whole
+from fastdpo.trainer.whole_files import write_text_whole
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from fastdpo.loss.options import LossOptions
 from fastdpo.model.language_model import language_model
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.secrets import redacted
+from fastdpo.trainer.whole_files import whole_or_not_at_all
 
 CARD_FILE = "README.md"
 TAGS = ("dpo", "fastdpo")
@@ -125,8 +126,8 @@ def write_model_card(
     name = model_name or path.parent.resolve().name
     ours = redacted(f"{_BEGIN}\n{_section(facts, name, dataset_name)}\n{_END}")
     card.text = _merged(card.text, ours)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    card.save(path)
+    with whole_or_not_at_all(path) as draft:
+        card.save(draft)
     return path
 
 

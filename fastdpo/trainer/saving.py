@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -42,6 +43,14 @@ class CarefulSaves(Trainer):
         """As ``Trainer``'s; raises where another process trains in ``args.output_dir``."""
         with only_run_in(self.args.folder, is_main=self.is_world_process_zero()):
             return super().train(*args, **kwargs)
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """As ``Trainer``'s, which adds to ``all_results.json`` what it finds; what a killed run left half of goes."""
+        path = self.args.folder / "all_results.json"
+        if combined and self.is_world_process_zero() and path.exists() and not _is_object(path):
+            logger.warning("%s is damaged, and written anew.", path)
+            path.unlink()
+        super().save_metrics(split, metrics, combined)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # It writes training_args.bin, which is read back by people, and by other runs that have tokens of their own.
@@ -123,6 +132,13 @@ class _RoomAtTheStart(TrainerCallback):
                 keep,
             )
         return None
+
+
+def _is_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _saves(args: TrainingArguments, state: TrainerState) -> int:

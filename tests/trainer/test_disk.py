@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import resource
@@ -183,6 +184,31 @@ def test_a_fault_of_another_kind_is_told_as_it_is(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(trainer, "_save_rng_state", failing)
     with pytest.raises(RuntimeError, match="^a fault$"):
         trainer.train()
+
+
+@pytest.mark.parametrize("left", ["", "{", '{"a": 1, "b', "[1]", '{"a": 1}'])
+def test_what_a_killed_run_left_of_its_totals_ends_no_other_run(left: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", make_tokenizer())
+    (tmp_path / "run" / "all_results.json").write_text(left)
+    trainer.save_metrics("train", {"train_loss": 0.5})
+    found = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert found == ({"a": 1} if left == '{"a": 1}' else {}) | {"train_loss": 0.5}
+
+
+def test_a_card_that_cannot_be_finished_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path / "run", make_tokenizer())
+    trainer.create_model_card()
+    before = (tmp_path / "run" / "README.md").read_bytes()
+
+    def half(_: Any, path: Path) -> None:
+        path.write_text("---\nlibr")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.ModelCard.save", half)
+    with pytest.raises(OSError, match="No space"):
+        trainer.create_model_card()
+    assert (tmp_path / "run" / "README.md").read_bytes() == before
+    assert [path.name for path in (tmp_path / "run").glob("*README*")] == ["README.md"]
 
 
 # --------------------------------------------------------------------------------------------------------------------
