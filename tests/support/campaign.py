@@ -6,7 +6,6 @@ Processes are forked from one that has imported everything, with ``disk_faults.c
 from __future__ import annotations
 
 import ctypes
-import gc
 import multiprocessing
 import os
 import random
@@ -21,18 +20,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.backends.backend_agg  # noqa: F401
-import matplotlib.figure  # noqa: F401
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
-from fastdpo.commands import cache_ref, train  # noqa: F401
 from fastdpo.commands.cli import main
 from fastdpo.ref_cache import build as ref_build
-
-# What is imported here children need not import, and what is frozen they need not look through, and copy.
-gc.collect()
-gc.freeze()
 
 _CODES = {"count": 0, "full": 1, "kill": 2}
 _SOURCE = Path(__file__).with_name("disk_faults.c")
@@ -72,7 +63,7 @@ class Arena:
         subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, _SOURCE, "-ldl"], check=True)
         self._library = str(library)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__])
+        self._context.set_forkserver_preload(["campaign_server"])
 
     @contextmanager
     def started(self) -> Iterator[None]:
