@@ -52,7 +52,7 @@ def draw(generator: torch.Generator, kind: str) -> tuple[Case, dict[str, object]
     bias = normal(v) if below(2) else None
     grads = normal(n).double()
     if kind == "one row of weight repeated":
-        weight[:] = weight[0]
+        weight[:] = weight[0].clone()
         bias = None if below(2) else bias
     elif kind == "three rows of weight repeated":
         weight = weight[torch.randint(min(3, v), (v,), generator=generator)]
