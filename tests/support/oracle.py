@@ -101,6 +101,10 @@ def oracle(
         }
         if b is not None:
             bounds["bias"] = ROUNDING[bias.dtype] * grads["bias"].abs() + weighed.sum(0) + sum_terms * sizes.sum(0)
+        # A product of numbers near the end of the compute type's normal ones may be taken for 0, too.
+        ends = SMALLEST[torch.promote_types(hidden.dtype, torch.float32)]
+        bounds["hidden"] = bounds["hidden"] + ends * (1 + w.abs()).sum(0)
+        bounds["weight"] = bounds["weight"] + ends * (1 + h.abs()[scored]).sum(0)
         bounds = {k: v + SMALLEST[hidden.dtype] for k, v in bounds.items()}
     return Oracle(outputs, top_gap, grads, logp_bound, top_gap_bound, sizes, bounds)
 
