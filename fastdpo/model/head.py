@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from fastdpo.logps.outputs import TokenLogps
 from fastdpo.model.head_calls import IGNORE_INDEX, Probing, Scoring
 from fastdpo.model.head_layers import HeadLayer, find_heads, swapped_forward
-from fastdpo.model.language_model import language_model
+from fastdpo.model.language_model import described, language_model
 from fastdpo.model.logit_transform import LogitTransform
 
 
@@ -80,7 +80,7 @@ class FusedHead:
                 "virtual tokens before the text; use an adapter on weights, such as LoRA"
             )
         self._lm = language_model(model)
-        self._name = f"{type(self._lm).__name__} (model_type {self._lm.config.model_type!r})"
+        self._name = described(self._lm)
         if self._lm.config.is_encoder_decoder:
             raise NotImplementedError(f"{self._name} is an encoder-decoder; only causal language models are supported")
         parameters = inspect.signature(self._lm.forward).parameters

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.model.head_calls import IGNORE_INDEX
+from fastdpo.model.language_model import described
 from fastdpo.model.precision import in_float32
 from fastdpo.model.rounding import at_most_rounding, moved_by_last_place
 from fastdpo.model.scoring import Scorer, evaluating
@@ -55,7 +56,7 @@ def check_causal(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> No
     Raises:
         NotImplementedError: it cannot, or it does; the message names the model, and the setting that helps.
     """
-    name = f"{type(scorer.lm).__name__} (model_type {scorer.lm.config.model_type!r})"
+    name = described(scorer.lm)
     try:
         with torch.no_grad(), evaluating(scorer.root):
             scorer.head.inspect_once(scorer.root)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdpo.model.language_model import described
 from fastdpo.model.model_check import cannot_run, made_up_tokens, score_tokens
 from fastdpo.model.scoring import Scorer
 
@@ -50,7 +51,7 @@ def randomness_left(scorer: Scorer, device: torch.device) -> str | None:
     Raises:
         NotImplementedError: the model cannot be run in training mode; the message names it.
     """
-    name = f"{type(scorer.lm).__name__} (model_type {scorer.lm.config.model_type!r})"
+    name = described(scorer.lm)
     ids = made_up_tokens(scorer, device)
     was_training = scorer.root.training
     devices = [device] if device.type == "cuda" else []

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fastdpo.model.language_model import described
+
 
 def fix_frequencies(lm: PreTrainedModel, max_length: int | None) -> str | None:
     """Hold the rotary frequencies of ``lm`` at what they are in a sequence of ``max_length`` tokens.
@@ -33,7 +35,7 @@ def fix_frequencies(lm: PreTrainedModel, max_length: int | None) -> str | None:
     """
     kinds: set[str] = set()
     for module, layer_type, kind in _following(lm):
-        name = f"{type(lm).__name__} (model_type {lm.config.model_type!r})"
+        name = described(lm)
         if max_length is None:
             raise NotImplementedError(
                 f"the rotary frequencies of {name} follow the longest row so far (rope_type {kind!r}), so the same "

@@ -18,7 +18,7 @@ from fastdpo.model.adapters import (
     is_adapter,
     load_adapter,
 )
-from fastdpo.model.language_model import language_model
+from fastdpo.model.language_model import described, language_model
 from fastdpo.model.quantization import make_trainable
 from fastdpo.model.randomness import disable_dropout
 from fastdpo.model.rotary import fix_frequencies
@@ -126,7 +126,7 @@ def settle_checkpointing(model: PreTrainedModel | PeftModel, args: DPOConfig) ->
     lm = language_model(model)
     if not args.activation_checkpointing or lm.supports_gradient_checkpointing:
         return
-    name = f"{type(lm).__name__} (model_type {lm.config.model_type!r})"
+    name = described(lm)
     if args.asks_checkpointing:
         raise ValueError(f"gradient_checkpointing is on, but {name} has none; leave it out, or turn it off")
     args.activation_checkpointing = args.gradient_checkpointing = False
