@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _BLOW_UP = 10  # times the first loss, or 1: what is worth a word
 _SHOWN = 60  # characters of a prompt
+_ROWS_SHOWN = 4
 
 
 class FiniteRuns(Trainer):
@@ -140,7 +141,8 @@ class FiniteRuns(Trainer):
     def _words_of(self, found: NotFinite) -> str:
         rows = self._everyones(self._rows_of(found))
         gradients = sorted(set(self._everyones(found.gradients)))
-        began = f"the losses of {'; '.join(rows)} are" if len(rows) > 1 else f"the loss of {''.join(rows)} is"
+        some = "; ".join(rows[:_ROWS_SHOWN]) + (f"; and {len(rows) - _ROWS_SHOWN:,} more" * (len(rows) > _ROWS_SHOWN))
+        began = f"the losses of {some} are" if len(rows) > 1 else f"the loss of {some} is"
         parts = [f"step {found.step}: {began} not finite" if rows else f"step {found.step}: all losses are finite"]
         if gradients:
             which = f"all {found.trained:,} parameters" if len(gradients) == found.trained else name_some(gradients)
