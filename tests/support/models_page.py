@@ -35,14 +35,10 @@ train, {packed} of these in packed rows. It is found by running every class in a
 and chunks made short and its weights as large as trained ones. A run of yours looks at your model in the same way
 before it begins, and says what it chose, and why.
 
-```console
-python tests/support/models_page.py          # runs every class, and writes this page; minutes
-python -m pytest tests/families --run-families
-```
-
-The second command also checks that no layout that is taken is wrong: in float64, rows of 2 to 700 tokens, windows and
-chunks of 4, 8 and 64 tokens, initial weights, five times these, and weights as large as trained ones; and that packed
-rows in bfloat16 are at most {times} times as far from the truth as padded ones.
+`python tests/support/models_page.py` runs every class, and writes this page. `pytest tests/families --run-families`
+compares it with the code, and checks that no layout that is taken is wrong: in float64, rows of 2 to 700 tokens,
+windows and chunks of 4, 8 and 64 tokens, initial weights, five times these, and weights as large as trained ones; and
+that packed rows in bfloat16 are at most {times} times as far from the truth as padded ones.
 
 - **Trains**: yes; or that it is refused, before anything is trained, and what helps.
 - **Layout**: of batches with `--packing auto` ([the trainer](guides/trainer.md#how-a-batch-is-laid-out)).
