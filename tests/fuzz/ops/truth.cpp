@@ -183,7 +183,7 @@ class Computation {
     const double least =
         precision_.least * (2 * std::fabs(c * slope) + kLargestOperand * std::max(1.0, std::fabs(slope)));
     std::vector<Real> hidden(h, 0);
-    std::vector<double> bound(h, 0), sizes(h, 0);
+    std::vector<double> bound(h, 0), sizes(h, 0), unscaled(h, 0);
     for (int64_t j = 0; j < v; ++j) {
       const bool is_target = j == call_.targets[t];
       const Real p = row.exponentials[j] / row.sum;
@@ -200,6 +200,7 @@ class Computation {
         hidden[k] += derivative * c * w;
         bound[k] += weighed * w_size + precision_.least * (size + w_size);
         sizes[k] += size * w_size;
+        unscaled[k] += kLargestOperand * w_size;  // the sum before it is divided by the row's norm
         sums_[j * h + k] += derivative * c * x;
         bounds_[j * h + k] += weighed * x_size + precision_.least * (size + x_size);
         sizes_[j * h + k] += size * x_size;
@@ -210,8 +211,8 @@ class Computation {
     }
     for (int64_t k = 0; k < h; ++k) {
       const double all = (bound[k] + unit * (v + 8) * sizes[k] + precision_.hidden_least) * precision_.roundings;
-      truth_.hidden[t * h + k] =
-          fit(hidden[k], precision_.hidden * std::fabs(double(hidden[k])) + all, sizes[k], precision_.hidden_largest);
+      truth_.hidden[t * h + k] = fit(hidden[k], precision_.hidden * std::fabs(double(hidden[k])) + all,
+                                     std::max(sizes[k], unscaled[k]), precision_.hidden_largest);
     }
     return true;
   }
