@@ -114,24 +114,6 @@ __device__ __forceinline__ ChunkSums<C> sum_over_block(ChunkSums<C> mine) {
   return total;
 }
 
-// The largest of the threads' numbers, in every thread; a comparison drops a NaN. As with sum_over_block, a barrier has
-// to lie between two calls.
-template <typename Traits, typename C>
-__device__ __forceinline__ C max_over_block(C mine) {
-  __shared__ C of_warp[Traits::kWarps];
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    const C other = __shfl_xor_sync(kAllLanes, mine, distance);
-    mine = other > mine ? other : mine;
-  }
-  if (threadIdx.x % kWarpSize == 0) of_warp[threadIdx.x / kWarpSize] = mine;
-  __syncthreads();  // all warps' are in of_warp before anybody reads them
-  C largest = of_warp[0];
-#pragma unroll
-  for (int warp = 1; warp < Traits::kWarps; ++warp) largest = of_warp[warp] > largest ? of_warp[warp] : largest;
-  return largest;
-}
-
 template <typename O, typename C>
 __device__ __forceinline__ O as_operand(C x, bool tensor_float32) {
   if constexpr (std::is_same_v<O, float>) {

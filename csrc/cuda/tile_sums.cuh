@@ -33,6 +33,30 @@ __device__ __forceinline__ bool in_range(float tile_sum) {
   return !(tile_sum > (kExtras ? 0x1p63f : 0x1p126f));
 }
 
+// The largest of the warps' numbers, of which a warp's lanes have the same, in every thread; a comparison drops a NaN.
+// As with sum_over_block, a barrier has to lie between two calls.
+template <typename Traits>
+__device__ __forceinline__ float max_over_warps(float of_this_warp) {
+  __shared__ float of_warp[Traits::kWarps];
+  if (threadIdx.x % kWarpSize == 0) of_warp[threadIdx.x / kWarpSize] = of_this_warp;
+  __syncthreads();  // all warps' are in of_warp before anybody reads them
+  float largest = of_warp[0];
+#pragma unroll
+  for (int warp = 1; warp < Traits::kWarps; ++warp) largest = of_warp[warp] > largest ? of_warp[warp] : largest;
+  return largest;
+}
+
+// The same of the threads' numbers.
+template <typename Traits>
+__device__ __forceinline__ float max_over_block(float mine) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    const float other = __shfl_xor_sync(kAllLanes, mine, distance);
+    mine = other > mine ? other : mine;
+  }
+  return max_over_warps<Traits>(mine);
+}
+
 // One row of a chunk, and the block that has it.
 template <typename T, bool kExtras>
 struct TiledRow {
@@ -77,7 +101,7 @@ struct TiledRow {
         each_logit(tile, [&](int, float logit) { consider(logit); });
       }
     }
-    return max_over_block<Traits>(largest);
+    return max_over_warps<Traits>(largest);
   }
 
   // This thread's share of the chunk's sums, relative to the exponent that the tiles were made with. `max_logit` is
