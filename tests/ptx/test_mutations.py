@@ -211,9 +211,9 @@ AGAIN = "of the second visit of a raised row, which finds the same number as the
 HARMLESS0 = {
     "shared store dropped (5): st.shared.f32 [%r19], %f923": AGAIN,
     "shared store dropped (9): st.shared.f64 [%r52+32], %fd671": AGAIN,
-    "shared store dropped (10): st.shared.f32 [%r529+16], %f160": "a second sum of logits: the first is kept",
+    "shared store dropped (10): st.shared.f32 [%r530+16], %f160": "a second sum of logits: the first is kept",
     "guard dropped (6): @%p6 bra $L__BB2_129": "the loop asks again for each of the packs of a round",
-    "guard dropped (48): @%p70 bra $L__BB1_86": "of a chunk without tiles, and each has one",
+    "guard dropped (48): @%p70 bra $L__BB1_89": "of a chunk without tiles, and each has one",
 }
 
 
