@@ -16,8 +16,9 @@ def test_a_sure_target_keeps_its_part(gap: float) -> None:
     torch.testing.assert_close(truth.grads["hidden"], rest * torch.tensor([[gap, 0.0]]).double(), rtol=1e-12, atol=0)
     expected = rest * torch.tensor([[1.0, 2.0], [-1.0, -2.0]]).double()
     torch.testing.assert_close(truth.grads["weight"], expected, rtol=1e-12, atol=0)
-    # Besides: an exponential that is taken for 0, times 3 times at most 2, and a result that is.
-    least = (2 * 3 * 2 + 1) * 2.0**-126
+    # Besides: an exponential that is taken for 0, times 3 times at most 2; a product of at most 2 and a factor that is;
+    # and a result that is.
+    least = (2 * 3 * 2 + (1 + 2) + 1) * 2.0**-126
     assert bool((truth.grad_bounds["weight"] <= 1e-2 * expected.abs() + least).all())
 
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tiny_models import make_model
 
 from fastdpo.model import precision
@@ -37,6 +40,15 @@ def test_without_memory_or_with_quantised_weights_all_stays(monkeypatch):
         assert dtype == torch.bfloat16
 
 
+@pytest.fixture
+def accelerate_anew() -> Iterator[None]:
+    """Accelerate keeps the first precision of a process; here and afterwards it takes the one that is asked for."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("accelerate_anew")
 def test_autocast_is_off_also_where_accelerate_put_it():
     model = make_model("llama")
     ids = torch.arange(5)[None]

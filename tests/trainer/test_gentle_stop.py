@@ -54,8 +54,11 @@ def test_a_schedulers_signal_saves_a_checkpoint_from_which_the_same_command_goes
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and then it is
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, hang_up))
     with monkeypatch.context() as patch:
         patch.setattr(SignalledInStep3, "number", number)
         patch.setattr(train_command, "GentleStop", SignalledInStep3)
