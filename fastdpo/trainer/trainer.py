@@ -281,9 +281,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         parts = micro_batches(inputs)
         if num_items_in_batch is None:
             num_items_in_batch = count_pairs(inputs) * self.accelerator.num_processes
-        self._look.once(model)
-        self._losses.aux_loss_coef = self._look.aux_loss_coef
-        self._layout.look_once(model)
+        self._look_once(model)
         total = torch.zeros((), device=self.args.device)
         # Gradient checkpointing runs layers again in the backward, which must find the same attention.
         attention = self._policy.attention
@@ -317,15 +315,19 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
     ) -> tuple[Tensor, None, None]:
         """The loss of an evaluation batch. There are no logits to return."""
         inputs = self._prepare_inputs(inputs)
-        self._look.once(model)
-        self._losses.aux_loss_coef = self._look.aux_loss_coef
-        self._layout.look_once(model)
+        self._look_once(model)
         with torch.no_grad(), self.compute_loss_context_manager(), self._advising(training=False):
             losses, per_pair = self.pair_losses(model, inputs)
         # Pair by pair, because the last batch repeats pairs to give every process as many, and these are cut off here.
         gathered = self.accelerator.gather_for_metrics(torch.stack(list(per_pair.values()), dim=-1))
         self.eval_sums.add(dict(zip(per_pair, gathered.unbind(-1), strict=True)))
         return losses.mean(), None, None
+
+    def _look_once(self, model: torch.nn.Module) -> None:
+        """Whatever could not be looked at in ``__init__``, where weights come later than the trainer."""
+        self._look.once(model)
+        self._losses.aux_loss_coef = self._look.aux_loss_coef
+        self._layout.look_once(model)
 
     # ----------------------------------------------------------------------------------------------------------------
     # What a run leaves

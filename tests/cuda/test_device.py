@@ -253,9 +253,7 @@ def test_a_target_outside_the_vocabulary(ops: Any) -> None:
     assert bool(torch.isnan(logps[position])) and int(torch.isnan(logps).sum()) == 1
 
 
-@pytest.mark.parametrize("num_scored", [None, -1])
-@pytest.mark.parametrize("retained_rows", [0, 30])
-def test_in_a_graph(ops: Any, num_scored: int | None, retained_rows: int) -> None:
+def check_in_a_graph(ops: Any, num_scored: int | None, retained_rows: int) -> None:
     """Captured once, replayed on other values; with num_scored = -1 other rows may be ignored as well."""
     case = random_case(0, 64, 32, 500, torch.bfloat16, bias=torch.bfloat16, device="cuda")
     count = int(case.scored.sum()) if num_scored is None else num_scored
@@ -272,6 +270,12 @@ def test_in_a_graph(ops: Any, num_scored: int | None, retained_rows: int) -> Non
     graph.replay()
     torch.cuda.synchronize()
     assert_cuda_matches(case, captured)
+
+
+@pytest.mark.parametrize("num_scored", [None, -1])
+@pytest.mark.parametrize("retained_rows", [0, 30])
+def test_in_a_graph(ops: Any, num_scored: int | None, retained_rows: int) -> None:
+    check_in_a_graph(ops, num_scored, retained_rows)
 
 
 def test_on_another_stream(ops: Any) -> None:
@@ -391,18 +395,4 @@ def test_portable_path(portable_ops: Any, dtype: torch.dtype, retained_rows: int
 @pytest.mark.parametrize("num_scored", [None, -1])
 @pytest.mark.parametrize("retained_rows", [0, 30])
 def test_portable_path_in_a_graph(portable_ops: Any, num_scored: int | None, retained_rows: int) -> None:
-    case = random_case(0, 64, 32, 500, torch.bfloat16, bias=torch.bfloat16, device="cuda")
-    count = int(case.scored.sum()) if num_scored is None else num_scored
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call(portable_ops, case, num_scored=count, retained_rows=retained_rows)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        captured = call(portable_ops, case, num_scored=count, retained_rows=retained_rows)
-    other = random_case(1, 64, 32, 500, torch.bfloat16, bias=torch.bfloat16, ignored=0.6, device="cuda")
-    for name in ("hidden", "weight", "bias", *(() if num_scored is None else ("targets",))):
-        getattr(case, name).copy_(getattr(other, name))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert_cuda_matches(case, captured)
+    check_in_a_graph(portable_ops, num_scored, retained_rows)
