@@ -35,6 +35,9 @@ def preference_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses and rewards of B pairs from sequence log-probabilities.
 
+    Of S sequences of which ``pairs`` [B, 2] are made, ``logps[pairs].unbind(1)`` are the first two arguments, and
+    the reference's likewise.
+
     The positional arguments, their order and the result are those of the DPO authors' ``preference_loss``.
 
     Args:
@@ -46,7 +49,9 @@ def preference_loss(
         ipo: the DPO authors' switch: ``loss_type="ipo"`` on sums, as their implementation computes it.
         reference_free: take the reference's log-probabilities as 0.
         chosen_lengths, rejected_lengths: [B], numbers of scored tokens; needed by losses that average over tokens.
-        pair_weights: [B], factors of the pairs' losses, without a gradient (WPO's, say).
+        pair_weights: [B], factors of the pairs' losses, without a gradient (WPO's, say). Where they say what each pair
+            counts, the loss is losses.sum() / pair_weights.sum(). ``aot`` and ``aot_unpaired`` count each pair as often
+            in their quantiles, and a pair's loss is the one of the quantiles that it takes up.
 
     Returns:
         (losses, chosen_rewards, rejected_rewards), each [B], of the log-probabilities' dtype (float32 for 16-bit
@@ -63,6 +68,8 @@ def preference_loss(
             )
         loss_type, options["ipo_reduction"] = "ipo", "sum"
     o = LossOptions(beta, loss_type or "sigmoid", label_smoothing, **options)
+    if o.of_rankings:
+        raise ValueError(f"{o.described} is a loss of rankings, of which these are pairs; use dpo_loss with rankings")
     for name in ("ld_alpha", "use_weighting"):
         if getattr(o, name) not in (None, False):
             raise ValueError(f"{name} needs the log-probabilities of tokens, of which these are sums; use dpo_loss")
@@ -115,6 +122,7 @@ def preference_loss(
         chosen_tokens=chosen_lengths,
         rejected_tokens=rejected_lengths,
         batch_tokens=None if chosen_lengths is None else chosen_lengths.to(nll.dtype).mean(),
+        weights=None if pair_weights is None else pair_weights.detach().to(nll.dtype),
     )
     losses = mixed_losses(pairs, o)
     if pair_weights is not None:

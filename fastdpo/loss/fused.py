@@ -1,8 +1,8 @@
 """dpo_loss: the losses for callers who have hidden states and the output embedding.
 
-The losses themselves are in ``objectives.py``, their options in ``options.py``; how a batch is taken in groups of pairs
-is in ``groups.py``. Notation: B pairs; a log-ratio is log pi(y|x) - log pi_ref(y|x), in nats; rewards are beta times it
-(Rafailov et al. 2023, arXiv 2305.18290, eq. 5).
+The losses themselves are in ``objectives.py``, their options in ``options.py``; what they are of in ``units.py``; how a
+batch is taken in groups is in ``groups.py``. Notation: B pairs; a log-ratio is log pi(y|x) - log pi_ref(y|x), in nats;
+rewards are beta times it (Rafailov et al. 2023, arXiv 2305.18290, eq. 5).
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ from fastdpo.logps.sharded import gathered, refuse_sharded
 from fastdpo.logps.wide import widened
 from fastdpo.loss.groups import GroupedBatch, grouped_loss, plan_of, row_bytes
 from fastdpo.loss.options import LossKeywords, LossOptions
+from fastdpo.loss.output_of import output_of
 from fastdpo.loss.outputs import DPOOutput
 from fastdpo.loss.pair_losses import PairLosses
+from fastdpo.loss.ranking_losses import RankingLosses
 from fastdpo.loss.reference import Reference, reference_sums
-from fastdpo.loss.sequences import Sequences
+from fastdpo.loss.sequences import Sequences, count_sequences
+from fastdpo.loss.units import Units, units_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,6 +51,9 @@ def dpo_loss(
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    pairs: Tensor | None = None,
+    rankings: Tensor | None = None,
+    weights: Tensor | None = None,
     beta: float = 0.1,
     loss_type: str | Sequence[str] = "sigmoid",
     label_smoothing: float = 0.0,
@@ -65,13 +71,17 @@ def dpo_loss(
 ) -> DPOOutput:
     """The preference loss of B pairs from hidden states, without their logits in memory.
 
+    Without ``pairs`` these are the two halves of the sequences. With them there are S sequences, each scored once, and
+    a sequence may be of any number of pairs: of K answers to a prompt all K (K - 1) / 2, say, at the cost of K. In what
+    follows 2B is then S, and B is P. ``loss_type="plackett_luce"`` is a loss of rankings, R of them, in their place.
+
     The reference is given as hidden states (``ref_hidden``, with ``ref_weight`` and ``ref_bias`` where its output
     embedding is another one), or as log-probabilities (``ref_logps``), or not at all (reference-free).
 
     Args:
-        hidden: [2B, T, H], the B chosen rows first, then the B rejected ones in the same order; or, with
-            ``cu_seqlens``, [N, H]: 2B sequences one after another, the chosen ones first. float32, bfloat16, float16
-            or float64.
+        hidden: [2B, T, H], the B chosen rows first, then the B rejected ones in the same order (in any order with
+            ``pairs``); or, with ``cu_seqlens``, [N, H]: 2B sequences one after another, likewise. float32, bfloat16,
+            float16 or float64.
         weight: [V, H], the output embedding. A DTensor is gathered, as in :func:`fastdpo.token_logps`.
         targets: [2B, T] or [N] int64, already shifted: targets[t] is what hidden[t] predicts. ``ignore_index`` where
             nothing is scored (prompt, padding).
@@ -81,16 +91,25 @@ def dpo_loss(
             for each token, as ``ld_alpha`` needs them (anything where nothing is scored).
         bias: [V].
         cu_seqlens: [2B + 1] int64 or int32, the packed sequences' bounds: 0, …, N.
+        pairs: [P, 2] int64 or int32, which of the S sequences is chosen and which rejected. A sequence that is of none
+            has no gradient.
+        rankings: [R, K] int64 or int32, for ``plackett_luce``: which sequences, the best first, at least two; one that
+            has fewer than K is filled up with -1.
+        weights: [P] (or [R]), at least 0, of a floating dtype: what each pair counts. The loss is
+            sum(weights * losses) / sum(weights), the mean over pairs where all are the same, and a pair of weight 0 is
+            as if it were not there. Also ``sft_reduction="batch"`` counts a pair's tokens by its weight, and the losses
+            that sort the batch, ``aot`` and ``aot_unpaired``, count it as often in their quantiles.
         beta, loss_type, label_smoothing, options: see :class:`fastdpo.LossOptions`.
         ignore_index, logit_scale, softcap, temperature: as in :func:`fastdpo.token_logps`.
         workspace: bytes that may be spent on computing less where ``weight`` (or ``bias``) needs a gradient; 0 will do.
-            A token whose exponentials are kept until its pair's loss is known costs 3 products of H x V, any other 4.
+            A token whose exponentials are kept until its losses are known costs 3 products of H x V, any other 4.
             They take up V numbers of hidden's dtype (float32 for float16). A batch of more tokens than that holds is
             taken in groups of at least some 512 tokens, one after another in the same memory. Their gradients of
             ``weight`` are summed in float32, and the sum for a 16-bit weight, 4 V H bytes, counts too: less room than
             that makes one group. (4 V H + 2000 V has room for groups of 1,000 tokens in bfloat16.) Default: 256 MiB.
             It changes nothing where ``hidden`` alone needs a gradient: 2 products, and N x H numbers of memory. A loss
-            that couples pairs (``aot``, ``aot_unpaired``) needs them all at once, and is not taken in groups.
+            that couples pairs (``aot``, ``aot_unpaired``) needs them all at once, and is not taken in groups; pairs
+            that share sequences are in one.
         outputs: any of ``entropy``, ``mean_logits``, ``is_top1``: metrics of the policy from the same pass.
         allow_empty: take a completion in which nothing is scored for one of log-probability 0, and its means over
             tokens for 0, in the place of raising. The pair's other completion is trained on as ever.
@@ -110,7 +129,8 @@ def dpo_loss(
 
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what it should be; among them a
-            completion in which nothing is scored (unless ``allow_empty``).
+            completion in which nothing is scored (unless ``allow_empty``), a pair of a sequence with itself, and
+            weights that are negative, not finite, or all 0.
         NotImplementedError: a second derivative, forward-mode differentiation, or vmap; ``low_rank`` with ``group``, or
             ``ld_alpha`` with ``sequence_group``.
         torch.OutOfMemoryError: memory did not suffice, with half of ``workspace`` either (which is tried, with a
@@ -135,18 +155,29 @@ def dpo_loss(
     if sequence_group is not None and o.ld_alpha is not None:
         raise NotImplementedError("ld_alpha counts a sequence's tokens from its start, which sequence_group divides")
     refuse_not_dense(hidden=hidden, weight=weight, targets=targets, bias=bias, cu_seqlens=cu_seqlens)
+    refuse_not_dense(pairs=pairs, rankings=rankings, weights=weights)
     refuse_not_dense(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_logps=ref_logps, ref_bias=ref_bias)
     refuse_sharded(hidden=hidden, targets=targets, ref_hidden=ref_hidden)
     vocabulary = vocabulary_of(weight, bias, low_rank, group)
     weight, bias = gathered(weight), gathered(bias)
     reference = Reference(ref_hidden, ref_weight, ref_bias, ref_logps)
     reference.check(o, hidden)
+    look = not _must_not_wait(hidden)
+    units = units_of(
+        pairs,
+        _rankings_of(o, pairs, rankings),
+        weights,
+        sequences=count_sequences(targets, cu_seqlens, halves=pairs is None and rankings is None),
+        device=targets.device,
+        look=look,
+    )
     sequences = Sequences(
         targets,
         cu_seqlens,
         ignore_index,
         at_shorter=o.ld_alpha is not None,
-        look=not _must_not_wait(hidden),
+        look=look,
+        members=units.members,
         allow_empty=allow_empty,
         group=sequence_group,
     )
@@ -160,40 +191,26 @@ def dpo_loss(
     inputs = op_inputs(hidden, weight, targets, bias, **head_options)
     ref_logps = reference.computed_logps(weight, bias, targets, group, head_options)
     ref_sums = reference_sums(o, ref_logps, sequences, targets, ignore_index)
-    losses_of = PairLosses(o, sequences.lengths, ref_sums, allow_empty=allow_empty)
+    losses_of: PairLosses | RankingLosses
+    if o.of_rankings:
+        losses_of = RankingLosses(o, sequences.lengths, ref_sums, units.members, allow_empty=allow_empty)
+    else:
+        of_pairs = {"pairs": units.members, "weights": units.weights}
+        losses_of = PairLosses(o, sequences.lengths, ref_sums, **of_pairs, allow_empty=allow_empty)
 
     asked = {*outputs, *(("log_sum_sq_probs",) if o.use_weighting else ())}
     names = [name for name in OUTPUTS if name in asked]
 
     def policy_sums(room: int) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        return _policy_sums((hidden, weight, bias), inputs, vocabulary, sequences, targets, losses_of, room, names)
+        tensors = (hidden, weight, bias)
+        return _policy_sums(tensors, inputs, vocabulary, sequences, targets, units, losses_of, room, names)
 
     if group is None and sequence_group is None:
         sums, extras, loss = in_less_memory(policy_sums, workspace, "workspace", inputs)
     else:  # a rank that tries again would leave the others waiting
         sums, extras, loss = policy_sums(workspace)
-    pairs = len(sequences.tokens) // 2
-    losses = losses_of(sums, extras, 0, pairs)
-    if loss is None:
-        loss = losses.mean()
-    compute = compute_dtype(inputs.hidden.dtype)
-    chosen_logps, rejected_logps = losses_of.logps(sums.detach()).to(compute).chunk(2)
-    chosen_rewards, rejected_rewards = losses_of.rewards(sums)
-    chosen_tokens, rejected_tokens = sequences.tokens.chunk(2)
-    weights = losses_of.weights(sums, extras, 0, pairs)
-    tokens = sequences.tokens.clamp(min=1)
-    means = {name: (total / tokens).to(compute) for name, total in extras.items() if name in outputs}
-    return DPOOutput(
-        loss=loss.to(compute),
-        losses=losses.detach().to(compute),
-        chosen_logps=chosen_logps,
-        rejected_logps=rejected_logps,
-        chosen_rewards=chosen_rewards.to(compute),
-        rejected_rewards=rejected_rewards.to(compute),
-        chosen_tokens=chosen_tokens,
-        rejected_tokens=rejected_tokens,
-        weights=None if weights is None else weights.to(compute),
-        **means,
+    return output_of(
+        loss, losses_of, units, sums, extras, sequences.tokens, outputs, compute_dtype(inputs.hidden.dtype)
     )
 
 
@@ -203,11 +220,12 @@ def _policy_sums(
     vocabulary: Vocabulary,
     sequences: Sequences,
     targets: Tensor,
-    losses_of: PairLosses,
+    units: Units,
+    losses_of: PairLosses | RankingLosses,
     workspace: int,
     outputs: Sequence[str],
 ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-    """The sums of log-probabilities [2B, S], those of ``outputs`` [2B], and the loss.
+    """The sums of log-probabilities [S, C], those of ``outputs`` [S], and the loss.
 
     The loss is None where it is yet to be made from the sums, which are then differentiable.
     """
@@ -219,9 +237,11 @@ def _policy_sums(
     plan = None
     is_here = vocabulary.is_here and sequences.group is None
     if trains and is_here and sequences.counts is not None:
-        plan = plan_of(inputs, weight, bias, sequences.counts, workspace)
+        counts, components = sequences.counts, units.components()
+        tokens = [sum(counts[i] for i in together) for together in components.sequences]
+        plan = plan_of(inputs, weight, bias, tokens, workspace)
         if len(plan.groups) > 1 and not losses_of.options.couples_pairs:
-            batch = GroupedBatch(inputs, sequences.lengths, sequences.counts, plan, losses_of, tuple(outputs))
+            batch = GroupedBatch(inputs, sequences.lengths, counts, units, components, plan, losses_of, tuple(outputs))
             loss, sums, extras = grouped_loss(hidden, weight, bias, batch)
             return sums, extras, loss
     retain_bytes = plan.kept * row_bytes(inputs) if plan is not None and len(plan.groups) == 1 else workspace
@@ -229,6 +249,18 @@ def _policy_sums(
     fields = named_outputs(values, outputs, inputs)
     extras = {name: widened(sequences.sums(value.view(targets.shape))) for name, value in fields.items()}
     return sequences.segment_sums(logps.view(targets.shape)), extras, None
+
+
+def _rankings_of(options: LossOptions, pairs: Tensor | None, rankings: Tensor | None) -> Tensor | None:
+    """Raises ValueError unless what is given is what the loss is of."""
+    if options.of_rankings and (rankings is None or pairs is not None):
+        raise ValueError(
+            f"{options.described} is a loss of rankings: give rankings, [R, K] sequences, the best first"
+            f"{', and no pairs' if pairs is not None else ''}"
+        )
+    if rankings is not None and not options.of_rankings:
+        raise ValueError(f"rankings is given, but {options.described} is a loss of pairs: give pairs")
+    return rankings
 
 
 # Private; without it torch.func has token_logps alone.

@@ -1,7 +1,9 @@
-"""How dpo_loss takes a batch: in which groups of pairs, and how much of each it keeps. From sizes alone.
+"""How dpo_loss takes a batch: in which groups of components, and how much of each it keeps. From sizes alone.
+
+A component is a pair, or as many pairs (or rankings) as share sequences.
 
 One product is tokens x H x V. Where the output embedding trains, a token costs three: its logits, hidden's gradient,
-and the weight's. The last needs c = dL/dlogp, hence its pair's loss; until that is there, the token's V exponentials
+and the weight's. The last needs c = dL/dlogp, hence its pairs' losses; until that is there, the token's V exponentials
 are kept, or its logits are multiplied again, a fourth product. A group's losses are known from its own tokens, so one
 group after another can keep its exponentials in the same memory.
 """
@@ -22,7 +24,7 @@ MIN_GROUP_TOKENS = 512
 # tokens is what the CUDA forward takes at once in any case.
 FROZEN_GROUP_TOKENS = 2048
 
-# Pairs [first, last) of each group; together all pairs, in order.
+# Components [first, last) of each group; together all, in order.
 Groups = tuple[tuple[int, int], ...]
 
 
@@ -30,7 +32,7 @@ class Plan(NamedTuple):
     """How a batch is taken.
 
     Attributes:
-        groups: which pairs come together.
+        groups: which components come together.
         kept: scored tokens of a group whose exponentials are kept, at most.
         recomputed: scored tokens of all groups together whose exponentials are not: these cost a fourth product.
     """
@@ -44,7 +46,7 @@ def plan_groups(tokens: Sequence[int], *, workspace: int, row_bytes: int, sum_by
     """The fewest products within the workspace, then the fewest groups; for an output embedding that trains.
 
     Args:
-        tokens: scored tokens of each pair, at least one pair.
+        tokens: scored tokens of each component, at least one.
         workspace: bytes; what is kept and, with several groups, the sum together never take up more.
         row_bytes: what one token's exponentials take up.
         sum_bytes: what several groups need for the sum of the weight's gradients, beyond the gradient itself.
@@ -70,11 +72,11 @@ def plan_frozen_groups(tokens: Sequence[int]) -> Plan:
 
 
 def _filled(tokens: Sequence[int], capacity: int) -> Groups:
-    """The fewest groups of at most ``capacity`` tokens; a pair of more is a group of its own."""
+    """The fewest groups of at most ``capacity`` tokens; a component of more is a group of its own."""
     bounds, size = [0], 0
-    for pair, count in enumerate(tokens):
+    for component, count in enumerate(tokens):
         if size and size + count > capacity:
-            bounds.append(pair)
+            bounds.append(component)
             size = 0
         size += count
     return tuple(pairwise([*bounds, len(tokens)]))
@@ -87,12 +89,12 @@ def _evenly_filled(tokens: Sequence[int], capacity: int, groups: int) -> Groups:
 
 
 def _at_least(tokens: Sequence[int], size: int) -> Groups:
-    """The most groups of at least ``size`` tokens; one of all pairs if there are fewer."""
+    """The most groups of at least ``size`` tokens; one of all if there are fewer."""
     bounds, reached = [0], 0
-    for pair, count in enumerate(tokens):
+    for component, count in enumerate(tokens):
         reached += count
         if reached >= size:
-            bounds.append(pair + 1)
+            bounds.append(component + 1)
             reached = 0
     # What is left after the last full group belongs to it.
     return tuple(pairwise([*(bounds[:-1] or bounds), len(tokens)]))

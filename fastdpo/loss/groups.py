@@ -1,8 +1,9 @@
-"""The loss of a batch taken in groups of pairs: a group's gradients are computed as soon as its losses are known.
+"""The loss of a batch taken in groups: a group's gradients are computed as soon as its losses are known.
 
 Where a pair's loss follows from its own log-probabilities, c = dL/dlogp of a group of pairs is there as soon as these
 are. So the forward goes on to the group's gradients, and the exponentials and directions that they need are freed
-before the next group; the backward has but to multiply by the gradient of the loss.
+before the next group; the backward has but to multiply by the gradient of the loss. Sequences that pairs (or rankings)
+link are in one group.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from fastdpo.logps.ops import OpInputs, backward_op, forward_op, named_outputs
 from fastdpo.logps.targets import refuse_foreign_targets
 from fastdpo.logps.wide import segment_sums, wide_dtype, widened
 from fastdpo.loss.group_plan import Plan, plan_frozen_groups, plan_groups
+from fastdpo.loss.units import Components, Part, Units, merged, runs
 
-# Losses [n] of the pairs [first, last), n of them, from the log-probabilities [2n, S] of their sequences' segments and
-# the sums [2n] of token-wise outputs, the chosen ones first.
-LossesOf = Callable[[Tensor, Mapping[str, Tensor], int, int], Tensor]
+# Losses [n] of a part's units, from the log-probabilities [s, C] of their sequences' segments and the sums [s] of
+# token-wise outputs; of all without one.
+LossesOf = Callable[[Tensor, Mapping[str, Tensor], Part | None], Tensor]
 
 # Numbers multiplied at a time where a product of another dtype takes a temporary of as many.
 _PART = 1 << 24
@@ -36,10 +38,8 @@ def row_bytes(inputs: OpInputs) -> int:
     return inputs.weight.shape[0] * operand_dtype(inputs.weight.dtype).itemsize
 
 
-def plan_of(inputs: OpInputs, weight: Tensor, bias: Tensor | None, counts: Sequence[int], workspace: int) -> Plan:
-    """The plan for sequences of ``counts`` scored tokens; ``weight`` and ``bias`` are the tensors that may train."""
-    pairs = len(counts) // 2
-    tokens = [chosen + rejected for chosen, rejected in zip(counts[:pairs], counts[pairs:], strict=True)]
+def plan_of(inputs: OpInputs, weight: Tensor, bias: Tensor | None, tokens: Sequence[int], workspace: int) -> Plan:
+    """The plan for components of ``tokens`` scored tokens; ``weight`` and ``bias`` are the tensors that may train."""
     if not (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return plan_frozen_groups(tokens)
     compute = compute_dtype(inputs.weight.dtype)
@@ -53,17 +53,21 @@ class GroupedBatch(NamedTuple):
 
     Attributes:
         inputs: hidden, weight and bias as the ops take them.
-        lengths: [2B, S] int64, the scored tokens of each sequence's S segments; segments and sequences lie one after
+        lengths: [S, C] int64, the scored tokens of each sequence's C segments; segments and sequences lie one after
             another in ``inputs``.
         counts: the scored tokens of each sequence on the host.
-        plan: which groups, and how much of each is kept.
-        losses_of: the loss. It must not look beyond the pairs that it is given.
+        units: what the losses are of.
+        components: which of them and of the sequences belong together.
+        plan: which components come together, and how much of each group is kept.
+        losses_of: the losses. It must not look beyond the part that it is given.
         outputs: names of the policy's token-wise outputs, in the order of OUTPUTS.
     """
 
     inputs: OpInputs
     lengths: Tensor
     counts: Sequence[int]
+    units: Units
+    components: Components
     plan: Plan
     losses_of: LossesOf
     outputs: tuple[str, ...] = ()
@@ -72,8 +76,8 @@ class GroupedBatch(NamedTuple):
 def grouped_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: GroupedBatch
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The mean of the pairs' losses, connected to autograd once; detached, the segments' log-probabilities [2B, S]
-    float64; and sums [2B] float64 over the sequences of each of ``batch.outputs``.
+    """The mean of the losses, connected to autograd once; detached, the segments' log-probabilities [S, C] float64; and
+    sums [S] float64 over the sequences of each of ``batch.outputs``.
 
     ``hidden``, ``weight`` and ``bias`` are what the gradients are for, as the caller has them.
 
@@ -93,40 +97,44 @@ class _GroupedLoss(torch.autograd.Function):
         bias: Tensor | None,
         batch: GroupedBatch,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        inputs, lengths, counts, plan, losses_of, outputs = batch
-        pairs = len(counts) // 2
+        inputs, lengths, counts, units, components, plan, losses_of, outputs = batch
         starts = [0, *accumulate(counts)]
         scored = _scored_positions(inputs, starts[-1])
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3], compute_dtype(inputs.hidden.dtype))
         wide = torch.promote_types(gradients.compute, wide_dtype(hidden.device))
         sums = hidden.new_empty(lengths.shape, dtype=wide)
-        extras = hidden.new_empty((len(outputs), 2 * pairs), dtype=wide)
+        extras = hidden.new_empty((len(outputs), len(counts)), dtype=wide)
         for first, last in plan.groups:
-            sequences = (slice(first, last), slice(pairs + first, pairs + last))
-            rows = torch.cat([scored[starts[part.start] : starts[part.stop]] for part in sequences])
+            sequences = runs(merged(components.sequences[first:last]))
+            rows = _together([scored[starts[run.start] : starts[run.stop]] for run in sequences])
+            # Where every position is scored, those of neighbours are neighbours: they need not be copied.
+            lies_so = len(sequences) == 1 and starts[-1] == len(scored) == len(inputs.targets)
+            where = slice(starts[sequences[0].start], starts[sequences[0].stop]) if lies_so else rows
             group = inputs._replace(
-                hidden=inputs.hidden.index_select(0, rows),
-                targets=inputs.targets.index_select(0, rows),
+                hidden=inputs.hidden[where],
+                targets=inputs.targets[where],
                 scalars=inputs.scalars | {"num_scored": len(rows)},
             )
+            part = _part_of(units, sequences, merged(components.units[first:last]))
             of_group = gradients.take(
                 group,
                 rows,
-                torch.cat([lengths[part] for part in sequences]),
+                _together([lengths[run] for run in sequences]),
                 plan.kept,
-                partial(_gradient_of_mean, losses_of, first, last, pairs),
+                partial(_gradient_of_mean, losses_of, units, part),
                 outputs,
             )
-            for part, group_sums, group_extras in zip(sequences, *(x.chunk(2, -2) for x in of_group), strict=True):
-                sums[part], extras[:, part] = group_sums, group_extras.T
+            sizes = [run.stop - run.start for run in sequences]
+            for run, group_sums, group_extras in zip(sequences, *(x.split(sizes) for x in of_group), strict=True):
+                sums[run], extras[:, run] = group_sums, group_extras.T
 
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         with torch.enable_grad():  # tensors without a number, by which a second derivative finds the way to the inputs
             ctx.anchors = [None if x is None else x[..., :0].clone() for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(sums, extras)
-        losses = losses_of(sums, dict(zip(outputs, extras, strict=True)), 0, pairs)
-        return losses.mean().to(gradients.compute), sums, extras
+        losses = losses_of(sums, dict(zip(outputs, extras, strict=True)), None)
+        return units.mean(losses).to(gradients.compute), sums, extras
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -168,10 +176,10 @@ class _Gradients:
         gradient: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
         outputs: tuple[str, ...],
     ) -> tuple[Tensor, Tensor]:
-        """The sums over a group's segments [2n, S], and of ``outputs`` over its sequences [2n, E]; adds the gradients.
+        """The sums over a group's segments [s, C], and of ``outputs`` over its sequences [s, E]; adds the gradients.
 
-        ``rows`` are the group's positions among all, ``lengths`` [2n, S] its segments' tokens, ``kept`` how many
-        tokens' exponentials are kept at most; ``gradient`` maps the sums to dL/dsums [2n, S].
+        ``rows`` are the group's positions among all, ``lengths`` [s, C] its segments' tokens, ``kept`` how many
+        tokens' exponentials are kept at most; ``gradient`` maps the sums to dL/dsums [s, C].
         """
         head = self.weight is not None or self.bias is not None
         retain_bytes = min(kept, len(rows)) * row_bytes(group) if head else 0
@@ -219,13 +227,32 @@ def _scored_positions(inputs: OpInputs, count: int) -> Tensor:
     return torch.nonzero_static(scored, size=count).squeeze(1)
 
 
+def _part_of(units: Units, sequences: Sequence[slice], which: Sequence[int]) -> Part:
+    """The losses ``which``, where the sums of ``sequences``, runs of neighbours, are at hand."""
+    (run, *others) = runs(which) or [slice(0, 0)]
+    if units.members is None:  # one run: of the pairs, and of each half
+        return Part(run, None)
+    device = units.members.device
+    rows: slice | Tensor = torch.tensor(which, device=device) if others else run
+    at_hand = torch.cat([torch.arange(run.start, run.stop, device=device) for run in sequences])
+    places = torch.zeros(units.sequences, dtype=torch.int64, device=device)
+    places[at_hand] = torch.arange(len(at_hand), device=device)
+    members = units.members[rows]
+    # What fills up a ranking has no place; any will do.
+    return Part(rows, places.index_select(0, members.clamp(min=0).flatten()).view(members.shape))
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _gradient_of_mean(
-    losses_of: LossesOf, first: int, last: int, pairs: int, sums: Tensor, extras: Mapping[str, Tensor]
+    losses_of: LossesOf, units: Units, part: Part, sums: Tensor, extras: Mapping[str, Tensor]
 ) -> Tensor:
-    """d(mean of all pairs' losses) / d(sums) of the pairs [first, last), [2 * (last - first), S]."""
+    """d(mean of all losses) / d(sums) of the sequences of a part's losses, [s, C]."""
     with torch.enable_grad():
         leaf = sums.detach().requires_grad_()
-        return torch.autograd.grad(losses_of(leaf, extras, first, last).sum() / pairs, leaf)[0]
+        return torch.autograd.grad(units.share(losses_of(leaf, extras, part), part), leaf)[0]
 
 
 # Private, and only saves a copy: without it every graph counts as kept.

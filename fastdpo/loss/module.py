@@ -47,6 +47,9 @@ class DPOLossInputs(TypedDict, total=False):
     bias: Tensor | None
     ref_bias: Tensor | None
     cu_seqlens: Tensor | None
+    pairs: Tensor | None
+    rankings: Tensor | None
+    weights: Tensor | None
     low_rank: LowRankUpdate | Sequence[LowRankUpdate]
     group: dist.ProcessGroup | None
     sequence_group: dist.ProcessGroup | None

@@ -1,9 +1,9 @@
 """The preference losses: short pure functions of pairs' log-probabilities, and one table of them.
 
-Each takes a :class:`Pairs` and, by their names, the options that it depends on, and returns losses [B]. What the
-options mean stands in :class:`fastdpo.LossOptions`. In the equations, r = log pi(y|x) - log pi_ref(y|x), in nats, is a
-completion's log-ratio, w the chosen and l the rejected completion, and beta r its reward (Rafailov et al. 2023, arXiv
-2305.18290, eq. 5).
+Each takes a :class:`Pairs` (or :class:`Rankings`) and, by their names, the options that it depends on, and returns
+losses [B]. What the options mean stands in :class:`fastdpo.LossOptions`. In the equations, r = log pi(y|x) - log
+pi_ref(y|x), in nats, is a completion's log-ratio, w the chosen and l the rejected completion, and beta r its reward
+(Rafailov et al. 2023, arXiv 2305.18290, eq. 5).
 """
 
 from __future__ import annotations
@@ -35,11 +35,19 @@ class Pairs(NamedTuple):
     chosen_tokens: Tensor | None  # how many are scored; None where no loss has said that it needs them
     rejected_tokens: Tensor | None
     batch_tokens: Tensor | None  # mean of chosen_tokens over the whole batch, of which these pairs may be a part
+    weights: Tensor | None = None  # what each counts in the batch, for losses that couple them; None for all the same
 
     def per_token(self, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
         """Of sums over completions the means over their scored tokens."""
         assert self.chosen_tokens is not None and self.rejected_tokens is not None, "needs_tokens is False"
         return chosen / self.chosen_tokens, rejected / self.rejected_tokens
+
+
+class Rankings(NamedTuple):
+    """What losses of rankings are functions of: [n, K] each, a ranking's sequences, the best first."""
+
+    scores: Tensor  # log-ratios; under another divergence than the reverse KL its f'(ratio)
+    is_member: Tensor  # bool; False behind the last of a ranking that has fewer
 
 
 def _margin(p: Pairs, beta: float) -> Tensor:
@@ -113,11 +121,8 @@ def _aot(p: Pairs, *, beta: float, label_smoothing: float) -> Tensor:
 
     Sorts over the batch, so that a pair's loss depends on the others.
     """
-    policy = (p.chosen_logps - p.rejected_logps).sort().values
-    reference = p.ref_chosen_logps - p.ref_rejected_logps
-    if isinstance(reference, Tensor):
-        reference = reference.sort().values
-    return _smoothed_logistic(beta * (policy - reference), label_smoothing)
+    policy, reference = p.chosen_logps - p.rejected_logps, p.ref_chosen_logps - p.ref_rejected_logps
+    return _of_quantiles(policy, reference, p.weights, beta, label_smoothing)
 
 
 def _aot_unpaired(p: Pairs, *, beta: float, label_smoothing: float) -> Tensor:
@@ -125,7 +130,29 @@ def _aot_unpaired(p: Pairs, *, beta: float, label_smoothing: float) -> Tensor:
 
     Sorts over the batch, so that a pair's loss depends on the others.
     """
-    return _smoothed_logistic(beta * (p.chosen.sort().values - p.rejected.sort().values), label_smoothing)
+    return _of_quantiles(p.chosen, p.rejected, p.weights, beta, label_smoothing)
+
+
+def _of_quantiles(
+    above: Tensor, below: Tensor | float, weights: Tensor | None, beta: float, label_smoothing: float
+) -> Tensor:
+    """[B]: the logistic loss of above's quantiles over below's; without weights rank by rank.
+
+    With weights both are samples in which each number stands as often as its weight says: the loss of a pair is the
+    mean over the quantiles that its number of ``above`` takes up.
+    """
+    if weights is None or not isinstance(below, Tensor):
+        below = below.sort().values if isinstance(below, Tensor) else below
+        above = above.sort().values if weights is None else above
+        return _smoothed_logistic(beta * (above - below), label_smoothing)
+    (rows, row_order), (columns, column_order) = above.sort(), below.sort()
+    row_ends, column_ends = weights[row_order].cumsum(0), weights[column_order].cumsum(0)
+    row_starts, column_starts = (F.pad(ends[:-1], (1, 0)) for ends in (row_ends, column_ends))
+    shared = torch.minimum(row_ends.unsqueeze(1), column_ends) - torch.maximum(row_starts.unsqueeze(1), column_starts)
+    losses = _smoothed_logistic(beta * (rows.unsqueeze(1) - columns), label_smoothing)
+    sums = (shared * losses).where(shared > 0, 0).sum(1)
+    means = (sums / weights[row_order]).where(weights[row_order] > 0, 0)
+    return means[row_order.argsort()]
 
 
 def _apo_zero(p: Pairs, *, beta: float) -> Tensor:
@@ -176,15 +203,33 @@ def _cpo(p: Pairs, *, beta: float, label_smoothing: float) -> Tensor:
     return _smoothed_logistic(beta * (p.chosen_logps - p.rejected_logps), label_smoothing)
 
 
+def _plackett_luce(r: Rankings, *, beta: float) -> Tensor:
+    """DPO of rankings under the Plackett-Luce model (arXiv 2305.18290, appendix A.3, eq. 20).
+
+    The chance that the best of those that are left is taken for the best is 1 / (1 + the others' exp(rewards), summed,
+    over its own): -log of it is the sigmoid loss of its reward over the others' log-sum-exp, which grows from the end.
+    """
+    rewards = beta * r.scores
+    total = torch.zeros_like(rewards[:, 0])
+    others = rewards[:, -1]
+    for place in range(rewards.shape[1] - 2, -1, -1):
+        has_others = r.is_member[:, place + 1]
+        # Where there are none yet, the place holds anything.
+        total = total - F.logsigmoid(rewards[:, place] - others).where(has_others, 0)
+        others = torch.logaddexp(rewards[:, place], others).where(has_others, rewards[:, place])
+    return total
+
+
 @dataclass(frozen=True)
 class Objective:
     """A loss, and what it is made of."""
 
-    function: Callable[..., Tensor]  # of Pairs and the options that it names, losses [B]
+    function: Callable[..., Tensor]  # of Pairs (or Rankings) and the options that it names, losses [B]
     around: tuple[str, ...] = ()  # options that change what the function gets, or what becomes of its losses
     takes_reference: bool = True
     needs_tokens: bool = False  # the numbers of scored tokens
     couples_pairs: bool = False  # a pair's loss depends on other pairs' log-probabilities
+    of_rankings: bool = False  # of Rankings, not of Pairs
     means_as_rewards: bool = False  # rewards are those of log-probabilities per token
     sft_weight: float = 0.0  # of the negative log-likelihood that is part of it by definition
     arguments: tuple[str, ...] = field(init=False)  # the options that the function names
@@ -229,6 +274,7 @@ OBJECTIVES: dict[str, Objective] = {
     "cpo": Objective(
         _cpo, ("average_log_prob", "ld_alpha", "use_weighting", *_SFT), takes_reference=False, sft_weight=1.0
     ),
+    "plackett_luce": Objective(_plackett_luce, (*_F, "average_log_prob"), of_rankings=True),
 }
 
 

@@ -41,6 +41,7 @@ class LossOptions:
     Attributes:
         beta: strength of the KL constraint, above 0 and finite: DPO's beta, IPO's tau, 1 / eta of SPPO, lambda of ORPO.
         loss_type: a name of ``fastdpo.loss.objectives.OBJECTIVES``, or several, whose losses are added up.
+            ``plackett_luce`` is of rankings, not of pairs, and stands alone.
         label_smoothing: the chance that a label is flipped, in [0, 0.5). With ``sigmoid``, ``sigmoid_norm``, ``cpo``,
             ``simpo``, ``aot`` and ``aot_unpaired`` conservative DPO's (TRL's ``sigmoid`` and ``sigmoid_norm`` ignore
             it); with ``robust`` that of robust DPO; with ``exo_pair`` the target distribution's, which must be above 0.
@@ -121,6 +122,11 @@ class LossOptions:
     def couples_pairs(self) -> bool:
         """Whether a pair's loss depends on other pairs' log-probabilities."""
         return any(objective.couples_pairs for objective in self.objectives)
+
+    @property
+    def of_rankings(self) -> bool:
+        """Whether it is a loss of rankings, not of pairs."""
+        return any(objective.of_rankings for objective in self.objectives)
 
     @property
     def takes_reference(self) -> bool:
@@ -213,6 +219,11 @@ class LossOptions:
 
     def _check_combinations(self) -> None:
         names = self.loss_types
+        if self.of_rankings and len(names) > 1:
+            raise ValueError(
+                f"loss_type is {list(names)}; 'plackett_luce' is a loss of rankings, which does not mix with losses of "
+                "pairs"
+            )
         if "exo_pair" in names and self.label_smoothing == 0:
             raise ValueError(
                 "label_smoothing is 0; with loss_type 'exo_pair' it should be above 0 (its paper uses 1e-3): the "

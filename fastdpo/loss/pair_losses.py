@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fastdpo.logps.wide import widened
+from fastdpo.loss.gather import picked
 from fastdpo.loss.objectives import OBJECTIVES, Pairs, divergence_scores
 from fastdpo.loss.options import LossOptions
+from fastdpo.loss.units import Part
 
 _SFT = OBJECTIVES["sft"]
 _DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef")
@@ -18,18 +20,22 @@ _DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef")
 
 def mixed_losses(pairs: Pairs, options: LossOptions) -> Tensor:
     """[B]: the losses that ``options`` names, added up."""
-    if options.f_divergence_type != "reverse_kl":
-        divergence = _given(options, _DIVERGENCE)
-        chosen, rejected = (divergence_scores(ratios, **divergence) for ratios in (pairs.chosen, pairs.rejected))
-        pairs = pairs._replace(chosen=chosen, rejected=rejected)
+    pairs = pairs._replace(chosen=scores_of(pairs.chosen, options), rejected=scores_of(pairs.rejected, options))
     total = torch.zeros_like(pairs.chosen_logps)
     for objective, weight in zip(options.objectives, options.weights, strict=True):
-        losses = objective.function(pairs, **_given(options, objective.arguments))
+        losses = objective.function(pairs, **given_options(options, objective.arguments))
         sft_weight = objective.sft_weight if options.sft_weight is None else options.sft_weight
         if sft_weight:
-            losses = losses + sft_weight * _SFT.function(pairs, **_given(options, _SFT.arguments))
+            losses = losses + sft_weight * _SFT.function(pairs, **given_options(options, _SFT.arguments))
         total = total + weight * losses
     return total
+
+
+def scores_of(log_ratios: Tensor, options: LossOptions) -> Tensor:
+    """What stands in the log-ratios' place: they themselves, or under another divergence its f'(ratio)."""
+    if options.f_divergence_type == "reverse_kl":
+        return log_ratios
+    return divergence_scores(log_ratios, **given_options(options, _DIVERGENCE))
 
 
 def mixed_rewards(pairs: Pairs, options: LossOptions) -> tuple[Tensor, Tensor]:
@@ -40,7 +46,7 @@ def mixed_rewards(pairs: Pairs, options: LossOptions) -> tuple[Tensor, Tensor]:
     return options.beta * chosen, options.beta * rejected
 
 
-def _given(options: LossOptions, names: Sequence[str]) -> dict[str, Any]:
+def given_options(options: LossOptions, names: Sequence[str]) -> dict[str, Any]:
     """The options of these names, without those that are None: their defaults stand where they are used."""
     values = {name: getattr(options, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
@@ -54,62 +60,92 @@ def combine_segments(sums: Tensor, options: LossOptions, *, of_policy: bool) -> 
 
 
 class PairLosses:
-    """The losses of B pairs as a function of their sequences' sums, for all pairs or for some of them.
+    """The losses of P pairs as a function of their sequences' sums, for all pairs or for some of them.
 
     Args:
         options: which losses.
-        lengths: [2B, S] int64, the scored tokens of each sequence's segments, the chosen ones first (see
+        lengths: [S, C] int64, the scored tokens of each sequence's segments (see
             :class:`fastdpo.loss.sequences.Sequences`).
-        ref_sums: [2B, S] or [2B, 1], the reference's log-probabilities of the segments, or of whole sequences; None
+        ref_sums: [S, C] or [S, 1], the reference's log-probabilities of the segments, or of whole sequences; None
             for no reference.
+        pairs: [P, 2] int64, which sequence is chosen and which rejected; None where the first half of the sequences is
+            chosen, and the second rejected.
+        weights: [P], what each pair counts in the batch, where its losses depend on each other or on the batch's
+            tokens; None where all count the same. The losses are not multiplied by them.
         allow_empty: whether sequences may have no scored token; their means are 0, as their sums are.
     """
 
     def __init__(
-        self, options: LossOptions, lengths: Tensor, ref_sums: Tensor | None, *, allow_empty: bool = False
+        self,
+        options: LossOptions,
+        lengths: Tensor,
+        ref_sums: Tensor | None,
+        *,
+        pairs: Tensor | None = None,
+        weights: Tensor | None = None,
+        allow_empty: bool = False,
     ) -> None:
         self.options = options
+        self._members = None if pairs is None else pairs.t().flatten()  # [2P], the chosen ones first
+        self._weights = weights
+        lengths = self._of_members(lengths, self._members)
         self._tokens = lengths.sum(1)
-        self._batch_tokens = widened(self._tokens.chunk(2)[0]).mean()
+        self._within = None
+        if pairs is not None and options.ld_alpha is not None:
+            shorter = torch.minimum(*self._tokens.chunk(2)).repeat(2)
+            self._within = lengths.cumsum(1) <= shorter.unsqueeze(1)
+        chosen_tokens = widened(self._tokens.chunk(2)[0])
+        self._batch_tokens = (
+            chosen_tokens.mean() if weights is None else (chosen_tokens * weights).sum() / weights.sum()
+        )
         if allow_empty:  # from here on they divide alone: 0 / 1
             self._batch_tokens = self._batch_tokens.clamp(min=2 / len(self._tokens))
             self._tokens = self._tokens.clamp(min=1)
         self._ref_logps = None
         if ref_sums is not None:
-            self._ref_logps = self._of_sequences(ref_sums.detach(), self._tokens, of_policy=False)
+            of_pairs = self._segments(ref_sums.detach(), self._members, self._within)
+            self._ref_logps = self._of_sequences(of_pairs, self._tokens, of_policy=False)
+
+    def of_both(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """[P] each, of what is known of sequences, [S]: the chosen ones', and the rejected ones'."""
+        chosen, rejected = self._of_members(values, self._members).chunk(2)
+        return chosen, rejected
 
     def logps(self, sums: Tensor) -> Tensor:
-        """[2B]: the log-probabilities that the losses are functions of, from the segments' [2B, S]."""
-        return self._of_sequences(sums, self._tokens, of_policy=True)
+        """[2P], the chosen ones first: what the losses are functions of, from the segments' [S, C]."""
+        return self._of_sequences(self._segments(sums, self._members, self._within), self._tokens, of_policy=True)
 
-    def __call__(self, sums: Tensor, extras: Mapping[str, Tensor], first: int, last: int) -> Tensor:
-        """Losses [n] of the pairs [first, last), n of them.
+    def __call__(self, sums: Tensor, extras: Mapping[str, Tensor], part: Part | None = None) -> Tensor:
+        """Losses [n] of the pairs of ``part``, n of them; by default of all.
 
         Args:
-            sums: [2n, S], the policy's log-probabilities of their segments.
-            extras: sums over their sequences, [2n], of token-wise outputs; ``log_sum_sq_probs`` is needed for WPO.
+            sums: [s, C], the policy's log-probabilities of their sequences' segments.
+            extras: sums over their sequences, [s], of token-wise outputs; ``log_sum_sq_probs`` is needed for WPO.
         """
-        losses = mixed_losses(self._pairs(sums, first, last), self.options)
-        weights = self.weights(sums, extras, first, last)
+        losses = mixed_losses(self._pairs(sums, part), self.options)
+        weights = self.weights(sums, extras, part)
         return losses if weights is None else losses * weights
 
     def rewards(self, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """[B] each, detached, of all pairs."""
-        return mixed_rewards(self._pairs(sums.detach(), 0, len(sums) // 2), self.options)
+        """[P] each, detached, of all pairs."""
+        return mixed_rewards(self._pairs(sums.detach(), None), self.options)
 
-    def weights(self, sums: Tensor, extras: Mapping[str, Tensor], first: int, last: int) -> Tensor | None:
-        """[n] WPO's weights of the pairs [first, last), without a gradient (arXiv 2406.11827, eq. 2); None for none."""
+    def weights(self, sums: Tensor, extras: Mapping[str, Tensor], part: Part | None = None) -> Tensor | None:
+        """[n] WPO's weights of pairs, without a gradient (arXiv 2406.11827, eq. 2); None for none."""
         if not self.options.use_weighting:
             return None
         # Of each token's probability over the sum of the vocabulary's squared ones, the geometric mean.
-        aligned = sums.detach().sum(1) - extras["log_sum_sq_probs"]
-        chosen, rejected = (aligned / self._part(self._tokens, first, last)).exp().chunk(2)
+        members = self._members if part is None else _chosen_first(part.members)
+        aligned = self._of_members(sums.detach().sum(1) - extras["log_sum_sq_probs"], members)
+        chosen, rejected = (aligned / self._part(self._tokens, part)).exp().chunk(2)
         return chosen * rejected
 
-    def _pairs(self, sums: Tensor, first: int, last: int) -> Pairs:
-        tokens = self._part(self._tokens, first, last)
+    def _pairs(self, sums: Tensor, part: Part | None) -> Pairs:
+        members = self._members if part is None else _chosen_first(part.members)
+        tokens = self._part(self._tokens, part)
+        sums = self._segments(sums, members, None if self._within is None else self._part(self._within, part))
         logps = self._of_sequences(sums, tokens, of_policy=True)
-        ref_logps = None if self._ref_logps is None else self._part(self._ref_logps, first, last)
+        ref_logps = None if self._ref_logps is None else self._part(self._ref_logps, part)
         ratios = logps if ref_logps is None else logps - ref_logps
         chosen, rejected = ratios.chunk(2)
         chosen_logps, rejected_logps = logps.chunk(2)
@@ -126,15 +162,32 @@ class PairLosses:
             chosen_tokens=chosen_tokens,
             rejected_tokens=rejected_tokens,
             batch_tokens=self._batch_tokens,
+            weights=self._weights if self._weights is None or part is None else self._weights[part.units],
         )
+
+    @staticmethod
+    def _of_members(values: Tensor, members: Tensor | None) -> Tensor:
+        """[2n, ...], the chosen ones first, of what is known of their sequences."""
+        return values if members is None else picked(values, members)
+
+    def _segments(self, sums: Tensor, members: Tensor | None, within: Tensor | None) -> Tensor:
+        """[2n, 1 or 2]: of pairs' sequences; those within and beyond the shorter one's length where ``within`` says."""
+        sums = self._of_members(sums, members)
+        if within is None or sums.shape[1] != within.shape[1]:
+            return sums
+        return torch.stack([sums.where(within, 0).sum(1), sums.where(~within, 0).sum(1)], dim=1)
 
     def _of_sequences(self, sums: Tensor, tokens: Tensor, *, of_policy: bool) -> Tensor:
         logps = combine_segments(sums, self.options, of_policy=of_policy)
         return logps / tokens if self.options.average_log_prob else logps
 
-    def _part(self, values: Tensor, first: int, last: int) -> Tensor:
-        """Of [2B] values those of the pairs [first, last), [2n]."""
-        pairs = len(self._tokens) // 2
-        if (first, last) == (0, pairs):
+    def _part(self, values: Tensor, part: Part | None) -> Tensor:
+        """Of [2P, ...] values those of a part's pairs, [2n, ...]."""
+        if part is None:
             return values
-        return torch.cat((values[first:last], values[pairs + first : pairs + last]))
+        pairs = len(values) // 2
+        return torch.cat((values[:pairs][part.units], values[pairs:][part.units]))
+
+
+def _chosen_first(members: Tensor | None) -> Tensor | None:
+    return None if members is None else members.t().flatten()

@@ -77,7 +77,7 @@ def check_without_reference(options: LossOptions) -> None:
 def reference_sums(
     options: LossOptions, ref_logps: Tensor | None, sequences: Sequences, targets: Tensor, ignore_index: int
 ) -> Tensor | None:
-    """[2B, S] or [2B, 1] from log-probabilities of tokens or of sequences; ValueError where they will not do."""
+    """[S, C] or [S, 1] from log-probabilities of tokens or of sequences; ValueError where they will not do."""
     if ref_logps is None:
         return None
     by_segment = options.ld_alpha is not None and options.ld_reference != "policy"

@@ -1,4 +1,4 @@
-"""The 2B sequences of a batch of pairs: where their scored tokens are, and sums over them."""
+"""The sequences of a batch: where their scored tokens are, and sums over them."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ from fastdpo.loss.sequence_parallel import sum_over_group
 
 
 class Sequences:
-    """2B sequences of scored tokens, the chosen ones first: rows of ``targets``, or packed one after another.
+    """S sequences of scored tokens: rows of ``targets``, or packed one after another.
 
-    A sequence is one segment, or with ``at_shorter`` two: the tokens within the length of its pair's shorter
-    completion, and those beyond it (LD-DPO, Liu et al. 2024, arXiv 2409.06411).
+    A sequence is one segment, or with ``at_shorter`` several: it is divided at the length of the shorter completion of
+    every pair that it is of (LD-DPO, Liu et al. 2024, arXiv 2409.06411). Where the first half of the sequences is
+    chosen and the second rejected, these are two.
 
     Args:
-        targets: [2B, T], or [N] with ``cu_seqlens``.
-        cu_seqlens: [2B + 1] int64 or int32, the packed sequences' bounds: 0, …, N.
+        targets: [S, T], or [N] with ``cu_seqlens``.
+        cu_seqlens: [S + 1] int64 or int32, the packed sequences' bounds: 0, …, N.
         ignore_index: the target of positions that are not scored.
+        members: [U, K] int64, the sequences that each loss is of (with ``at_shorter`` [P, 2], pairs), filled up with
+            -1; None for pairs of the first half, the chosen ones, and the second.
         at_shorter: divide the sequences.
         look: whether the host may look at the tensors' values, which on a device it waits for.
         allow_empty: whether a sequence may have no scored token.
         group: the ranks that have a part of every sequence each; sums are then over all of them.
 
     Attributes:
-        tokens: [2B] int64, the scored tokens of each sequence.
-        lengths: [2B, S] int64, the scored tokens of each segment, S = 1 or 2.
+        tokens: [S] int64, the scored tokens of each sequence.
+        lengths: [S, C] int64, the scored tokens of each segment; C = 1 unless ``at_shorter``.
         counts: on the host, the scored tokens of each sequence that are here; None unless ``look``.
 
     Raises:
-        TypeError, ValueError: the layout is neither of the two; a sequence in which nothing is scored, unless
-            allowed (if ``look``).
+        TypeError, ValueError: the layout is neither of the two; a sequence of a loss in which nothing is scored,
+            unless allowed (if ``look``).
     """
 
     def __init__(
@@ -46,10 +49,11 @@ class Sequences:
         *,
         at_shorter: bool,
         look: bool,
+        members: Tensor | None = None,
         allow_empty: bool = False,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        _check_layout(targets, cu_seqlens, look=look)
+        _check_layout(targets, cu_seqlens, look=look, halves=members is None)
         self._cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
         self._tokens_in_all = targets.numel()
         self.group = group
@@ -59,15 +63,22 @@ class Sequences:
         self.lengths = self.tokens.unsqueeze(1)
         self.counts: Sequence[int] | None = here.tolist() if look else None
         if self.counts is not None and not allow_empty:
-            _refuse_empty(self.counts if group is None else self.tokens.tolist(), ignore_index)
+            counts = self.counts if group is None else self.tokens.tolist()
+            _refuse_empty(counts, None if members is None else {*members.flatten().tolist()}, ignore_index)
         self._within: Tensor | None = None
-        if at_shorter:
+        self._bounds: Tensor | None = None
+        if at_shorter and members is not None:
+            self.lengths = _cut_at_shorter(self.tokens, members, look=look)
+            # Where as many tokens are scored before: what is not scored may stand on either side.
+            reached = F.pad(scored.flatten().cumsum(0), (1, 0))
+            self._bounds = torch.searchsorted(reached, F.pad(self.lengths.flatten().cumsum(0), (1, 0)))
+        elif at_shorter:
             shorter = torch.minimum(*self.tokens.chunk(2)).repeat(2)
             self._within = self._places(scored) < self._of_each_token(shorter)
             self.lengths = torch.stack((shorter, self.tokens - shorter), dim=1)
 
     def sums(self, values: Tensor) -> Tensor:
-        """[2B] sums over the sequences of ``values``, which have targets' shape and are 0 where nothing is scored.
+        """[S] sums over the sequences of ``values``, which have targets' shape and are 0 where nothing is scored.
 
         Without atomics, so that results repeat. Floats are summed in float64: a sequence's log-probability is hundreds
         of nats, a loss depends on differences of four of them, and float32 would round each by more than all the
@@ -89,7 +100,9 @@ class Sequences:
         return segment_sums(values, self._cu_seqlens)
 
     def segment_sums(self, values: Tensor) -> Tensor:
-        """[2B, S] sums over the segments, float64."""
+        """[S, C] sums over the segments, float64."""
+        if self._bounds is not None:
+            return segment_sums(widened(values.flatten()), self._bounds).view(self.lengths.shape)
         if self._within is None:
             return self.sums(values).unsqueeze(1)
         parts = (values.where(self._within, 0), values.where(~self._within, 0))
@@ -104,26 +117,48 @@ class Sequences:
         return before - self._of_each_token(starts)
 
     def _of_each_token(self, values: Tensor) -> Tensor:
-        """[2B] to targets' shape, or what broadcasts to it."""
+        """[S] to targets' shape, or what broadcasts to it."""
         if self._cu_seqlens is None:
             return values.unsqueeze(1)
         return values.repeat_interleave(self._cu_seqlens.diff(), output_size=self._tokens_in_all)
 
 
-def _check_layout(targets: Tensor, cu_seqlens: Tensor | None, *, look: bool) -> None:
+def count_sequences(targets: Tensor, cu_seqlens: Tensor | None, *, halves: bool) -> int:
+    """S, from shapes alone; TypeError or ValueError where they are those of neither layout.
+
+    ``halves``: the first half of the sequences is chosen, and the second rejected.
+    """
+    _check_layout(targets, cu_seqlens, look=False, halves=halves)
+    return targets.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+
+
+def _cut_at_shorter(tokens: Tensor, pairs: Tensor, *, look: bool) -> Tensor:
+    """[S, C]: sequences of ``tokens`` [S] cut at the length of the shorter completion of each of their pairs."""
+    shorter = torch.minimum(tokens[pairs[:, 0]], tokens[pairs[:, 1]])
+    sequences = torch.arange(len(tokens), device=tokens.device).view(-1, 1, 1)
+    is_of = (pairs == sequences).any(2)
+    cuts = torch.where(is_of, shorter, tokens.unsqueeze(1)).sort(1).values
+    if look:  # no more than the most pairs that a sequence is of
+        cuts = cuts[:, : int(is_of.sum(1).max())]
+    return torch.diff(cuts, dim=1, prepend=torch.zeros_like(tokens).unsqueeze(1), append=tokens.unsqueeze(1))
+
+
+def _check_layout(targets: Tensor, cu_seqlens: Tensor | None, *, look: bool, halves: bool) -> None:
     if cu_seqlens is None:
-        if targets.dim() != 2 or targets.shape[0] % 2 or targets.shape[0] == 0:
+        if targets.dim() != 2 or targets.shape[0] == 0 or (halves and targets.shape[0] % 2):
+            wanted = "[2B, T], an even number of rows, chosen rows first" if halves else "[S, T]"
             raise ValueError(
-                f"targets has shape {tuple(targets.shape)}; it should be [2B, T], an even number of rows, chosen rows "
-                "first; or give cu_seqlens for packed sequences"
+                f"targets has shape {tuple(targets.shape)}; it should be {wanted}; or give cu_seqlens for packed "
+                "sequences"
             )
         return
     if targets.dim() != 1:
         raise ValueError(f"targets has shape {tuple(targets.shape)}; with cu_seqlens it should be [N]")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() % 2 == 0 or cu_seqlens.numel() < 3:
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or (halves and cu_seqlens.numel() % 2 == 0):
+        wanted = "[2B + 1]: the bounds of the B chosen and then the B rejected sequences"
         raise ValueError(
-            f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; it should be [2B + 1]: the bounds of the B chosen and "
-            "then the B rejected sequences"
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; it should be "
+            f"{wanted if halves else '[S + 1]: the bounds of the sequences'}"
         )
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; it should be torch.int64 or torch.int32")
@@ -136,10 +171,14 @@ def _check_layout(targets: Tensor, cu_seqlens: Tensor | None, *, look: bool) -> 
             raise ValueError(f"cu_seqlens should rise from 0 to N = {targets.numel()}; it is {bounds}")
 
 
-def _refuse_empty(counts: Sequence[int], ignore_index: int) -> None:
+def _refuse_empty(counts: Sequence[int], members: set[int] | None, ignore_index: int) -> None:
     """ValueError where a completion has no scored token: its log-probability would mean nothing."""
     pairs = len(counts) // 2
-    empty = [f"{'chosen' if i < pairs else 'rejected'} of pair {i % pairs}" for i, n in enumerate(counts) if n == 0]
+    empty = [
+        f"{'chosen' if i < pairs else 'rejected'} of pair {i % pairs}" if members is None else f"sequence {i}"
+        for i, n in enumerate(counts)
+        if n == 0 and (members is None or i in members)
+    ]
     if empty:
         raise ValueError(
             f"targets has completions in which every position is ignore_index ({ignore_index}): {', '.join(empty[:8])}"

@@ -53,7 +53,7 @@ class BatchLosses:
         at_shorter = self._options.ld_alpha is not None
         out = self._policy.score(inputs, outputs, root=model, at_shorter=at_shorter, **kwargs)
         losses_of = PairLosses(self._options, out.lengths, ref_sums)
-        losses = losses_of(out.sums, out.outputs, 0, len(out.sums) // 2)
+        losses = losses_of(out.sums, out.outputs)
         chosen_rewards, rejected_rewards = losses_of.rewards(out.sums)
         chosen, rejected = losses_of.logps(out.sums.detach()).chunk(2)
         chosen_tokens, rejected_tokens = out.tokens.chunk(2)

@@ -14,6 +14,7 @@ import torch._dynamo.testing
 from grouped_losses import SMALL, WHOLE, groups_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import LOSSES
 from tiny_models import make_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdpo import DPOLoss, dpo_loss, token_logps
 from fastdpo.logps import oracle as reference
-from fastdpo.loss.objectives import OBJECTIVES
 from fastdpo.model.head import FusedHead
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -288,7 +288,7 @@ def test_compiled_with_other_sums(options: dict[str, Any]) -> None:
 # -------------------------------------------------------------------------------------------------------- torch.func
 
 
-@pytest.mark.parametrize("loss_type", OBJECTIVES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("packed", [False, True])
 def test_func_grad_and_meta_tensors_with_every_loss(
     loss_type: str, packed: bool, monkeypatch: pytest.MonkeyPatch

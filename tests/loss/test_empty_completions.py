@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import LOSSES
 from torch import Tensor
 
 from fastdpo import DPOLoss, LossOptions, dpo_loss, preference_loss
 from fastdpo.logps import oracle as reference
 from fastdpo.loss import group_plan
-from fastdpo.loss.objectives import OBJECTIVES
 
 NEEDED = {"exo_pair": {"label_smoothing": 0.1}}
 
@@ -45,7 +45,7 @@ def expected_loss(batch: dict[str, Tensor], **options: Any) -> Tensor:
     return losses.mean()
 
 
-@pytest.mark.parametrize("loss_type", OBJECTIVES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**31), pairs=st.integers(1, 5), length=st.integers(1, 6), rows=st.sampled_from([0, 4, 99]))
 def test_an_empty_completion_has_sum_and_mean_0(loss_type: str, seed: int, pairs: int, length: int, rows: int) -> None:

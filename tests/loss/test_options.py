@@ -67,7 +67,7 @@ def loss_of(tokens: Tokens, options: dict[str, Any]) -> Tensor:
     ref_sums = sequences.segment_sums(tokens.reference) if has_reference(options) else None
     extras = {"log_sum_sq_probs": sequences.sums(tokens.log_sum_sq_probs)}
     losses_of = PairLosses(o, sequences.lengths, ref_sums)
-    return losses_of(sequences.segment_sums(tokens.policy), extras, 0, len(targets) // 2).mean()
+    return losses_of(sequences.segment_sums(tokens.policy), extras).mean()
 
 
 def test_keywords_are_the_options() -> None:

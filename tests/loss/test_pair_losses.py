@@ -12,6 +12,7 @@ from torch import Tensor
 from fastdpo.loss.options import LossOptions
 from fastdpo.loss.pair_losses import PairLosses
 from fastdpo.loss.sequences import Sequences
+from fastdpo.loss.units import Part
 
 
 @pytest.mark.parametrize("name", (*LOSSES, MIX))
@@ -38,7 +39,7 @@ def test_matches_the_papers(name: str, seed: int, pairs: int, length: int, data:
     losses_of = PairLosses(o, sequences.lengths, sequences.segment_sums(tokens.reference) if reference else None)
     sums = sequences.segment_sums(policy.where(tokens.scored, 0))
     extras = {"log_sum_sq_probs": sequences.sums(tokens.log_sum_sq_probs)}
-    values = losses_of(sums, extras, 0, pairs)
+    values = losses_of(sums, extras)
     scale = 1 + float(truth.abs().max())
     torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-13 * scale * (1 + 1 / o.beta))
     (grad,) = torch.autograd.grad(values.sum(), policy, retain_graph=True)
@@ -60,7 +61,7 @@ def parts(losses_of: PairLosses, sums: Tensor, extras: dict[str, Tensor], split:
     for first, last in ((0, split), (split, pairs)):
         if first < last:
             rows = [*range(first, last), *range(pairs + first, pairs + last)]
-            found.append(losses_of(sums[rows], {k: v[rows] for k, v in extras.items()}, first, last))
+            found.append(losses_of(sums[rows], {k: v[rows] for k, v in extras.items()}, Part(slice(first, last), None)))
     return found
 
 
@@ -74,9 +75,9 @@ def test_weights_are_of_whole_completions_and_have_no_gradient() -> None:
         losses_of = PairLosses(LossOptions(use_weighting=True, ld_alpha=ld_alpha), sequences.lengths, None)
         sums = sequences.segment_sums(tokens.policy).requires_grad_()
         extras = {"log_sum_sq_probs": sequences.sums(tokens.log_sum_sq_probs)}
-        found.append(losses_of.weights(sums, extras, 0, 3))
+        found.append(losses_of.weights(sums, extras))
         assert not found[-1].requires_grad
     torch.testing.assert_close(*found)
     aligned = (tokens.policy - tokens.log_sum_sq_probs).sum(1) / tokens.lengths
     torch.testing.assert_close(found[0], aligned.exp().view(2, 3).prod(0))
-    assert PairLosses(LossOptions(), tokens.lengths.unsqueeze(1), None).weights(sums, extras, 0, 3) is None
+    assert PairLosses(LossOptions(), tokens.lengths.unsqueeze(1), None).weights(sums, extras) is None

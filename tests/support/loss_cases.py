@@ -12,7 +12,8 @@ from torch import Tensor
 from fastdpo.loss.objectives import OBJECTIVES
 from fastdpo.loss.oracle import Completion, losses, rewards
 
-LOSSES = tuple(OBJECTIVES)
+# Those of pairs; that of rankings has tests of its own.
+LOSSES = tuple(name for name, objective in OBJECTIVES.items() if not objective.of_rankings)
 # In the place of a loss's name: one of MIXES.
 MIX = "mix"
 # Losses whose mean is over ranks of the batch, not over pairs.
