@@ -58,6 +58,16 @@ def losses(
     return total
 
 
+def ranking_losses(rankings: Sequence[Sequence[Completion]], *, beta: float, **options: Any) -> list[Number]:
+    """DPO's loss of each ranking, the best first, under the Plackett-Luce model (arXiv 2305.18290, eq. 20)."""
+    total = []
+    for ranking in rankings:
+        rewards = [beta * _scored(c, len(c.policy), options).score for c in ranking]
+        chances = [_exp(reward) / _sum(_exp(r) for r in rewards[place:]) for place, reward in enumerate(rewards)]
+        total.append(-_sum(_log(chance) for chance in chances))
+    return total
+
+
 def losses_of_sequences(policy: Tensor, reference: Tensor | None, **options: Any) -> Tensor:
     """[B] from log-probabilities of sequences, [2B], chosen ones first; for losses that do not look at tokens."""
     refs = [None] * len(policy) if reference is None else [[logp] for logp in reference]

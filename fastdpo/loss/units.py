@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
@@ -46,22 +45,17 @@ class Units:
     weights: Tensor | None = None
     listed: Sequence[Sequence[int]] | None = None
 
-    @cached_property
-    def total(self) -> Tensor | None:
-        """The sum of the weights."""
-        return None if self.weights is None else self.weights.sum()
-
     def mean(self, losses: Tensor) -> Tensor:
         """The loss: the mean of all losses [U], each counted by its weight."""
         if self.weights is None:
             return losses.mean()
-        return (losses * self.weights).sum() / self.total
+        return (losses * self.weights).sum() / self.weights.sum()
 
     def share(self, losses: Tensor, part: Part) -> Tensor:
         """What the losses of a part come to in the mean of all."""
         if self.weights is None:
             return losses.sum() / self.count
-        return (losses * self.weights[part.units]).sum() / self.total
+        return (losses * self.weights[part.units]).sum() / self.weights.sum()
 
     def components(self) -> Components:
         """What can be computed apart: sequences that losses link stand in one component, with these losses."""

@@ -18,6 +18,8 @@ from fastdpo.loss.options import LossOptions
 from fastdpo.model.packing import PACKINGS
 from fastdpo.trainer.secrets import redacted, remember_secrets
 
+_LOSSES = [name for name, objective in OBJECTIVES.items() if not objective.of_rankings]
+
 
 @dataclass(repr=False)
 class DPOConfig(TrainingArguments):
@@ -66,7 +68,7 @@ class DPOConfig(TrainingArguments):
     )
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": f"The loss, or several that are added up: {', '.join(OBJECTIVES)}. sigmoid is DPO."},
+        metadata={"help": f"The loss, or several that are added up: {', '.join(_LOSSES)}. sigmoid is DPO."},
     )
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "Factors of several losses, in the order of loss_type. By default 1 each."}
@@ -208,6 +210,10 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
         options = self.loss_options
+        if options.of_rankings:
+            raise ValueError(
+                f"{options.described} is a loss of rankings, of which a trainer's rows are none; use dpo_loss"
+            )
         if self.max_tokens_per_batch is not None and (options.couples_pairs or self.sft_reduction == "batch"):
             what = f"loss_type {', '.join(self.loss_type)}" if options.couples_pairs else "sft_reduction='batch'"
             raise ValueError(

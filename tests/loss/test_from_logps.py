@@ -77,3 +77,23 @@ def test_what_is_no_dense_tensor_is_refused() -> None:
         preference_loss(**{"beta": 0.1} | LOGPS | {"policy_rejected_logps": [0.0, 0.0, 0.0]})
     with pytest.raises(TypeError, match="reference_chosen_logps is a tensor of layout torch.sparse_coo"):
         preference_loss(**{"beta": 0.1} | LOGPS | {"reference_chosen_logps": torch.ones(3).to_sparse()})
+
+
+@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
+def test_sorted_losses_count_a_pair_as_often_as_its_weight_says(loss_type: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logps = [torch.randn(5, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(4)]
+    times = torch.tensor([1, 0, 3, 2, 1])
+    weighted = preference_loss(*logps, 0.3, loss_type=loss_type, pair_weights=times.double())[0]
+    expected = preference_loss(*(x.repeat_interleave(times) for x in logps), 0.3, loss_type=loss_type)[0]
+    torch.testing.assert_close(weighted.sum(), expected.sum(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), logps[:2]) for x in (weighted, expected)))
+    assert weighted[1] == 0
+
+
+def test_pairs_of_shared_sequences() -> None:
+    logps, refs = torch.tensor([-1.0, -3.0, -2.0]), torch.tensor([-1.5, -2.0, -2.5])
+    pairs = torch.tensor([[0, 1], [0, 2], [2, 1]])
+    found, *_ = preference_loss(*logps[pairs].unbind(1), *refs[pairs].unbind(1), 0.5)
+    ratios = 0.5 * (logps - refs)
+    torch.testing.assert_close(found, -torch.nn.functional.logsigmoid(ratios[pairs[:, 0]] - ratios[pairs[:, 1]]))
