@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fastdpo.data.sequences import TokenSequence
 from fastdpo.data.terms import REFERENCE_COLUMNS
 from fastdpo.data.truncation import check_truncation, cut
 
@@ -61,6 +63,15 @@ class PreferenceCollator:
             if name in rows[0]:
                 batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float64)
         return batch
+
+    def pad(self, sequences: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
+        """The three tensors of these sequences, a row each."""
+        masks = [[0] * s.begin + (s.mask or [1] * (len(s.ids) - s.begin)) for s in sequences]
+        return {
+            "input_ids": self._stack([s.ids for s in sequences], self.pad_token_id),
+            "attention_mask": self._stack([[1] * len(s.ids) for s in sequences], 0),
+            "completion_mask": self._stack(masks, 0),
+        }
 
     def _stack(self, lists: list[list[int]], padding: int) -> torch.Tensor:
         width = max(map(len, lists))

@@ -7,6 +7,11 @@ from typing import Any
 from fastdpo.errors import InputError
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+# The same of a group: a prompt with several completions, and which pairs of them are compared.
+GROUP_TOKEN_COLUMNS = ("prompt_ids", "completion_ids", "pairs")
+# What tokenised rows may have beside these.
+WEIGHT_COLUMN = "weight"
+GROUP_COLUMNS = ("completion_mask", "pair_weights", "ranks", "ref_completion_logps")
 # What rows may have beside the reference's log-probabilities; other columns are left out, and named in the summary.
 USED_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 # Someone who brings reference log-probabilities of their own keeps them.

@@ -41,9 +41,9 @@ _LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
 
 
 class RowsCheck:
-    """What a model says about made-up pairs in padded rows, and whether packed ones say the same.
+    """What a model says about made-up sequences in padded rows, and whether packed ones say the same.
 
-    It costs a few forwards: two of padded rows; for each layout three of some fifty tokens, and, where the
+    It costs a few forwards: two of padded rows; for each layout three of some hundred tokens, and, where the
     configuration has a length that training can pass, one of a row that is a little longer, and at most as long as one
     in training. In 16 bits, two more.
 
@@ -153,7 +153,9 @@ class RowsCheck:
             raise self._no_interface()
         self._look_at_windows(windows)
         with attention.active():
-            moved = self._score(made.changed().row(layout, self._device, short))
+            changed = made.changed()
+            changed_row = changed.row(layout, self._device, short)
+            moved = self._score(changed_row)
             in_rows = made.of_row(packed, row, short)
             if len(made.order) > SHORT:
                 whole = made.row(layout, self._device)
@@ -181,8 +183,9 @@ class RowsCheck:
                     is_widespread=True,
                 )
         # How many tokens an expert gets, and so how its products round, depends on others.
-        first = len(in_rows[0][1])
-        leak = float((moved - packed)[first:].abs().max())
+        _, *others = made.of_row(packed, row, short)
+        _, *of_changed = changed.of_row(moved, changed_row, short)
+        leak = max(float((b - a).abs().max()) for (_, a), (_, b) in zip(others, of_changed, strict=True))
         if not leak <= allowed:
             return _Fault(
                 "lets one completion of a packed row depend on another: its log-probabilities moved by "
@@ -225,7 +228,7 @@ class RowsCheck:
 
 @dataclass(frozen=True)
 class _Truth:
-    """Made-up pairs, their log-probabilities in padded rows, and by how much these move with the last place."""
+    """Made-up sequences, their log-probabilities in padded rows, and by how much these move with the last place."""
 
     made: MadeUp
     padded: list[Tensor]

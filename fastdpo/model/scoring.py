@@ -1,18 +1,20 @@
-"""What a model says about the completions of a batch of pairs, sequence by sequence, however the batch is laid out."""
+"""What a model says about the completions of a batch, sequence by sequence, however the batch is laid out."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastdpo.logps.wide import widened
+from fastdpo.logps.wide import segment_sums, widened
 from fastdpo.loss.sequences import Sequences
 from fastdpo.model.attention import SEGMENTS, RowAttention
 from fastdpo.model.head import FusedHead, HeadOutput
@@ -24,25 +26,38 @@ from fastdpo.model.padded_parts import joined
 
 @dataclass(frozen=True)
 class SequenceScores:
-    """Sums over each completion's tokens, the B chosen ones first, then the B rejected ones.
+    """Sums over each completion's tokens, and which of the completions are compared.
 
     Attributes:
-        sums: [2B, S] float64, differentiable: log-probabilities of the sequences' segments (see
-            :class:`fastdpo.loss.sequences.Sequences`; S = 1 but for LD-DPO).
-        lengths: [2B, S] int64, how many tokens of them were scored.
-        outputs: name -> [2B] float64, detached: sums of those of :class:`fastdpo.model.HeadOutput` that were asked for.
+        sums: [S, n] float64, differentiable: log-probabilities of the sequences' segments (see
+            :class:`fastdpo.loss.sequences.Sequences`; n = 1 but for LD-DPO).
+        lengths: [S, n] int64, how many tokens of them were scored.
+        outputs: name -> [S] float64, detached: sums of those of :class:`fastdpo.model.HeadOutput` that were asked for.
+        pairs: [P, 2] int64, the (chosen, rejected) sequences of each pair.
         model_output: what the model returned beside its logits; None where it ran more than once.
     """
 
     sums: Tensor
     lengths: Tensor
     outputs: dict[str, Tensor]
+    pairs: Tensor
     model_output: Any
 
     @property
     def tokens(self) -> Tensor:
-        """[2B] int64, the scored tokens of each sequence."""
+        """[S] int64, the scored tokens of each sequence."""
         return self.lengths.sum(1)
+
+    def in_pairs(self) -> SequenceScores:
+        """The same of 2P sequences: the pairs' chosen ones, and then their rejected ones."""
+        order = self.pairs.t().flatten()
+        return SequenceScores(
+            sums=self.sums.index_select(0, order),
+            lengths=self.lengths.index_select(0, order),
+            outputs={name: values.index_select(0, order) for name, values in self.outputs.items()},
+            pairs=_in_halves(len(order), order.device),
+            model_output=self.model_output,
+        )
 
 
 def micro_batches(batch: dict[str, Any]) -> list[dict[str, Any]]:
@@ -51,18 +66,31 @@ def micro_batches(batch: dict[str, Any]) -> list[dict[str, Any]]:
     return parts
 
 
+def pairs_of(part: dict[str, Any]) -> Tensor:
+    """[P, 2] int64, the (chosen, rejected) sequences of a micro-batch's pairs."""
+    if "pairs" in part:
+        pairs: Tensor = part["pairs"]
+        return pairs
+    return _in_halves(len(part["input_ids"]), part["input_ids"].device)
+
+
+def _in_halves(sequences: int, device: torch.device) -> Tensor:
+    """The pairs of sequences of which the chosen ones come first."""
+    return torch.arange(sequences, device=device).view(2, -1).t()
+
+
 def count_pairs(batch: dict[str, Any]) -> int:
     """The pairs of a batch, or of a micro-batch."""
-    return sum(part["row"].pairs if "row" in part else part["input_ids"].shape[0] // 2 for part in micro_batches(batch))
+    return sum(len(pairs_of(part)) for part in micro_batches(batch))
 
 
 def count_tokens(batch: dict[str, Any], *, padding: bool) -> int | Tensor:
     """The tokens of all sequences, each with its prompt; with ``padding`` also what padded batches are filled with."""
     total: int | Tensor = sum(
-        part["row"].sequence_tokens
-        if "row" in part
-        else sum(ids.numel() for ids in _padded_ids(part))
-        if padding
+        sum(ids.numel() for ids in _padded_ids(part))
+        if padding and "row" not in part
+        else part["sequence_tokens"]
+        if "sequence_tokens" in part
         else part["attention_mask"].sum()
         for part in micro_batches(batch)
     )
@@ -126,7 +154,10 @@ class Scorer:
         at_shorter: bool = False,
         **model_kwargs: Any,
     ) -> SequenceScores:
-        """Score a batch with one forward for each of its micro-batches; results are in the order of its pairs.
+        """Score a batch with one forward for each of its micro-batches; the pairs are in the order of the batch.
+
+        With ``at_shorter`` each side of a pair is a sequence of its own, as a completion is divided at another place in
+        each of its pairs.
 
         Args:
             batch: from a collator, on the device.
@@ -139,15 +170,12 @@ class Scorer:
         parts = [self._score_part(called, part, outputs, at_shorter, model_kwargs) for part in micro_batches(batch)]
         if len(parts) == 1:
             return parts[0]
-
-        def together(values: list[Tensor]) -> Tensor:
-            sides = zip(*(value.chunk(2) for value in values), strict=True)
-            return torch.cat([in_pair_order(side, batch) for side in sides])
-
+        begins = accumulate((len(part.sums) for part in parts), initial=0)
         return SequenceScores(
-            sums=together([part.sums for part in parts]),
-            lengths=together([part.lengths for part in parts]),
-            outputs={name: together([part.outputs[name] for part in parts]) for name in outputs},
+            sums=torch.cat([part.sums for part in parts]),
+            lengths=torch.cat([part.lengths for part in parts]),
+            outputs={name: torch.cat([part.outputs[name] for part in parts]) for name in outputs},
+            pairs=in_pair_order([part.pairs + begin for part, begin in zip(parts, begins, strict=False)], batch),
             model_output=None,
         )
 
@@ -166,14 +194,22 @@ class Scorer:
                 out = self._score_forwards(called, part, labels, outputs, model_kwargs)
             else:
                 out = self.head(called, ids, mask, labels, outputs=outputs, **model_kwargs)
-            return _sums(out, outputs, Sequences(labels[:, 1:], None, IGNORE_INDEX, at_shorter=at_shorter, look=False))
+            if not at_shorter:
+                return _padded_sums(out, outputs, pairs_of(part))
+            order = pairs_of(part).t().flatten()
+            sides = Sequences(labels[order, 1:], None, IGNORE_INDEX, at_shorter=True, look=False)
+            return _divided_sums(out, outputs, sides, lambda values: values[order])
         assert self.attention is not None, "a packed row needs the attention that was made for it"
         row: PackedRow = part["row"]
         self.head.inspect_once(called)  # with what is no packed row
         with self.attention.active():
             out = score_row(self.head, called, row, outputs, **model_kwargs)
-        sequences = Sequences(row.targets, row.cu_seqlens, IGNORE_INDEX, at_shorter=at_shorter, look=False)
-        return _sums(out, outputs, sequences)
+        if not at_shorter:
+            return _row_sums(out, outputs, row, part["pairs"])
+        places, bounds = _sides(row, part["pairs"], part["pair_tokens"])
+        targets = row.of_sequences(row.targets)[places]
+        sides = Sequences(targets, bounds, IGNORE_INDEX, at_shorter=True, look=False)
+        return _divided_sums(out, outputs, sides, lambda values: row.of_sequences(values)[places])
 
     def _score_forwards(
         self,
@@ -223,21 +259,67 @@ def are_alike(one: Scorer, other: Scorer) -> bool:
     )
 
 
-def _sums(out: HeadOutput, outputs: Sequence[str], sequences: Sequences) -> SequenceScores:
+def _padded_sums(out: HeadOutput, outputs: Sequence[str], pairs: Tensor) -> SequenceScores:
     return SequenceScores(
-        sums=sequences.segment_sums(out.logps),
-        lengths=sequences.lengths,
-        outputs={name: widened(sequences.sums(getattr(out, name))) for name in outputs},
+        sums=widened(out.logps).sum(1, keepdim=True),
+        lengths=out.mask.sum(1, keepdim=True),
+        outputs={name: widened(getattr(out, name)).sum(1) for name in outputs},
+        pairs=pairs,
+        model_output=out.model_output,
+    )
+
+
+def _row_sums(out: HeadOutput, outputs: Sequence[str], row: PackedRow, pairs: Tensor) -> SequenceScores:
+    def sums(values: Tensor) -> Tensor:
+        return segment_sums(widened(row.of_sequences(values)), row.cu_seqlens)
+
+    return SequenceScores(
+        sums=sums(out.logps).unsqueeze(1),
+        lengths=row.cu_seqlens.diff().unsqueeze(1),
+        outputs={name: sums(getattr(out, name)) for name in outputs},
+        pairs=pairs,
+        model_output=out.model_output,
+    )
+
+
+def _sides(row: PackedRow, pairs: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Where the scored tokens of the pairs' sides are, among those of the sequences [tokens], and their bounds."""
+    sizes, order = row.cu_seqlens.diff(), pairs.t().flatten()
+    bounds = F.pad(sizes[order].cumsum(0), (1, 0))
+    moved = (row.cu_seqlens[order] - bounds[:-1]).repeat_interleave(sizes[order], output_size=tokens)
+    return torch.arange(tokens, device=moved.device) + moved, bounds
+
+
+def _divided_sums(
+    out: HeadOutput, outputs: Sequence[str], sides: Sequences, place: Callable[[Tensor], Tensor]
+) -> SequenceScores:
+    """Of the pairs' sides, each a sequence of its own."""
+    sums = sides.segment_sums(place(out.logps))
+    return SequenceScores(
+        sums=sums,
+        lengths=sides.lengths,
+        outputs={name: widened(sides.sums(place(getattr(out, name)))) for name in outputs},
+        pairs=_in_halves(len(sums), sums.device),
         model_output=out.model_output,
     )
 
 
 def in_pair_order(values: Sequence[Tensor], batch: dict[str, Any]) -> Tensor:
-    """[B]: what was found of each micro-batch's pairs, each [b], in the order of the batch's pairs."""
+    """[P, …]: what was found of each micro-batch's pairs, in the order of the batch's rows, and of pairs in these."""
     if len(values) == 1:
         return values[0]
-    order = torch.cat([part["pairs"] for part in micro_batches(batch)]).to(values[0].device)
-    return torch.cat(list(values))[order.argsort()]
+    rows = torch.cat([part["pair_rows"] for part in micro_batches(batch)]).to(values[0].device)
+    return torch.cat(list(values))[rows.argsort(stable=True)]
+
+
+def sums_of_rows(values: Tensor, batch: dict[str, Any]) -> Tensor:
+    """[B]: sums over the pairs of each row of a batch or micro-batch, of values [P] in the order of these."""
+    parts = micro_batches(batch)
+    if "pair_rows" not in parts[0]:
+        return values  # a pair each
+    of_pairs = torch.cat([part["pair_rows"] for part in parts]).sort().values
+    rows = torch.cat([part["rows"] for part in parts]).sort().values
+    return segment_sums(values, F.pad(torch.searchsorted(of_pairs, rows), (0, 1), value=len(values)))
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """What attends to what in a packed row.
 
-A row's queries are cut into segments. A segment's queries attend to their own segment causally, and before that to all
-of a prefix: the prompt that another segment of the row begins with. So ``[prompt | chosen | rejected]`` is two
-segments, ``[prompt | chosen]`` and ``[rejected]`` with the prompt as its prefix, and a plain sequence is one without.
+A row is a tree of tokens, cut into segments. A segment's queries attend to their own segment causally, and before that
+to all of its ancestors: ranges of tokens that other segments of the row begin with, from the root to the parent. So
+``[prompt | chosen | rejected]`` is two segments, ``[prompt | chosen]``, and ``[rejected]`` with the prompt as its
+ancestor; and a plain sequence is one segment without.
 """
 
 from __future__ import annotations
@@ -15,21 +16,31 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+Range = tuple[int, int]
+
 
 class Segment(NamedTuple):
-    """Queries [begin, end) of a row; their keys are [prefix_begin, prefix_end) and then their own, causally."""
+    """Queries [begin, end) of a row; their keys are the ancestors, from the root on, and then their own, causally.
+
+    The last ancestor is the beginning of another segment, the parent, and those before it are the parent's ancestors.
+    """
 
     begin: int
     end: int
-    prefix_begin: int
-    prefix_end: int
+    ancestors: tuple[Range, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        """How many tokens come before the segment's own, on the way from the root."""
+        return sum(end - begin for begin, end in self.ancestors)
 
 
 class Segments:
     """What each token of a row attends to.
 
     Args:
-        segments: none empty, one after another from 0 to the row's end.
+        segments: none empty, one after another from 0 to the row's end, depth first: what hangs on a token follows it
+            before anything that does not.
 
     Attributes:
         bounds: the segments, on the host.
@@ -43,34 +54,31 @@ class Segments:
         key_pieces: for each segment, which pieces its keys are, in order.
 
     Raises:
-        ValueError: the segments leave a gap, or a prefix does not come before its segment.
+        ValueError: the segments leave a gap, or are no tree, or its order is not depth first.
     """
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self.bounds = tuple(segments)
         ends = [0, *(s.end for s in self.bounds)]
         for s, previous_end in zip(self.bounds, ends, strict=False):
-            if s.begin != previous_end or s.end <= s.begin or not s.prefix_begin <= s.prefix_end <= s.begin:
-                raise ValueError(f"{s} should begin at {previous_end}, hold a token, and have its prefix before it")
+            if s.begin != previous_end or s.end <= s.begin:
+                raise ValueError(f"{s} should begin at {previous_end}, and hold a token")
         self.length = ends[-1]
-        prefixes = [s.prefix_end - s.prefix_begin for s in self.bounds]
-        keys = [s.end - s.begin + prefix for s, prefix in zip(self.bounds, prefixes, strict=True)]
+        self._subtree_ends = _subtree_ends(self.bounds)
+        ranges = [[*s.ancestors, (s.begin, s.end)] for s in self.bounds]
+        keys = [s.end - s.begin + s.depth for s in self.bounds]
         self.query_sizes = [s.end - s.begin for s in self.bounds]
-        cuts = sorted({0, *(cut for s in self.bounds for cut in s)})
+        cuts = sorted({0, *(cut for of_one in ranges for r in of_one for cut in r)})
         self.piece_sizes = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
         piece_at = {cut: i for i, cut in enumerate(cuts)}
-        self.key_pieces = [
-            [*range(piece_at[s.prefix_begin], piece_at[s.prefix_end]), *range(piece_at[s.begin], piece_at[s.end])]
-            for s in self.bounds
-        ]
+        self.key_pieces = [[i for a, b in of_one for i in range(piece_at[a], piece_at[b])] for of_one in ranges]
         self.max_q = max(self.query_sizes)
         self.max_k = max(keys)
         self.cu_q = torch.tensor(ends, dtype=torch.int32)
         self.cu_k = torch.tensor([0, *accumulate(keys)], dtype=torch.int32)
         self.key_index = None
-        if any(prefixes):
-            ranges = [r for s in self.bounds for r in ((s.prefix_begin, s.prefix_end), (s.begin, s.end))]
-            self.key_index = torch.cat([torch.arange(*r) for r in ranges])
+        if any(s.ancestors for s in self.bounds):
+            self.key_index = torch.cat([torch.arange(*r) for of_one in ranges for r in of_one])
         self._masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
         self._block_masks: dict[int | None, BlockMask] = {}
 
@@ -107,18 +115,52 @@ class Segments:
 
     def mask_mod(self, window: int | None, device: torch.device) -> Callable[..., Tensor]:
         """FlexAttention's ``mask_mod(b, h, q, kv)``: whether token ``q`` of the row attends to token ``kv``."""
-        counts = torch.tensor([s.end - s.begin for s in self.bounds], device=device)
-        begin, prefix_begin, prefix_end = (
-            torch.tensor([getattr(s, name) for s in self.bounds], device=device).repeat_interleave(counts)
-            for name in ("begin", "prefix_begin", "prefix_end")
+        counts = torch.tensor([size for sizes in self._subtree_ends for size, _ in sizes], device=device)
+        ends = torch.tensor([end for sizes in self._subtree_ends for _, end in sizes], device=device)
+        subtree_end = ends.repeat_interleave(counts)
+        before = torch.tensor([s.depth - s.begin for s in self.bounds], device=device)
+        depth = torch.arange(self.length, device=device) + before.repeat_interleave(
+            torch.tensor(self.query_sizes, device=device)
         )
 
         def attends(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            own = (kv >= begin[q]) & (kv <= q)
-            prefix = (kv >= prefix_begin[q]) & (kv < prefix_end[q])
-            if window is None:
-                return own | prefix
-            # What lies between a prefix and its segment belongs to others, and is no distance.
-            return (own & (q - kv < window)) | (prefix & (q - begin[q] + prefix_end[q] - kv < window))
+            below = (kv <= q) & (q < subtree_end[kv])
+            # What lies between an ancestor and its descendant belongs to others, and is no distance.
+            return below if window is None else below & (depth[q] - depth[kv] < window)
 
         return attends
+
+
+def _subtree_ends(segments: Sequence[Segment]) -> list[list[Range]]:
+    """For each segment, its tokens in runs (how many, where what hangs on them ends): tokens [t, end) see token t.
+
+    ValueError where that is not so for some end.
+    """
+    begins = {s.begin: i for i, s in enumerate(segments)}
+    # Where the beginning of a segment stops that is the last ancestor of others -> where the last of these ends.
+    ends: list[dict[int, int]] = [{s.end: s.end} for s in segments]
+    seen = 0
+    for s in segments:
+        own = s.end - s.begin
+        seen += own * s.depth + own * (own + 1) // 2
+        for i, (begin, end) in enumerate(s.ancestors):
+            parent = begins.get(begin)
+            if parent is None or not (
+                begin < end <= segments[parent].end <= s.begin and segments[parent].ancestors == s.ancestors[:i]
+            ):
+                raise ValueError(f"{s} should have ancestors that other segments before it begin with")
+            ends[parent][end] = max(s.end, ends[parent].get(end, 0))
+    runs: list[list[Range]] = []
+    for s, of_one in zip(segments, ends, strict=True):
+        of_one = dict(sorted(of_one.items()))
+        stops = [s.begin, *of_one]
+        last = list(accumulate(reversed(of_one.values()), max))[::-1]
+        runs.append([(b - a, end) for a, b, end in zip(stops, stops[1:], last, strict=False)])
+    position = 0
+    for size, end in (run for of_one in runs for run in of_one):
+        # Its tokens see themselves and what follows, up to the end.
+        seen -= size * (end - position) - size * (size - 1) // 2
+        position += size
+    if seen:
+        raise ValueError("segments should stand depth first: what hangs on a token before anything that does not")
+    return runs

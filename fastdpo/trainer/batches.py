@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.row_digests import MASK_COLUMNS
-from fastdpo.data.terms import REFERENCE_COLUMNS
+from fastdpo.data.terms import GROUP_COLUMNS, GROUP_TOKEN_COLUMNS, REFERENCE_COLUMNS, WEIGHT_COLUMN
 from fastdpo.model.packing import PackedRow
 from fastdpo.model.scoring import count_pairs, count_tokens, model_inputs
 
@@ -29,7 +29,8 @@ class PairBatches(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         # What Trainer keeps of the rows; its own guess is what the model's forward takes.
-        self._signature_columns = [*TOKEN_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS]
+        of_pairs = (*TOKEN_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS, WEIGHT_COLUMN)
+        self._signature_columns = [*of_pairs, *GROUP_TOKEN_COLUMNS, *GROUP_COLUMNS]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device

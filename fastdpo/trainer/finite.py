@@ -16,13 +16,13 @@ class NotFinite:
 
     Attributes:
         step: the first such step, from 1 on.
-        pairs: of each micro-batch, the positions in it of the pairs whose losses are not finite.
+        rows: of each micro-batch, the positions in it of the rows whose losses are not finite.
         gradients: names of the parameters whose gradients are not.
         trained: how many parameters had a gradient.
     """
 
     step: int
-    pairs: list[list[int]] = field(default_factory=list)
+    rows: list[list[int]] = field(default_factory=list)
     gradients: list[str] = field(default_factory=list)
     trained: int = 0
 
@@ -41,7 +41,7 @@ class FiniteWatch:
         self._pending: list[_Flags] = []
 
     def see_losses(self, losses: Tensor) -> None:
-        """Those of a micro-batch's pairs [B]."""
+        """Those of a micro-batch's rows [B]."""
         self._losses.append(torch.isfinite(losses.detach()))
 
     def see_gradients(self, model: nn.Module) -> None:

@@ -155,7 +155,7 @@ class FiniteRuns(Trainer):
     def _rows_of(self, found: NotFinite) -> list[str]:
         batches = rows_of_step(self, found.step)
         words = []
-        for number, positions in enumerate(found.pairs):
+        for number, positions in enumerate(found.rows):
             for position in positions:
                 batch = batches[number] if number < len(batches) else []
                 if position < len(batch):

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import DataCollator
 
 from fastdpo.data.collator import PreferenceCollator
-from fastdpo.model.packing import RowCollator
 from fastdpo.model.packing_choice import choose_packing, obstacles_in
 from fastdpo.model.padded_parts import ACCELERATOR_FORWARD_COST, FORWARD_COST
 from fastdpo.model.randomness import has_dropout
+from fastdpo.model.row_collator import RowCollator
 from fastdpo.model.scoring import Scorer
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.models import compute_dtype

@@ -35,7 +35,7 @@ class BatchLosses:
         self._options, self.aux_loss_coef = options, aux_loss_coef
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each pair [B] float64, and what metrics are made of, each detached, [B] float64.
+        """The loss of each pair [P] float64, and what metrics are made of, each detached, [P] float64.
 
         Args:
             model: the policy, as it is called now; it may be wrapped.
@@ -51,7 +51,7 @@ class BatchLosses:
         kwargs = {"output_router_logits": True} if self.aux_loss_coef else {}
         outputs = (*_OUTPUTS, "log_sum_sq_probs") if self._options.use_weighting else _OUTPUTS
         at_shorter = self._options.ld_alpha is not None
-        out = self._policy.score(inputs, outputs, root=model, at_shorter=at_shorter, **kwargs)
+        out = self._policy.score(inputs, outputs, root=model, at_shorter=at_shorter, **kwargs).in_pairs()
         losses_of = PairLosses(self._options, out.lengths, ref_sums)
         losses = losses_of(out.sums, out.outputs)
         chosen_rewards, rejected_rewards = losses_of.rewards(out.sums)

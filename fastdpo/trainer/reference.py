@@ -90,8 +90,8 @@ class Reference:
             inputs: from :func:`fastdpo.model.scoring.micro_batches`.
 
         Returns:
-            [2B, S] float64, as :class:`fastdpo.model.scoring.SequenceScores` has them; [2B, 1] from the columns, which
-            have the loss's weights of tokens in them.
+            [2P, n] float64, as :meth:`fastdpo.model.scoring.SequenceScores.in_pairs` has them; [2P, 1] from the
+            columns, which have the loss's weights of tokens in them.
 
         Raises:
             ValueError: the reference was cached and let go, and these rows were not among those it was asked about.
@@ -211,7 +211,7 @@ class Reference:
         self._packing.require(self.scorer, self._args.max_length, self._accelerator.device, dtype)
 
     def _score(self, scorer: Scorer, inputs: dict[str, Any], root: nn.Module | None = None) -> Tensor:
-        return scorer.score(inputs, root=root, at_shorter=self._loss_options.ld_alpha is not None).sums
+        return scorer.score(inputs, root=root, at_shorter=self._loss_options.ld_alpha is not None).in_pairs().sums
 
     def _in_main_process(self, work: Callable[[], Any]) -> Any:
         """What ``work`` gives in the main process, in all; the others may hold no weights yet."""

@@ -24,7 +24,7 @@ from fastdpo.data.terms import REFERENCE_COLUMNS
 from fastdpo.model.head import FusedHead
 from fastdpo.model.language_model import language_model
 from fastdpo.model.packing_choice import Packing
-from fastdpo.model.scoring import Scorer, count_pairs, micro_batches
+from fastdpo.model.scoring import Scorer, count_pairs, micro_batches, sums_of_rows
 from fastdpo.ref_cache.build import CachedSplit
 from fastdpo.trainer.arguments import check_arguments, check_distribution
 from fastdpo.trainer.batches import PairBatches
@@ -259,7 +259,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         With ``return_outputs`` also what metrics are made of, each [B].
         """
         losses, per_pair = self.pair_losses(model, inputs)
-        self.watch.see_losses(losses)
+        self.watch.see_losses(sums_of_rows(losses, inputs))
         if not self._start_is_checked:
             self._start_is_checked = True
             if self.state.global_step == 0:
@@ -318,8 +318,9 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         self._look_once(model)
         with torch.no_grad(), self.compute_loss_context_manager(), self._advising(training=False):
             losses, per_pair = self.pair_losses(model, inputs)
-        # Pair by pair, because the last batch repeats pairs to give every process as many, and these are cut off here.
-        gathered = self.accelerator.gather_for_metrics(torch.stack(list(per_pair.values()), dim=-1))
+        # Row by row, because the last batch repeats rows to give every process as many, and these are cut off here.
+        of_rows = torch.stack([sums_of_rows(values, inputs) for values in per_pair.values()], dim=-1)
+        gathered = self.accelerator.gather_for_metrics(of_rows)
         self.eval_sums.add(dict(zip(per_pair, gathered.unbind(-1), strict=True)))
         return losses.mean(), None, None
 

@@ -18,7 +18,8 @@ from toy_data import assistant, make_tokenizer, user
 
 from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.files import DataError
-from fastdpo.model.packing import cut_pair, pack
+from fastdpo.data.sequences import Cut, sequences_of, together
+from fastdpo.model.packing import pack
 
 TEMPLATES = {name: family_template(name) for name in FAMILIES} | trl_templates()
 
@@ -398,12 +399,12 @@ def test_batches_and_packed_rows_score_the_same_tokens() -> None:
             rows = [row, plain_row | dict.fromkeys(("chosen_mask", "rejected_mask"), [])]
             batch = PreferenceCollator(0, max_length=limit, truncation_mode=mode)(rows)
             expected = [batch["input_ids"][i, 1:][batch["completion_mask"][i, 1:] == 1].tolist() for i in range(4)]
+            batch = together([sequences_of(r, Cut(limit, mode)) for r in rows], distinct=True)
             for shared in (True, False):
-                packed = pack([cut_pair(r, limit, mode) for r in rows], shared=shared)
-                bounds = packed.cu_seqlens.tolist()
-                got = [packed.targets[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+                packed = pack(batch.sequences, shared=shared)
+                of_sequences = packed.of_sequences(packed.targets).split(packed.cu_seqlens.diff().tolist())
+                got = [of_sequences[pair[side]].tolist() for side in (0, 1) for pair in batch.pairs]
                 assert got == expected
-                assert packed.input_ids[0, packed.scored + 1][:3].tolist() is not None
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from fastdpo.data import PreferenceCollator
 from fastdpo.model.attention import BACKENDS, RowAttention
 from fastdpo.model.attention_backends import RowsNotSupportedError
 from fastdpo.model.head import FusedHead
-from fastdpo.model.packing import RowCollator
 from fastdpo.model.randomness import disable_dropout
+from fastdpo.model.row_collator import RowCollator
 from fastdpo.model.scoring import Scorer, score_row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,7 +37,7 @@ def make_rows(lengths: tuple[tuple[int, int, int], ...] = LENGTHS) -> list[dict[
 
 
 def make_part(layout: str, rows: list[dict[str, list[int]]], **options: Any) -> dict[str, Any]:
-    (part,) = RowCollator(layout, PreferenceCollator(0, **options))(rows)["micro_batches"]
+    (part,) = RowCollator(layout, PreferenceCollator(0, **options), least_shared=1)(rows)["micro_batches"]
     return part
 
 
@@ -54,7 +54,7 @@ def score(model: nn.Module, part: dict[str, Any], root: nn.Module | None = None)
     head = FusedHead(model)
     head.inspect(model)
     with attention.active() if "row" in part else contextlib.nullcontext():
-        scores = Scorer(root or model, model, head, attention).score(part)
+        scores = Scorer(root or model, model, head, attention).score(part).in_pairs()
         return scores.sums.detach(), gradients(model, scores.sums.sum(1))
 
 

@@ -24,16 +24,25 @@ from fastdpo.model.segments import Segment, Segments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Three pairs: an odd one, a prompt of one token, one whose completions have one token; and a plain sequence.
+# An odd pair; a prompt of one token; completions of one token; a plain sequence; a tree, whose branches hang on
+# branches, several on one token, and on another higher up.
 ROW = Segments(
     [
-        Segment(0, 11, 0, 0),
-        Segment(11, 17, 0, 5),
-        Segment(17, 20, 17, 17),
-        Segment(20, 27, 17, 18),
-        Segment(27, 32, 27, 27),
-        Segment(32, 33, 27, 31),
-        Segment(33, 40, 33, 33),
+        Segment(0, 11),
+        Segment(11, 17, ((0, 5),)),
+        Segment(17, 20),
+        Segment(20, 27, ((17, 18),)),
+        Segment(27, 32),
+        Segment(32, 33, ((27, 31),)),
+        Segment(33, 40),
+        Segment(40, 52),
+        Segment(52, 54, ((40, 49),)),
+        Segment(54, 61, ((40, 47),)),
+        Segment(61, 64, ((40, 47), (54, 58))),
+        Segment(64, 65, ((40, 47), (54, 58), (61, 63))),
+        Segment(65, 69, ((40, 47), (54, 58))),
+        Segment(69, 74, ((40, 47),)),
+        Segment(74, 75, ((40, 41),)),
     ]
 )
 PLAIN = AttentionOptions(dropout=0.0, scaling=0.4)
@@ -134,7 +143,7 @@ def test_one_variable_length_call_gives_the_same(options):
 
 
 def test_a_row_without_prefixes_is_not_gathered():
-    row = Segments([Segment(0, 30, 0, 0), Segment(30, 40, 30, 30)])
+    row = Segments([Segment(0, 30), Segment(30, ROW.length)])
     inputs = make_inputs()
     out = attend_varlen(varlen_in_torch, nn.Module(), *inputs, row, PLAIN)
     torch.testing.assert_close(out, attend_by_segment(nn.Module(), *inputs, row, PLAIN), rtol=TOLERANCE, atol=TOLERANCE)

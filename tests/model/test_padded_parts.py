@@ -14,8 +14,8 @@ from tiny_families import make_family
 
 from fastdpo.data.collator import PreferenceCollator
 from fastdpo.model.head import FusedHead
-from fastdpo.model.packing import RowCollator
 from fastdpo.model.padded_parts import split_by_length
+from fastdpo.model.row_collator import RowCollator
 from fastdpo.model.scoring import Scorer, count_tokens, model_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdpo.data import PreferenceCollator
 from fastdpo.model.attention import RowAttention
 from fastdpo.model.head import FusedHead, HeadOutput
-from fastdpo.model.packing import RowCollator
+from fastdpo.model.row_collator import RowCollator
 from fastdpo.model.scoring import (
     Scorer,
     count_pairs,
@@ -29,7 +29,7 @@ ROWS = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in IDS
 
 
 def make_batch(layout: str, max_tokens: int | None = None) -> dict[str, Any]:
-    return RowCollator(layout, PreferenceCollator(0), max_tokens)(ROWS)
+    return RowCollator(layout, PreferenceCollator(0), max_tokens, least_shared=1)(ROWS)
 
 
 class OfFloat32:
@@ -73,7 +73,9 @@ def scores_of(batch: dict[str, Any]) -> dict[str, Tensor]:
     model = make_model("llama", dtype=torch.float64)
     head = FusedHead(model)
     head.inspect(model)
-    scores = Scorer(model, model, head, RowAttention(model)).score(batch, ["entropy", "mean_logits", "is_top1"])
+    scores = (
+        Scorer(model, model, head, RowAttention(model)).score(batch, ["entropy", "mean_logits", "is_top1"]).in_pairs()
+    )
     return {"logps": scores.sums.squeeze(1), "tokens": scores.tokens, **scores.outputs}
 
 
@@ -83,12 +85,12 @@ def test_a_batch_in_parts_is_scored_in_the_order_of_its_pairs(layout):
     assert len(micro_batches(whole)) == 1
     assert len(micro_batches(parts)) > 1
     # The longest pair comes first in the parts, and is not the first of the batch where prompts are shared.
-    assert micro_batches(parts)[0]["pairs"][0] == (0 if layout == "repeated" else 1)
+    assert micro_batches(parts)[0]["rows"][0] == (0 if layout == "repeated" else 1)
     expected, got = scores_of(whole), scores_of(parts)
     assert expected["tokens"].tolist() == [1, 5, 1, 1, 2, 1, 1, 2]
     for name, values in expected.items():
         torch.testing.assert_close(got[name], values, rtol=1e-5, atol=1e-6, msg=name)  # norms are in float32
-    assert torch.equal(in_pair_order([part["pairs"] for part in micro_batches(parts)], parts), torch.arange(4))
+    assert torch.equal(in_pair_order([part["pair_rows"] for part in micro_batches(parts)], parts), torch.arange(4))
 
 
 def test_counts_do_not_depend_on_the_layout():

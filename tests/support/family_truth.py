@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from fastdpo.data.collator import PreferenceCollator
 from fastdpo.model.attention import RowAttention
-from fastdpo.model.packing import RowCollator
+from fastdpo.model.row_collator import RowCollator
 from fastdpo.model.scoring import Scorer, score_row
 
 # Tokens of prompt, chosen and rejected: sequences of 2 to 700, around every window, at many offsets in a row.
@@ -75,4 +75,6 @@ def laid_out(
         row = RowCollator(layout, collate)(rows)["micro_batches"][0]["row"]
         scorer.head.inspect_once(scorer.root)
         with RowAttention(scorer.model, backend).active():
-            return list(score_row(scorer.head, scorer.root, row).logps.split(sizes))
+            logps = row.of_sequences(score_row(scorer.head, scorer.root, row).logps)
+        in_pairs = logps.split(row.cu_seqlens.diff().tolist())
+        return [*in_pairs[0::2], *in_pairs[1::2]]

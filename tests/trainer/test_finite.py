@@ -251,7 +251,7 @@ def two_steps() -> list[Any]:
 def test_all_processes_hear_of_it_after_the_same_step(tmp_path: Path) -> None:
     for rank, (first, second) in enumerate(on_ranks(two_steps, 2, tmp_path)):
         assert first is None
-        assert (second.step, second.pairs, second.gradients) == (2, [[1] if rank == 1 else []], [])
+        assert (second.step, second.rows, second.gradients) == (2, [[1] if rank == 1 else []], [])
 
 
 def test_a_device_is_read_one_step_late(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +269,7 @@ def test_a_device_is_read_one_step_late(monkeypatch: pytest.MonkeyPatch) -> None
     assert step(1, [0.5, 0.2]) is None
     assert step(2, [0.5, NAN]) is None
     found = step(3, [0.5, 0.5])
-    assert (found.step, found.pairs, found.gradients, found.trained) == (2, [[1]], [], 2)
+    assert (found.step, found.rows, found.gradients, found.trained) == (2, [[1]], [], 2)
     assert watch.all_so_far() is None
     step(4, [INF])
     assert watch.all_so_far().step == 4

@@ -1,0 +1,199 @@
+"""Batches of dataset rows → the micro-batches that they are taken in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdpo.data.collator import PreferenceCollator
+from fastdpo.data.sequences import Cut, RowSequences, sequences_of, together
+from fastdpo.data.terms import REFERENCE_COLUMNS
+from fastdpo.model.packing import pack
+from fastdpo.model.padded_parts import forwards_of
+from fastdpo.model.tree import LEAST_SHARED, Prefixes
+
+
+@dataclass
+class RowCollator:
+    """Rows of ``prepare`` → the micro-batches that a batch of them is taken in.
+
+    Called with a list of B rows, of a pair each or of a group each (see :func:`fastdpo.data.sequences.sequences_of`),
+    it returns ``{"micro_batches": [...]}``, dicts of
+
+    - ``rows``: int64 [b], which of the B rows they hold. Each row is in one of them.
+    - ``pairs``: int64 [P, 2], the (chosen, rejected) of each pair, as places among the S sequences.
+    - ``pair_rows``: int64 [P], which of the B rows each pair belongs to.
+    - ``pair_weights``: float32 [P].
+    - ``row``: a :class:`fastdpo.model.packing.PackedRow` of the sequences; or, where the layout is ``padded``, the
+      tensors of ``PreferenceCollator``, each of S rows, and ``forwards``, see
+      :func:`fastdpo.model.padded_parts.forwards_of`, where these are taken in several.
+    - ``sequence_tokens``: the tokens of all rows' sequences, each with its prompt; as many in every layout.
+    - ``pair_tokens``: the scored tokens of both sides of all pairs.
+    - ``ref_chosen_logps``, ``ref_rejected_logps``: float64 [P], when the rows have them.
+    - ``ranking``: int64 [R], and ``group_sizes``: int64 [G], when the rows have ranks: the sequences of each group, the
+      best first, group after group; and ``ref_ranked_logps``: float64 [R], when they have these as well.
+
+    In layout ``shared`` the sequences are distinct, over all rows of the micro-batch; in the others over each group.
+
+    Args:
+        layout: one of :data:`fastdpo.model.packing.LAYOUTS`.
+        padded: makes the padded batches, and knows how long a sequence may be.
+        max_tokens: most tokens of a micro-batch, padding included; None for one micro-batch of all rows. A row that
+            alone has more is a micro-batch of its own.
+        forward_cost: what a forward of padded rows costs beside its tokens, in tokens, by which it is divided into
+            several of like lengths; None to leave it whole.
+        least_shared: the fewest tokens that sequences share in layout ``shared``.
+    """
+
+    layout: str
+    padded: PreferenceCollator
+    max_tokens: int | None = None
+    forward_cost: int | None = None
+    least_shared: int = LEAST_SHARED
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+        cut = Cut(self.padded.max_length, self.padded.truncation_mode)
+        of_rows = [sequences_of(row, cut) for row in rows]
+        return {"micro_batches": [self._collate(of_rows, indices) for indices in self._split(of_rows)]}
+
+    def _split(self, rows: list[RowSequences]) -> list[list[int]]:
+        if self.max_tokens is None:
+            return [list(range(len(rows)))]
+        if self.layout == "padded":
+            sizes = [(len(row.sequences), self._padded_width(row)) for row in rows]
+            return split_padded(sizes, self.max_tokens)
+        if self.layout == "repeated":
+            return split_packed([row.tokens for row in rows], self.max_tokens)
+        return split_shared([[s.ids for s in row.sequences] for row in rows], self.max_tokens, self.least_shared)
+
+    def _padded_width(self, row: RowSequences) -> int:
+        width = max(len(sequence.ids) for sequence in row.sequences)
+        return width + -width % (self.padded.pad_to_multiple_of or 1)
+
+    def _collate(self, rows: list[RowSequences], indices: list[int]) -> dict[str, Any]:
+        batch = together([rows[i] for i in indices], distinct=self.layout == "shared")
+        which = torch.tensor(indices)
+        scored = [sequence.scored for sequence in batch.sequences]
+        found: dict[str, Any] = {
+            "rows": which,
+            "pairs": torch.tensor(batch.pairs),
+            "pair_rows": which[torch.tensor(batch.pair_rows)],
+            "pair_weights": torch.tensor(batch.weights, dtype=torch.float32),
+            "sequence_tokens": batch.tokens,
+            "pair_tokens": sum(scored[i] for pair in batch.pairs for i in pair),
+        }
+        for name, values in zip(REFERENCE_COLUMNS, zip(*batch.references, strict=True), strict=False):
+            found[name] = torch.tensor(values, dtype=torch.float64)
+        if batch.rankings:
+            found["ranking"] = torch.tensor([i for ranking in batch.rankings for i in ranking])
+            found["group_sizes"] = torch.tensor(list(map(len, batch.rankings)))
+        if batch.ranked_references:
+            said = [logps for ranked in batch.ranked_references for logps in ranked]
+            found["ref_ranked_logps"] = torch.tensor(said, dtype=torch.float64)
+        if self.layout == "padded":
+            return found | self._padded(batch)
+        shared = self.layout == "shared"
+        return found | {"row": pack(batch.sequences, shared=shared, least=self.least_shared)}
+
+    def _padded(self, batch: RowSequences) -> dict[str, Any]:
+        found: dict[str, Any] = dict(self.padded.pad(batch.sequences))
+        if self.forward_cost is not None:
+            multiple = self.padded.pad_to_multiple_of or 1
+            forwards = forwards_of(found["attention_mask"], self.forward_cost, multiple)
+            if forwards is not None:
+                found["forwards"] = forwards
+        return found
+
+
+def split_packed(tokens: Sequence[int], budget: int) -> list[list[int]]:
+    """Which dataset rows go into which packed row: the longest first, each into the first row that has room for it.
+
+    Args:
+        tokens: what each dataset row takes up.
+        budget: most tokens of a packed row that holds more than one of them.
+
+    Returns:
+        Indices of ``tokens``, each once, rising within a packed row.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(tokens)), key=lambda i: -tokens[i]):
+        target = next((r for r, free in enumerate(room) if tokens[i] <= free), None)
+        if target is None:
+            rows.append([i])
+            room.append(budget - tokens[i])
+        else:
+            rows[target].append(i)
+            room[target] -= tokens[i]
+    return [sorted(row) for row in rows]
+
+
+def split_shared(rows: Sequence[Sequence[list[int]]], budget: int, least: int) -> list[list[int]]:
+    """The same where sequences share what they begin with: each into the packed row that it has most in common with.
+
+    Args:
+        rows: the sequences of each dataset row.
+        budget: most tokens of a packed row that holds more than one of them.
+        least: the fewest tokens that are shared.
+    """
+    prefixes = Prefixes([np.array(ids, dtype=np.int64) for row in rows for ids in row], least)
+    sizes = [len(row) for row in rows]
+    members: list[list[int]] = []
+    for size in sizes:
+        begin = members[-1][-1] + 1 if members else 0
+        members.append(list(range(begin, begin + size)))
+    of_sequences = prefixes.families()
+    families = [{of_sequences[s] for s in of_row} for of_row in members]
+    alone = [prefixes.tokens(of_row) for of_row in members]
+    bins: list[_Bin] = []
+    for i in sorted(range(len(rows)), key=lambda i: -alone[i]):
+        best: tuple[int, _Bin] | None = None
+        for candidate in bins:
+            if families[i] & candidate.families:
+                tokens = prefixes.tokens(candidate.members + members[i])
+            else:
+                tokens = candidate.tokens + alone[i]
+            if tokens <= budget and (best is None or tokens - candidate.tokens < best[0] - best[1].tokens):
+                best = tokens, candidate
+        if best is None:
+            bins.append(_Bin([i], list(members[i]), set(families[i]), alone[i]))
+        else:
+            tokens, target = best
+            target.rows.append(i)
+            target.members += members[i]
+            target.families |= families[i]
+            target.tokens = tokens
+    return [sorted(b.rows) for b in bins]
+
+
+@dataclass
+class _Bin:
+    """A packed row that is being filled: dataset rows, their sequences, the families of these, the tokens of all."""
+
+    rows: list[int]
+    members: list[int]
+    families: set[int]
+    tokens: int
+
+
+def split_padded(sizes: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:
+    """The same for padded batches, which are as wide as the widest in them. Like widths go together.
+
+    Args:
+        sizes: of each dataset row, how many sequences it has, and the width of the longest.
+        budget: most tokens of a batch that holds more than one of them, padding included.
+    """
+    batches: list[list[int]] = []
+    height = width = 0
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i][1]):
+        height += sizes[i][0]
+        if batches and height * width <= budget:
+            batches[-1].append(i)
+        else:
+            height, width = sizes[i]
+            batches.append([i])
+    return [sorted(batch) for batch in batches]
