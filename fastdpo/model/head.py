@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from fastdpo.logps.outputs import TokenLogps
 from fastdpo.model.head_calls import IGNORE_INDEX, Probing, Scoring
 from fastdpo.model.head_layers import HeadLayer, find_heads, swapped_forward
-from fastdpo.model.language_model import described, language_model
+from fastdpo.model.language_model import cannot_run, described, language_model
 from fastdpo.model.logit_transform import LogitTransform
 
 
@@ -218,7 +218,8 @@ class FusedHead:
         as they were.
 
         Raises:
-            NotImplementedError: it is not a scale and a softcap, the same for every vocabulary entry.
+            NotImplementedError: it is not a scale and a softcap, the same for every vocabulary entry; or the model
+                cannot be run on tokens alone.
         """
         device = self._heads[0].weight.device
         probing = Probing(self._name)
@@ -228,7 +229,12 @@ class FusedHead:
             self._arm(probing),
         ):
             ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
-            logits = self._run(model, ids, torch.ones_like(ids)).logits
+            try:
+                logits = self._run(model, ids, torch.ones_like(ids)).logits
+            except (torch.OutOfMemoryError, NotImplementedError):
+                raise
+            except Exception as error:
+                raise cannot_run(self._lm, "on two tokens", error) from error
         if probing.sent is None:
             raise self._not_called()
         self._transform = probing.transform_in(logits)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import cast
 
 from peft import PeftModel
 from transformers import PreTrainedModel
+
+# What a drafter's forward takes from the model that it drafts for.
+_OF_ANOTHER_MODEL = "shared_kv_states"
 
 
 def language_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -16,3 +20,18 @@ def language_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def described(lm: PreTrainedModel) -> str:
     """The model's class and type, by which messages name it."""
     return f"{type(lm).__name__} (model_type {lm.config.model_type!r})"
+
+
+def cannot_run(lm: PreTrainedModel, how: str, error: Exception) -> NotImplementedError:
+    """The error that a model cannot be trained, because it was run and stopped.
+
+    Args:
+        lm: the model.
+        how: it was run, in words that follow "it cannot be run".
+        error: what it stopped with.
+    """
+    line = (str(error).splitlines() or [""])[0]
+    why = f"it cannot be run {how} ({type(error).__name__}: {line})"
+    if _OF_ANOTHER_MODEL in inspect.signature(lm.forward).parameters:
+        why = "it drafts for another model, whose states it takes, and is no language model by itself; train that one"
+    return NotImplementedError(f"{described(lm)} cannot be trained: {why}")

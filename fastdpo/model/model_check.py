@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.model.head_calls import IGNORE_INDEX
-from fastdpo.model.language_model import described
+from fastdpo.model.language_model import cannot_run, described
 from fastdpo.model.precision import in_float32
 from fastdpo.model.rounding import at_most_rounding, moved_by_last_place
 from fastdpo.model.scoring import Scorer, evaluating
@@ -38,13 +38,6 @@ def score_tokens(scorer: Scorer, ids: Tensor, **model_kwargs: Any) -> Tensor:
     return scorer.head(scorer.root, ids, torch.ones_like(ids), labels, **model_kwargs).logps[0]
 
 
-def cannot_run(name: str, how: str, error: Exception) -> NotImplementedError:
-    line = (str(error).splitlines() or [""])[0]
-    return NotImplementedError(
-        f"{name} cannot be trained: it cannot be run {how} on {_TOKENS} tokens ({type(error).__name__}: {line})"
-    )
-
-
 def check_causal(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> None:
     """See that a model can be run, and that what it says about a token does not depend on later ones.
 
@@ -66,7 +59,7 @@ def check_causal(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> No
     except (torch.OutOfMemoryError, NotImplementedError):
         raise
     except Exception as error:
-        raise cannot_run(name, f"in {str(dtype).removeprefix('torch.')}", error) from error
+        raise cannot_run(scorer.lm, f"in {str(dtype).removeprefix('torch.')} on {_TOKENS} tokens", error) from error
     if not leak > allowed:  # NaN has other causes, and is told of by others
         return
     raise NotImplementedError(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdpo.model.language_model import described
-from fastdpo.model.model_check import cannot_run, made_up_tokens, score_tokens
+from fastdpo.model.language_model import cannot_run, described
+from fastdpo.model.model_check import made_up_tokens, score_tokens
 from fastdpo.model.scoring import Scorer
 
 # Attributes that layers keep a probability or a width of noise in.
@@ -65,7 +65,7 @@ def randomness_left(scorer: Scorer, device: torch.device) -> str | None:
     except (torch.OutOfMemoryError, NotImplementedError):
         raise
     except Exception as error:
-        raise cannot_run(name, "in training mode", error) from error
+        raise cannot_run(scorer.lm, "in training mode", error) from error
     finally:
         scorer.root.train(was_training)
     by = differences[True]

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from fastdpo.model.model_check import made_up_tokens
 from fastdpo.model.scoring import Scorer, evaluating
 
-# Under which names configurations keep the weight.
+# Under which names configurations keep the weight, or models that find it deeper in theirs.
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
@@ -20,9 +20,14 @@ def may_have_router_loss(lm: PreTrainedModel) -> bool:
 
 
 def router_loss_coef(lm: PreTrainedModel) -> float:
-    """The weight that the model's configuration gives the loss; 0 for none."""
-    config = lm.config.get_text_config()
-    return next((float(getattr(config, name)) for name in _COEFFICIENTS if hasattr(config, name)), 0.0)
+    """The weight that the model gives the loss, by its configuration; 0 for none."""
+    kept = [
+        float(getattr(place, name))
+        for place in (lm.config.get_text_config(), lm)
+        for name in _COEFFICIENTS
+        if hasattr(place, name)
+    ]
+    return kept[0] if kept else 0.0
 
 
 def has_router_loss(scorer: Scorer, device: torch.device) -> bool:

@@ -80,10 +80,22 @@ def test_a_model_that_cannot_be_run_is_refused_in_words(monkeypatch):
     with pytest.raises(NotImplementedError, match=r"ProphetNet.* gives its output embedding a tensor of shape"):
         check(make_family("prophetnet"))
     model = make_family("llama")
+    scorer = Scorer(model, model, FusedHead(model))
+    scorer.head.inspect(model)
 
     def stop(*args, **kwargs):
         raise KeyError("position_ids")
 
     monkeypatch.setattr(model.model, "forward", stop)
-    with pytest.raises(NotImplementedError, match=r"'llama'\) cannot be trained: .*in float32 .*KeyError: 'posit"):
+    with pytest.raises(NotImplementedError, match=r"'llama'\) cannot be trained: .*on two tokens .*KeyError: 'posit"):
         check(model)
+    with pytest.raises(NotImplementedError, match=r"'llama'\) cannot be trained: .*in float32 .*KeyError: 'posit"):
+        check_causal(scorer, CPU, model.dtype)
+
+
+def test_a_drafter_is_refused_in_words():
+    model = make_family("gemma4_unified_assistant")
+    with pytest.raises(NotImplementedError, match=r"cannot be trained: it drafts for another model"):
+        check(model)
+    with pytest.raises(NotImplementedError, match=r"cannot be trained: it drafts for another model"):
+        FusedHead(model).inspect(model)

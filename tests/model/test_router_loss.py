@@ -36,3 +36,5 @@ def test_its_weight_is_the_configurations():
     assert router_loss_coef(make_family("mixtral", router_aux_loss_coef=0.25)) == 0.25
     assert router_loss_coef(make_family("jetmoe", aux_loss_coef=0.5)) == 0.5
     assert router_loss_coef(make_family("llama")) == 0
+    # In the configuration of its experts.
+    assert router_loss_coef(make_family("dbrx", ffn_config={"ffn_hidden_size": 48, "moe_loss_weight": 0.125})) == 0.125

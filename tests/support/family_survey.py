@@ -41,6 +41,8 @@ class Family:
         bf16: whether packed rows are as near to the truth as padded ones; ``padded`` where these are used.
         aux_loss: whether the model gives a load-balancing loss.
         checkpointing: whether it has gradient checkpointing.
+        resume: of :func:`family_resume.resume`: whether a run that goes on from a checkpoint is one that was never
+            stopped.
         notes: what else a run says.
     """
 
@@ -53,11 +55,12 @@ class Family:
     bf16: str = "—"
     aux_loss: str = "—"
     checkpointing: str = "—"
+    resume: str = "—"
     notes: str = ""
 
 
 def survey(model_type: str) -> Family:
-    """Looks at the family as a run of the trainer does, and then at its gradients and its rounding."""
+    """Looks at the family as a run of the trainer does, and then at its gradients and its rounding; not at resume."""
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     refused = partial(Family, model_type, name)
     if model_type in NOT_MADE:
@@ -65,11 +68,12 @@ def survey(model_type: str) -> Family:
     model = make_family(model_type, trained=True)
     try:
         scorer = scorer_of(model)
+        scorer.head.inspect(model)
         disable_dropout(model)
         check_causal(scorer, CPU, model.dtype)
         noise = randomness_left(scorer, CPU)
     except NotImplementedError as error:
-        return refused(f"refused: {_short(str(error))}")
+        return refused(f"refused: {short(str(error))}")
     has_loss = has_router_loss(scorer, CPU)
     packing = choose_packing(
         "auto",
@@ -92,7 +96,7 @@ def survey(model_type: str) -> Family:
         name,
         "yes",
         layout=packing.layout,
-        why="; ".join(dict.fromkeys(_short(reason) for reason in packing.reasons)),
+        why="; ".join(dict.fromkeys(short(reason) for reason in packing.reasons)),
         gradients="equal" if gradient_error(model, packing) < 1e-3 else "differ",
         bf16=_bf16(model_type, packing),
         aux_loss="yes" if has_loss else "none",
@@ -105,7 +109,7 @@ def scorer_of(model: PreTrainedModel) -> Scorer:
     return Scorer(model, model, FusedHead(model))
 
 
-def _short(reason: str) -> str:
+def short(reason: str) -> str:
     """A reason without the model's name, and without figures, which are a machine's."""
     reason = re.sub(r"\w+ \(model_type '[\w-]+'\) ?", "", reason)
     if "does not go through transformers' attention interface" in reason:
@@ -114,6 +118,8 @@ def _short(reason: str) -> str:
         return "its output embedding is none that is supported"
     if "load-balancing loss" in reason:
         return "its load-balancing loss"
+    if "drafts for another model" in reason:
+        return "drafts for another model"
     if "cannot be run" in reason:
         return "cannot be trained in this version of transformers"
     for words in ("computes something else in packed rows", "sees the future", "lets one completion depend on another"):

@@ -6,10 +6,11 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import astuple, fields
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 
 import transformers
+from family_resume import resume
 from family_survey import MOST_TIMES, Family, survey
 from tiny_families import FAMILIES
 
@@ -25,6 +26,7 @@ _HEADINGS = {
     "bf16": "bf16",
     "aux_loss": "Aux loss",
     "checkpointing": "Checkpointing",
+    "resume": "Resume",
     "notes": "Notes",
 }
 
@@ -47,6 +49,9 @@ that packed rows in bfloat16 are at most {times} times as far from the truth as 
 - **Aux loss**: whether it returns a load-balancing loss, which is then part of the loss (and the layout is `repeated`,
   because that loss counts a prompt once for each completion).
 - **Checkpointing**: whether it has gradient checkpointing; where it has none, that is off.
+- **Resume**: whether two steps and two more from a checkpoint are four unbroken ones, in weights, optimiser and losses,
+  bit for bit in float32 on the CPU (`pytest tests/trainer/test_resume_families.py --run-slow`); or that the run is
+  refused before its first step.
 
 """
 
@@ -70,6 +75,12 @@ def family_row(family: Family) -> str:
     return row([f"`{model_type}`", f"`{name}`", *cells])
 
 
+def cells_of(text: str, model_type: str) -> dict[str, str]:
+    """A family's row of the page: field of :class:`family_survey.Family` -> cell."""
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| `{model_type}` | "))
+    return dict(zip(_HEADINGS, line[2:-2].split(" | "), strict=True))
+
+
 def row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -79,7 +90,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     found = []
     for model_type in FAMILIES:
-        found.append(survey(model_type))
+        found.append(replace(survey(model_type), resume=resume(model_type)))
         print(family_row(found[-1]), file=sys.stderr, flush=True)
     PAGE.write_text(page(found), encoding="utf-8")
 

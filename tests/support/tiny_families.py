@@ -20,8 +20,7 @@ FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 # Of these, what cannot be made here, and why.
 NOT_MADE = {
     "gemma3n": "needs the package timm",
-    "gemma4_assistant": "drafts for another model, whose states it takes",
-    "gemma4_unified_assistant": "drafts for another model, whose states it takes",
+    "gemma4_assistant": "its default configuration contradicts itself",
     "musicgen": "AutoModelForCausalLM does not take its configuration",
     "musicgen_melody": "AutoModelForCausalLM does not take its configuration",
 }
