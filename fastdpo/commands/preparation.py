@@ -26,6 +26,8 @@ def say(text: str) -> None:
 def check_names(**names: str | None) -> None:
     """Raises UsageError for names of folders, by flag, that the libraries which read and write in them do not take."""
     for flag, name in names.items():
+        if "\0" in (name or ""):
+            raise UsageError(f"--{flag} {name}: no name on a disk holds a NUL.")
         try:
             (name or "").encode("utf-8")
         except UnicodeEncodeError as error:

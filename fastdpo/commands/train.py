@@ -48,7 +48,11 @@ def run(argv: list[str]) -> int:
     arguments = parser.read(argv)
     script_args, model_args, training_args, _ = arguments
     check_sources(script_args, model_args)
-    check_names(output_dir=training_args.output_dir, ref_cache=training_args.ref_cache)
+    check_names(
+        output_dir=training_args.output_dir,
+        ref_cache=training_args.ref_cache,
+        resume_from_checkpoint=training_args.resume_from_checkpoint,
+    )
     with stopping_on_signals(), bad_writes(training_args.folder), _alone(training_args):
         return _run(argv, parser, arguments)
 

@@ -21,8 +21,8 @@ UNFINISHED = ".unfinished-"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """``value`` as JSON that people can read."""
-    _write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    """``value`` as JSON that people can read. Halves of a pair, as in names that are no text, become its escapes."""
+    _write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], key: str = "") -> None:

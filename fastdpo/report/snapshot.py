@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fastdpo.trainer.whole_files import write_text_whole
+from fastdpo.trainer.json_files import read_sealed, write_sealed
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,16 @@ class Snapshot:
 
     def save(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
-        write_text_whole(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+        write_sealed(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Snapshot:
         """What :meth:`save` wrote.
 
         Raises:
-            OSError, ValueError, TypeError, KeyError: it is not there, or is something else.
+            ValueError, TypeError, KeyError: it is not there, or is something else.
         """
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_sealed(path)
+        if values is None:
+            raise ValueError(f"{path} is not what was written")
         return cls(**{**values, "samples": [Sample(**sample) for sample in values["samples"]]})

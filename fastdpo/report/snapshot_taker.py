@@ -180,7 +180,7 @@ def take_start(taker: SnapshotTaker, output_dir: Path, checkpoint: Path | None) 
     for there in (path, checkpoint.parent / START_FILE):
         try:
             start = Snapshot.load(there)
-        except (OSError, ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError):
             continue
         if start.key == taker.key:
             start.save(path)

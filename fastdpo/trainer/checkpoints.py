@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastdpo.errors import InputError, UsageError
 from fastdpo.trainer.damage import STATE_FILE, damage_without_manifest, missing_state
+from fastdpo.trainer.json_files import read_object
 from fastdpo.trainer.manifest import MANIFEST_FILE, damage_in, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def _in_order(folder: Path) -> list[Path]:
 
 def _step_of(path: Path) -> int | None:
     step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-    return int(step) if step.isdigit() and path.is_dir() else None
+    return int(step) if step.isascii() and step.isdigit() and path.is_dir() else None
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -137,11 +137,7 @@ def came_from(output_dir: Path, checkpoint: Path) -> bool:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """trainer_state.json; empty where it is not there, or broken."""
-    try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}
+    return read_object(folder / STATE_FILE) or {}
 
 
 def set_aside(output_dir: Path, resumed: Path | None = None) -> Path | None:

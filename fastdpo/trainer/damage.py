@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
+from types import NoneType
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+
+from fastdpo.trainer.json_files import read_object
 
 STATE_FILE = "trainer_state.json"
 
@@ -30,15 +34,19 @@ def missing_state(checkpoint: Path) -> list[str]:
     lines = [f"{name} is missing" for name, patterns in _NEEDED.items() if not _has_any(checkpoint, patterns)]
     if "optimizer.pt is missing" in lines and "scheduler.pt is missing" in lines:
         lines.append("with --save_only_model a checkpoint can be started from (--model_name_or_path), not resumed")
-    try:
-        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        if not isinstance(state["global_step"], int) or not isinstance(state["log_history"], list):
-            raise TypeError
-    except OSError:
+    state = read_object(checkpoint / STATE_FILE) or {}
+    if not (checkpoint / STATE_FILE).is_file():
         lines.append(f"{STATE_FILE} is missing")
-    except (ValueError, TypeError, KeyError):
+    elif not _is_state(state):
         lines.append(f"{STATE_FILE} is not what Trainer writes")
     return lines
+
+
+def _is_state(state: dict[str, Any]) -> bool:
+    kinds = {"global_step": int, "max_steps": int, "epoch": (int, float, NoneType), "log_history": list}
+    return all(isinstance(state.get(name, ...), kind) for name, kind in kinds.items()) and all(
+        isinstance(entry, dict) for entry in state["log_history"]
+    )
 
 
 def damage_without_manifest(checkpoint: Path) -> list[str]:
@@ -64,6 +72,6 @@ def _is_readable(path: Path) -> bool:
                 return archive.testzip() is None
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
+    except (OSError, ValueError, RecursionError, SafetensorError, zipfile.BadZipFile):
         return False
     return True

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from fastdpo.errors import HUNG_UP, INTERRUPTED, TERMINATED, Stopped
+from fastdpo.trainer.evaluations import EvaluationCut
 
 # SIGUSR1 is what job scripts have the scheduler send some time before its SIGTERM. One exit code for both: that of a
 # run that was told to end, and can go on. SIGHUP comes when a terminal is closed; under nohup nobody hears of it.
@@ -61,12 +63,15 @@ class GentleStop(TrainerCallback):
     Attributes:
         stopped_at: the step after which the run was stopped; None where it was not.
         exit_code: what the command ends with then; on several processes the same in all.
+        evaluation_owed: one was due, or begun, and gave way to the checkpoint.
     """
 
     def __init__(self) -> None:
         self.asked = 0  # the signal's number
         self.stopped_at: int | None = None
         self.exit_code = INTERRUPTED
+        self.evaluation_owed = False
+        self._has_trained = False
         self._agreement: _Agreement | None = None
 
     @contextmanager
@@ -88,15 +93,51 @@ class GentleStop(TrainerCallback):
         self.asked = number
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        self._has_trained = True
         if args.world_size > 1:
             self._agreement = _Agreement(self.asked, args.device)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        agreement, self._agreement = self._agreement, None
-        heard = self.asked if args.world_size == 1 else 0 if agreement is None else agreement.outcome()
+        heard = self._heard(args)
+        if not heard:
+            return
+        control.should_log = control.should_save = control.should_training_stop = True
+        self._stop_at(state, heard)
+        if self._is_midway(state):
+            ends_epoch = args.eval_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch)
+            self.evaluation_owed = control.should_evaluate or ends_epoch
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        if self._is_midway(state):  # all of it was done at the end of the step, or is owed
+            control.should_evaluate = control.should_save = False
+
+    def on_prediction_step(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        """Cuts an evaluation off; but for the one at the end, and one that is being made up before the first step."""
+        if not self._has_trained or state.global_step >= state.max_steps:
+            return
+        heard = self._heard(args)
+        if args.world_size > 1:
+            self._agreement = _Agreement(self.asked, args.device)  # heard of one step late
         if heard:
-            control.should_log = control.should_save = control.should_training_stop = True
-            self.stopped_at, self.exit_code = state.global_step, EXIT_CODES[signal.Signals(heard)]
+            self._agreement = None
+            self._stop_at(state, heard)
+            self.evaluation_owed = True
+            raise EvaluationCut
+
+    def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        self._agreement = None
+
+    def _heard(self, args: TrainingArguments) -> int:
+        """The signal that all agree on; 0 for none."""
+        agreement, self._agreement = self._agreement, None
+        return self.asked if args.world_size == 1 else 0 if agreement is None else agreement.outcome()
+
+    def _stop_at(self, state: Any, heard: int) -> None:
+        self.stopped_at, self.exit_code = state.global_step, EXIT_CODES[signal.Signals(heard)]
+
+    def _is_midway(self, state: Any) -> bool:
+        return self.stopped_at is not None and self.stopped_at < state.max_steps
 
 
 class _Agreement:

@@ -5,7 +5,6 @@ It is written after everything else, so that a checkpoint without one was not wr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -13,8 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fastdpo.ref_cache.durable import UNFINISHED, write_json
+from fastdpo.ref_cache.durable import UNFINISHED
 from fastdpo.trainer.digests import HEADER, file_digests, flush_to_disk
+from fastdpo.trainer.json_files import read_sealed, write_sealed
 
 MANIFEST_FILE = "fastdpo_manifest.json"
 _FORMAT = 1
@@ -30,6 +30,7 @@ class Manifest:
         weights: name -> digest of each tensor of the live model, see :class:`fastdpo.trainer.digests.WeightDigests`.
         settings: those of the run that a resume has to know.
         rows: how many rows it trained on, and their fingerprint; empty for a stream.
+        evaluation_owed: one was due at its step, and left out because the run was told to stop.
         versions: of what wrote it.
     """
 
@@ -37,6 +38,7 @@ class Manifest:
     weights: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, Any] = field(default_factory=dict)
+    evaluation_owed: bool = False
     versions: dict[str, str] = field(default_factory=dict)
 
     def damage(self, folder: Path) -> list[str]:
@@ -78,21 +80,21 @@ def write_manifest(folder: Path, names: list[str] | None = None, **facts: Any) -
             entry = {"bytes": path.stat().st_size, "digests": file_digests(path)}
             files[path.relative_to(folder).as_posix()] = entry
     manifest = Manifest(files, versions=_versions(), **facts)
-    write_json(folder / MANIFEST_FILE, {"format": _FORMAT, **asdict(manifest)})
+    write_sealed(folder / MANIFEST_FILE, {"format": _FORMAT, **asdict(manifest)})
     return manifest
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder; None where there is none, or it is broken or of a later format."""
+    """The manifest of a folder; None where there is none, or it is not what was written, or of a later format."""
+    values = read_sealed(folder / MANIFEST_FILE)
+    if values is None or values.pop("format", None) != _FORMAT:
+        return None
     try:
-        values = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        if values.pop("format") != _FORMAT:
-            return None
         manifest = Manifest(**values)
         sound = all(
             isinstance(entry["bytes"], int) and isinstance(entry["digests"], dict) for entry in manifest.files.values()
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (TypeError, KeyError, AttributeError):
         return None
     others = (manifest.weights, manifest.settings, manifest.rows, manifest.versions)
     return manifest if sound and all(isinstance(value, dict) for value in others) else None

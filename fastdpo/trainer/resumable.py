@@ -12,8 +12,9 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.utils import logging as transformers_logging
 
 from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.row_digests import row_digests, rows_fingerprint
@@ -21,6 +22,7 @@ from fastdpo.model.adapters import has_transformers_adapter
 from fastdpo.trainer.checkpoints import last_whole, refuse_damaged
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.digests import WeightDigests
+from fastdpo.trainer.evaluations import YieldingEvaluations
 from fastdpo.trainer.manifest import read_manifest, write_manifest
 from fastdpo.trainer.resume_settings import compare_settings, follow_settings, settings_of
 from fastdpo.trainer.weights import check_weights, load_adapter_weights, load_weights
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 _DEFERRED = {"push_to_hub": False, "save_total_limit": None}
 
 
-class ResumableRuns(Trainer):
+class ResumableRuns(YieldingEvaluations):
     """``transformers.Trainer``, which brings back those weights whose names happen to fit, and asks no questions.
 
     A checkpoint ends with a manifest (:mod:`fastdpo.trainer.manifest`). A resume looks whether all of its files are as
@@ -105,16 +107,16 @@ class ResumableRuns(Trainer):
         if self.args.should_save or self.is_fsdp_enabled:
             weights = self._digests.of(self.model)  # which asks all processes where FSDP shards them
         if self.args.should_save:
-            write_manifest(folder, weights=weights, settings=settings_of(self.args), rows=self._train_rows())
+            facts = {"weights": weights, "settings": settings_of(self.args), "rows": self._train_rows()}
+            write_manifest(folder, **facts, evaluation_owed=self.evaluation_owed)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
-            # Not before the new one is whole.
+            # Not before the new one is whole; by their steps, for clocks differ between machines.
             rotate_checkpoints(
                 output_dir=run_dir,
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
             )
 
     @contextlib.contextmanager
@@ -171,6 +173,35 @@ class ResumableRuns(Trainer):
         if self._changed:
             follow_settings(optimizer, self.lr_scheduler, fresh, self._changed)
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        with _without_lines_about("recorded in the resumed state does not exist"):  # which need not be so
+            found = super()._init_training_state(*args, **kwargs)  # type: ignore[no-untyped-call]
+        step = self.state.best_global_step
+        if self.state.global_step and step:
+            self.state.best_model_checkpoint = self._best_at(step)
+        return found
+
+    def _best_at(self, step: int) -> str | None:
+        """The best checkpoint so far, as this run calls it: its folder may have been moved, or named otherwise."""
+        best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if best.is_dir():
+            return str(best)
+        if self.state.best_model_checkpoint is None:
+            self.state.best_metric = self.state.best_global_step = None
+            if self.is_world_process_zero():
+                logger.warning("%s, the best checkpoint so far, is gone; the best of those to come is chosen.", best)
+        return self.state.best_model_checkpoint
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # Trainer deletes the last checkpoint where only one is kept, and it is not the best. A run that was told to
+        # stop goes on from it, and one that is done knows by it that it is.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            output: TrainOutput = super()._finalize_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            self.args.save_total_limit = limit
+        return output
+
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or best is None:
@@ -178,3 +209,18 @@ class ResumableRuns(Trainer):
             return
         logger.info("Loading the best model from %s (%s).", best, self.state.best_metric)
         self._load_from_checkpoint(best)
+
+
+@contextlib.contextmanager
+def _without_lines_about(words: str) -> Iterator[None]:
+    """Lines that transformers' trainer would log, and we have better ones for."""
+    log = transformers_logging.get_logger("transformers.trainer")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return words not in record.getMessage()
+
+    log.addFilter(is_other)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_other)

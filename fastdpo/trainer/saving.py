@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -24,6 +23,7 @@ from fastdpo.trainer.disk import (
     size_in_words,
     why_not_written,
 )
+from fastdpo.trainer.json_files import read_object
 from fastdpo.trainer.run_lock import only_run_in
 from fastdpo.trainer.secrets import without_secrets
 
@@ -47,7 +47,7 @@ class CarefulSaves(Trainer):
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
         """As ``Trainer``'s, which adds to ``all_results.json`` what it finds; what a killed run left half of goes."""
         path = self.args.folder / "all_results.json"
-        if combined and self.is_world_process_zero() and path.exists() and not _is_object(path):
+        if combined and self.is_world_process_zero() and path.exists() and read_object(path) is None:
             logger.warning("%s is damaged, and written anew.", path)
             path.unlink()
         super().save_metrics(split, metrics, combined)
@@ -132,13 +132,6 @@ class _RoomAtTheStart(TrainerCallback):
                 keep,
             )
         return None
-
-
-def _is_object(path: Path) -> bool:
-    try:
-        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
-        return False
 
 
 def _saves(args: TrainingArguments, state: TrainerState) -> int:

@@ -38,6 +38,7 @@ from fastdpo.ref_cache.files import LOGPS, MANIFEST, ROWS, RefCache
 from fastdpo.ref_cache.key import CacheKey
 from fastdpo.report.snapshot import Snapshot
 from fastdpo.trainer import checkpoints
+from fastdpo.trainer.manifest import MANIFEST_FILE, read_manifest, write_manifest
 
 ROOM = Path(tempfile.mkdtemp(prefix="fastdpo-fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
@@ -273,19 +274,32 @@ def states(source: Source) -> None:
     text = source.rest() if source.flag(4) else source.spoilt(source.json_text(state))
     (checkpoint / "trainer_state.json").write_bytes(text)
     (folder / "trainer_state.json").write_bytes(source.spoilt(text))
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (checkpoint / name).touch()
+    manifest = write_manifest(checkpoint)  # of what is there, be it nonsense
+    if source.flag(3):
+        path = checkpoint / MANIFEST_FILE
+        path.write_bytes(source.rest() if source.flag() else source.spoilt(path.read_bytes()))
+        assert read_manifest(checkpoint) in (None, manifest)
     try:
         found = checkpoints.find_checkpoints(folder)
         checkpoints.find_torn(folder)
         checkpoints.resolve_resume(source.one_of(("last", "true", str(checkpoint), str(folder))), folder)
         for each in found:
+            checkpoints.refuse_damaged(each)  # which a run does before it asks the rest
             checkpoints.is_end(each, max_steps=5, num_train_epochs=2.0)
             checkpoints.is_end(each, max_steps=-1, num_train_epochs=2.0)
             checkpoints.came_from(folder, each)
     except (UsageError, InputError):
         pass
+    start = Snapshot("key", 0, source.text(), [source.one_of((0.5, -0.0, 1e308))], [0.5])
+    path = folder / "report_start.json"
+    start.save(path)
+    if source.flag(3):
+        path.write_bytes(text if source.flag() else source.spoilt(path.read_bytes()))
     try:
-        Snapshot.load(_file("report_start.json", text))
-    except (OSError, ValueError, TypeError, KeyError):  # which is what it says
+        assert repr(Snapshot.load(path)) == repr(start)
+    except (ValueError, TypeError, KeyError):  # which is what it says
         return
 
 

@@ -17,9 +17,9 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import fuzz_loop
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,11 +112,8 @@ def paths_here() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=3600, help="of all instruction sets together")
+    fuzz_loop.add_flags(parser, of="instruction sets", folder=ROOT / "build/fuzz")
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=None, help="the instruction sets; by default all")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build/fuzz", help="for the program and the corpus")
-    parser.add_argument("--again", type=Path, nargs="+", help="run these inputs alone")
-    parser.add_argument("--keep_going", action="store_true", help="after a failure begin anew, until the time is up")
     parser.add_argument("--build", action="store_true", help="build, and no more")
     args = parser.parse_args()
     program = build(args.folder / "ops")
@@ -130,20 +127,12 @@ def main() -> None:
             (corpus / f"first-{i}").write_bytes(random.Random(i).randbytes(400))
     failed = []
     for path in paths:
-        command = [str(program), "-rss_limit_mb=6000", "-timeout=60", f"-artifact_prefix={args.folder}/{path}-"]
-        if args.again:
-            command += [str(file) for file in args.again]
-        else:
-            command += ["-max_len=600", "-len_control=0", "-print_final_stats=1", str(corpus)]
-        end = time.monotonic() + args.seconds // len(paths)
-        while (left := int(end - time.monotonic())) > 0:
-            limit = [] if args.again else [f"-max_total_time={left}"]
-            if subprocess.run([*command, *limit], env=environment(args.folder, path)).returncode != 0:
-                failed.append(path)
-            if args.again or not args.keep_going:
-                break
-    if failed:
-        sys.exit(f"{len(failed)} failures on: {', '.join(dict.fromkeys(failed))}. What they were stands above.")
+        command = [str(program), "-rss_limit_mb=6000", "-timeout=60", "-max_len=600"]
+        command.append(f"-artifact_prefix={args.folder}/{path}-")
+        env = environment(args.folder, path)
+        if not fuzz_loop.fuzz(path, command, corpus, args.seconds // len(paths), args, env):
+            failed.append(path)
+    fuzz_loop.end(failed)
 
 
 if __name__ == "__main__":

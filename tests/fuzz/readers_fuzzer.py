@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
-import time
 from pathlib import Path
+
+import fuzz_loop
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("lines", "tables", "formats", "whole", "prompts", "configuration", "cache", "states")
@@ -37,43 +37,22 @@ def fuzz(target: str, flags: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=3600, help="of all targets together")
+    fuzz_loop.add_flags(parser, of="targets", folder=ROOT / "build/fuzz/readers")
     parser.add_argument("--target", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--folder", type=Path, default=ROOT / "build/fuzz/readers", help="for the corpora")
-    parser.add_argument("--again", type=Path, nargs="+", help="run these inputs alone")
-    parser.add_argument("--keep_going", action="store_true", help="after a failure begin anew, until the time is up")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args()
     if args.inside:
         fuzz(args.target[0], flags)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     failed = []
     for target in args.target:
         folder = args.folder / target
-        (folder / "corpus").mkdir(parents=True, exist_ok=True)
-        command = [
-            sys.executable,
-            __file__,
-            "--inside",
-            "--target",
-            target,
-            f"-artifact_prefix={folder}/",
-            "-timeout=60",
-        ]
-        if args.again:
-            command += map(str, args.again)
-        else:
-            command += ["-max_len=2000", "-len_control=0", "-print_final_stats=1", str(folder / "corpus")]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        end = time.monotonic() + args.seconds // len(args.target)
-        while (left := int(end - time.monotonic())) > 0:
-            print(f"== {target}", file=sys.stderr, flush=True)
-            limit = [] if args.again else [f"-max_total_time={left}"]
-            if subprocess.run([*command, *limit], env=environment).returncode != 0:
-                failed.append(target)
-            if args.again or not args.keep_going:
-                break
-    if failed:
-        sys.exit(f"{len(failed)} failures in: {', '.join(dict.fromkeys(failed))}. What they were stands above.")
+        command = [sys.executable, __file__, "--inside", "--target", target]
+        command += [f"-artifact_prefix={folder}/", "-timeout=60", "-max_len=2000"]
+        seconds = args.seconds // len(args.target)
+        if not fuzz_loop.fuzz(target, command, folder / "corpus", seconds, args, environment):
+            failed.append(target)
+    fuzz_loop.end(failed)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,36 @@ def test_a_state_that_is_none_is_damage_even_where_the_manifest_has_it_so(conten
         refuse_damaged(last)
 
 
+@pytest.mark.parametrize("file", ["trainer_state.json", MANIFEST_FILE])
+def test_json_without_end_is_damage(file: str, tmp_path: Path) -> None:
+    before, last = make_checkpoint(tmp_path, 4), make_checkpoint(tmp_path, 8)
+    (last / file).write_text("[" * 100_000)
+    assert resolve_resume("auto", tmp_path) == before
+    (last / MANIFEST_FILE).unlink()
+    (last / "trainer_state.json").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match=r"trainer_state.json"):
+        resolve_resume(str(last), tmp_path)
+
+
+def test_a_manifest_that_is_json_and_not_what_was_written_is_damage(tmp_path: Path) -> None:
+    facts = {"weights": {"a": "0" * 32}, "settings": {"beta": 0.1}, "rows": {"count": 10}}
+    before, last = make_checkpoint(tmp_path, 4), make_checkpoint(tmp_path, 8, **facts)
+    written = (last / MANIFEST_FILE).read_text()
+    for a, b in (("0.1", "0.3"), ("0" * 32, "1" * 32), ("10", '"x"'), ('"beta"', '"bets"'), ("optimizer.pt", "o.pt")):
+        (last / MANIFEST_FILE).write_text(written.replace(a, b, 1))
+        assert read_manifest(last) is None and resolve_resume("auto", tmp_path) == before
+    (last / MANIFEST_FILE).write_text(written)
+    assert resolve_resume("auto", tmp_path) == last
+
+
+@pytest.mark.parametrize("name", ["checkpoint-²", "checkpoint-٣", "checkpoint-", "checkpoint--1", "checkpoint-1.5"])
+def test_other_folders_are_no_checkpoints(name: str, tmp_path: Path) -> None:
+    last = make_checkpoint(tmp_path, 2)
+    (tmp_path / name).mkdir()
+    assert find_checkpoints(tmp_path) == [last] and find_torn(tmp_path) == []
+    assert resolve_resume("auto", tmp_path) == last
+
+
 def test_tensors_that_are_not_what_they_were_are_named(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, 8) / "model.safetensors"
     tensors = load_file(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from trainer_runs import GradientRecorder
 
 from fastdpo.errors import InputError
 from fastdpo.trainer import DPOConfig, DPOTrainer
+from fastdpo.trainer.checkpoints import find_checkpoints
 from fastdpo.trainer.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from fastdpo.trainer.resume_settings import settings_of
 from fastdpo.trainer.weights import UnsavableError
@@ -126,6 +128,44 @@ def test_the_best_model_is_loaded_whole(tmp_path: Path) -> None:
     saved = type(trainer.model).from_pretrained(best, dtype=torch.float32).state_dict()
     assert best.name == "checkpoint-2"  # the larger loss
     assert all(torch.equal(value, saved[name]) for name, value in trainer.model.state_dict().items())
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss", "load_best_model_at_end": True}
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_the_last_checkpoint_stays_beside_the_best(limit: int, tmp_path: Path) -> None:
+    options = BEST | {"save_steps": 1, "save_total_limit": limit, "greater_is_better": True, "eval_dataset": ROWS}
+    trainer = run(tmp_path, mixture, ROWS, **options)
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-1"
+    assert [path.name for path in find_checkpoints(tmp_path)] == [best.name, "checkpoint-4"]
+
+
+def test_the_best_checkpoint_is_found_where_the_folder_was_moved_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = BEST | {"save_steps": 1, "save_total_limit": 2, "greater_is_better": True, "eval_dataset": ROWS}
+    run(tmp_path / "a", mixture, ROWS, max_steps=3, **options)
+    (tmp_path / "a").rename(tmp_path / "b")
+    trainer = run(tmp_path / "b", mixture, ROWS, resume=True, **options)
+    best = tmp_path / "b" / "checkpoint-1"
+    assert trainer.state.best_model_checkpoint == str(best)
+    saved = type(trainer.model).from_pretrained(best, dtype=torch.float32).state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in trainer.model.state_dict().items())
+    assert not [said for said in caplog.messages if "exist" in said]
+    shutil.rmtree(best)
+    trainer = run(tmp_path / "b", mixture, ROWS, resume=True, **options | {"max_steps": 6})
+    assert f"{best}, the best checkpoint so far, is gone; the best of those to come is chosen." in caplog.messages
+    assert trainer.state.best_global_step in (5, 6)
+
+
+def test_old_checkpoints_go_by_their_steps_whatever_clocks_say(tmp_path: Path) -> None:
+    run(tmp_path, mixture, ROWS, max_steps=2, save_steps=1)
+    for step in (1, 2):  # written on a machine whose clock is ahead
+        os.utime(tmp_path / f"checkpoint-{step}", times=(4e9 + step, 4e9 + step))
+    run(tmp_path, mixture, ROWS, resume=True, max_steps=4, save_steps=1, save_total_limit=2)
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
 
 
 # --------------------------------------------------------------------------------------------------------------------
