@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.terms import REFERENCE_COLUMNS
 from fastdpo.model.adapters import HAS_ADAPTER, has_transformers_adapter, is_adapter
@@ -60,8 +60,10 @@ def check_arguments(
             "transformers.Trainer would bring back one alone from a checkpoint. Merge those that are not trained into "
             "the base (merge_and_unload), and give peft_config for a new one; or train the one that is there further"
         )
-    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
-        raise TypeError(f"processing_class is a {type(processing_class).__name__}; it should be a tokenizer")
+    if processing_class is not None and not isinstance(processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
+        raise TypeError(
+            f"processing_class is a {type(processing_class).__name__}; it should be a tokenizer, or a processor"
+        )
     if data_collator is not None and args.max_tokens_per_batch is not None:
         raise ValueError(
             f"max_tokens_per_batch is {args.max_tokens_per_batch}, but data_collator is given, and makes the "
