@@ -101,12 +101,11 @@ def may_have_images(dataset: datasets.Dataset | datasets.IterableDataset) -> boo
         first = undecoded(dataset).select(range(min(len(dataset), _LOOKED_AT)))
         names = first.column_names
     else:
-        first, names = list(dataset.take(1)), None
+        first, names = list(dataset.take(1)), None  # more would fill its shuffling buffer
     for row in first:
         if any(row.get(name) is not None for name in IMAGE_COLUMNS):
             return True
-        messages = [message for value in row.values() if isinstance(value, list) for message in value]
-        if any(map(_has_image_part, messages)):
+        if any(map(has_images, row.values())):
             return True
     columns = [name for name in IMAGE_COLUMNS if names and name in names]
     return any(dataset.data.column(name).null_count < len(dataset.data) for name in columns)
@@ -238,10 +237,15 @@ def resolved(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A row of a file whose images' paths are from the file's folder on; the same object where it has none."""
     changed = {name: _resolved(row[name], folder) for name in IMAGE_COLUMNS if row.get(name)}
     for name, value in row.items():
-        if isinstance(value, list) and any(_has_image_part(message) for message in value):
+        if has_images(value):
             changed[name] = [_with_resolved_parts(message, folder) for message in value]
     changed = {name: value for name, value in changed.items() if value != row[name]}
     return row | changed if changed else row
+
+
+def has_images(messages: Any) -> bool:
+    """Whether a value is a message list in which an image stands."""
+    return isinstance(messages, list) and any(map(_has_image_part, messages))
 
 
 def _has_image_part(message: Any) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
+import numpy as np
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -29,6 +30,8 @@ EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 TrainDataset: TypeAlias = Dataset | IterableDataset
 ProcessingClass: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 
+_LOOKED_AT = 16  # rows among which one with images is chosen to look at the model with
+
 
 class DatasetPreparer:
     """Makes datasets ready to train on; those that hold token ids already are taken as they are.
@@ -43,7 +46,7 @@ class DatasetPreparer:
 
     Attributes:
         tokenizer: the one that was given or found; None where there is none, and none is needed.
-        has_images: whether any row of the datasets that were prepared has some.
+        pictured: a row with images of the datasets that were prepared; None where none has some.
         summaries: what :func:`fastdpo.data.prepare` said about each dataset that it tokenised, by name.
 
     Raises:
@@ -67,7 +70,7 @@ class DatasetPreparer:
         if self.tokenizer is not None and args.chat_template_path is not None:
             self.tokenizer.chat_template = read_template(args.chat_template_path)  # and the model is saved with it
         self.summaries: dict[str, DataSummary] = {}
-        self.has_images = False
+        self.pictured: dict[str, Any] | None = None
 
     def prepare_to_train(self, dataset: TrainDataset) -> TrainDataset:
         """The dataset to train on: all of it, as :meth:`prepare` does, or a stream, whose rows are tokenised later.
@@ -131,9 +134,18 @@ class DatasetPreparer:
     def _see_images(self, dataset: Dataset) -> None:
         if DIGEST_COLUMN not in dataset.column_names:
             return
-        self.has_images = True
         if not isinstance(self.tokenizer, ProcessorMixin):
             raise ValueError("the rows have images, for which processing_class should be the model's processor")
+        if self.pictured is None:
+            numbers = np.flatnonzero(np.array(dataset[DIGEST_COLUMN]) != "")[:_LOOKED_AT]
+            rows = [dataset[int(number)] for number in numbers]
+            # Long answers, in which there is something to be seen.
+            self.pictured = max(rows, key=lambda row: min(len(row[side]) for side in TOKEN_COLUMNS[1:]), default=None)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any row of the datasets that were prepared has some."""
+        return self.pictured is not None
 
     def collator(self, padded: PreferenceCollator) -> PreferenceCollator:
         """What makes padded batches of the datasets that were prepared, where ``padded`` makes those of text."""

@@ -28,7 +28,7 @@ from fastdpo.model.language_model import language_model
 from fastdpo.model.packing_choice import Packing
 from fastdpo.model.scoring import Scorer, count_pairs, micro_batches
 from fastdpo.ref_cache.build import CachedSplit
-from fastdpo.trainer.arguments import check_arguments, check_distribution
+from fastdpo.trainer.arguments import check_arguments, check_distribution, find_unused_parameters
 from fastdpo.trainer.batches import PairBatches
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.datasets import (
@@ -163,6 +163,8 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         tokenizer = self._preparer.tokenizer
         padded = make_collator(policy, tokenizer, args) if data_collator is None else data_collator
         train_dataset = self._preparer.prepare_to_train(train_dataset)
+        if self._preparer.has_images:
+            find_unused_parameters(args)
         if isinstance(train_dataset, IterableDataset):
             # It would cut batches as if each tensor's rows were pairs.
             cast(AcceleratorConfig, args.accelerator_config).dispatch_batches = False
@@ -198,7 +200,14 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         self._reference = Reference(self._policy, ref_model, args, self.accelerator, in_columns=has_reference_columns)
         # FSDP leaves the model where it was loaded until the training loop shards it.
         later = later or self.is_fsdp_enabled
-        self._look = ModelLook(self._policy, self._reference.scorer, args, self.accelerator)
+        pictured = None if data_collator is not None else self._preparer.pictured
+        self._look = ModelLook(
+            self._policy,
+            self._reference.scorer,
+            args,
+            self.accelerator,
+            None if pictured is None else lambda: self._prepare_inputs(padded([pictured])),
+        )
         if not later:
             self._look.once()
         self._losses = BatchLosses(self._policy, self._reference, args.loss_options, self._look.aux_loss_coef)
