@@ -6,17 +6,20 @@ import argparse
 from pathlib import Path
 
 from rich.console import Console
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from fastdpo.commands.pairs import columns_of
 from fastdpo.commands.terminal import SafeConsole
 from fastdpo.data.account import nothing_left_message, strict_message
 from fastdpo.data.files import TOKEN_COLUMNS, load_preferences
 from fastdpo.data.fix import Fixed, write_fixed
+from fastdpo.data.images import may_have_images, undecoded
 from fastdpo.data.preparing import examine
 from fastdpo.data.templates import read_template
 from fastdpo.data.view import legend, show_row, worst_rows
+from fastdpo.data.vision import tokenizer_in
 from fastdpo.errors import UsageError, bad_input
+from fastdpo.model.vision import load_processing_class
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,15 +46,18 @@ def run(args: argparse.Namespace) -> int:
     if set(TOKEN_COLUMNS) <= set(dataset.column_names):
         raise UsageError(f"{', '.join(args.files)} holds token ids already; check the file that they were made from.")
     with bad_input(f"--model_name_or_path {args.model_name_or_path}"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            args.model_name_or_path, revision=args.model_revision, trust_remote_code=args.trust_remote_code
+        processing_class = load_processing_class(
+            args.model_name_or_path,
+            images=may_have_images(dataset),
+            revision=args.model_revision,
+            trust_remote_code=args.trust_remote_code,
         )
     with bad_input():
         if args.chat_template_path:
-            tokenizer.chat_template = read_template(args.chat_template_path)
+            processing_class.chat_template = read_template(args.chat_template_path)
         tokenised, kept, summary = examine(
             dataset,
-            tokenizer,
+            processing_class,
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
             num_proc=args.dataset_num_proc,
@@ -67,11 +73,12 @@ def run(args: argparse.Namespace) -> int:
     if rows:
         console.print("\nRows to look at", style="bold")
         console.print(legend())
+    raw, tokenizer = undecoded(dataset), tokenizer_in(processing_class)
     for row in rows:
-        console.print(show_row(row, dataset[row], tokenised[row], tokenizer, summary))
+        console.print(show_row(row, raw[row], tokenised[row], tokenizer, summary))
     if args.fix:
         with bad_input(f"--fix {args.fix}"):
-            _say_what_was_fixed(args.fix, write_fixed(dataset, tokenised, kept, Path(args.fix)), console)
+            _say_what_was_fixed(args.fix, write_fixed(undecoded(dataset), tokenised, kept, Path(args.fix)), console)
     if not len(kept):
         raise UsageError(nothing_left_message(summary))
     if args.strict and summary.doubts():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.data.files import DataError, load_preferences, type_name
+from fastdpo.data.images import IMAGE_COLUMNS, has_images
 from fastdpo.data.json_text import UNREADABLE, what_is_wrong
 from fastdpo.data.rows import common_prefix_length
 from fastdpo.model.generation import Prompt
@@ -62,6 +63,8 @@ def _prompt_of(row: dict[str, Any], where: str) -> Prompt:
     prompt = row.get("prompt")
     if prompt is None and row.get("chosen") is not None and row.get("rejected") is not None:
         prompt = _shared_beginning(row["chosen"], row["rejected"])
+    if any(row.get(name) for name in IMAGE_COLUMNS) or has_images(prompt):
+        raise DataError(f"{where}: the prompt has an image, and completions are drawn for text alone; leave it out.")
     if isinstance(prompt, str) and prompt.strip():
         return prompt
     if isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):

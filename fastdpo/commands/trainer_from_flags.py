@@ -12,9 +12,10 @@ from peft import LoraConfig
 from fastdpo.commands.flags import ModelArguments, ScriptArguments
 from fastdpo.commands.pairs import check_sources as check_pairs
 from fastdpo.commands.pairs import load_pairs
+from fastdpo.data.images import may_have_images
 from fastdpo.errors import UsageError, bad_input
-from fastdpo.model.adapters import load_tokenizer
 from fastdpo.model.quantization import make_quantization_config
+from fastdpo.model.vision import load_processing_class
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.trainer import DPOTrainer
 
@@ -59,8 +60,9 @@ def make_trainer(script_args: ScriptArguments, model_args: ModelArguments, train
     } | training_args.init_kwargs
     model = _model_of(model_args)
     with bad_input(f"--model_name_or_path {model}"):
-        tokenizer = load_tokenizer(
+        tokenizer = load_processing_class(
             model,
+            images=may_have_images(train_dataset),
             revision=model_args.model_revision,
             trust_remote_code=training_args.trust_remote_code,
         )

@@ -8,15 +8,22 @@ import datasets
 import pyarrow.compute as pc
 
 from fastdpo.data.formats.names import PROMPT_NAMES, missing_columns_message
+from fastdpo.data.images import IMAGE_COLUMNS
 from fastdpo.data.reading.exact import Exact
 from fastdpo.data.terms import DataError
 
 _DECODED = (datasets.Image, datasets.Audio, datasets.Video)
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_MEDIA = (*IMAGE_COLUMNS, "video", "videos", "audio", "audios")
 
 
-def check_columns(dataset: datasets.Dataset, source: str = "the dataset") -> None:
-    """Raise DataError unless ``chosen`` and ``rejected`` are there and the columns can hold text or messages."""
+def check_columns(dataset: datasets.Dataset, source: str = "the dataset", *, images: bool = True) -> None:
+    """Raise DataError unless ``chosen`` and ``rejected`` are there and the columns can hold text or messages.
+
+    Args:
+        dataset: rows.
+        source: what messages call it.
+        images: whether the columns ``images`` and ``image`` may hold something.
+    """
     found = dataset.column_names
     message = missing_columns_message(found, source)
     if message is not None:
@@ -31,11 +38,20 @@ def check_columns(dataset: datasets.Dataset, source: str = "the dataset") -> Non
                 f"is the prompt (--columns prompt={near[0]}), or remove it if chosen and rejected begin with the "
                 "prompt."
             )
-    media = [name for name in _MEDIA if name in found and _holds_something(dataset, name)]
+    media = [
+        name
+        for name in _MEDIA
+        if name in found and not (images and name in IMAGE_COLUMNS) and holds_something(dataset, name)
+    ]
     if media:
+        taken = (
+            "this model is given with a tokenizer alone, and takes text; use a vision-language model with its processor"
+            if media[0] in IMAGE_COLUMNS
+            else "only text and images can be trained on"
+        )
         raise DataError(
-            f"{source}: column {media[0]!r} holds something, but only text pairs can be trained on; remove the column, "
-            "or the rows that have any."
+            f"{source}: column {media[0]!r} holds something, but {taken}, or remove the column, or the rows that have "
+            "any."
         )
     for name in ("prompt", "chosen", "rejected"):
         if name in found and not _may_hold_text(dataset.features[name]):
@@ -45,7 +61,7 @@ def check_columns(dataset: datasets.Dataset, source: str = "the dataset") -> Non
             )
 
 
-def _holds_something(dataset: datasets.Dataset, name: str) -> bool:
+def holds_something(dataset: datasets.Dataset, name: str) -> bool:
     """Whether any row of a column has a value, a list with an item, or a text."""
     feature, column = dataset.features[name], dataset.data.column(name)
     inner = getattr(feature, "feature", None)

@@ -63,10 +63,14 @@ def _shape(message: dict[str, Any]) -> Any:
     content = message.get("content")
     if len(message) == 2 and isinstance(content, str) and content:
         return message["role"]
-    kind = tuple(map(type, content)) if isinstance(content, list) else (type(content), bool(content))
+    kind = tuple(map(_part_kind, content)) if isinstance(content, list) else (type(content), bool(content))
     calls = message.get("tool_calls") or ()
     kinds = tuple(type(call.get("function", call).get("arguments")) for call in calls if isinstance(call, dict))
     return (message["role"], kind, kinds, tuple((name, bool(value)) for name, value in message.items()))
+
+
+def _part_kind(part: Any) -> Any:
+    return part.get("type") if isinstance(part, dict) else type(part)
 
 
 def find_facts(
@@ -159,7 +163,9 @@ def _mark(message: dict[str, Any], numbers: Iterator[int]) -> dict[str, Any]:
         return f"Zq{next(numbers):03d}vX" if isinstance(value, str) and value else value
 
     def mark_part(part: Any) -> Any:
-        return {**part, "text": mark(part.get("text"))} if isinstance(part, dict) else mark(part)
+        if isinstance(part, dict):
+            return {**part, "text": mark(part["text"])} if "text" in part else part  # an image has none
+        return mark(part)
 
     def mark_call(call: Any) -> Any:
         if not isinstance(call, dict):

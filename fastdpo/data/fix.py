@@ -14,7 +14,9 @@ import numpy as np
 from fastdpo.data.account import repeated_rows
 from fastdpo.data.chats import Chat
 from fastdpo.data.forms import in_form
+from fastdpo.data.images import IMAGE_COLUMNS
 from fastdpo.data.rows import Row, read_row
+from fastdpo.data.terms import DataError
 
 # Of the forms that a template takes, those that any template takes as well.
 _KEPT_FORMS = ("arguments_parsed", "parts_joined", "content_filled")
@@ -95,7 +97,12 @@ def _in_own_form(row: dict[str, Any], warn: list[str], implicit: bool, number: i
             continue
         try:
             json.dumps(value)
-        except TypeError:
+        except TypeError as error:
+            if name in IMAGE_COLUMNS:
+                raise DataError(
+                    f"row {number}: column {name!r} has an image's bytes, which a JSONL file cannot hold; write the "
+                    "images to files, and name these."
+                ) from error
             fixed.columns_left_out.append(name)
         else:
             out[name] = value

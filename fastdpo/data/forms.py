@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from fastdpo.data.claims import calls_of
+from fastdpo.data.images import IMAGE_PART
 from fastdpo.data.json_text import UNREADABLE
 from fastdpo.data.mask import squeeze
 from fastdpo.data.templates import Messages
@@ -73,7 +74,7 @@ _FORMS: dict[str, tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, An
     "arguments_parsed": (lambda m: _has_calls(m, str), lambda m: _with_calls(m, _parsed)),
     "arguments_written": (lambda m: _has_calls(m, dict), lambda m: _with_calls(m, _written)),
     "content_filled": (lambda m: "content" not in m, lambda m: {**m, "content": ""}),
-    "parts_joined": (lambda m: isinstance(m.get("content"), list), _joined),
+    "parts_joined": (lambda m: isinstance(m.get("content"), list) and IMAGE_PART not in m["content"], _joined),
     "parts_made": (
         lambda m: isinstance(m.get("content"), str),
         lambda m: {**m, "content": [{"type": "text", "text": m["content"]}]},

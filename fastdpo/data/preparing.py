@@ -11,14 +11,16 @@ import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow.compute as pc
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.account import account, nothing_left_message, strict_message
 from fastdpo.data.columns import check_columns
+from fastdpo.data.images import IMAGE_COLUMNS, IMAGES_FEATURE, as_images, state_of_files, undecoded
 from fastdpo.data.reading.given import as_pairs
 from fastdpo.data.reading.origins import naming_files
 from fastdpo.data.reading.read import as_said
@@ -27,13 +29,20 @@ from fastdpo.data.row_digests import MASK_COLUMNS
 from fastdpo.data.settings import Preparation, parse_date
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.templates import writes_date
-from fastdpo.data.terms import REFERENCE_COLUMNS, TOKEN_COLUMNS, USED_COLUMNS, DataError
-from fastdpo.data.tokens import RowTokenizer
+from fastdpo.data.terms import (
+    DIGEST_COLUMN,
+    PART_COLUMN,
+    REFERENCE_COLUMNS,
+    TEXT_COLUMN,
+    TOKEN_COLUMNS,
+    USED_COLUMNS,
+    VISION_COLUMNS,
+    DataError,
+)
+from fastdpo.data.tokens import RowTokenizer, Tokens
 from fastdpo.data.truncation import check_truncation
+from fastdpo.data.vision import VisionRowTokenizer, VisionTokens, tokenizer_in
 from fastdpo.data.vocabulary import check_vocabulary
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +51,7 @@ BATCH = 1000  # rows tokenised at a time
 
 def prepare(
     dataset: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     *,
     max_length: int | None = 1024,
     truncation_mode: str = "keep_start",
@@ -68,7 +77,8 @@ def prepare(
     Args:
         dataset: rows with ``chosen``, ``rejected`` and, unless these two begin with it, ``prompt``; or of any format
             that is known, which its first rows tell.
-        tokenizer: with a chat template if the rows are message lists, with an EOS token if they are strings.
+        tokenizer: with a chat template if the rows are message lists, with an EOS token if they are strings; or the
+            processor of a vision-language model, whose rows may have images.
         max_length: most tokens of prompt + completion; None for no limit.
         truncation_mode: ``keep_start`` drops the end of what is too long, ``keep_end`` the beginning.
         num_proc: processes to tokenise with.
@@ -83,7 +93,8 @@ def prepare(
     Returns:
         A dataset with ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (lists of int), and the columns
         ``ref_chosen_logps`` and ``ref_rejected_logps`` if they were there; where a completion has tokens that do not
-        count, also ``chosen_mask`` and ``rejected_mask`` (lists of 0 and 1, empty where all count); and the summary.
+        count, also ``chosen_mask`` and ``rejected_mask`` (lists of 0 and 1, empty where all count); where rows have
+        images, these, and what :class:`fastdpo.data.vision_collator.VisionCollator` needs beside; and the summary.
 
     Raises:
         DataError: columns are missing or of the wrong type, a row is malformed, the chat template refuses one, a token
@@ -122,7 +133,7 @@ def prepare(
 
 def examine(
     dataset: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     *,
     max_length: int | None = 1024,
     truncation_mode: str = "keep_start",
@@ -151,9 +162,10 @@ def examine(
         )
     if len(dataset) == 0:
         raise DataError("The dataset has no rows.")
-    dataset = as_said(as_pairs(dataset))
-    check_columns(dataset)
-    preparation = _preparation(tokenizer, score, end_token, template_date)
+    processor = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
+    dataset = as_said(as_pairs(undecoded(dataset)))
+    check_columns(dataset, images=processor is not None)
+    preparation = _preparation(tokenizer_in(tokenizer), score, end_token, template_date)
 
     carried = [name for name in REFERENCE_COLUMNS if name in dataset.column_names]
     lists = dict.fromkeys((*TOKEN_COLUMNS, *MASK_COLUMNS), datasets.List(datasets.Value("int32")))
@@ -167,24 +179,46 @@ def examine(
                 "tokenizer": tokenizer,
                 "preparation": preparation,
                 "implicit": "prompt" not in dataset.column_names,
-            },
+            }
+            | ({} if processor is None else {"files": state_of_files(dataset)}),
             remove_columns=[name for name in dataset.column_names if name not in carried],
             features=datasets.Features(
                 {name: dataset.features[name] for name in carried}
                 | lists
+                | (_VISION_FEATURES if processor is not None else {})
                 | {"drop": datasets.Value("string"), "warn": datasets.List(datasets.Value("string"))}
             ),
             num_proc=num_proc,
             desc="Tokenizing preference pairs",
         )
-        check_vocabulary(tokenised, vocab_size, tokenizer)
+        check_vocabulary(tokenised, vocab_size, tokenizer_in(tokenizer))
+    if processor is not None:
+        tokenised = _with_images(tokenised, dataset)
     masks = [tokenised.data.column(name) for name in MASK_COLUMNS]
     if not any(pc.sum(pc.list_value_length(column)).as_py() for column in masks):
         tokenised = tokenised.remove_columns(list(MASK_COLUMNS))
     kept, summary = account(tokenised, max_length, truncation_mode, batch_size)
     summary.read_as = dataset.info.description or ""
-    summary.unused_columns = [name for name in dataset.column_names if name not in (*USED_COLUMNS, *carried)]
+    used = (*USED_COLUMNS, *carried, *(IMAGE_COLUMNS if processor is not None else ()))
+    summary.unused_columns = [name for name in dataset.column_names if name not in used]
     return tokenised, kept, summary
+
+
+_VISION_FEATURES = {
+    TEXT_COLUMN: datasets.Value("string"),
+    DIGEST_COLUMN: datasets.Value("string"),
+    PART_COLUMN: IMAGES_FEATURE,
+}
+
+
+def _with_images(tokenised: datasets.Dataset, dataset: datasets.Dataset) -> datasets.Dataset:
+    """Tokenised rows with the columns of their images, which are not copied; without any where no row has some."""
+    if not any(tokenised.data.column(DIGEST_COLUMN).unique().to_pylist()):
+        return tokenised.remove_columns(list(VISION_COLUMNS))
+    columns = [name for name in IMAGE_COLUMNS if name in dataset.column_names]
+    if not columns:
+        return tokenised
+    return datasets.concatenate_datasets([tokenised, dataset.select_columns(columns)], axis=1)
 
 
 def _preparation(
@@ -204,15 +238,16 @@ def _preparation(
 def _tokenize_batch(
     batch: dict[str, list[Any]],
     indices: list[int],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     preparation: Preparation,
     implicit: bool,
+    files: str = "",
 ) -> dict[str, list[Any]]:
-    """Columns of rows → columns of ids, with the fate of each row."""
+    """Columns of rows → columns of ids, with the fate of each row; ``files`` is for the name under which it is kept."""
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     with _without_garbage_collection():
         found = _row_tokenizer(tokenizer, preparation, implicit).tokenize(rows, indices)
-    return {
+    return _vision_columns(found) | {
         "prompt_ids": [tokens.prompt for tokens in found],
         "chosen_ids": [tokens.chosen for tokens in found],
         "rejected_ids": [tokens.rejected for tokens in found],
@@ -220,6 +255,17 @@ def _tokenize_batch(
         "rejected_mask": [tokens.rejected_mask for tokens in found],
         "drop": [tokens.drop for tokens in found],
         "warn": [tokens.warn for tokens in found],
+    }
+
+
+def _vision_columns(found: list[Tokens]) -> dict[str, list[Any]]:
+    rows = [tokens for tokens in found if isinstance(tokens, VisionTokens)]
+    if not rows:
+        return {}
+    return {
+        TEXT_COLUMN: [tokens.text for tokens in rows],
+        DIGEST_COLUMN: [tokens.digest for tokens in rows],
+        PART_COLUMN: [as_images(tokens.part_images) for tokens in rows],
     }
 
 
@@ -239,9 +285,14 @@ def _without_garbage_collection() -> Iterator[None]:
 _row_tokenizers: list[tuple[tuple[Any, ...], RowTokenizer]] = []
 
 
-def _row_tokenizer(tokenizer: PreTrainedTokenizerBase, preparation: Preparation, implicit: bool) -> RowTokenizer:
+def _row_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin, preparation: Preparation, implicit: bool
+) -> RowTokenizer:
     """The one of the last call, which knows the template by now, where it is for the same rows."""
     key = (tokenizer, preparation, implicit)
     if not _row_tokenizers or _row_tokenizers[0][0] != key:
-        _row_tokenizers[:] = [(key, RowTokenizer(tokenizer, preparation, implicit))]
+        if isinstance(tokenizer, ProcessorMixin):
+            _row_tokenizers[:] = [(key, VisionRowTokenizer(tokenizer, preparation, implicit))]
+        else:
+            _row_tokenizers[:] = [(key, RowTokenizer(tokenizer, preparation, implicit))]
     return _row_tokenizers[0][1]

@@ -12,6 +12,8 @@ DROP_REASONS = {
     "no_prompt": "no shared leading message to be the prompt",
     "no_answer": "chosen or rejected has no message of the role 'assistant'",
     "not_text": "a message holds an image, a sound or another part that is not text",
+    "images_do_not_fit": "its images and the places for them are not as many",
+    "image_unreadable": "an image cannot be read",
     "answer_left_out": "the chat template leaves out what chosen or rejected says",
     "turns_not_told_apart": "the answers of a completion cannot be told from what lies between them",
     "prompt_scored": "the mask would take in the prompt",
@@ -22,7 +24,10 @@ DROP_REMEDIES = {
     "empty_completion": "check that chosen and rejected hold the answers, and that the columns are the right ones",
     "no_prompt": "give the prompt in a column of its own, or begin chosen and rejected with the same messages",
     "no_answer": "name the roles as chat templates know them: system, user, assistant, tool",
-    "not_text": "only text can be trained on; remove these rows",
+    "not_text": "only text can be trained on, and images in prompts where the model takes them; remove these rows",
+    "images_do_not_fit": "name as many images as the prompt has parts of the type image, or none of these parts; and "
+    "see that the chat template writes one for each, and that no text holds the token that stands for an image",
+    "image_unreadable": "see that the files are there, beside the data file or at the path given, and are images",
     "answer_left_out": "what would be scored is not what the row says; use a chat template that renders it "
     "(--chat_template_path)",
     "turns_not_told_apart": "let each completion be one answer, or use a chat template that renders the beginning of a "

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from fastdpo.data.terms import TOKEN_COLUMNS
+from fastdpo.data.terms import DIGEST_COLUMN, TOKEN_COLUMNS
 
 ROW_DIGEST_BYTES = 16
 # 1 on the tokens of a completion that count; empty where all do. Absent where that holds of all rows.
@@ -16,13 +16,17 @@ MASK_COLUMNS = ("chosen_mask", "rejected_mask")
 
 
 def row_digests(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS) -> np.ndarray:
-    """uint8 [rows, 16]: a digest of each row's token ids, before any cut, column by column, and of its masks if any."""
+    """uint8 [rows, 16]: a digest of each row's token ids, before any cut, column by column, of its masks if any, and of
+    its images' bytes if any.
+    """
     digests = []
     masks = [name.replace("_ids", "_mask") for name in columns if name != "prompt_ids"]
     masks = [name for name in masks if name in dataset.column_names]
-    for table in dataset.select_columns([*columns, *masks]).with_format("arrow").iter(batch_size=1000):
+    images = [DIGEST_COLUMN] if DIGEST_COLUMN in dataset.column_names else []
+    for table in dataset.select_columns([*columns, *masks, *images]).with_format("arrow").iter(batch_size=1000):
         lists = [_ids_and_starts(table.column(name)) for name in columns]
         marks = [_ids_and_starts(table.column(name)) for name in masks]
+        pictures = table.column(DIGEST_COLUMN).to_pylist() if images else []
         for row in range(table.num_rows):
             parts = [ids[starts[row] : starts[row + 1]] for ids, starts in lists]
             lengths = np.array([len(part) for part in parts], np.int64)
@@ -33,6 +37,8 @@ def row_digests(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS) -> n
                 if begins[row] < begins[row + 1]:
                     digest.update(f"mask {number}".encode())
                     digest.update(mask[begins[row] : begins[row + 1]].data)
+            if images and pictures[row]:
+                digest.update(f"images {pictures[row]}".encode())
             digests.append(digest.digest())
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, ROW_DIGEST_BYTES)
 
@@ -40,12 +46,13 @@ def row_digests(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS) -> n
 def pair_hashes(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """int64 [rows] twice: a hash of each pair, and of the pair the other way round; the same within this process.
 
-    Equal ids, with their masks, have equal hashes: what says a row again has its hash, and what says the opposite has
-    the other.
+    Equal ids, with their masks and images, have equal hashes: what says a row again has its hash, and what says the
+    opposite has the other.
     """
     found, turned = np.empty(len(dataset), np.int64), np.empty(len(dataset), np.int64)
     masks = [name if name in dataset.column_names else None for name in (None, *MASK_COLUMNS)]
     columns = [*TOKEN_COLUMNS, *filter(None, masks)]
+    columns += [DIGEST_COLUMN] if DIGEST_COLUMN in dataset.column_names else []
     first = 0
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         hashes = []
@@ -53,6 +60,9 @@ def pair_hashes(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
             parts = _pieces(table.column(name))
             marks = _pieces(table.column(mask)) if mask else None
             hashes.append([hash(part) for part in (parts if marks is None else zip(parts, marks, strict=True))])
+        if DIGEST_COLUMN in columns:  # they belong to the prompt
+            pictures = table.column(DIGEST_COLUMN).to_pylist()
+            hashes[0] = [hash(both) for both in zip(hashes[0], pictures, strict=True)]
         rows = slice(first, first + table.num_rows)
         found[rows] = [hash(pair) for pair in zip(*hashes, strict=True)]
         prompt, chosen, rejected = hashes

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastdpo.data.chats import Chat
+from fastdpo.data.images import IMAGE_PART
 from fastdpo.data.json_text import UNREADABLE, what_is_wrong
 from fastdpo.data.mask import squeeze
 from fastdpo.data.templates import REASONING, check_json
@@ -54,8 +55,8 @@ def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
     return min(len(a), len(b))
 
 
-def read_row(row: dict[str, Any], implicit: bool, where: str) -> Row | str:
-    """A row as a pair, or the reason why it is dropped."""
+def read_row(row: dict[str, Any], implicit: bool, where: str, *, images: bool = False) -> Row | str:
+    """A row as a pair, or the reason why it is dropped; with ``images``, these may stand in its prompt."""
     chosen, rejected = row["chosen"], row["rejected"]
     prompt: Any = None if implicit else row["prompt"]
     if any(value is None or value != value for value in (chosen, rejected, *(() if implicit else (prompt,)))):
@@ -93,7 +94,8 @@ def read_row(row: dict[str, Any], implicit: bool, where: str) -> Row | str:
         return "no_prompt"
     if not all(any(message["role"] == "assistant" for message in side) for side in (chosen, rejected)):
         return "no_answer"
-    if not all(map(_is_text, (*prompt, *chosen, *rejected))):
+    asked = _without_images(prompt) if images else prompt
+    if not all(map(_is_text, (*asked, *chosen, *rejected))):
         return "not_text"
     sides = [_up_to_the_last_answer(side) for side in (chosen, rejected)]
     if sides != [chosen, rejected]:
@@ -112,6 +114,15 @@ def _is_text(message: dict[str, Any]) -> bool:
     """Whether a message's content is a string, or parts that are text."""
     content = message.get("content")
     return not isinstance(content, list) or all(isinstance(part, str) or _is_text_part(part) for part in content)
+
+
+def _without_images(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {**m, "content": [part for part in m["content"] if part != IMAGE_PART]}
+        if isinstance(m.get("content"), list)
+        else m
+        for m in messages
+    ]
 
 
 def _is_text_part(part: Any) -> bool:

@@ -7,11 +7,12 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import pyarrow as pa
 from datasets.table import InMemoryTable
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.account import strict_message
 from fastdpo.data.preparing import examine
@@ -19,10 +20,7 @@ from fastdpo.data.reading.exact import features_of, kind_of, to_array
 from fastdpo.data.reading.given import rows_as_pairs
 from fastdpo.data.row_digests import MASK_COLUMNS
 from fastdpo.data.summary import DataSummary
-from fastdpo.data.terms import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from fastdpo.data.terms import DIGEST_COLUMN, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +29,11 @@ _SHOWN = 200  # characters of a row in an error
 
 
 def prepare_stream(
-    rows: datasets.IterableDataset, tokenizer: PreTrainedTokenizerBase, *, strict: bool = False, **how: Any
+    rows: datasets.IterableDataset,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    *,
+    strict: bool = False,
+    **how: Any,
 ) -> datasets.IterableDataset:
     """What :func:`fastdpo.data.prepare` makes of rows, made as they are needed.
 
@@ -41,7 +43,7 @@ def prepare_stream(
     Args:
         rows: of :func:`fastdpo.data.stream_preferences`, or any with the same columns; shuffled by way of a buffer
             (``rows.shuffle(seed=…, buffer_size=…)``) or in their own order.
-        tokenizer: what they are tokenised with.
+        tokenizer: what they are tokenised with: a tokenizer, or a processor, whose images are not supported.
         strict: whether a row that is dropped or doubtful is an error.
         how: what ``prepare`` takes beside these (``max_length``, ``truncation_mode``, …).
 
@@ -81,12 +83,14 @@ def _in_one_column(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokenize(
-    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, strict: bool, how: dict[str, Any]
+    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase | ProcessorMixin, strict: bool, how: dict[str, Any]
 ) -> dict[str, list[Any]]:
     chunk = chunk_of(rows_as_pairs(batch["row"]))
     chunk.info.description = "a stream"  # whose rows are pairs by now
     with _quiet(), _showing_rows(chunk):
         tokenised, kept, summary = examine(chunk, tokenizer, **how)
+    if DIGEST_COLUMN in tokenised.column_names:
+        raise DataError("rows of a stream have images, which is not supported; leave the streaming out.")
     _say(summary, strict)
     kept_rows = tokenised.select(kept).remove_columns(["drop", "warn"])
     columns = {name: kept_rows[name][:] for name in kept_rows.column_names}

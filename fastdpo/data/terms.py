@@ -16,6 +16,9 @@ GROUP_COLUMNS = ("completion_mask", "pair_weights", "ranks", "ref_completion_log
 USED_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 # Someone who brings reference log-probabilities of their own keeps them.
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+# What prepared rows have where some have images: the prompt's text for the processor, a name for the images' bytes, and
+# the images that messages named. Those of columns stay in their columns.
+TEXT_COLUMN, DIGEST_COLUMN, PART_COLUMN = VISION_COLUMNS = ("prompt_text", "images_digest", "part_images")
 
 
 class DataError(InputError):

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Tokens:
-    """A row's ids and fate. The masks are 1 on tokens that count; empty where all do."""
+    """A row's ids and fate. The masks are 1 on tokens that count; empty where all do.
+
+    Attributes:
+        text: the prompt's.
+        lost: the ids at its end that ``prompt`` has not.
+    """
 
     prompt: Ids = field(default_factory=list)
     chosen: Ids = field(default_factory=list)
@@ -28,6 +33,8 @@ class Tokens:
     rejected_mask: Ids = field(default_factory=list)
     drop: str = ""
     warn: list[str] = field(default_factory=list)
+    text: str = ""
+    lost: Ids = field(default_factory=list)
 
 
 class RowTokenizer:
@@ -48,11 +55,11 @@ class RowTokenizer:
 
     def tokenize(self, rows: list[dict[str, Any]], numbers: list[int]) -> list[Tokens]:
         """Rows by name of column, with their numbers in the dataset."""
-        found = [Tokens() for _ in rows]
+        found = [self.new_tokens() for _ in rows]
         texts: list[tuple[Tokens, Text]] = []
         chats: list[tuple[Tokens, Rendered]] = []
         for tokens, row, number in zip(found, rows, numbers, strict=True):
-            read = read_row(row, self._implicit, f"row {number}")
+            read = self._read(tokens, row, f"row {number}")
             if isinstance(read, Row):
                 tokens.warn += read.warn
                 if isinstance(read.pair, Text):
@@ -70,6 +77,13 @@ class RowTokenizer:
                 tokens.warn.append("identical")
         return found
 
+    def new_tokens(self) -> Tokens:
+        """Of a row that has not been looked at."""
+        return Tokens()
+
+    def _read(self, tokens: Tokens, row: dict[str, Any], where: str) -> Row | str:
+        return read_row(row, self._implicit, where)
+
     # ----------------------------------------------------------------------------------------------------------------
     # Message lists
     # ----------------------------------------------------------------------------------------------------------------
@@ -83,6 +97,7 @@ class RowTokenizer:
     def _tokenize_chats(self, chats: list[tuple[Tokens, Rendered]]) -> None:
         groups = self._encoder.encode_groups([(rendered.prompt, *rendered.wholes) for _, rendered in chats])
         for (tokens, rendered), (prompt, chosen, rejected) in zip(chats, groups, strict=True):
+            tokens.text = rendered.prompt
             _part(tokens, prompt, chosen, rejected)
             if not tokens.drop:
                 masks = [
@@ -141,6 +156,7 @@ class RowTokenizer:
         ]
         ids = self._encoder.encode_groups(wholes, add_special_tokens=True)
         for (tokens, text), group, found in zip(texts, wholes, ids, strict=True):
+            tokens.text = text.prompt
             _part(tokens, *self._with_one_bos(tokens, group, found))
             if text.implicit and "prompt_shortened" in tokens.warn:
                 # Where two texts part within a word, nobody said that the prompt ends there.
@@ -181,6 +197,7 @@ def _part(tokens: Tokens, prompt: Ids, chosen: Ids, rejected: Ids) -> None:
     """Fill in the ids: the prompt's are those that all three begin with."""
     boundary = min(_shared(prompt, chosen), _shared(prompt, rejected))
     tokens.prompt, tokens.chosen, tokens.rejected = prompt[:boundary], chosen[boundary:], rejected[boundary:]
+    tokens.lost = prompt[boundary:]
     # With no prompt the first token has no predecessor, so it is not predicted either.
     if not tokens.drop and min(len(tokens.chosen), len(tokens.rejected)) <= (boundary == 0):
         tokens.drop = "empty_completion"

@@ -63,7 +63,7 @@ def show_row(
         Text(f"row {number}", "bold").append(f"  {found}" if found else "", "yellow").append(f"  ({lengths})", "dim")
     )
     if not tokens["chosen_ids"]:  # it never came to tokens
-        fields = [f"{name}: {_shorten(json.dumps(value, ensure_ascii=False))}" for name, value in raw.items()]
+        fields = [f"{name}: {_shorten(_json(value))}" for name, value in raw.items()]
         return Group(heading, *(Text(visible(line)) for line in fields), "")
     table = Table(box=SIMPLE, show_edge=False, pad_edge=False, header_style="dim")
     table.add_column("as written", ratio=1)
@@ -82,11 +82,11 @@ def as_written(value: Any) -> Text:
     lines = []
     for message in value:
         content = message.get("content")
-        shown = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        shown = content if isinstance(content, str) else _json(content)
         text = Text(visible(f"{message['role']}: "), "bold").append(visible(_shorten(shown)), "not bold")
         for name, value in message.items():
             if name not in ("role", "content") and value is not None:
-                said = _shorten(json.dumps(value, ensure_ascii=False, default=str))
+                said = _shorten(_json(value))
                 text.append(visible(f"\n  {name}: {said}"), "not bold")
         lines.append(text)
     return Text("\n").join(lines)
@@ -105,6 +105,15 @@ def _spans(
     if lost:
         parts = [*parts, (whole[-lost:], CUT, False)] if mode == "keep_start" else [(whole[:lost], CUT, True), *parts]
     return [(visible(_shorten(decode(tokenizer, part), keep_end)), look) for part, look, keep_end in parts]
+
+
+def _json(value: Any) -> str:
+    """JSON text of a value; of an image's bytes, how many."""
+
+    def other(inner: Any) -> str:
+        return f"{len(inner):,} bytes" if isinstance(inner, bytes) else str(inner)
+
+    return json.dumps(value, ensure_ascii=False, default=other)
 
 
 def _shorten(text: str, keep_end: bool = False) -> str:

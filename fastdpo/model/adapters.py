@@ -10,9 +10,10 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
+from fastdpo.model.auto_class import auto_class_of
 from fastdpo.model.scoring import evaluating
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -45,12 +46,13 @@ def base_of_adapter(name: str, *, revision: str | None = None) -> str | None:
     return base
 
 
-def load_adapter(name: str, *, revision: str | None = None, **base_kwargs: Any) -> PeftModel:
+def load_adapter(name: str, *, revision: str | None = None, images: bool = False, **base_kwargs: Any) -> PeftModel:
     """The adapter ``name``, to be trained further, on the model that it names.
 
     Args:
         name: a folder, or a Hub id.
         revision: of the adapter; its base's is in its configuration.
+        images: the base is to be one that takes images.
         base_kwargs: for ``from_pretrained`` of the base.
 
     Raises:
@@ -70,7 +72,8 @@ def load_adapter(name: str, *, revision: str | None = None, **base_kwargs: Any) 
         )
     try:
         # By itself, from_pretrained of an adapter's name loads both, and leaves nothing to train.
-        model = AutoModelForCausalLM.from_pretrained(base, revision=config.revision, **base_kwargs)
+        base_kwargs["revision"] = config.revision
+        model = auto_class_of(base, images=images, **base_kwargs).from_pretrained(base, **base_kwargs)
     except (OSError, HFValidationError) as error:  # the latter, for a folder that is not there
         raise OSError(f"the adapter {name} was trained on {base}, which cannot be loaded: {error}") from error
     return PeftModel.from_pretrained(model, name, revision=revision, is_trainable=True)

@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdpo.model.adapters import base_of_adapter, load_tokenizer
+from fastdpo.model.auto_class import auto_class_of
 from fastdpo.model.language_model import language_model
 
 Prompt = str | list[dict[str, Any]]
@@ -86,7 +87,9 @@ def load_for_generation(
         ValueError, OSError: there is no such model, or it cannot be read.
     """
     base = base_of_adapter(name)
-    model: Any = AutoModelForCausalLM.from_pretrained(base or name, dtype=dtype, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    auto_class = auto_class_of(base or name, images=False, **options)
+    model: Any = auto_class.from_pretrained(base or name, dtype=dtype, **options)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     if base is not None:
         model = PeftModel.from_pretrained(model, name)

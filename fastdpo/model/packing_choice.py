@@ -75,6 +75,7 @@ def obstacles_in(
     torch_compile: bool,
     has_aux_loss: bool,
     has_dropout: bool,
+    has_images: bool = False,
 ) -> dict[str, str | None]:
     """Layout -> why a run with these settings cannot have it, or None.
 
@@ -84,10 +85,13 @@ def obstacles_in(
         torch_compile: the model is compiled.
         has_aux_loss: the loss has a load-balancing term.
         has_dropout: the policy has a dropout that is not 0.
+        has_images: rows have images.
     """
     packed = shared = None
     if has_own_collator:
         packed = "data_collator is given, and makes the batches"
+    elif has_images:
+        packed = "rows have images, which are laid out by sequences"
     elif pad_to_multiple_of is not None:
         packed = f"pad_to_multiple_of is {pad_to_multiple_of}, and packed rows are not padded"
     elif torch_compile:

@@ -190,6 +190,7 @@ class Scorer:
         if "row" not in part:
             labels = part["input_ids"].masked_fill(part["completion_mask"] == 0, IGNORE_INDEX)
             ids, mask = part["input_ids"], part["attention_mask"]
+            model_kwargs = {**part.get("vision", {}), **model_kwargs}
             if "forwards" in part:
                 out = self._score_forwards(called, part, labels, outputs, model_kwargs)
             else:

@@ -26,12 +26,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastdpo.data.files import TOKEN_COLUMNS
+from fastdpo.data.images import IMAGE_COLUMNS
 from fastdpo.data.row_digests import MASK_COLUMNS, row_digests, rows_fingerprint
-from fastdpo.data.terms import REFERENCE_COLUMNS
+from fastdpo.data.terms import REFERENCE_COLUMNS, VISION_COLUMNS
 from fastdpo.logps.out_of_memory import is_out_of_memory
 from fastdpo.ref_cache.files import RefCache, RefCacheError
 from fastdpo.ref_cache.key import CacheKey
 
+_SCORED_COLUMNS = (*TOKEN_COLUMNS, *MASK_COLUMNS, *VISION_COLUMNS, *IMAGE_COLUMNS)
 # A kill costs no more than this, and a write is small beside it.
 PART_SECONDS = 20.0
 
@@ -155,9 +157,7 @@ class ReferenceBuilder:
         lengths = longer_lengths(dataset, self.max_length)
         batches = sorted_batches(lengths, batch_size, done)
         share = batches[self.accelerator.process_index :: self.accelerator.num_processes]
-        dataset = dataset.select_columns(
-            [name for name in (*TOKEN_COLUMNS, *MASK_COLUMNS) if name in dataset.column_names]
-        )
+        dataset = dataset.select_columns([name for name in _SCORED_COLUMNS if name in dataset.column_names])
         scored: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         written = time.monotonic()
         told = [0, sum(map(len, share))]  # pairs: done, all

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 _CHUNK = 1 << 24  # elements hashed at a time: 64 MB of float32
 # What a configuration says about the process, the generation or the training, and not about the function computed.
@@ -109,6 +109,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         for state_of_the_last_call in ("truncation", "padding"):
             rules.pop(state_of_the_last_call, None)
     return _sha256_of([rules, tokenizer.eos_token])
+
+
+def image_fingerprint(processor: ProcessorMixin) -> str:
+    """sha256 over what turns images into pixels: the class of the image processor, and its settings."""
+    images = processor.image_processor
+    return _sha256_of([type(images).__name__, json.loads(images.to_json_string())])
 
 
 def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:

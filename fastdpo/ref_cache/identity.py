@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.templates import writes_date
+from fastdpo.data.vision import tokenizer_in
 from fastdpo.ref_cache.fingerprints import (
     config_facts,
+    image_fingerprint,
     template_fingerprint,
     tokenizer_fingerprint,
     weights_fingerprint,
@@ -25,7 +27,7 @@ _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def reference_identity(
     model: PreTrainedModel,
     weights: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
     collator: DataCollator,
     mixed_precision: str,
     ld_alpha: float | None = None,
@@ -36,13 +38,15 @@ def reference_identity(
     Args:
         model: the reference, with an adapter or without.
         weights: those of its tensors that count.
-        tokenizer: what the rows were tokenised with; None if they came tokenised.
+        tokenizer: what the rows were tokenised with, and their images processed; None if they came tokenised.
         collator: what cuts and masks.
         mixed_precision: accelerate's name of the type under autocast; ``no`` for none.
         template_date: the day that a chat template which writes the date was rendered on.
         ld_alpha: what tokens beyond the pair's shorter completion count; None for as much as any.
     """
     dtype = str(model.dtype).removeprefix("torch.")
+    images = f", {image_fingerprint(tokenizer)}" if isinstance(tokenizer, ProcessorMixin) else ""
+    tokenizer = None if tokenizer is None else tokenizer_in(tokenizer)
     collator = getattr(collator, "padded", collator)  # one that packs rows holds the one that cuts them
     kind = collator if hasattr(collator, "__qualname__") else type(collator)
     # Ours under its public name, whichever file it stands in: caches on disk have it.
@@ -53,7 +57,7 @@ def reference_identity(
         "config": config_facts(model.config),
         "weights_dtype": dtype,
         "compute_dtype": str(_AUTOCAST_DTYPES.get(mixed_precision, dtype)).removeprefix("torch."),
-        "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer) + images,
         "chat_template": None if tokenizer is None else _template(tokenizer, template_date),
         "max_length": options.get("max_length"),
         "truncation_mode": options.get("truncation_mode"),
@@ -66,7 +70,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, date: str | None) -> str | Non
     return f"{fingerprint}{DATED}{date}" if date and writes_date(tokenizer) else fingerprint
 
 
-def row_words(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> str:
+def row_words(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None) -> str:
     """Words by which a person knows a tokenised row: how its prompt begins."""
     ids = (row["prompt_ids"] or row["chosen_ids"])[:16]
     return f"it begins with {tokenizer.decode(ids)[:60]!r}" if tokenizer else f"it begins with the tokens {ids}"

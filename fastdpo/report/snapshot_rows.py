@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset
 
+from fastdpo.data.terms import DIGEST_COLUMN
 from fastdpo.trainer.trainer import DPOTrainer
 
 # Longer prompts are not completed: their cost would have no bound, and nobody reads them.
@@ -50,12 +51,15 @@ def evenly_ordered(rows: list[int]) -> list[int]:
 
 
 def different_prompts(dataset: Dataset, count: int) -> list[dict[str, Any]]:
-    """Rows with prompts short enough to complete, no two of them alike; as many as are found among some more."""
+    """Rows with prompts short enough to complete, no two of them alike; as many as are found among some more.
+
+    Prompts with images are none: they are completed from token ids alone.
+    """
     found: dict[tuple[int, ...], dict[str, Any]] = {}
     candidates: Sequence[int] = spread(len(dataset), min(len(dataset), 8 * count))
     for i in candidates:
         row = dataset[i]
-        if 0 < len(row["prompt_ids"]) <= LONGEST_PROMPT:
+        if 0 < len(row["prompt_ids"]) <= LONGEST_PROMPT and not row.get(DIGEST_COLUMN):
             found.setdefault(tuple(row["prompt_ids"]), row)
     rows = list(found.values())
     return [rows[i] for i in spread(len(rows), min(len(rows), count))]

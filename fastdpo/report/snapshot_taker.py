@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 
 from fastdpo.data.files import TOKEN_COLUMNS
+from fastdpo.data.vision import tokenizer_in
 from fastdpo.model.generation import Drawing, complete
 from fastdpo.model.language_model import language_model
 from fastdpo.model.scoring import evaluating
@@ -110,12 +111,12 @@ class SnapshotTaker:
         return {"chosen_rewards": sums["chosen_reward"], "rejected_rewards": sums["rejected_reward"]}
 
     def _take_samples(self, budget: LookBudget, like: Snapshot | None) -> dict[str, Any]:
-        tokenizer = self._trainer.processing_class
+        processing_class = self._trainer.processing_class
         if self._size.samples == 0:
             return {"no_samples": "--report_samples is 0"}
-        if tokenizer is None:
+        if processing_class is None:
             return {"no_samples": "the data came as token ids, and there is no tokenizer to read them with"}
-        model = self._trainer.model
+        tokenizer, model = tokenizer_in(processing_class), self._trainer.model
         before = like if like and like.samples else None
         asked = before.max_new_tokens if before else self._size.max_new_tokens
         drawing = Drawing(
@@ -132,7 +133,7 @@ class SnapshotTaker:
         elif self._size.samples is None and self._rows:  # a prompt costs less to read than a pair to score
             rows = rows[: max(1, int(budget.half / 2 / budget.seconds_per_pair))]
         if not rows:
-            return {"no_samples": f"no prompt of the rows looked at has between 1 and {longest} tokens"}
+            return {"no_samples": f"no prompt of the rows looked at has between 1 and {longest} tokens and no image"}
         texts = complete(model, tokenizer, [row["prompt_ids"] for row in rows], drawing)
 
         cut = max((text.tokens for text in texts if not text.ended), default=drawing.max_new_tokens)

@@ -6,8 +6,9 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from fastdpo.data.images import may_have_images
 from fastdpo.data.terms import REFERENCE_COLUMNS
 from fastdpo.model.adapters import HAS_ADAPTER, has_transformers_adapter, is_adapter
 from fastdpo.model.quantization import refuse_quantized_alone
@@ -60,8 +61,10 @@ def check_arguments(
             "transformers.Trainer would bring back one alone from a checkpoint. Merge those that are not trained into "
             "the base (merge_and_unload), and give peft_config for a new one; or train the one that is there further"
         )
-    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
-        raise TypeError(f"processing_class is a {type(processing_class).__name__}; it should be a tokenizer")
+    if processing_class is not None and not isinstance(processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
+        raise TypeError(
+            f"processing_class is a {type(processing_class).__name__}; it should be a tokenizer, or a processor"
+        )
     if data_collator is not None and args.max_tokens_per_batch is not None:
         raise ValueError(
             f"max_tokens_per_batch is {args.max_tokens_per_batch}, but data_collator is given, and makes the "
@@ -70,7 +73,7 @@ def check_arguments(
     if not isinstance(train_dataset, (Dataset, IterableDataset)):
         raise TypeError(f"train_dataset is a {type(train_dataset).__name__}; it should be a datasets.Dataset")
     if isinstance(train_dataset, IterableDataset):
-        _check_stream(args)
+        _check_stream(args, images=may_have_images(train_dataset))
     given = [name for name in REFERENCE_COLUMNS if name in columns_of(train_dataset)]
     if len(given) == 1:
         raise ValueError(f"train_dataset has the column {given[0]} alone; it should have both, or neither")
@@ -89,8 +92,12 @@ def check_arguments(
             )
 
 
-def _check_stream(args: DPOConfig) -> None:
+def _check_stream(args: DPOConfig, *, images: bool) -> None:
     """Raises for what a run on pairs that are read as they are needed cannot have."""
+    if images:
+        raise NotImplementedError(
+            "train_dataset is a stream of rows with images, which is not supported; leave the streaming out"
+        )
     if args.max_steps <= 0:
         raise ValueError(
             "train_dataset is a stream, of which nobody knows how many pairs it has: give max_steps (--max_steps)"
@@ -104,6 +111,16 @@ def _check_stream(args: DPOConfig) -> None:
         raise NotImplementedError(
             f"train_dataset is a stream, which is not supported on {args.world_size} processes; leave streaming out"
         )
+
+
+def find_unused_parameters(args: DPOConfig) -> None:
+    """Has DDP look for them, unless it was told: a batch without images leaves the vision tower out.
+
+    Not with reentrant checkpointing, which fails with it.
+    """
+    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    if args.ddp_find_unused_parameters is None and not reentrant:
+        args.ddp_find_unused_parameters = True
 
 
 def check_distribution(args: DPOConfig, kind: str | None, *, has_reference: bool, is_fsdp2: bool) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias, cast
+from dataclasses import fields
+from typing import Any, TypeAlias, cast
 
+import numpy as np
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.files import TOKEN_COLUMNS
@@ -14,15 +16,21 @@ from fastdpo.data.preparing import prepare
 from fastdpo.data.streaming import columns_of_stream, prepare_stream
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.templates import read_template
+from fastdpo.data.terms import DIGEST_COLUMN
+from fastdpo.data.vision import tokenizer_in
+from fastdpo.data.vision_collator import VisionCollator
 from fastdpo.data.vocabulary import check_vocabulary
-from fastdpo.model.adapters import load_tokenizer
 from fastdpo.model.language_model import language_model
+from fastdpo.model.vision import load_processing_class
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.models import revision_of
 
 # What Trainer takes for evaluation: a dataset, or several by name.
 EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 TrainDataset: TypeAlias = Dataset | IterableDataset
+ProcessingClass: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
+
+_LOOKED_AT = 16  # rows among which one with images is chosen to look at the model with
 
 
 class DatasetPreparer:
@@ -30,13 +38,15 @@ class DatasetPreparer:
 
     Args:
         source: name or path of the model, whose tokenizer is taken where none is given.
-        tokenizer: what the rows are tokenised with.
+        tokenizer: what the rows are tokenised with: a tokenizer, or the processor of a vision-language model.
         args: the run's.
         needs_tokenizer: there are rows to tokenise.
+        images: rows have some.
         vocab_size: how many tokens the model has embeddings for.
 
     Attributes:
         tokenizer: the one that was given or found; None where there is none, and none is needed.
+        pictured: a row with images of the datasets that were prepared; None where none has some.
         summaries: what :func:`fastdpo.data.prepare` said about each dataset that it tokenised, by name.
 
     Raises:
@@ -46,17 +56,21 @@ class DatasetPreparer:
     def __init__(
         self,
         source: str,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: ProcessingClass | None,
         args: DPOConfig,
         *,
         needs_tokenizer: bool,
+        images: bool,
         vocab_size: int,
     ) -> None:
-        self._source, self._args, self._vocab_size = source, args, vocab_size
-        self.tokenizer = find_tokenizer(source, args, needed=needs_tokenizer) if tokenizer is None else tokenizer
+        self._source, self._args, self._vocab_size, self._images = source, args, vocab_size, images
+        self.tokenizer = tokenizer
+        if tokenizer is None:
+            self.tokenizer = find_tokenizer(source, args, needed=needs_tokenizer, images=images)
         if self.tokenizer is not None and args.chat_template_path is not None:
             self.tokenizer.chat_template = read_template(args.chat_template_path)  # and the model is saved with it
         self.summaries: dict[str, DataSummary] = {}
+        self.pictured: dict[str, Any] | None = None
 
     def prepare_to_train(self, dataset: TrainDataset) -> TrainDataset:
         """The dataset to train on: all of it, as :meth:`prepare` does, or a stream, whose rows are tokenised later.
@@ -94,7 +108,9 @@ class DatasetPreparer:
         if not isinstance(dataset, Dataset):
             raise TypeError(f"the {name} dataset is a {type(dataset).__name__}; it should be a datasets.Dataset")
         if is_tokenised(dataset):
-            check_vocabulary(dataset, self._vocab_size, self.tokenizer)
+            known = None if self.tokenizer is None else tokenizer_in(self.tokenizer)
+            check_vocabulary(dataset, self._vocab_size, known)
+            self._see_images(dataset)
             return dataset
         args = self._args
         tokenizer = self._some_tokenizer()
@@ -112,12 +128,37 @@ class DatasetPreparer:
                 template_date=args.template_date,
                 vocab_size=self._vocab_size,
             )
+        self._see_images(dataset)
         return dataset
 
-    def _some_tokenizer(self) -> PreTrainedTokenizerBase:
+    def _see_images(self, dataset: Dataset) -> None:
+        if DIGEST_COLUMN not in dataset.column_names:
+            return
+        if not isinstance(self.tokenizer, ProcessorMixin):
+            raise ValueError("the rows have images, for which processing_class should be the model's processor")
+        if self.pictured is None:
+            numbers = np.flatnonzero(np.array(dataset[DIGEST_COLUMN]) != "")[:_LOOKED_AT]
+            rows = [dataset[int(number)] for number in numbers]
+            # Long answers, in which there is something to be seen.
+            self.pictured = max(rows, key=lambda row: min(len(row[side]) for side in TOKEN_COLUMNS[1:]), default=None)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any row of the datasets that were prepared has some."""
+        return self.pictured is not None
+
+    def collator(self, padded: PreferenceCollator) -> PreferenceCollator:
+        """What makes padded batches of the datasets that were prepared, where ``padded`` makes those of text."""
+        if not self.has_images:
+            return padded
+        options = {field.name: getattr(padded, field.name) for field in fields(padded)}
+        return VisionCollator(cast(ProcessorMixin, self.tokenizer), **options)
+
+    def _some_tokenizer(self) -> ProcessingClass:
         if self.tokenizer is not None:
             return self.tokenizer
-        tokenizer = cast(PreTrainedTokenizerBase, find_tokenizer(self._source, self._args, needed=True))
+        tokenizer = find_tokenizer(self._source, self._args, needed=True, images=self._images)
+        assert tokenizer is not None
         if self._args.chat_template_path is not None:
             tokenizer.chat_template = read_template(self._args.chat_template_path)
         return tokenizer
@@ -130,11 +171,13 @@ class DatasetPreparer:
 
 
 def make_collator(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig
+    model: PreTrainedModel | PeftModel, tokenizer: ProcessingClass | None, args: DPOConfig
 ) -> PreferenceCollator:
     """What makes padded batches of rows, as the settings have it."""
     return PreferenceCollator(
-        pad_token_id=pad_token_id(model, tokenizer, args.pad_token),
+        pad_token_id=pad_token_id(
+            model, tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer, args.pad_token
+        ),
         max_length=args.max_length,
         truncation_mode=args.truncation_mode,
         pad_to_multiple_of=args.pad_to_multiple_of,
@@ -162,8 +205,8 @@ def _check_there_is_a_batch(pairs: int, args: DPOConfig) -> None:
         )
 
 
-def find_tokenizer(source: str, args: DPOConfig, *, needed: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer saved with the model ``source``. None where there is none, which raises if it is ``needed``."""
+def find_tokenizer(source: str, args: DPOConfig, *, needed: bool, images: bool = False) -> ProcessingClass | None:
+    """The tokenizer, or processor, saved with the model ``source``. None for none, which raises if it is ``needed``."""
     if not source:
         if needed:
             raise ValueError(
@@ -172,7 +215,9 @@ def find_tokenizer(source: str, args: DPOConfig, *, needed: bool) -> PreTrainedT
             )
         return None
     try:
-        return load_tokenizer(source, revision=revision_of(args), trust_remote_code=args.trust_remote_code)
+        return load_processing_class(
+            source, images=images, revision=revision_of(args), trust_remote_code=args.trust_remote_code
+        )
     except (OSError, ValueError):
         if needed:
             raise

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from fastdpo.errors import DivergedError, InputError
 from fastdpo.trainer.checkpoints import find_checkpoints
@@ -36,7 +36,7 @@ class FiniteRuns(Trainer):
     args: DPOConfig
     # Narrower than Trainer has them.
     model: PreTrainedModel | PeftModel
-    processing_class: PreTrainedTokenizerBase | None
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

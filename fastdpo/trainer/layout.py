@@ -32,6 +32,7 @@ class BatchLayout:
         args: the run's.
         accelerator: the run's.
         has_own_collator: the caller gave a collator.
+        has_images: rows have images.
         has_aux_loss: the loss has a load-balancing term.
         weights_come_later: the models cannot be run yet: :meth:`look_once` does what is left.
 
@@ -50,6 +51,7 @@ class BatchLayout:
         accelerator: Accelerator,
         *,
         has_own_collator: bool,
+        has_images: bool,
         has_aux_loss: bool,
         weights_come_later: bool,
     ) -> None:
@@ -64,6 +66,7 @@ class BatchLayout:
                 torch_compile=args.torch_compile,
                 has_aux_loss=has_aux_loss,
                 has_dropout=has_dropout(policy.model),
+                has_images=has_images,
             ),
             max_length=args.max_length,
             device=accelerator.device,
@@ -72,8 +75,9 @@ class BatchLayout:
             unchecked=weights_come_later,
         )
         # Processes meet in every forward of a model that is sharded, and have to have as many. A load-balancing loss is
-        # of all tokens of a batch. Every shape would be compiled.
-        divides = not (has_own_collator or has_aux_loss or args.torch_compile) and accelerator.num_processes == 1
+        # of all tokens of a batch. Every shape would be compiled. A sequence's images are not told apart.
+        whole = has_own_collator or has_images or has_aux_loss or args.torch_compile
+        divides = not whole and accelerator.num_processes == 1
         kind = accelerator.device.type
         self._forward_cost = FORWARD_COST.get(kind, ACCELERATOR_FORWARD_COST) if divides else None
         # A reference for the cache is asked before the training, and checked then.

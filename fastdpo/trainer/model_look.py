@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -12,6 +14,7 @@ from fastdpo.model.model_check import check_causal
 from fastdpo.model.randomness import randomness_left
 from fastdpo.model.router_loss import has_router_loss, may_have_router_loss, router_loss_coef
 from fastdpo.model.scoring import Scorer, are_alike
+from fastdpo.model.vision_check import check_images
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.models import compute_dtype
 
@@ -26,6 +29,7 @@ class ModelLook:
         reference: what it is compared with, where that has a model of its own.
         args: the run's.
         accelerator: the run's.
+        example: gives a pair with images as a batch, on the device; None where no row has some.
 
     Attributes:
         aux_loss_coef: the weight of a mixture of experts' load-balancing loss; 0 for none. Until the look, what the
@@ -35,7 +39,15 @@ class ModelLook:
         ValueError: a weight is given, and the model has no such loss.
     """
 
-    def __init__(self, policy: Scorer, reference: Scorer | None, args: DPOConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        policy: Scorer,
+        reference: Scorer | None,
+        args: DPOConfig,
+        accelerator: Accelerator,
+        example: Callable[[], dict[str, Any]] | None = None,
+    ) -> None:
+        self._example = example
         self._policy, self._reference, self._args, self._accelerator = policy, reference, args, accelerator
         self._is_done = False
         asked = args.router_aux_loss_coef
@@ -47,7 +59,8 @@ class ModelLook:
         """Look, unless that was done; ``model`` is the policy as it is called now, where something is around it.
 
         Raises:
-            NotImplementedError: a model cannot be run, or sees the future; the message names it.
+            NotImplementedError: a model cannot be run, sees the future, or does not look at images; the message names
+                it.
             ValueError: as above, found by looking.
         """
         if self._is_done:
@@ -62,6 +75,8 @@ class ModelLook:
         with self._accelerator.autocast():
             for scorer in scorers:
                 check_causal(scorer, device, dtype)
+                if self._example is not None:
+                    check_images(scorer, self._example(), device, dtype)
             noise = randomness_left(policy, device) if self._args.disable_dropout else None
             if noise is not None and self._accelerator.is_main_process:
                 logger.warning("%s.", noise)

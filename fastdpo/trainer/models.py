@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from accelerate import Accelerator
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fastdpo.model.adapters import (
     adapters_are_neutral,
@@ -18,6 +18,7 @@ from fastdpo.model.adapters import (
     is_adapter,
     load_adapter,
 )
+from fastdpo.model.auto_class import auto_class_of
 from fastdpo.model.language_model import described, language_model
 from fastdpo.model.quantization import make_trainable
 from fastdpo.model.randomness import disable_dropout
@@ -35,6 +36,7 @@ def make_models(
     *,
     needs_reference: bool,
     is_sharded: bool,
+    images: bool = False,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedModel | PeftModel | None]:
     """The policy, and the reference's own model; None where it has none, as with a new adapter, or is not needed.
 
@@ -42,19 +44,20 @@ def make_models(
         model, ref_model, args, peft_config: the trainer's.
         needs_reference: during training; one that is asked beforehand is the policy as it is then.
         is_sharded: over processes, by FSDP or ZeRO-3, so that the weights cannot be looked at yet.
+        images: the data has some.
 
     Raises:
         ValueError: there is nothing that can be trained.
         NotImplementedError: the model or its reference is not supported; the message names it.
     """
     name = model if isinstance(model, str) else None
-    policy = load_model(model, args) if isinstance(model, str) else model
+    policy = load_model(model, args, images=images) if isinstance(model, str) else model
     if peft_config is not None:
         policy = get_peft_model(policy, peft_config)
     check_trainable(policy, args, is_sharded=is_sharded)
     if ref_model is None and needs_reference:
         if not isinstance(policy, PeftModel):
-            ref_model = load_model(name, args) if name else copy.deepcopy(policy)
+            ref_model = load_model(name, args, images=images) if name else copy.deepcopy(policy)
         elif is_sharded:
             # Whether an adapter that was given is new cannot be seen yet: the check at the first step finds out.
             if name and peft_config is None:
@@ -71,15 +74,19 @@ def make_models(
     return policy, ref_model
 
 
-def load_model(name: str, args: DPOConfig) -> PreTrainedModel | PeftModel:
-    """The model or adapter of this name or path, with ``args.model_init_kwargs``; an adapter to be trained further."""
+def load_model(name: str, args: DPOConfig, *, images: bool = False) -> PreTrainedModel | PeftModel:
+    """The model or adapter of this name or path, with ``args.model_init_kwargs``; an adapter to be trained further.
+
+    With ``images``, one that takes them.
+    """
     # float32 weights: steps of 1e-6 are lost in bfloat16 ones.
     kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **args.init_kwargs}
     if kwargs.get("quantization_config") is not None and args.device.type == "cpu":
         kwargs.setdefault("device_map", {"": "cpu"})  # by itself, it goes to the accelerator that use_cpu rules out
     if is_adapter(name, revision=kwargs.get("revision")):
-        return load_adapter(name, **kwargs)
-    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        return load_adapter(name, images=images, **kwargs)
+    model: PreTrainedModel = auto_class_of(name, images=images, **kwargs).from_pretrained(name, **kwargs)
+    return model
 
 
 def revision_of(args: DPOConfig) -> str | None:

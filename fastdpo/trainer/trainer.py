@@ -15,10 +15,12 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import DataCollator, PreTrainedModel, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from fastdpo.data.collator import PreferenceCollator
+from fastdpo.data.images import may_have_images
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.terms import REFERENCE_COLUMNS
 from fastdpo.model.head import FusedHead
@@ -26,10 +28,17 @@ from fastdpo.model.language_model import language_model
 from fastdpo.model.packing_choice import Packing
 from fastdpo.model.scoring import Scorer, count_pairs, micro_batches, sums_of_rows
 from fastdpo.ref_cache.build import CachedSplit
-from fastdpo.trainer.arguments import check_arguments, check_distribution
+from fastdpo.trainer.arguments import check_arguments, check_distribution, find_unused_parameters
 from fastdpo.trainer.batches import PairBatches
 from fastdpo.trainer.config import DPOConfig
-from fastdpo.trainer.datasets import DatasetPreparer, TrainDataset, columns_of, is_tokenised, make_collator
+from fastdpo.trainer.datasets import (
+    DatasetPreparer,
+    ProcessingClass,
+    TrainDataset,
+    columns_of,
+    is_tokenised,
+    make_collator,
+)
 from fastdpo.trainer.finite_runs import FiniteRuns, refuse_not_finite
 from fastdpo.trainer.fsdp2 import keep_output_dtypes, whole_weights
 from fastdpo.trainer.hub import HubUploads
@@ -80,7 +89,8 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         data_collator: by default ``fastdpo.data.PreferenceCollator``, whose batches another one must also make.
         train_dataset, eval_dataset: ``datasets.Dataset``; for evaluation also a dict of them. To train on, also a
             ``datasets.IterableDataset``, whose rows are tokenised as they are needed.
-        processing_class: the tokenizer; by default the one that was saved with the model.
+        processing_class: the tokenizer, or the processor of a vision-language model, whose rows may have images; by
+            default the one that was saved with the model.
         callbacks, optimizers: as for ``Trainer``.
         peft_config: puts a new adapter on ``model``.
 
@@ -98,7 +108,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
     # Narrower than Trainer has them.
     args: DPOConfig
     model: PreTrainedModel | PeftModel
-    processing_class: PreTrainedTokenizerBase | None
+    processing_class: ProcessingClass | None
     train_dataset: TrainDataset
 
     # compute_loss divides by the pairs of the accumulation window.
@@ -113,7 +123,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         data_collator: DataCollator | None = None,
         train_dataset: TrainDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: ProcessingClass | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
@@ -126,6 +136,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         set_seed(args.seed)  # a new adapter is random
         later = _weights_come_later(args)
         has_reference_columns = set(REFERENCE_COLUMNS) <= set(columns_of(train_dataset))
+        images = may_have_images(train_dataset)
         asks_reference = args.loss_options.takes_reference and not has_reference_columns
         policy, ref_model = make_models(
             model,
@@ -134,6 +145,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
             peft_config,
             needs_reference=asks_reference and not args.precompute_ref_log_probs,
             is_sharded=later,
+            images=images,
         )
         if not later:
             refuse_not_finite({"the model": policy, "the reference model": ref_model})
@@ -145,15 +157,20 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
             processing_class,
             args,
             needs_tokenizer=not is_tokenised(train_dataset),
+            images=images,
             vocab_size=language_model(policy).config.get_text_config().vocab_size,
         )
         tokenizer = self._preparer.tokenizer
         padded = make_collator(policy, tokenizer, args) if data_collator is None else data_collator
         train_dataset = self._preparer.prepare_to_train(train_dataset)
+        if self._preparer.has_images:
+            find_unused_parameters(args)
         if isinstance(train_dataset, IterableDataset):
             # It would cut batches as if each tensor's rows were pairs.
             cast(AcceleratorConfig, args.accelerator_config).dispatch_batches = False
         eval_dataset = self._preparer.prepare_all(eval_dataset, "eval")
+        if data_collator is None:
+            padded = self._preparer.collator(cast(PreferenceCollator, padded))
 
         self._policy = Scorer(policy, policy, FusedHead(policy))
         if not later:
@@ -183,7 +200,14 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         self._reference = Reference(self._policy, ref_model, args, self.accelerator, in_columns=has_reference_columns)
         # FSDP leaves the model where it was loaded until the training loop shards it.
         later = later or self.is_fsdp_enabled
-        self._look = ModelLook(self._policy, self._reference.scorer, args, self.accelerator)
+        pictured = None if data_collator is not None else self._preparer.pictured
+        self._look = ModelLook(
+            self._policy,
+            self._reference.scorer,
+            args,
+            self.accelerator,
+            None if pictured is None else lambda: self._prepare_inputs(padded([pictured])),
+        )
         if not later:
             self._look.once()
         self._losses = BatchLosses(self._policy, self._reference, args.loss_options, self._look.aux_loss_coef)
@@ -193,6 +217,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
             args,
             self.accelerator,
             has_own_collator=data_collator is not None,
+            has_images=self._preparer.has_images,
             has_aux_loss=bool(self._look.aux_loss_coef),
             weights_come_later=later,
         )

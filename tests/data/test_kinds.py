@@ -91,7 +91,7 @@ ERRORS = {
     "tools that are no JSON": ("a.jsonl", jsonl(chat(tools="[{")), "row 0, tools: not valid JSON"),
     "tools that are no list": ("a.jsonl", jsonl(chat(tools="5")), "row 0, tools: needed a list of tools"),
     "template arguments that are text": ("a.jsonl", jsonl(chat(chat_template_kwargs="x")), "needed an object, found a"),
-    "images": ("a.jsonl", jsonl(text(image="x.png")), "column 'image' holds something, but only text"),
+    "images": ("a.jsonl", jsonl(text(image="x.png")), "column 'image' holds something, but this model"),
     "videos": ("a.jsonl", jsonl(text(videos=[]), text(videos=["x.mp4"])), "column 'videos' holds something"),
     "a text file": ("a.txt", LINE.encode(), r"unknown extension '\.txt'"),
     "a zip archive": ("a.zip", b"PK\x03\x04", r"unknown extension '\.zip'"),

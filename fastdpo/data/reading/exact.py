@@ -17,6 +17,7 @@ import datasets
 import pyarrow as pa
 from datasets.features import features as feature_types
 
+from fastdpo.data.images import IMAGE_COLUMNS, IMAGES_FEATURE, are_images, as_images
 from fastdpo.data.terms import TOKEN_COLUMNS, USED_COLUMNS, DataError, type_name
 
 _EXACT_WHOLE = 2**53  # the integers up to it are float64s, too
@@ -55,6 +56,7 @@ _TYPES: dict[str, Any] = {
     "whole": datasets.Value("int64"),
     "number": datasets.Value("float64"),
     "ids": datasets.List(datasets.Value("int64")),
+    "images": IMAGES_FEATURE,
     "json": Exact(),
 }
 
@@ -68,6 +70,8 @@ def kind_of(values: Sequence[Any], column: str) -> str:
     types = {type(value) for value in values} - {type(None)}
     if not types:
         return "null"
+    if column in IMAGE_COLUMNS and all(map(are_images, values)):
+        return "images"
     if types == {str}:
         return "text"
     if types == {bool}:
@@ -98,6 +102,8 @@ def features_of(kinds: dict[str, str]) -> datasets.Features:
 
 def to_array(values: Sequence[Any], kind: str, column: str) -> pa.Array:
     """The values as Arrow keeps a column of the kind."""
+    if kind == "images":
+        values = [as_images(value) for value in values]
     if kind == "json":
 
         def refuse(value: Any) -> Any:

@@ -12,12 +12,15 @@ import datasets
 from fastdpo.data.formats.convert import convert, read_as
 from fastdpo.data.formats.messages import split_at_shared
 from fastdpo.data.formats.registry import definition_of
+from fastdpo.data.images import resolved
 from fastdpo.data.reading.opening import DataFile
 from fastdpo.data.reading.origins import origins_of, remember
 from fastdpo.data.reading.rows import rows_of
 from fastdpo.data.reading.store import Facts, digest_of, key_of, stored
 from fastdpo.data.reading.table_rows import dataset_rows, fills_in_nulls
 from fastdpo.data.terms import DataError
+
+_NAMES_IMAGES = "names_images"  # in what is known of a file
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,14 @@ def read_files(files: Sequence[DataFile], how: How) -> datasets.Dataset:
     for file in files:
         with file.reading():
             digests.append([digest_of(file), file.format])
-    dataset, facts = stored(key_of("files", digests, how.key()), lambda facts: rows_of_files(files, how, facts))
+
+    def read(*folders: list[str]) -> tuple[datasets.Dataset, Facts]:
+        key = key_of("files", digests, how.key(), *folders)
+        return stored(key, lambda facts: rows_of_files(files, how, facts))
+
+    dataset, facts = read()
+    if any(fact.get(_NAMES_IMAGES) for fact in facts):  # equal files beside other images
+        dataset, facts = read([str(file.path.resolve().parent) for file in files])
     dataset.info.description = read_as(facts, [file.name for file in files])
     remember(dataset, [(file.name, partial(_pairs_of, file, files, how)) for file in files])
     return dataset
@@ -99,8 +109,19 @@ def with_prompts(rows: Iterable[dict[str, Any]], source: str) -> Iterator[dict[s
 
 
 def file_rows(file: DataFile, how: How, facts: Facts) -> Iterator[dict[str, Any]]:
-    """The pairs of one file."""
-    return convert(rows_of(file), file.name, format=how.format, columns=how.columns, facts=facts)
+    """The pairs of one file, and of its folder where they name images."""
+    folder, names_images = file.path.resolve().parent, False
+
+    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+        nonlocal names_images
+        for place, row in rows_of(file):
+            whole = resolved(row, folder)
+            names_images = names_images or whole is not row
+            yield place, whole
+
+    yield from convert(rows(), file.name, format=how.format, columns=how.columns, facts=facts)
+    if names_images:
+        facts[-1][_NAMES_IMAGES] = True
 
 
 def rows_of_dataset(dataset: datasets.Dataset, source: str, how: How, facts: Facts) -> Iterator[dict[str, Any]]:

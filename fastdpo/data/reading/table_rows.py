@@ -16,6 +16,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastdpo.data.images import IMAGE_COLUMNS
 from fastdpo.data.reading.exact import Exact
 from fastdpo.data.reading.opening import DataFile
 
@@ -53,7 +54,8 @@ def dataset_rows(dataset: datasets.Dataset) -> Iterator[tuple[str, dict[str, Any
 def fills_in_nulls(dataset: datasets.Dataset) -> bool:
     """Whether a struct in a column has a null."""
     table = dataset.data
-    return any(_null_in_struct(chunk) for column in table.columns for chunk in column.chunks)
+    names = [name for name in table.column_names if name not in IMAGE_COLUMNS]  # which have a path or bytes
+    return any(_null_in_struct(chunk) for name in names for chunk in table.column(name).chunks)
 
 
 def _null_in_struct(array: pa.Array) -> bool:
