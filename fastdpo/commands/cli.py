@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from fastdpo.commands.help_page import HelpPage
 from fastdpo.commands.quick_help import print_help
 from fastdpo.commands.quiet import hush_other_libraries
-from fastdpo.commands.streams import ReaderGoneError, safe_streams
+from fastdpo.commands.streams import ReaderGoneError, open_what_is_closed, safe_streams
 from fastdpo.data.visible import visible
 from fastdpo.errors import BAD_INPUT, INTERRUPTED, READER_GONE, Stopped, UsageError
 
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         SIGUSR1, 129 after SIGHUP, 141 where nobody reads standard output any more and there was nothing else to do.
         ``--help`` and ``--version`` return 0. Errors that are not about the input propagate.
     """
+    if argv is None:
+        open_what_is_closed()
     try:
         args = _make_parser().parse_args(argv)
     except SystemExit as exit_:

@@ -76,6 +76,21 @@ class SafeStream:
             os.close(nowhere)
 
 
+def open_what_is_closed() -> None:
+    """Give a process that was started without a standard stream (``>&-``) one that leads nowhere.
+
+    Python has None in its place; and the next file that is opened would get its number, and with it whatever a library
+    prints.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, errors="backslashreplace", closefd=False))  # noqa: SIM115 (for good)
+
+
 class ReaderGoneError(Exception):
     """Whoever read a command's output has closed it, as ``head`` does, and there is nothing else to do."""
 

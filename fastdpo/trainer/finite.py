@@ -19,12 +19,14 @@ class NotFinite:
         rows: of each micro-batch, the positions in it of the rows whose losses are not finite.
         gradients: names of the parameters whose gradients are not.
         trained: how many parameters had a gradient.
+        norm: the gradients' norm is not finite.
     """
 
     step: int
     rows: list[list[int]] = field(default_factory=list)
     gradients: list[str] = field(default_factory=list)
     trained: int = 0
+    norm: bool = False
 
 
 class FiniteWatch:
@@ -38,6 +40,7 @@ class FiniteWatch:
         self._losses: list[Tensor] = []
         self._names: list[str] = []
         self._gradients: Tensor | None = None
+        self._norm: Tensor | None = None
         self._pending: list[_Flags] = []
 
     def see_losses(self, losses: Tensor) -> None:
@@ -49,6 +52,11 @@ class FiniteWatch:
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         self._names, self._gradients = list(gradients), _are_finite(gradients.values())
 
+    def see_norm(self, norm: Tensor | float) -> None:
+        """That of the gradients: a sum of squares, which may be infinite where none of them is."""
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+        self._norm = torch.isfinite(norm.detach()).reshape(1)
+
     def end_of_step(self, step: int, device: torch.device) -> NotFinite | None:
         """What is known by now of steps up to this one; None where all was finite.
 
@@ -56,12 +64,12 @@ class FiniteWatch:
             step: the number of the step, from 1 on, before the optimiser's.
             device: of the model.
         """
-        flags = [*self._losses, *([] if self._gradients is None else [self._gradients])]
+        flags = [*self._losses, *(part for part in (self._gradients, self._norm) if part is not None)]
         sizes = [len(part) for part in self._losses]
         if flags:
             names = self._names if self._gradients is not None else []
             self._pending.append(_Flags(step, torch.cat([part.to(device) for part in flags]), sizes, names))
-        self._losses, self._gradients = [], None
+        self._losses, self._gradients, self._norm = [], None, None
         return self._read(keep=0 if device.type == "cpu" else 1)
 
     def all_so_far(self) -> NotFinite | None:
@@ -106,8 +114,9 @@ class _Flags:
         for size in self._sizes:
             pairs.append([i for i, flag in enumerate(flags[begin : begin + size]) if not flag])
             begin += size
-        gradients = [name for name, flag in zip(self._names, flags[begin:], strict=True) if not flag]
-        return NotFinite(self._step, pairs, gradients, len(self._names))
+        end = begin + len(self._names)
+        gradients = [name for name, flag in zip(self._names, flags[begin:end], strict=True) if not flag]
+        return NotFinite(self._step, pairs, gradients, len(self._names), norm=not all(flags[end:]))
 
 
 def weights_not_finite(model: nn.Module) -> list[str]:

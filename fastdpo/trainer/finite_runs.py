@@ -58,8 +58,11 @@ class FiniteRuns(Trainer):
         # Called in every step, right before the optimiser's; clipped before, if they are.
         if grad_norm is None:
             self._see_gradients(model)
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        if norm is not None and self.accelerator.scaler is None:
+            self.watch.see_norm(norm)
         self._stop_if(self.watch.end_of_step(self.state.global_step + 1, self.args.device))
-        return super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        return norm
 
     def _see_gradients(self, model: nn.Module) -> None:
         # A gradient scaler looks for infinities by itself, passes such steps over, and scales less.
@@ -67,7 +70,7 @@ class FiniteRuns(Trainer):
             self.watch.see_gradients(model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As ``Trainer``'s; raises before a loss that is no number is written anywhere.
+        """As ``Trainer``'s, of what is finite; raises before a loss that is no number is written anywhere.
 
         Raises:
             DivergedError: it is not finite.
@@ -75,17 +78,19 @@ class FiniteRuns(Trainer):
         if "loss" in logs or "train_loss" in logs:
             # Reading the loss has waited for the device. After the last step all processes are still here.
             self._stop_if(self.watch.all_so_far())
-        if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
+        for name in ("loss", "train_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
                 raise DivergedError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}, though that of each pair is finite: "
-                    f"too large for {self._what_is_kept()}"
+                    f"the loss is {logs[name]} at step {self.state.global_step}, though that of each pair is finite: "
+                    f"too large for float32. {self._what_is_kept()}"
                 )
+        if "loss" in logs:
             self._warn_of_blow_up(logs["loss"])
         if "train_loss" in logs and self.state.global_step == self._initial_global_step:
             del logs["train_loss"]  # Trainer's mean over no steps
         self._warn_of_evaluation(logs)
-        super().log(logs, start_time)
+        # A gradient scaler makes infinite norms, on its way down; JSON has no word for them.
+        super().log({name: value for name, value in logs.items() if _is_finite(value)}, start_time)
 
     def _warn_of_evaluation(self, logs: dict[str, float]) -> None:
         names = [name for name, value in logs.items() if name.startswith("eval_") and not math.isfinite(value)]
@@ -94,8 +99,8 @@ class FiniteRuns(Trainer):
         self._told_of_evaluation = True
         if self.is_world_process_zero():
             logger.warning(
-                "The evaluation at step %d came to %s, which is not finite; no checkpoint is the best one by it. The "
-                "training goes on: all of its losses are finite.",
+                "The evaluation at step %d came to %s, which is not finite, and is not logged; no checkpoint is the "
+                "best one by it. The training goes on: all of its losses are finite.",
                 self.state.global_step,
                 ", ".join(names),
             )
@@ -147,6 +152,11 @@ class FiniteRuns(Trainer):
         if gradients:
             which = f"all {found.trained:,} parameters" if len(gradients) == found.trained else name_some(gradients)
             parts.append(f"the gradients of {which} are not finite")
+        elif found.norm:
+            parts.append(
+                "each gradient is finite, and their norm is not: too large for float32, so that clipping by it would "
+                "make all of them 0"
+            )
         if self.args.device.type == "cpu":  # where the step was not made; elsewhere it was, with these gradients
             names = self._weights_not_finite()
             parts.append(not_finite_words(names) if names else "all weights are finite")
@@ -187,6 +197,10 @@ class FiniteRuns(Trainer):
         last = find_checkpoints(Path(self.args.folder))[-1:]
         kept = f"{last[0]} is kept, the last checkpoint" if last else "No checkpoint had been written"
         return f"{kept}; a lower learning_rate or max_grad_norm may get further"
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def not_finite_words(names: list[str]) -> str:

@@ -233,3 +233,36 @@ def test_an_ascii_locale_and_a_file_name_that_is_no_text_end_nothing(model: Path
     # A folder of such a name is one that tokenizers cannot write into: said at the start, not at the first checkpoint.
     refused = train(os.fsencode(tmp_path) + b"/r\xc3\xa4n")
     assert refused.returncode == 2 and b"no text (this locale has names in ascii alone; PYTHONUTF8=1" in refused.stderr
+
+
+CLOSED = """
+import os, sys
+from fastdpo.commands import cli
+cli.hush_other_libraries = lambda: None
+from fastdpo.commands import info
+def run(argv):
+    print("said", flush=True)
+    print("complained", file=sys.stderr)
+    with open(sys.argv[2], "w") as file:
+        os.write(1, b"from a library")
+        file.write(f"{file.fileno()} {sys.stdin.read()}")
+    return 0
+info.run = run
+sys.argv[1:2] = ["info"]
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_a_stream_that_was_closed_from_the_start_leads_nowhere(closed: str, tmp_path: Path) -> None:
+    file = tmp_path / "written"
+    (tmp_path / "run.py").write_text(CLOSED)
+    command = f"exec {sys.executable} {tmp_path / 'run.py'} x {file} {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    number, rest = file.read_text().split(" ")
+    assert int(number) > 2 and rest == ""  # or what a library prints would stand in it
+    assert "Traceback" not in done.stderr
+    if "2" not in closed:
+        assert done.stderr.endswith("complained\n")
+    assert done.stdout == ("" if ">&- " in closed + " " and not closed.startswith("2") else "said\nfrom a library")

@@ -202,9 +202,22 @@ def test_an_evaluation_that_is_none_is_warned_of(tmp_path: Path, caplog: pytest.
     train = Dataset.from_dict(Dataset.from_list(text_rows(6)).to_dict() | reference)
     options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
     with pytest.warns(UserWarning, match="do not agree"):
-        run(tmp_path, train_dataset=train, eval_dataset=Dataset.from_list(rows), **options).train()
+        trainer = run(tmp_path, train_dataset=train, eval_dataset=Dataset.from_list(rows), **options)
+        trainer.train()
     (said,) = [message for message in caplog.messages if "evaluation" in message]
     assert said.startswith("The evaluation at step 1 came to eval_loss")
+    for path in tmp_path.rglob("trainer_state.json"):
+        json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+    entries = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
+    assert len(entries) == 2 and all("eval_loss" not in entry for entry in entries)
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+@pytest.mark.parametrize("beta", [1e19, 1e30])
+def test_gradients_whose_norm_overflows_stop_the_run(beta: float, max_grad_norm: float, tmp_path: Path) -> None:
+    """Clipped by an infinite norm they would all be 0, and the run would go on to its end without a step."""
+    with pytest.raises(DivergedError, match="step 1: all losses are finite, each gradient is finite, and their norm"):
+        run(tmp_path, beta=beta, max_grad_norm=max_grad_norm, max_steps=2).train()
 
 
 def test_the_filter_of_losses_cannot_be_had(tmp_path: Path) -> None:
