@@ -211,6 +211,11 @@ class FusedHead:
         model_output.logits = None
         return logps, scoring.result, model_output
 
+    @property
+    def lm(self) -> PreTrainedModel:
+        """The language model that the head was made for."""
+        return self._lm
+
     def inspect(self, model: nn.Module) -> None:
         """Find out what the model does to its logits after the output embedding, with a forward of two tokens.
 

@@ -5,6 +5,7 @@ What its configuration and its class's name say is not taken on trust: it is run
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fastdpo.model.head_calls import IGNORE_INDEX
 from fastdpo.model.language_model import cannot_run, described
-from fastdpo.model.precision import in_float32
+from fastdpo.model.precision import looked_at
 from fastdpo.model.rounding import at_most_rounding, moved_by_last_place
 from fastdpo.model.scoring import Scorer, evaluating
 
@@ -54,8 +55,7 @@ def check_causal(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> No
         with torch.no_grad(), evaluating(scorer.root):
             scorer.head.inspect_once(scorer.root)
             score_tokens(scorer, made_up_tokens(scorer, device))
-            with in_float32(scorer.model, device, dtype) as seen_in:
-                leak, allowed = _leak(scorer, device, seen_in)
+            leak, allowed = looked_at(scorer.model, device, dtype, partial(_leak, scorer, device))
     except (torch.OutOfMemoryError, NotImplementedError):
         raise
     except Exception as error:

@@ -21,7 +21,9 @@ from fastdpo.model.config_lengths import lengths_in, longest_position
 from fastdpo.model.language_model import described
 from fastdpo.model.made_up import SHORT, UNLIMITED, MadeUp, made_up
 from fastdpo.model.packing import PackedRow
-from fastdpo.model.precision import in_float32
+from fastdpo.model.precision import HALVES, in_float32
+from fastdpo.model.recurrent import SEPARABLE, kinds_of_layers, missing_package, stateful_kinds
+from fastdpo.model.recurrent_check import fault_in_training
 from fastdpo.model.rounding import at_most_rounding, moved_by_last_place, root_mean_square
 from fastdpo.model.scoring import Scorer, evaluating, score_row
 
@@ -66,6 +68,11 @@ class RowsCheck:
         self._longest = min(limits, default=UNLIMITED)
         self._row_tokens = UNLIMITED if row_tokens is None else row_tokens
         self._truths: dict[int, _Truth] = {}
+        self._stateful = sorted(stateful_kinds(scorer.lm))
+        self._differs = "computes something else in packed rows than in padded ones"
+        if self._stateful:
+            self._differs += f" (its {', '.join(self._stateful)} layers carry a state from one sequence into the next)"
+        self._has_float32: bool | None = None
 
     def check(self, layout: str, backend: str) -> None:
         """See that a layout, with a back end, gives what padded rows give.
@@ -77,11 +84,11 @@ class RowsCheck:
         Raises:
             RowsNotSupportedError: it does not, or the model cannot do it; the message says why.
         """
-        self._look_at_code()
+        self._look_at_code(layout)
         with self._worded(), torch.no_grad(), evaluating(self._scorer.root):
             attention = RowAttention(self._scorer.model, backend)
             self._scorer.head.inspect_once(self._scorer.root)
-            with in_float32(self._scorer.model, self._device, self._dtype) as dtype:
+            with self._looking() as dtype:
                 is_wide = torch.finfo(dtype).eps <= torch.finfo(torch.float32).eps
                 # Back ends that take 16 bits alone come after; the layout is the model's, whatever its attention.
                 inner = RowAttention(self._scorer.model, "sdpa") if is_wide else attention
@@ -94,11 +101,33 @@ class RowsCheck:
             if is_wide and (backend != "sdpa" or torch.finfo(dtype).eps < torch.finfo(self._dtype).eps):
                 self._compare_narrow(attention, layout)
 
-    def _look_at_code(self) -> None:
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[torch.dtype]:
+        """The precision in which made-up rows are scored: float32, where the model has that."""
+        if self._has_float32 is None:
+            try:
+                with in_float32(self._scorer.model, self._device, self._dtype):
+                    self._truth(0)
+                self._has_float32 = True
+            except (torch.OutOfMemoryError, RowsNotSupportedError):
+                raise
+            except Exception:
+                if self._dtype not in HALVES:
+                    raise
+                self._has_float32 = False  # some kernels of linear attention take 16 bits alone
+        if self._has_float32:
+            with in_float32(self._scorer.model, self._device, self._dtype) as dtype:
+                yield dtype
+        else:
+            yield self._dtype
+
+    def _look_at_code(self, layout: str) -> None:
         """What is known without running the model, for words that a person can use."""
-        others = sorted(set(getattr(self._config, "layer_types", None) or ()) - set(_LAYER_TYPES))
+        others = kinds_of_layers(self._scorer.lm) - set(_LAYER_TYPES)
+        if layout == "repeated":
+            others -= SEPARABLE
         if others:
-            raise RowsNotSupportedError(f"{self._name} has layers of the kind {', '.join(others)}")
+            raise RowsNotSupportedError(f"{self._name} has layers of the kind {', '.join(sorted(others))}")
         parameters = inspect.signature(self._scorer.lm.forward).parameters
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         if not takes_any and "position_ids" not in parameters:
@@ -117,7 +146,13 @@ class RowsCheck:
             raise
         except Exception as error:
             # Models fail in their own ways when they are called in one that they do not know.
-            if not getattr(self._scorer.lm, "_supports_attention_backend", False):
+            package = missing_package(error)
+            if package is not None:
+                raise RowsNotSupportedError(
+                    f"the {', '.join(self._stateful)} layers of {self._name} carry their state from one sequence of a "
+                    f"row into the next, unless the packages of their kernels are there ({package} is not)"
+                ) from error
+            if not self._stateful and not getattr(self._scorer.lm, "_supports_attention_backend", False):
                 raise self._no_interface() from error
             line = (str(error).splitlines() or [""])[0]
             raise RowsNotSupportedError(
@@ -149,7 +184,7 @@ class RowsCheck:
         row = made.row(layout, self._device, short)
         with attention.watched() as windows:
             packed = self._score(row)
-        if not windows:
+        if not windows and not self._stateful:
             raise self._no_interface()
         self._look_at_windows(windows)
         with attention.active():
@@ -170,7 +205,7 @@ class RowsCheck:
         if over:
             worst = max(float(error.abs().max().nan_to_num(torch.inf)) for error in over)
             return _Fault(
-                "computes something else in packed rows than in padded ones: log-probabilities of a made-up row "
+                f"{self._differs}: log-probabilities of a made-up row "
                 f"differ by {worst:.2g} nats, where {allowed:.2g} would be rounding",
                 is_widespread=4 * len(over) > len(errors),
             )
@@ -178,7 +213,7 @@ class RowsCheck:
             far, rounding = root_mean_square(torch.cat(errors)), root_mean_square(truth.noise)
             if not far <= _OF_ROUNDING * rounding:
                 return _Fault(
-                    "computes something else in packed rows than in padded ones: log-probabilities of a made-up row "
+                    f"{self._differs}: log-probabilities of a made-up row "
                     f"differ by {far:.2g} nats (root of the mean square), where rounding makes {rounding:.2g}",
                     is_widespread=True,
                 )
@@ -192,6 +227,9 @@ class RowsCheck:
                 f"{leak:.2g} nats when the other's tokens changed",
                 is_widespread=True,
             )
+        if self._stateful:
+            words = fault_in_training(self._scorer, attention, row, packed, allowed, dtype)
+            return None if words is None else _Fault(words, is_widespread=True)
         return None
 
     def _score(self, row: PackedRow) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -13,7 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from fastdpo.model.attention import attention_configs
 
-_HALVES = (torch.bfloat16, torch.float16)
+T = TypeVar("T")
+
+HALVES = (torch.bfloat16, torch.float16)
 
 
 @contextlib.contextmanager
@@ -30,7 +32,7 @@ def in_float32(model: nn.Module, device: torch.device, dtype: torch.dtype) -> It
         dtype: what it computes in by itself, or under autocast.
     """
     tensors = list({id(x): x for x in (*model.parameters(), *model.buffers())}.values())
-    narrow = [x for x in tensors if x.dtype in _HALVES]
+    narrow = [x for x in tensors if x.dtype in HALVES]
     if any(isinstance(x, DTensor) or not x.numel() for x in tensors) or _is_quantised(model):
         yield dtype
         return
@@ -40,6 +42,23 @@ def in_float32(model: nn.Module, device: torch.device, dtype: torch.dtype) -> It
     with torch.autocast(device.type, enabled=False), _own_forward(model), _no_flash(model), _widened(narrow):
         # The narrowest: models keep a router in float32 whatever the rest is.
         yield max({p.dtype for p in model.parameters()}, key=lambda kind: torch.finfo(kind).eps)
+
+
+def looked_at(model: nn.Module, device: torch.device, dtype: torch.dtype, look: Callable[[torch.dtype], T]) -> T:
+    """What ``look`` finds, which is called with what the model computes in: see :func:`in_float32`.
+
+    Some kernels of linear attention take 16 bits alone. A model that stops in float32 is looked at in ``dtype``, in
+    which it is known to run.
+    """
+    try:
+        with in_float32(model, device, dtype) as seen_in:
+            return look(seen_in)
+    except (torch.OutOfMemoryError, NotImplementedError):
+        raise
+    except Exception:
+        if dtype not in HALVES:
+            raise
+    return look(dtype)
 
 
 def _is_quantised(model: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,18 @@ def disable_dropout(model: nn.Module) -> None:
     """Sets every dropout in ``model`` to 0: the modules', and what layers keep as numbers; so too a router's jitter."""
     for module, name in _sources(model):
         setattr(module, name, 0.0)
+
+
+@contextlib.contextmanager
+def without_randomness(model: nn.Module) -> Iterator[None]:
+    """Every dropout and every jitter is 0, until the block ends."""
+    before = [(module, name, getattr(module, name)) for module, name in _sources(model)]
+    disable_dropout(model)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def has_dropout(model: nn.Module) -> bool:

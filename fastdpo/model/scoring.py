@@ -22,6 +22,7 @@ from fastdpo.model.head_calls import IGNORE_INDEX
 from fastdpo.model.language_model import language_model
 from fastdpo.model.packing import PackedRow
 from fastdpo.model.padded_parts import joined
+from fastdpo.model.recurrent import sequence_bounds
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def score_row(
         outputs=outputs,
         position_ids=row.position_ids,
         **{SEGMENTS: row.segments},
+        **sequence_bounds(head.lm, row.segments),
         **model_kwargs,
     )
 

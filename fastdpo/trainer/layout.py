@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from typing import cast
 
 from accelerate import Accelerator
@@ -13,6 +14,7 @@ from transformers import DataCollator
 from fastdpo.data.collator import PreferenceCollator
 from fastdpo.model.packing_choice import choose_packing, obstacles_in
 from fastdpo.model.padded_parts import ACCELERATOR_FORWARD_COST, FORWARD_COST
+from fastdpo.model.padding_check import dependence_on_padding
 from fastdpo.model.randomness import has_dropout
 from fastdpo.model.row_collator import RowCollator
 from fastdpo.model.scoring import Scorer
@@ -84,6 +86,8 @@ class BatchLayout:
         self._unchecked = ([policy] if args.precompute_ref_log_probs else scorers) if weights_come_later else []
         if accelerator.is_main_process:
             (logger.warning if self.packing.reasons else logger.info)("Batches are laid out in %s.", self.packing)
+        if not weights_come_later:
+            self._look_at_padding(scorers)
         policy.attention = self.packing.attention_of(policy.model)
         reference.lay_out(self.packing)
 
@@ -111,7 +115,21 @@ class BatchLayout:
             self.packing.require(
                 scorer, self._args.max_length, self._accelerator.device, dtype, _row_tokens(self._args)
             )
+            self._look_at_padding([scorer])
         self._unchecked = []
+
+    def _look_at_padding(self, scorers: Sequence[Scorer]) -> None:
+        """Says so where padding changes what a model says of a sequence."""
+        if self.packing.layout != "padded":
+            return
+        dtype = compute_dtype(self._accelerator, self._policy.model)
+        for scorer in scorers:
+            with self._accelerator.autocast():
+                words = dependence_on_padding(scorer, self._args.max_length, self._accelerator.device, dtype)
+            if words is not None:
+                if self._accelerator.is_main_process:
+                    logger.warning("%s.", words)
+                break  # the other is of its kind, mostly
 
 
 def _row_tokens(args: DPOConfig) -> int | None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import make_family
 from tiny_models import make_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -53,14 +54,12 @@ def test_under_autocast_too(model_type):
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("mamba", "has layers of the kind linear_attention"),
-        ("recurrent_gemma", "has layers of the kind linear_attention"),
-        ("falcon_h1", "has layers of the kind hybrid"),
+        ("llama4_text", "has layers of the kind chunked_attention"),
         ("trocr", "does not go through transformers' attention interface"),
     ],
 )
 def test_other_models_fall_back_to_padded_rows(model_type, reason):
-    packing = choose(make_model(model_type))
+    packing = choose(make_family(model_type))
     assert packing.layout == "padded"
     assert packing.backend is None
     (only,) = packing.reasons  # once, although two layouts were tried
@@ -68,7 +67,26 @@ def test_other_models_fall_back_to_padded_rows(model_type, reason):
     assert f"(model_type {model_type!r})" in only
     assert str(packing) == f"padded rows, two a pair; {only}"
     with pytest.raises(NotImplementedError, match=f"packing is 'shared', but .*{reason}. Use packing='auto'"):
-        choose(make_model(model_type), packing="shared")
+        choose(make_family(model_type), packing="shared")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "reason"),
+    [
+        ("mamba", "linear_attention", "layers carry a state from one sequence into the next"),
+        ("recurrent_gemma", "linear_attention", "layers carry a state from one sequence into the next"),
+        ("falcon_h1", "hybrid", "unless the packages of their kernels are there"),
+    ],
+)
+def test_layers_with_a_state_have_a_reason_for_each_layout(model_type, kind, reason):
+    packing = choose(make_model(model_type))
+    assert packing.layout == "padded"
+    shared, repeated = packing.reasons
+    assert f"(model_type {model_type!r}) has layers of the kind {kind}" in shared
+    assert reason in repeated
+    assert f"{kind} layers" in repeated
+    with pytest.raises(NotImplementedError, match="packing is 'repeated', but .*. Use packing='auto'"):
+        choose(make_model(model_type), packing="repeated")
 
 
 def test_a_model_that_keeps_its_sliding_window_to_itself_is_noticed(monkeypatch):

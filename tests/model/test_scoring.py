@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import make_model
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fastdpo.data import PreferenceCollator
 from fastdpo.model.attention import RowAttention
@@ -35,7 +36,8 @@ def make_batch(layout: str, max_tokens: int | None = None) -> dict[str, Any]:
 class OfFloat32:
     """A head whose tokens all have this log-probability."""
 
-    def __init__(self, value: float, tokens: int) -> None:
+    def __init__(self, lm: PreTrainedModel, value: float, tokens: int) -> None:
+        self.lm = lm
         self.logps = torch.full((tokens,), value)
 
     def output(self, shape: tuple[int, ...]) -> HeadOutput:
@@ -59,7 +61,7 @@ def test_sequences_are_summed_in_float64(layout):
     row = {"prompt_ids": [1], "chosen_ids": [2] * tokens, "rejected_ids": [3] * tokens}
     (part,) = RowCollator(layout, PreferenceCollator(0))([row])["micro_batches"]
     model = make_model("llama")
-    scores = Scorer(model, model, OfFloat32(value, 2 * tokens), RowAttention(model)).score(part, ["entropy"])
+    scores = Scorer(model, model, OfFloat32(model, value, 2 * tokens), RowAttention(model)).score(part, ["entropy"])
     exact = tokens * float(torch.tensor(value))
     for sums in (scores.sums.squeeze(1), scores.outputs["entropy"]):
         assert sums.dtype == torch.float64

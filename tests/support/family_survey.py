@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from family_truth import alone, laid_out, made_up_rows
+from kernels_in_torch import install_kernels
 from tiny_families import NOT_MADE, make_family
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,7 +20,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from fastdpo.model.head import FusedHead
 from fastdpo.model.model_check import check_causal
 from fastdpo.model.packing_choice import Packing, choose_packing, obstacles_in
+from fastdpo.model.padding_check import dependence_on_padding
 from fastdpo.model.randomness import disable_dropout, randomness_left
+from fastdpo.model.recurrent import stateful_kinds
 from fastdpo.model.router_loss import has_router_loss, router_loss_coef
 from fastdpo.model.scoring import Scorer
 
@@ -75,21 +79,10 @@ def survey(model_type: str) -> Family:
     except NotImplementedError as error:
         return refused(f"refused: {short(str(error))}")
     has_loss = has_router_loss(scorer, CPU)
-    packing = choose_packing(
-        "auto",
-        [scorer],
-        obstacles=obstacles_in(
-            has_own_collator=False,
-            pad_to_multiple_of=None,
-            torch_compile=False,
-            has_aux_loss=has_loss and router_loss_coef(model) > 0,
-            has_dropout=False,
-        ),
-        max_length=1024,
-        device=CPU,
-    )
+    packing = _packing_of(scorer, has_loss and router_loss_coef(model) > 0)
     notes = ["random in evaluation, too"] if noise else []
-    if _depends_on_padding(scorer):
+    notes += _with_kernels(model, packing)
+    if dependence_on_padding(scorer, 1024, CPU, model.dtype):
         notes.append("a sequence's log-probability depends on its padding")
     return Family(
         model_type,
@@ -103,6 +96,32 @@ def survey(model_type: str) -> Family:
         checkpointing="yes" if model.supports_gradient_checkpointing else "none",
         notes="; ".join(notes),
     )
+
+
+def _packing_of(scorer: Scorer, has_aux_loss: bool) -> Packing:
+    return choose_packing(
+        "auto",
+        [scorer],
+        obstacles=obstacles_in(
+            has_own_collator=False,
+            pad_to_multiple_of=None,
+            torch_compile=False,
+            has_aux_loss=has_aux_loss,
+            has_dropout=False,
+        ),
+        max_length=1024,
+        device=CPU,
+    )
+
+
+def _with_kernels(model: PreTrainedModel, packing: Packing) -> list[str]:
+    """What the layout is where the packages are whose kernels keep sequences apart, where that is another."""
+    if packing.layout != "padded" or not stateful_kinds(model):
+        return []
+    with pytest.MonkeyPatch.context() as patch:
+        packages = install_kernels(patch, model)
+        layout = _packing_of(scorer_of(model), has_aux_loss=False).layout
+    return [f"{layout} with the kernels of {', '.join(packages)}"] if layout != packing.layout else []
 
 
 def scorer_of(model: PreTrainedModel) -> Scorer:
@@ -120,6 +139,10 @@ def short(reason: str) -> str:
         return "its load-balancing loss"
     if "drafts for another model" in reason:
         return "drafts for another model"
+    if "carry their state from one sequence" in reason:
+        return "needs kernels to keep sequences apart"
+    if "carry a state from one sequence" in reason:
+        return "carries a state from one sequence into the next"
     if "cannot be run" in reason:
         return "cannot be trained in this version of transformers"
     for words in ("computes something else in packed rows", "sees the future", "lets one completion depend on another"):
@@ -127,12 +150,6 @@ def short(reason: str) -> str:
             helps = re.search(r"Load it with (.*?) \(", reason)
             return f"{words}; `{helps[1]}` helps" if helps else words
     return re.sub(r"\d+ tokens", "some tokens", reason).split(":")[0].strip().removesuffix(".")
-
-
-def _depends_on_padding(scorer: Scorer) -> bool:
-    rows = made_up_rows()
-    differences = zip(alone(scorer.lm, rows), laid_out(scorer, "padded", None, rows), strict=True)
-    return max(float((true - padded).abs().max()) for true, padded in differences) > 1e-2
 
 
 def gradient_error(model: PreTrainedModel, packing: Packing) -> float:

@@ -23,7 +23,8 @@ class KeepFloat64(TorchFunctionMode):
         kwargs = kwargs or {}
         if isinstance(args[0] if args else None, Tensor) and args[0].dtype == torch.float64:
             if function is Tensor.float or (
-                function is Tensor.to and (torch.float32 in args[1:] or kwargs.get("dtype") == torch.float32)
+                function in (Tensor.to, Tensor.type)
+                and (torch.float32 in args[1:] or kwargs.get("dtype") == torch.float32)
             ):
                 return args[0]
             if function in (F.softmax, torch.softmax, Tensor.softmax) and kwargs.get("dtype") == torch.float32:

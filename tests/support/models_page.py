@@ -43,7 +43,9 @@ windows and chunks of 4, 8 and 64 tokens, initial weights, five times these, and
 that packed rows in bfloat16 are at most {times} times as far from the truth as padded ones.
 
 - **Trains**: yes; or that it is refused, before anything is trained, and what helps.
-- **Layout**: of batches with `--packing auto` ([the trainer](guides/trainer.md#how-a-batch-is-laid-out)).
+- **Layout**: of batches with `--packing auto` ([the trainer](guides/trainer.md#how-a-batch-is-laid-out)). Layers that
+  carry a state need their kernels' packages to be packed, which were not there: Notes have the layout with them, found
+  with torch in the place of the kernels.
 - **Gradients**: whether those of the fused head, in this layout, are those of whole logits in padded rows.
 - **bf16**: whether packed rows in bfloat16 are as exact as padded ones; `padded` where these are used.
 - **Aux loss**: whether it returns a load-balancing loss, which is then part of the loss (and the layout is `repeated`,
