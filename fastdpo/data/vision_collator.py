@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import ProcessorMixin
 
 from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.images import as_images, column_images, decode_image, digest_of_images, read_image
+from fastdpo.data.sequences import TokenSequence
 from fastdpo.data.terms import DIGEST_COLUMN, PART_COLUMN, TEXT_COLUMN, DataError
 
 # Of what processors return, what has an entry for each token; completions are text, which is 0 in all of these.
@@ -34,7 +36,8 @@ class VisionCollator(PreferenceCollator):
     Raises:
         ValueError: as ``PreferenceCollator``; or ``keep_end`` would cut images away.
         DataError: when called: an image cannot be read any more, or is another one than when the rows were prepared.
-        NotImplementedError: when called: the processor returns what is not supported; the message names it.
+        NotImplementedError: when called: a row is a group, or the processor returns what is not supported; the message
+            names it.
     """
 
     def __init__(self, processor: ProcessorMixin, **options: Any) -> None:
@@ -46,7 +49,13 @@ class VisionCollator(PreferenceCollator):
             )
         self.processor = processor
 
+    def pad(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
+        """NotImplementedError: sequences alone do not say which images belong to them."""
+        raise NotImplementedError("rows with images are pairs, which are made batches of as a whole")
+
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if any("completion_ids" in row for row in rows):
+            raise NotImplementedError("groups of answers are not supported beside rows with images; make pairs of them")
         batch: dict[str, Any] = super().__call__(rows)
         pictured = [row for row in rows if row.get(DIGEST_COLUMN)]
         if pictured:

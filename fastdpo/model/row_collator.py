@@ -12,6 +12,7 @@ import torch
 from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.sequences import Cut, RowSequences, sequences_of, together
 from fastdpo.data.terms import REFERENCE_COLUMNS
+from fastdpo.data.vision_collator import VisionCollator
 from fastdpo.model.packing import pack
 from fastdpo.model.padded_parts import forwards_of
 from fastdpo.model.tree import LEAST_SHARED, Prefixes
@@ -58,7 +59,7 @@ class RowCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         cut = Cut(self.padded.max_length, self.padded.truncation_mode)
         of_rows = [sequences_of(row, cut) for row in rows]
-        return {"micro_batches": [self._collate(of_rows, indices) for indices in self._split(of_rows)]}
+        return {"micro_batches": [self._collate(rows, of_rows, indices) for indices in self._split(of_rows)]}
 
     def _split(self, rows: list[RowSequences]) -> list[list[int]]:
         if self.max_tokens is None:
@@ -74,8 +75,8 @@ class RowCollator:
         width = max(len(sequence.ids) for sequence in row.sequences)
         return width + -width % (self.padded.pad_to_multiple_of or 1)
 
-    def _collate(self, rows: list[RowSequences], indices: list[int]) -> dict[str, Any]:
-        batch = together([rows[i] for i in indices], distinct=self.layout == "shared")
+    def _collate(self, rows: list[dict[str, Any]], of_rows: list[RowSequences], indices: list[int]) -> dict[str, Any]:
+        batch = together([of_rows[i] for i in indices], distinct=self.layout == "shared")
         which = torch.tensor(indices)
         scored = [sequence.scored for sequence in batch.sequences]
         found: dict[str, Any] = {
@@ -95,6 +96,8 @@ class RowCollator:
             said = [logps for ranked in batch.ranked_references for logps in ranked]
             found["ref_ranked_logps"] = torch.tensor(said, dtype=torch.float64)
         if self.layout == "padded":
+            if isinstance(self.padded, VisionCollator):
+                return found | _with_images(self.padded, [rows[i] for i in indices])
             return found | self._padded(batch)
         shared = self.layout == "shared"
         return found | {"row": pack(batch.sequences, shared=shared, least=self.least_shared)}
@@ -107,6 +110,12 @@ class RowCollator:
             if forwards is not None:
                 found["forwards"] = forwards
         return found
+
+
+def _with_images(padded: VisionCollator, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The padded batch of pairs, in the order in which their images are: chosen sequences, then rejected ones."""
+    places = torch.arange(len(rows))
+    return {**padded(rows), "pairs": torch.stack([places, places + len(rows)], dim=1)}
 
 
 def split_packed(tokens: Sequence[int], budget: int) -> list[list[int]]:
