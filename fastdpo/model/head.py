@@ -239,7 +239,8 @@ class FusedHead:
             except (torch.OutOfMemoryError, NotImplementedError):
                 raise
             except Exception as error:
-                raise cannot_run(self._lm, "on two tokens", error) from error
+                mode = "training" if model.training else "evaluation"
+                raise cannot_run(self._lm, f"on two tokens in {mode} mode", error) from error
         if probing.sent is None:
             raise self._not_called()
         self._transform = probing.transform_in(logits)
