@@ -96,6 +96,8 @@ def assert_same_run(ours: tuple, theirs: tuple, metrics: tuple[str, ...], gradie
         assert got["loss"] == pytest.approx(expected["loss"], rel=RTOL), f"step {step}"
         for name in metrics:
             tolerance = {"rel": RTOL, "abs": REWARD_ATOL}
+            if name == "rewards/accuracies" and expected["rewards/margins"] == 0:
+                continue  # policy and reference are the same: which reward is larger is for rounding to say
             assert got[name] == pytest.approx(expected[name], **tolerance), f"step {step}: {name}"
     for step, (got, expected) in enumerate(zip(ours[1], theirs[1], strict=True)):
         assert_same_gradients(got, expected, f"step {step}", gradients_rtol)
