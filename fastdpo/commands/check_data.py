@@ -11,11 +11,12 @@ from transformers import AutoConfig
 from fastdpo.commands.pairs import columns_of
 from fastdpo.commands.terminal import SafeConsole
 from fastdpo.data.account import nothing_left_message, strict_message
-from fastdpo.data.files import TOKEN_COLUMNS, load_preferences
+from fastdpo.data.files import load_preferences
 from fastdpo.data.fix import Fixed, write_fixed
 from fastdpo.data.images import may_have_images, undecoded
 from fastdpo.data.preparing import examine
 from fastdpo.data.templates import read_template
+from fastdpo.data.terms import is_prepared
 from fastdpo.data.view import legend, show_row, worst_rows
 from fastdpo.data.vision import tokenizer_in
 from fastdpo.errors import UsageError, bad_input
@@ -42,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
             config_name=args.dataset_config,
             format=args.format,
             columns=columns_of(args.columns),
+            groups=args.pairs is not None,
         )
-    if set(TOKEN_COLUMNS) <= set(dataset.column_names):
+    if is_prepared(dataset.column_names):
         raise UsageError(f"{', '.join(args.files)} holds token ids already; check the file that they were made from.")
     with bad_input(f"--model_name_or_path {args.model_name_or_path}"):
         processing_class = load_processing_class(
@@ -66,6 +68,9 @@ def run(args: argparse.Namespace) -> int:
             end_token=args.end_token,
             template_date=args.template_date,
             vocab_size=_vocab_size(args),
+            pairs=args.pairs,
+            weight_by_score=args.weight_by_score,
+            group_by_prompt=args.group_by_prompt,
         )
     console.print(summary.table())
     # Sound data shows its first row, so that one sees the mask.
@@ -77,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     for row in rows:
         console.print(show_row(row, raw[row], tokenised[row], tokenizer, summary))
     if args.fix:
+        if "completion_ids" in tokenised.column_names:
+            raise UsageError(f"--fix {args.fix}: it writes pairs, and these rows are groups of answers; leave it out.")
         with bad_input(f"--fix {args.fix}"):
             _say_what_was_fixed(args.fix, write_fixed(undecoded(dataset), tokenised, kept, Path(args.fix)), console)
     if not len(kept):
@@ -84,7 +91,14 @@ def run(args: argparse.Namespace) -> int:
     if args.strict and summary.doubts():
         raise UsageError(strict_message(summary))
     doubtful = f", {sum(summary.warned.values())} doubts" if summary.warned else ""
-    console.print(f"{len(kept)} of {summary.rows_in} pairs can be trained on{doubtful}.")
+    if "completion_ids" in tokenised.column_names:
+        rows_of = f"groups ({summary.groups.pairs} pairs)"
+    elif summary.groups:
+        groups = summary.groups.groups
+        rows_of = f"pairs, {groups} group{'' if groups == 1 else 's'},"
+    else:
+        rows_of = "pairs"
+    console.print(f"{len(kept)} of {summary.rows_in} {rows_of} can be trained on{doubtful}.")
     return 0
 
 

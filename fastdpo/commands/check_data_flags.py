@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from fastdpo.data.comparisons import PAIRS
 from fastdpo.data.settings import SCORES
 from fastdpo.data.truncation import TRUNCATION_MODES
 
@@ -47,7 +48,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--max_length", type=_length, default=1024, help="most tokens of prompt and completion, or none (default: 1024)"
     )
     flag("--truncation_mode", default="keep_start", choices=TRUNCATION_MODES, help="which end of a long row to keep")
-    flag("--per_device_train_batch_size", type=_count, default=8, help="pairs a step, for its cost (default: 8)")
+    flag(
+        "--per_device_train_batch_size",
+        type=_count,
+        default=8,
+        help="pairs, or groups, a step, for its cost (default: 8)",
+    )
     flag("--dataset_num_proc", type=_count, help="processes to tokenize with")
     flag("--rows", type=int, default=6, help="how many rows to show at most (default: 6)")
     flag(
@@ -59,6 +65,9 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--end_token", help="special token to append to answers after which the chat template writes none")
     flag("--chat_template_path", help="chat template to use: a Jinja file, or one of TRL's by name (glm4moe_training)")
     flag("--template_date", help="what chat templates that write the date take for today: 2026-03-01 (default: today)")
+    flag("--pairs", choices=PAIRS, help="rows with several ranked or scored answers: which two are compared")
+    flag("--weight_by_score", action="store_true", help="count each of these pairs as much as its scores differ")
+    flag("--group_by_prompt", action="store_true", help="join pairs of one prompt, each answer once")
     flag("--fix", metavar="OUT.jsonl", help="write the pairs that are left, with what was put right, to this file")
     flag("--strict", action="store_true", help="any dropped or doubtful pair is an error")
     return parser

@@ -17,13 +17,16 @@ from fastdpo.errors import UsageError, bad_input
 Pairs: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
-def load_pairs(script_args: ScriptArguments, *, evaluates: bool, seed: int) -> tuple[Pairs, Pairs | None]:
+def load_pairs(
+    script_args: ScriptArguments, *, evaluates: bool, seed: int, groups: bool = False
+) -> tuple[Pairs, Pairs | None]:
     """The pairs to train on, and those to evaluate on, where the run does.
 
     Args:
         script_args: the flags.
         evaluates: whether there is an evaluation.
         seed: of what is held out, and of the order of a stream.
+        groups: whether several answers to a prompt stay one row.
 
     Raises:
         UsageError: the flags do not go together, or the pairs cannot be used.
@@ -31,18 +34,18 @@ def load_pairs(script_args: ScriptArguments, *, evaluates: bool, seed: int) -> t
     check_sources(script_args)
     with bad_input():
         if script_args.is_streamed:
-            train = _stream(script_args)
+            train = _stream(script_args, groups)
             if script_args.dataset_shuffle_buffer:
                 train = train.shuffle(seed=seed, buffer_size=script_args.dataset_shuffle_buffer)
         elif script_args.datasets:
-            train = load_mixture(parts_of(script_args.datasets))
+            train = load_mixture(parts_of(script_args.datasets), groups)
         else:
-            train = _load(script_args, script_args.dataset_train_split)
+            train = _load(script_args, script_args.dataset_train_split, groups)
         if script_args.test_split_size is not None:
             train, held_out = hold_out(train, script_args.test_split_size, seed)
             return train, held_out if evaluates else None
         # An evaluation looks at all of its pairs, each time: they are not streamed.
-        return train, _load(script_args, script_args.dataset_test_split) if evaluates else None
+        return train, _load(script_args, script_args.dataset_test_split, groups) if evaluates else None
 
 
 def check_sources(script_args: ScriptArguments) -> None:
@@ -105,16 +108,17 @@ def columns_of(words: Sequence[str] | None) -> dict[str, str] | None:
     return columns
 
 
-def _load(script_args: ScriptArguments, split: str) -> datasets.Dataset:
+def _load(script_args: ScriptArguments, split: str, groups: bool) -> datasets.Dataset:
     if script_args.datasets:
         raise UsageError("a mixture has no split to evaluate on; hold out a part of it (--test_split_size 0.1).")
-    return load_preferences(script_args.names, split=split, **_how(script_args))
+    return load_preferences(script_args.names, split=split, groups=groups, **_how(script_args))
 
 
-def _stream(script_args: ScriptArguments) -> datasets.IterableDataset:
+def _stream(script_args: ScriptArguments, groups: bool) -> datasets.IterableDataset:
     if script_args.datasets:
-        return stream_mixture(parts_of(script_args.datasets))
-    return stream_preferences(script_args.names, split=script_args.dataset_train_split, **_how(script_args))
+        return stream_mixture(parts_of(script_args.datasets), groups)
+    split = script_args.dataset_train_split
+    return stream_preferences(script_args.names, split=split, groups=groups, **_how(script_args))
 
 
 def _how(script_args: ScriptArguments) -> dict[str, Any]:

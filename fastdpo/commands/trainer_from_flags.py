@@ -50,7 +50,9 @@ def make_trainer(script_args: ScriptArguments, model_args: ModelArguments, train
     """
     # The pairs first: they are read in a second, where a model may take minutes to load.
     evaluates = training_args.eval_strategy != "no"
-    train_dataset, eval_dataset = load_pairs(script_args, evaluates=evaluates, seed=training_args.seed)
+    train_dataset, eval_dataset = load_pairs(
+        script_args, evaluates=evaluates, seed=training_args.seed, groups=training_args.pairs is not None
+    )
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

@@ -31,7 +31,7 @@ def account(
     """
     prompt, chosen, rejected = (_list_lengths(tokenised, name) for name in TOKEN_COLUMNS)
     column = tokenised.data.column("drop")
-    dropped = {reason: _rows_where(pc.equal(column, reason)) for reason in DROP_REASONS}
+    dropped = {reason: rows_where(pc.equal(column, reason)) for reason in DROP_REASONS}
     stays = np.ones(len(tokenised), bool)
     for rows in dropped.values():
         stays[rows] = False
@@ -44,7 +44,7 @@ def account(
     kept = np.flatnonzero(stays)
     summary = DataSummary(len(tokenised), len(kept), max_length, truncation_mode)
     for reason, rows in dropped.items():
-        _count(summary, summary.dropped, reason, rows)
+        count_rows(summary, summary.dropped, reason, rows)
     if len(measured):
         summary.lengths = _length_stats(prompt[measured], chosen[measured], rejected[measured])
     limit = np.inf if max_length is None else max_length
@@ -59,7 +59,7 @@ def account(
             truncation_mode=truncation_mode,
             batch_size=batch_size,
         )
-    found = _found_in_rows(tokenised, stays, summary)
+    found = found_in_rows(tokenised, stays, summary)
     identical = _identical_once_cut(
         tokenised, kept, np.minimum(prompt + chosen, limit), np.minimum(prompt + rejected, limit), found, summary
     )
@@ -67,11 +67,12 @@ def account(
     found["duplicate"], found["contradicted"] = repeated_rows(tokenised, kept)
     for reasons, counts in ((WARN_REASONS, summary.warned), (NOTES, summary.noted)):
         for reason in reasons:
-            _count(summary, counts, reason, found.get(reason, ()))
+            count_rows(summary, counts, reason, found.get(reason, ()))
     return kept, summary
 
 
-def _count(summary: DataSummary, counts: dict[str, int], reason: str, rows: np.ndarray | Sequence[int]) -> None:
+def count_rows(summary: DataSummary, counts: dict[str, int], reason: str, rows: np.ndarray | Sequence[int]) -> None:
+    """Count rows under a reason, if there are any, and keep the first of them."""
     if len(rows):
         counts[reason] = len(rows)
         summary.first_rows[reason] = [int(row) for row in rows[:3]]
@@ -83,7 +84,7 @@ def _length_stats(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) 
     return {name: LengthStats.of(lengths) for name, lengths in named.items()}
 
 
-def _found_in_rows(tokenised: datasets.Dataset, stays: np.ndarray, summary: DataSummary) -> dict[str, np.ndarray]:
+def found_in_rows(tokenised: datasets.Dataset, stays: np.ndarray, summary: DataSummary) -> dict[str, np.ndarray]:
     """For each reason that stands with a row that stays, the rows; their details go into the summary."""
     found: dict[str, list[np.ndarray]] = {}
     first = 0
@@ -151,13 +152,14 @@ def _unscored_beginning(tokenised: datasets.Dataset) -> np.ndarray:
     most = np.zeros(len(tokenised), np.int64)
     for name in MASK_COLUMNS:
         if name in tokenised.column_names:
-            masked = _rows_where(pc.greater(pc.list_value_length(tokenised.data.column(name)), 0))
+            masked = rows_where(pc.greater(pc.list_value_length(tokenised.data.column(name)), 0))
             for row in masked.tolist():
                 most[row] = max(most[row], tokenised[row][name].index(1))
     return most
 
 
-def _rows_where(condition: pa.ChunkedArray) -> np.ndarray:
+def rows_where(condition: pa.ChunkedArray) -> np.ndarray:
+    """The numbers of the rows for which it holds."""
     return np.flatnonzero(condition.to_numpy())
 
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from fastdpo.data.comparisons import Choice
 from fastdpo.data.formats.names import PROMPT_NAMES, missing_columns_message
 from fastdpo.data.images import IMAGE_COLUMNS
 from fastdpo.data.reading.exact import Exact
-from fastdpo.data.terms import DataError
+from fastdpo.data.terms import WEIGHT_COLUMN, DataError
 
 _DECODED = (datasets.Image, datasets.Audio, datasets.Video)
 _MEDIA = (*IMAGE_COLUMNS, "video", "videos", "audio", "audios")
 
 
 def check_columns(dataset: datasets.Dataset, source: str = "the dataset", *, images: bool = True) -> None:
-    """Raise DataError unless ``chosen`` and ``rejected`` are there and the columns can hold text or messages.
+    """Raise DataError unless a pair's columns, or a group's, are there, and can hold text or messages.
 
     Args:
         dataset: rows.
@@ -28,7 +31,7 @@ def check_columns(dataset: datasets.Dataset, source: str = "the dataset", *, ima
     message = missing_columns_message(found, source)
     if message is not None:
         raise DataError(message)
-    texts = dataset.features["chosen"]
+    texts = dataset.features.get("chosen")
     if "prompt" not in found and isinstance(texts, datasets.Value) and texts.dtype != "null":
         # Without a prompt column, what chosen and rejected share would be the prompt.
         near = [name for name in found if name.lower() in (*PROMPT_NAMES, "prompts", "prompt")]
@@ -59,6 +62,45 @@ def check_columns(dataset: datasets.Dataset, source: str = "the dataset", *, ima
                 f"{source}: column {name!r} has type {dataset.features[name]}; needed: strings, or lists of messages "
                 '{"role": ..., "content": ...}.'
             )
+
+
+def check_choice(choice: Choice, *, are_groups: bool, group_by_prompt: bool) -> None:
+    """Raise DataError where what was asked for is not of such rows."""
+    if are_groups and group_by_prompt:
+        raise DataError("--group_by_prompt joins pairs, and these rows are groups of answers already: leave it out.")
+    for name, asked in (("pairs", choice.pairs), ("weight_by_score", choice.weight_by_score)):
+        if asked and not are_groups:
+            raise DataError(
+                f"{name} is given (--{name}), and these rows are pairs already: 'chosen' and 'rejected', with no ranks "
+                "or scores of several answers to choose pairs by. Leave it out; --group_by_prompt lets pairs of one "
+                "prompt share their answers, and a column 'weight' says what each pair counts."
+            )
+
+
+def with_weights(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Pairs whose ``weight``, if they have one, is a number that can be one.
+
+    Raises:
+        DataError: a row's is none.
+    """
+    if WEIGHT_COLUMN not in dataset.column_names:
+        return dataset
+    feature = dataset.features[WEIGHT_COLUMN]
+    column = dataset.data.column(WEIGHT_COLUMN)
+    if not isinstance(feature, datasets.Value) or not (
+        pa.types.is_floating(column.type) or pa.types.is_integer(column.type)
+    ):
+        raise DataError(
+            f"column 'weight' has type {feature}; it should hold numbers, what each pair counts, or have another name."
+        )
+    weights = column.to_numpy()
+    wrong = np.flatnonzero(~(weights >= 0) | np.isinf(weights))
+    if len(wrong):
+        raise DataError(
+            f"row {wrong[0]}, weight: it is {column[int(wrong[0])].as_py()}; it should be a finite number, at least 0 "
+            "(and 0 leaves the pair out)."
+        )
+    return dataset.cast_column(WEIGHT_COLUMN, datasets.Value("float64"))
 
 
 def holds_something(dataset: datasets.Dataset, name: str) -> bool:

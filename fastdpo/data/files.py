@@ -11,7 +11,7 @@ from fastdpo.data.columns import check_columns
 from fastdpo.data.reading.finding import DataFiles, Found, cut, find, splits_in
 from fastdpo.data.reading.opening import FILE_FORMATS, DataFile
 from fastdpo.data.reading.read import How, read_dataset, read_files, rows_of_dataset, rows_of_files
-from fastdpo.data.terms import TOKEN_COLUMNS, USED_COLUMNS, DataError, first_line, type_name
+from fastdpo.data.terms import TOKEN_COLUMNS, USED_COLUMNS, DataError, first_line, is_prepared, type_name
 
 __all__ = [
     "FILE_FORMATS",
@@ -34,6 +34,7 @@ def load_preferences(
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     data_files: DataFiles | None = None,
+    groups: bool = False,
 ) -> datasets.Dataset:
     """Load preference pairs, of any format that is known, and check that the columns are there.
 
@@ -49,21 +50,24 @@ def load_preferences(
         columns: where columns have other names: ``{"prompt": "question", ...}``.
         data_files: which files of a Hub dataset or a folder, by split; or, with ``name`` one of ``json``, ``csv`` and
             ``parquet``, the files alone.
+        groups: whether several ranked or scored answers to a prompt stay one row, in the columns ``prompt``,
+            ``completions`` and ``scores``. Without it they become pairs of neighbours in the order of their scores,
+            unless they are in these columns already.
 
     Returns:
         The pairs, in the columns ``prompt`` (unless the answers begin with it), ``chosen`` and ``rejected``, with
-        ``tools`` where rows have them, and with what else the rows have. ``info.description`` says what they were read
-        as.
+        ``tools`` where rows have them, and with what else the rows have; or groups. ``info.description`` says what they
+        were read as.
 
     Raises:
         DataError: nothing is there, the format is unknown, a line cannot be parsed, the split does not exist, there
             are no rows, or columns are missing or of the wrong type.
     """
     found = _find(name, config_name, data_files)
-    how = How(format, dict(columns) if columns else None)
+    how = How(format, dict(columns) if columns else None, groups)
     if found.dataset is not None:
         dataset = found.dataset(split)
-        if not set(TOKEN_COLUMNS) <= set(dataset.column_names):
+        if not is_prepared(dataset.column_names):
             dataset = read_dataset(dataset, found.what, how)
     else:
         wanted = {each: read_files(found.files[each](), how) for each in splits_in(split) & found.files.keys()}
@@ -71,7 +75,7 @@ def load_preferences(
     if len(dataset) == 0:
         read = f" Read as {dataset.info.description}." if dataset.info.description else ""
         raise DataError(f"{found.what}: split {split!r} has no rows.{read}")
-    if not set(TOKEN_COLUMNS) <= set(dataset.column_names):  # what prepare made and save_to_disk wrote is as good
+    if not is_prepared(dataset.column_names):  # what prepare made and save_to_disk wrote is as good
         check_columns(dataset, found.what)
     return dataset
 
@@ -84,12 +88,13 @@ def stream_preferences(
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     data_files: DataFiles | None = None,
+    groups: bool = False,
 ) -> datasets.IterableDataset:
     """The same pairs one after another, read as they are needed: for sets that are larger than memory and disk.
 
     Args:
-        name, config_name, format, columns, data_files: as for :func:`load_preferences`. Files of the Hub are fetched,
-            and then read as they are needed.
+        name, config_name, format, columns, data_files, groups: as for :func:`load_preferences`. Files of the Hub are
+            fetched, and then read as they are needed.
         split: which split; no slice, for that takes the number of rows.
 
     Returns:
@@ -101,7 +106,7 @@ def stream_preferences(
             is of another format.
     """
     found = _find(name, config_name, data_files)
-    how = How(format, dict(columns) if columns else None)
+    how = How(format, dict(columns) if columns else None, groups)
     if found.dataset is not None:
         rows = found.dataset(split)
         return datasets.IterableDataset.from_generator(

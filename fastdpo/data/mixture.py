@@ -63,10 +63,8 @@ class Part:
     def _where(self) -> str:
         return f"{self.path.rstrip('/')}/{self.data_dir}" if self.data_dir else self.path
 
-    def load(self) -> datasets.Dataset:
-        rows = load_preferences(
-            self._where(), split=self.split, config_name=self.name, format=self.format, data_files=self.data_files
-        )
+    def load(self, groups: bool = False) -> datasets.Dataset:
+        rows = load_preferences(self._where(), split=self.split, **self._how(groups))
         if self.columns is None:
             return rows
         missing = [name for name in self.columns if name not in rows.column_names]
@@ -74,25 +72,31 @@ class Part:
             raise DataError(f"{self.path}: no column {missing[0]!r} to keep; there are {', '.join(rows.column_names)}.")
         return rows.select_columns(list(self.columns))
 
-    def stream(self) -> datasets.IterableDataset:
-        return stream_preferences(
-            self._where(), split=self.split, config_name=self.name, format=self.format, data_files=self.data_files
-        )
+    def stream(self, groups: bool = False) -> datasets.IterableDataset:
+        return stream_preferences(self._where(), split=self.split, **self._how(groups))
+
+    def _how(self, groups: bool) -> dict[str, Any]:
+        return {
+            "config_name": self.name,
+            "format": self.format,
+            "data_files": self.data_files,
+            "groups": groups,
+        }
 
 
-def load_mixture(parts: Sequence[Part]) -> datasets.Dataset:
-    """The pairs of all parts, one part after another.
+def load_mixture(parts: Sequence[Part], groups: bool = False) -> datasets.Dataset:
+    """The pairs of all parts, one part after another; with ``groups`` see :func:`load_preferences`.
 
     Raises:
         DataError: a part cannot be read, or some have a share and others none.
     """
     _check_shares(parts)
-    loaded = [part.load() for part in parts]
+    loaded = [part.load(groups) for part in parts]
     sizes = shares([len(rows) for rows in loaded], [part.fraction for part in parts])
     return unite([rows.select(range(size)) for rows, size in zip(loaded, sizes, strict=True)])
 
 
-def stream_mixture(parts: Sequence[Part]) -> datasets.IterableDataset:
+def stream_mixture(parts: Sequence[Part], groups: bool = False) -> datasets.IterableDataset:
     """The same, read as they are needed.
 
     Raises:
@@ -100,7 +104,8 @@ def stream_mixture(parts: Sequence[Part]) -> datasets.IterableDataset:
     """
     if any(part.fraction is not None or part.columns is not None for part in parts):
         raise DataError("A part with 'fraction' or 'columns' cannot be streamed; leave these out, or streaming.")
-    return datasets.IterableDataset.from_generator(_in_turn, gen_kwargs={"streams": [part.stream() for part in parts]})
+    streams = [part.stream(groups) for part in parts]
+    return datasets.IterableDataset.from_generator(_in_turn, gen_kwargs={"streams": streams})
 
 
 def _in_turn(streams: list[datasets.IterableDataset]) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,12 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.account import account, nothing_left_message, strict_message
-from fastdpo.data.columns import check_columns
+from fastdpo.data.columns import check_choice, check_columns, with_weights
+from fastdpo.data.comparisons import Choice
+from fastdpo.data.group_account import describe_groups
+from fastdpo.data.group_preparing import examine_groups, without_fate
+from fastdpo.data.grouping import differing
+from fastdpo.data.grouping import group_by_prompt as group_rows
 from fastdpo.data.images import IMAGE_COLUMNS, IMAGES_FEATURE, as_images, state_of_files, undecoded
 from fastdpo.data.reading.given import as_pairs
 from fastdpo.data.reading.origins import naming_files
@@ -31,12 +36,14 @@ from fastdpo.data.summary import DataSummary
 from fastdpo.data.templates import writes_date
 from fastdpo.data.terms import (
     DIGEST_COLUMN,
+    GROUP_FIELDS,
     PART_COLUMN,
     REFERENCE_COLUMNS,
     TEXT_COLUMN,
     TOKEN_COLUMNS,
     USED_COLUMNS,
     VISION_COLUMNS,
+    WEIGHT_COLUMN,
     DataError,
 )
 from fastdpo.data.tokens import RowTokenizer, Tokens
@@ -62,6 +69,9 @@ def prepare(
     end_token: str | None = None,
     template_date: str | None = None,
     vocab_size: int | None = None,
+    pairs: str | None = None,
+    weight_by_score: bool = False,
+    group_by_prompt: bool = False,
 ) -> tuple[datasets.Dataset, DataSummary]:
     """Tokenise preference rows once, drop those that cannot teach anything, and account for all of them.
 
@@ -89,12 +99,24 @@ def prepare(
         end_token: a special token to append to answers after which the chat template writes none.
         template_date: what a chat template takes for today, as ``2026-03-01``; by default it is today.
         vocab_size: how many tokens the model has embeddings for; by default that is not checked.
+        pairs: of rows with several ranked or scored answers, which two are compared: ``all`` (each with each),
+            ``adjacent`` (neighbours in their order), ``best_vs_rest`` or ``best_worst``. Two that score alike are not.
+            Given, rows of every format with several answers become groups. By default ``all`` of rows that are groups
+            (``prompt``, ``completions`` and ``ranks`` or ``scores``), and formats such as UltraFeedback's become pairs
+            of neighbours.
+        weight_by_score: count each of these pairs as much as its scores (or ranks) differ.
+        group_by_prompt: join pairs whose prompts have the same tokens to groups, in which an answer, known by its
+            tokens, stands once.
 
     Returns:
-        A dataset with ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (lists of int), and the columns
+        A dataset with ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (lists of int), and the columns ``weight``,
         ``ref_chosen_logps`` and ``ref_rejected_logps`` if they were there; where a completion has tokens that do not
         count, also ``chosen_mask`` and ``rejected_mask`` (lists of 0 and 1, empty where all count); where rows have
         images, these, and what :class:`fastdpo.data.vision_collator.VisionCollator` needs beside; and the summary.
+
+        Of groups: ``prompt_ids``; ``completion_ids``, a list for each answer that is in a pair; ``pairs``, lists of
+        [chosen, rejected], places among these; and where any row has them ``completion_mask`` (lists, empty where all
+        tokens count), ``pair_weights`` and ``ranks`` (from 0 for the best; empty where two are as good).
 
     Raises:
         DataError: columns are missing or of the wrong type, a row is malformed, the chat template refuses one, a token
@@ -113,6 +135,9 @@ def prepare(
         end_token=end_token,
         template_date=template_date,
         vocab_size=vocab_size,
+        pairs=pairs,
+        weight_by_score=weight_by_score,
+        group_by_prompt=group_by_prompt,
     )
     if not len(kept):
         raise DataError(nothing_left_message(summary))
@@ -128,7 +153,10 @@ def prepare(
             summary.words(reason),
             WARN_EXPLANATIONS[reason],
         )
-    return tokenised.select(kept).remove_columns(["drop", "warn"]), summary
+    kept_rows = tokenised.select(kept)
+    if group_by_prompt:
+        return joined_by_prompt(kept_rows), summary
+    return without_fate(kept_rows), summary
 
 
 def examine(
@@ -143,6 +171,9 @@ def examine(
     end_token: str | None = None,
     template_date: str | None = None,
     vocab_size: int | None = None,
+    pairs: str | None = None,
+    weight_by_score: bool = False,
+    group_by_prompt: bool = False,
 ) -> tuple[datasets.Dataset, np.ndarray, DataSummary]:
     """What :func:`prepare` does, with the rows that it drops still there.
 
@@ -163,11 +194,29 @@ def examine(
     if len(dataset) == 0:
         raise DataError("The dataset has no rows.")
     processor = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
-    dataset = as_said(as_pairs(undecoded(dataset)))
-    check_columns(dataset, images=processor is not None)
+    choice = Choice(pairs, weight_by_score)
+    dataset = as_said(as_pairs(undecoded(dataset), groups=pairs is not None))
+    are_groups = "completions" in dataset.column_names
+    check_columns(dataset, images=processor is not None and not are_groups)
+    check_choice(choice, are_groups=are_groups, group_by_prompt=group_by_prompt)
     preparation = _preparation(tokenizer_in(tokenizer), score, end_token, template_date)
+    if are_groups:
+        found = examine_groups(
+            dataset,
+            tokenizer_in(tokenizer),
+            preparation,
+            choice,
+            max_length=max_length,
+            truncation_mode=truncation_mode,
+            num_proc=num_proc,
+            batch_size=batch_size,
+            rows_at_a_time=BATCH,
+        )
+        check_vocabulary(found[0], vocab_size, tokenizer_in(tokenizer))
+        return _described(found, dataset, GROUP_FIELDS)
 
-    carried = [name for name in REFERENCE_COLUMNS if name in dataset.column_names]
+    dataset = with_weights(dataset)
+    carried = [name for name in (WEIGHT_COLUMN, *REFERENCE_COLUMNS) if name in dataset.column_names]
     lists = dict.fromkeys((*TOKEN_COLUMNS, *MASK_COLUMNS), datasets.List(datasets.Value("int32")))
     with naming_files(dataset):
         tokenised = dataset.map(
@@ -198,10 +247,35 @@ def examine(
     if not any(pc.sum(pc.list_value_length(column)).as_py() for column in masks):
         tokenised = tokenised.remove_columns(list(MASK_COLUMNS))
     kept, summary = account(tokenised, max_length, truncation_mode, batch_size)
+    if group_by_prompt and len(kept):
+        alike = {"its two answers are equal": same} if (same := summary.warned.get("identical", 0)) else {}
+        describe_groups(joined_by_prompt(tokenised.select(kept)), summary, batch_size, alike)
+    images = IMAGE_COLUMNS if processor is not None else ()
+    return _described((tokenised, kept, summary), dataset, (*carried, *images))
+
+
+def _described(
+    found: tuple[datasets.Dataset, np.ndarray, DataSummary], dataset: datasets.Dataset, also_used: Sequence[str]
+) -> tuple[datasets.Dataset, np.ndarray, DataSummary]:
+    """With what the summary says of the rows before they were tokenised."""
+    summary = found[2]
     summary.read_as = dataset.info.description or ""
-    used = (*USED_COLUMNS, *carried, *(IMAGE_COLUMNS if processor is not None else ()))
-    summary.unused_columns = [name for name in dataset.column_names if name not in used]
-    return tokenised, kept, summary
+    summary.unused_columns = [name for name in dataset.column_names if name not in (*USED_COLUMNS, *also_used)]
+    return found
+
+
+def joined_by_prompt(tokenised: datasets.Dataset) -> datasets.Dataset:
+    """Groups of tokenised pairs that are kept, without pairs of one completion twice.
+
+    Raises:
+        DataError: no pair is left.
+    """
+    if DIGEST_COLUMN in tokenised.column_names:
+        raise DataError("group_by_prompt (--group_by_prompt): rows have images, which is not supported; leave it out.")
+    rows = differing(tokenised)
+    if not len(rows):
+        raise DataError("No pair is left to be grouped: in all of them chosen and rejected are identical.")
+    return group_rows(without_fate(tokenised.select(rows)))
 
 
 _VISION_FEATURES = {
@@ -244,9 +318,12 @@ def _tokenize_batch(
     files: str = "",
 ) -> dict[str, list[Any]]:
     """Columns of rows → columns of ids, with the fate of each row; ``files`` is for the name under which it is kept."""
+    weights = batch.get(WEIGHT_COLUMN)
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     with _without_garbage_collection():
         found = _row_tokenizer(tokenizer, preparation, implicit).tokenize(rows, indices)
+    for tokens, weight in zip(found, weights or (), strict=False):
+        tokens.drop = tokens.drop or ("" if weight else "no_weight")
     return _vision_columns(found) | {
         "prompt_ids": [tokens.prompt for tokens in found],
         "chosen_ids": [tokens.chosen for tokens in found],

@@ -18,6 +18,11 @@ DROP_REASONS = {
     "turns_not_told_apart": "the answers of a completion cannot be told from what lies between them",
     "prompt_scored": "the mask would take in the prompt",
     "prompt_too_long": "the prompt alone fills max_length",
+    "one_answer": "there are fewer than two answers",
+    "all_ties": "all of its answers score alike",
+    "no_pairs": "it names no pairs",
+    "equal_answers": "all of its pairs are of answers that are equal",
+    "no_weight": "its weight is 0",
 }
 DROP_REMEDIES = {
     "missing_value": "fill in or remove the rows whose prompt, chosen or rejected is null",
@@ -34,6 +39,11 @@ DROP_REMEDIES = {
     "conversation as it does the whole, or has {% generation %} blocks (--chat_template_path)",
     "prompt_scored": "the chat template renders the prompt otherwise once a completion follows; use one that does not",
     "prompt_too_long": "raise max_length (--max_length), or shorten the prompts",
+    "one_answer": "a preference is between two answers to one prompt",
+    "all_ties": "check that 'scores' or 'ranks' are the right ones",
+    "no_pairs": "'pairs' should be a list of [chosen, rejected], numbers of answers",
+    "equal_answers": "check that the answers are the right ones",
+    "no_weight": "check that 'weight' or 'weights' are the right ones",
 }
 WARN_REASONS = {
     "identical": "chosen and rejected are identical",

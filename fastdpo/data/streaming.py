@@ -15,7 +15,8 @@ from datasets.table import InMemoryTable
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.account import strict_message
-from fastdpo.data.preparing import examine
+from fastdpo.data.group_preparing import without_fate
+from fastdpo.data.preparing import examine, joined_by_prompt
 from fastdpo.data.reading.exact import features_of, kind_of, to_array
 from fastdpo.data.reading.given import rows_as_pairs
 from fastdpo.data.row_digests import MASK_COLUMNS
@@ -37,8 +38,9 @@ def prepare_stream(
 ) -> datasets.IterableDataset:
     """What :func:`fastdpo.data.prepare` makes of rows, made as they are needed.
 
-    What it says of all rows, this says of each chunk of rows that has something to say. Repeated pairs are seen within
-    a chunk.
+    What it says of all rows, this says of each chunk of 1,000 rows that has something to say. Repeated pairs are seen
+    within a chunk, and ``group_by_prompt`` joins pairs within one: rows of one prompt should be neighbours, and a
+    stream that is shuffled by way of a buffer has them apart.
 
     Args:
         rows: of :func:`fastdpo.data.stream_preferences`, or any with the same columns; shuffled by way of a buffer
@@ -85,17 +87,20 @@ def _in_one_column(row: dict[str, Any]) -> dict[str, Any]:
 def _tokenize(
     batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase | ProcessorMixin, strict: bool, how: dict[str, Any]
 ) -> dict[str, list[Any]]:
-    chunk = chunk_of(rows_as_pairs(batch["row"]))
+    chunk = chunk_of(rows_as_pairs(batch["row"], groups=how.get("pairs") is not None))
     chunk.info.description = "a stream"  # whose rows are pairs by now
     with _quiet(), _showing_rows(chunk):
         tokenised, kept, summary = examine(chunk, tokenizer, **how)
-    if DIGEST_COLUMN in tokenised.column_names:
-        raise DataError("rows of a stream have images, which is not supported; leave the streaming out.")
+        kept_rows = tokenised.select(kept)
+        if DIGEST_COLUMN in tokenised.column_names:
+            raise DataError("rows of a stream have images, which is not supported; leave the streaming out.")
+        rows = joined_by_prompt(kept_rows) if how.get("group_by_prompt") and len(kept) else without_fate(kept_rows)
     _say(summary, strict)
-    kept_rows = tokenised.select(kept).remove_columns(["drop", "warn"])
-    columns = {name: kept_rows[name][:] for name in kept_rows.column_names}
+    columns = {name: rows[name][:] for name in rows.column_names}
     # Every chunk has the same columns, whether a completion of it has several turns or not.
-    return dict.fromkeys(MASK_COLUMNS, [[]] * len(kept_rows)) | columns
+    are_groups = "completion_ids" in columns
+    optional = ("completion_mask", "pair_weights", "ranks") if are_groups else MASK_COLUMNS
+    return dict.fromkeys(optional, [[]] * len(rows)) | columns
 
 
 def chunk_of(rows: list[dict[str, Any]]) -> datasets.Dataset:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastdpo.data.reasons import DROP_REASONS, NOTES, WARN_REASONS
-from fastdpo.data.work import Work
+from fastdpo.data.work import GroupWork, Work
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -35,6 +35,27 @@ class LengthStats:
 
 
 @dataclass
+class GroupFacts:
+    """What groups hold.
+
+    Attributes:
+        groups: how many.
+        answers: of them, each once.
+        pairs: of these answers.
+        most_answers: of one group.
+        weighted: whether pairs have weights.
+        left_out: pairs that were not made or kept, by reason in words.
+    """
+
+    groups: int
+    answers: int
+    pairs: int
+    most_answers: int
+    weighted: bool
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
 class DataSummary:
     """What became of the rows.
 
@@ -54,6 +75,7 @@ class DataSummary:
         unused_columns: columns of the input that nothing was made of.
         work: what a step costs, of the rows kept; None where no row is.
         read_as: the format that the rows were read as, and what was left out before them; "" where that is not known.
+        groups: what they hold, where rows are groups, of several answers to a prompt; None where they are pairs.
     """
 
     rows_in: int
@@ -68,8 +90,9 @@ class DataSummary:
     lengths: dict[str, LengthStats] = field(default_factory=dict)
     first_rows: dict[str, list[int]] = field(default_factory=dict)
     unused_columns: list[str] = field(default_factory=list)
-    work: Work | None = None
+    work: Work | GroupWork | None = None
     read_as: str = ""
+    groups: GroupFacts | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain numbers, strings, lists and dicts, for JSON."""
@@ -97,12 +120,15 @@ class DataSummary:
         from rich.console import Group
 
         parts = [self._rows_table(), self._lengths_table()]
+        if isinstance(self.work, GroupWork):
+            return Group(*parts, _group_work_table(self.work))
         return Group(*parts, _work_table(self.work)) if self.work else Group(*parts)
 
     def _rows_table(self) -> Table:
         from rich.table import Table
 
-        table = Table(title="Preference pairs", title_justify="left", title_style="bold", show_header=False)
+        title = "Preference groups" if self.groups else "Preference pairs"
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
         table.add_column("what")
         table.add_column("rows", justify="right")
         table.add_column("where", style="dim")
@@ -110,6 +136,8 @@ class DataSummary:
             table.add_row("read as", "", self.read_as)
         table.add_row("rows in", str(self.rows_in), "")
         table.add_row("kept", str(self.rows_kept), "", style="bold")
+        if self.groups:
+            self._add_groups(table, self.groups)
         for side, count in self.truncated.items():
             if count:
                 cut = {"keep_start": "end", "keep_end": "beginning"}[self.truncation_mode]
@@ -124,6 +152,14 @@ class DataSummary:
             table.add_row("columns that are not used", str(len(self.unused_columns)), ", ".join(self.unused_columns))
         return table
 
+    def _add_groups(self, table: Table, groups: GroupFacts) -> None:
+        table.add_row("groups", str(groups.groups), "a batch's size counts groups")
+        table.add_row("  answers, each once", str(groups.answers), f"up to {groups.most_answers} to a prompt")
+        weighted = "each counts by its weight" if groups.weighted else "all count the same"
+        table.add_row("  pairs of them", str(groups.pairs), weighted)
+        for reason, count in groups.left_out.items():
+            table.add_row(f"  pairs left out: {reason}", str(count), "", style="yellow")
+
     def _lengths_table(self) -> Table:
         from rich.table import Table
 
@@ -131,7 +167,7 @@ class DataSummary:
         table.add_column("")
         for name in ("median", "mean", "p95", "max"):
             table.add_column(name, justify="right")
-        labels = {"longest": "prompt + longer completion"}
+        labels = {"longest": "prompt + longest answer" if self.groups else "prompt + longer completion"}
         for name, stats in self.lengths.items():
             numbers = (stats.median, stats.mean, stats.p95, stats.max)
             table.add_row(labels.get(name, name), *(f"{number:,.0f}" for number in numbers))
@@ -141,6 +177,22 @@ class DataSummary:
         rows = self.first_rows[reason]
         count = self._count(reason)
         return f"row {', '.join(map(str, rows))}{', …' if count > len(rows) else ''}"
+
+
+def _group_work_table(work: GroupWork) -> Table:
+    from rich.table import Table
+
+    title = f"Tokens a step of {work.batch_size} groups ({work.pairs:,.0f} pairs)"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("padded, two rows a pair", "packed pairs, a prompt each", "packed, each answer once", "saving"):
+        table.add_column(name, justify="right")
+    for name, pairs, packed in (
+        ("through the body", work.pairs_body, work.packed_body),
+        ("through the head", work.pairs_head, work.packed_head),
+    ):
+        table.add_row(name, f"{work.padded:,.0f}", f"{pairs:,.0f}", f"{packed:,.0f}", f"{pairs / packed:.1f} x")
+    return table
 
 
 def _work_table(work: Work) -> Table:

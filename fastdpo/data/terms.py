@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from fastdpo.errors import InputError
@@ -13,7 +14,9 @@ GROUP_TOKEN_COLUMNS = ("prompt_ids", "completion_ids", "pairs")
 WEIGHT_COLUMN = "weight"
 GROUP_COLUMNS = ("completion_mask", "pair_weights", "ranks", "ref_completion_logps")
 # What rows may have beside the reference's log-probabilities; other columns are left out, and named in the summary.
-USED_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+USED_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", WEIGHT_COLUMN)
+# What a row of several answers to a prompt has in the place of chosen and rejected.
+GROUP_FIELDS = ("completions", "ranks", "scores", "pairs", "weights")
 # Someone who brings reference log-probabilities of their own keeps them.
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 # What prepared rows have where some have images: the prompt's text for the processor, a name for the images' bytes, and
@@ -23,6 +26,11 @@ TEXT_COLUMN, DIGEST_COLUMN, PART_COLUMN = VISION_COLUMNS = ("prompt_text", "imag
 
 class DataError(InputError):
     """Preference data that cannot be used; the message says which input, what is wrong, and what to do."""
+
+
+def is_prepared(columns: Collection[str]) -> bool:
+    """Whether rows of these columns are token ids: pairs, or groups."""
+    return {*TOKEN_COLUMNS} <= {*columns} or {*GROUP_TOKEN_COLUMNS} <= {*columns}
 
 
 def first_line(text: str) -> str:

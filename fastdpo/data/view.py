@@ -57,14 +57,12 @@ def show_row(
         tokenizer: to decode with.
         summary: what was found.
     """
+    if "completion_ids" in tokens:
+        return _show_group(number, raw, tokens, tokenizer, summary)
     lengths = ", ".join(f"{name} {len(tokens[f'{name}_ids']):,}" for name in ("prompt", "chosen", "rejected"))
-    found = "; ".join(reasons_of(number, summary))
-    heading = (
-        Text(f"row {number}", "bold").append(f"  {found}" if found else "", "yellow").append(f"  ({lengths})", "dim")
-    )
+    heading = _heading(number, lengths, summary)
     if not tokens["chosen_ids"]:  # it never came to tokens
-        fields = [f"{name}: {_shorten(_json(value))}" for name, value in raw.items()]
-        return Group(heading, *(Text(visible(line)) for line in fields), "")
+        return Group(heading, *_fields(raw), "")
     table = Table(box=SIMPLE, show_edge=False, pad_edge=False, header_style="dim")
     table.add_column("as written", ratio=1)
     table.add_column("as rendered", ratio=1)
@@ -72,6 +70,39 @@ def show_row(
     for name, style in (("chosen", CHOSEN), ("rejected", REJECTED)):
         written = Text("\n").join(as_written(value) for value in (*prompt, raw[name]) if value)
         table.add_row(written, Text.assemble(*_spans(tokens, name, style, tokenizer, summary)))
+    return Group(heading, table, "")
+
+
+def _heading(number: int, lengths: str, summary: DataSummary) -> Text:
+    found = "; ".join(reasons_of(number, summary))
+    return Text(f"row {number}", "bold").append(f"  {found}" if found else "", "yellow").append(f"  ({lengths})", "dim")
+
+
+def _fields(raw: dict[str, Any]) -> list[Text]:
+    """A row that never came to tokens."""
+    return [Text(visible(f"{name}: {_shorten(_json(value))}")) for name, value in raw.items() if value is not None]
+
+
+def _show_group(
+    number: int, raw: dict[str, Any], tokens: dict[str, Any], tokenizer: PreTrainedTokenizerBase, summary: DataSummary
+) -> Group:
+    """The answers of a group that are compared, each with what it is better and worse than."""
+    answers = tokens["completion_ids"]
+    lengths = f"prompt {len(tokens['prompt_ids']):,}, answers {', '.join(f'{len(ids):,}' for ids in answers)}"
+    heading = _heading(number, lengths, summary)
+    if not answers:
+        return Group(heading, *_fields(raw), "")
+    table = Table(box=SIMPLE, show_edge=False, pad_edge=False, header_style="dim")
+    table.add_column("answer")
+    table.add_column("as rendered", ratio=1)
+    masks = tokens.get("completion_mask") or [[]] * len(answers)
+    for i, (ids, mask) in enumerate(zip(answers, masks, strict=True)):
+        better = [str(rejected) for chosen, rejected in tokens["pairs"] if chosen == i]
+        worse = [str(chosen) for chosen, rejected in tokens["pairs"] if rejected == i]
+        said = [f"better than {', '.join(better)}"] * bool(better) + [f"worse than {', '.join(worse)}"] * bool(worse)
+        one = {"prompt_ids": tokens["prompt_ids"], "chosen_ids": ids, "chosen_mask": mask}
+        style = CHOSEN if better else REJECTED
+        table.add_row("\n".join([str(i), *said]), Text.assemble(*_spans(one, "chosen", style, tokenizer, summary)))
     return Group(heading, table, "")
 
 

@@ -28,11 +28,16 @@ def check_vocabulary(
     if vocab_size is None:
         return
     first = 0
-    for table in tokenised.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(batch_size=1000):
-        for name in TOKEN_COLUMNS:
-            found = pc.min_max(pc.list_flatten(table.column(name))).as_py()
+    names = [name for name in (*TOKEN_COLUMNS, "completion_ids") if name in tokenised.column_names]
+    for table in tokenised.select_columns(names).with_format("arrow").iter(batch_size=1000):
+        for name in names:
+            ids = pc.list_flatten(table.column(name), recursive=True)
+            found = pc.min_max(ids).as_py()
             if found["max"] is not None and (found["max"] >= vocab_size or found["min"] < 0):
-                _refuse(table.column(name).to_pylist(), first, name, vocab_size, tokenizer)
+                rows = table.column(name).to_pylist()
+                if name == "completion_ids":
+                    rows = [[token for answer in row for token in answer] for row in rows]
+                _refuse(rows, first, name, vocab_size, tokenizer)
         first += table.num_rows
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from fastdpo.data.reasons import DROP_REASONS, WARN_REASONS
 from fastdpo.data.summary import DataSummary
+from fastdpo.data.work import GroupWork
 from fastdpo.report.charts import draw_curves, draw_histograms
 from fastdpo.report.picture import read_curve
 from fastdpo.report.record import RunRecord
@@ -134,13 +135,25 @@ def _data_rows(
     rows += [(f"dropped: {DROP_REASONS[why]}", f"{count:,}", "bad") for why, count in summary.dropped.items()]
     rows += [(f"kept, but: {WARN_REASONS[why]}", f"{count:,}", "warn") for why, count in summary.warned.items()]
     rows += [(f"column that is not used: {column}", "", "") for column in summary.unused_columns]
-    labels = {"longest": "prompt + longer completion"}
+    if summary.groups is not None:
+        groups = summary.groups
+        rows += [("answers, each once", f"{groups.answers:,}", ""), ("pairs of them", f"{groups.pairs:,}", "")]
+        rows += [(f"pairs left out: {why}", f"{count:,}", "warn") for why, count in groups.left_out.items()]
+    labels = {"longest": "prompt + longest answer" if summary.groups else "prompt + longer completion"}
     lengths = [
         (labels.get(side, side), [f"{figure:,.0f}" for figure in (stats.median, stats.mean, stats.p95, stats.max)])
         for side, stats in summary.lengths.items()
     ]
     work, cost = summary.work, ""
-    if work is not None:
+    if isinstance(work, GroupWork):
+        cost = (
+            f"A step of {work.batch_size} groups, {work.pairs:,.0f} pairs, in padded rows would be {work.padded:,.0f} "
+            f"tokens. With each pair packed by itself {work.pairs_body:,.0f} would go through the body and "
+            f"{work.pairs_head:,.0f} through the head; with each answer once it is {work.packed_body:,.0f} "
+            f"({work.pairs_body / work.packed_body:.1f} times fewer) and {work.packed_head:,.0f} "
+            f"({work.pairs_head / work.packed_head:.1f} times fewer)."
+        )
+    elif work is not None:
         cost = (
             f"A step of {work.batch_size} pairs in padded rows would be {work.padded:,.0f} tokens. Packed, with each "
             f"prompt once, {work.packed_body:,.0f} go through the body ({work.padded / work.packed_body:.1f} times "

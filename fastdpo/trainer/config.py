@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
+from fastdpo.data.comparisons import PAIRS, Choice
 from fastdpo.data.settings import SCORES, parse_date
 from fastdpo.data.truncation import TRUNCATION_MODES
 from fastdpo.loss.objectives import F_DIVERGENCES, OBJECTIVES
@@ -133,6 +134,24 @@ class DPOConfig(TrainingArguments):
         default=False,
         metadata={"help": "Stop where a pair would be dropped, or is doubtful, before anything is trained."},
     )
+    pairs: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows with several ranked or scored answers: which two are compared. Each answer is computed once. "
+            "By default all of rows with 'completions', and neighbours of other formats, which become pairs.",
+            "choices": list(PAIRS),
+        },
+    )
+    weight_by_score: bool = field(
+        default=False, metadata={"help": "Count each of these pairs as much as its scores (or ranks) differ."}
+    )
+    group_by_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "Join pairs of one prompt to a row, in which each answer is computed once. Batch sizes count such "
+            "rows. Of a stream, pairs within 1,000 rows."
+        },
+    )
     score: str = field(
         default="assistant",
         metadata={
@@ -224,6 +243,7 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 f"truncation_mode is {self.truncation_mode!r}; it should be one of {', '.join(TRUNCATION_MODES)}"
             )
+        Choice(self.pairs, self.weight_by_score)  # raises
         if self.score not in SCORES:
             raise ValueError(f"score is {self.score!r}; it should be one of {', '.join(SCORES)}")
         # One day for all of the run: for its rows, and for what its reference is bound to.

@@ -11,12 +11,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.collator import PreferenceCollator
-from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.preparing import prepare
 from fastdpo.data.streaming import columns_of_stream, prepare_stream
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.templates import read_template
-from fastdpo.data.terms import DIGEST_COLUMN
+from fastdpo.data.terms import DIGEST_COLUMN, TOKEN_COLUMNS, is_prepared
 from fastdpo.data.vision import tokenizer_in
 from fastdpo.data.vision_collator import VisionCollator
 from fastdpo.data.vocabulary import check_vocabulary
@@ -95,6 +94,7 @@ class DatasetPreparer:
             end_token=args.end_token,
             template_date=args.template_date,
             vocab_size=self._vocab_size,
+            **_grouping(args),
         )
 
     def prepare(self, dataset: Dataset, name: str) -> Dataset:
@@ -127,6 +127,7 @@ class DatasetPreparer:
                 end_token=args.end_token,
                 template_date=args.template_date,
                 vocab_size=self._vocab_size,
+                **_grouping(args),
             )
         self._see_images(dataset)
         return dataset
@@ -184,9 +185,15 @@ def make_collator(
     )
 
 
+def _grouping(args: DPOConfig) -> dict[str, Any]:
+    """What ``prepare`` takes of groups of answers."""
+    names = ("pairs", "weight_by_score", "group_by_prompt")
+    return {name: getattr(args, name) for name in names}
+
+
 def is_tokenised(dataset: TrainDataset) -> bool:
     """Whether the rows are token ids already."""
-    return set(TOKEN_COLUMNS) <= set(columns_of(dataset))
+    return is_prepared(columns_of(dataset))
 
 
 def columns_of(dataset: TrainDataset) -> list[str]:

@@ -191,3 +191,28 @@ def test_strict_training_stops_before_it_starts(
             assert "fastdpo train: error: strict: 1 of 8 rows (row 2) dropped" in capsys.readouterr().err
             assert not (tmp_path / "run").exists()
     assert "model.safetensors" in {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_groups_of_answers(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"prompt": "Say something:", "completions": [" one", " two", " three"]}
+    path = write_jsonl(tmp_path / "groups.jsonl", [row | {"scores": [3, 2, 1]}, row | {"scores": [2, 2, 1]}])
+    assert check(tokenizer, path, "--rows", "1") == 0
+    said = capsys.readouterr().out
+    assert "2 of 2 groups (5 pairs) can be trained on." in said
+    assert "two answers score alike" in said and "Tokens a step of 2 groups (5 pairs)" in said
+    assert "better than 1, 2" in said and "worse than 0" in said
+    assert check(tokenizer, path, "--pairs", "best_worst", "--weight_by_score") == 0
+    said = capsys.readouterr().out
+    assert "2 of 2 groups (2 pairs)" in said and "each counts by its weight" in said
+    assert check(tokenizer, path, "--fix", str(tmp_path / "fixed.jsonl")) == 2
+    assert "it writes pairs, and these rows are groups" in capsys.readouterr().err
+
+
+def test_pairs_of_one_prompt_as_groups(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sides = [(" one", " two"), (" one", " three"), (" two", " three")]
+    rows = [{"prompt": "Say something:", "chosen": a, "rejected": b} for a, b in sides]
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    assert check(tokenizer, path, "--group_by_prompt") == 0
+    assert "3 of 3 pairs, 1 group, can be trained on." in capsys.readouterr().out
+    assert check(tokenizer, path, "--pairs", "all") == 2
+    assert "--pairs), and these rows are pairs already" in capsys.readouterr().err

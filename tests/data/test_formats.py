@@ -256,6 +256,15 @@ CASES: dict[str, list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]] = {
          + [{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b and c"}],
          [{"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " b", "rejected": " b and c"}]),
     ],
+    "completions": [
+        ([{"prompt": Q, "completions": [BAD, GOOD], "ranks": [2, 1]}],
+         [{"prompt": Q, "completions": [BAD, GOOD], "ranks": [2, 1]}]),
+        ([{"prompt": Q, "completions": [[assistant(BAD)], GOOD], "pairs": [[1, 0]], "weights": [0.5], "n": 1}],
+         [{"prompt": [user(Q)], "completions": [[assistant(BAD)], [assistant(GOOD)]], "pairs": [[1, 0]],
+           "weights": [0.5], "n": 1}]),
+        ([{"prompt": [human(Q)], "completions": [[gpt(BAD)], [gpt(GOOD)]], "scores": [0.5, 1]}],
+         [{"prompt": [user(Q)], "completions": [[assistant(BAD)], [assistant(GOOD)]], "scores": [0.5, 1]}]),
+    ],
     "nemo_rl": [
         ([{"context": [user(Q)], "task_name": "t", "completions": [
             {"rank": 1, "completion": [assistant(BAD)]}, {"rank": 0, "completion": [assistant(GOOD)]}]}],
@@ -389,7 +398,7 @@ def test_rows_of_every_format_become_the_pairs_that_they_say(name: str, number: 
     assert dataset.info.description.startswith(FORMATS[name].title)
     assert read(rows, tmp_path / "b.jsonl", format=name)[0] == expected  # and so by name
     _, kept, _ = examine(dataset, tokenizer_with(family_template("hermes")))  # which renders calls
-    assert len(kept) == sum("chosen" in row for row in expected)
+    assert len(kept) == sum("chosen" in row or "completions" in row for row in expected)
 
 
 @pytest.mark.parametrize(

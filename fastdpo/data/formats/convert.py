@@ -8,9 +8,10 @@ from itertools import chain, islice
 from typing import Any
 
 from fastdpo.data.formats.base import Answers, Format, LeftOut, Row, Sample
+from fastdpo.data.formats.completions import group_of
 from fastdpo.data.formats.pairs import pairs_of
 from fastdpo.data.formats.registry import find_format, rename
-from fastdpo.data.terms import REFERENCE_COLUMNS, TOKEN_COLUMNS, DataError, first_line
+from fastdpo.data.terms import REFERENCE_COLUMNS, DataError, first_line, is_prepared
 
 _LOOKED_AT = 100  # rows by which the format is told
 # What a row that is not of its format may raise, wherever a format looks for what it has not.
@@ -32,6 +33,7 @@ def convert(
     *,
     format: str | None,
     columns: Mapping[str, str] | None,
+    groups: bool = False,
     facts: list[dict[str, Any]],
 ) -> Iterator[Row]:
     """The pairs that the rows are, in columns of fastdpo's own names.
@@ -41,6 +43,8 @@ def convert(
         source: what messages call the file.
         format: its format's name, or a function's; None to tell it by the rows.
         columns: new name → name in the file, where columns are called otherwise.
+        groups: whether several answers to a prompt stay one row, in a group's columns; otherwise they become pairs of
+            neighbours in the order of their scores. (Rows in these columns stay one row in any case.)
         facts: gets what became of the file, when all of it is read: ``title`` of the format, ``rows``, ``pairs``, and
             ``left_out``, reason → count.
 
@@ -54,14 +58,14 @@ def convert(
     sample = Sample([row for _, row in first])
     rows = chain(first, rows)
     del first
-    if set(TOKEN_COLUMNS) <= sample.columns:  # made by prepare
+    if is_prepared(sample.columns):  # made by prepare
         yield from (row for _, row in rows)
         facts.append({"title": None, "left_out": {}})
         return
     found = find_format(format, sample, source)
     left_out: Counter[str] = Counter()
     for place, row in _gathered(found, rows, source) if found.gather else rows:
-        yield from _pairs(found, row, f"{source}, {place}", left_out)
+        yield from _pairs(found, row, f"{source}, {place}", groups, left_out)
     facts.append({"title": found.title, "left_out": dict(left_out)})
 
 
@@ -83,7 +87,7 @@ def _other_format(where: str, found: Format, error: Exception) -> DataError:
     )
 
 
-def _pairs(found: Format, row: Row, where: str, left_out: Counter[str]) -> Iterator[Row]:
+def _pairs(found: Format, row: Row, where: str, groups: bool, left_out: Counter[str]) -> Iterator[Row]:
     try:
         made = found.convert(row)
         if isinstance(made, LeftOut):
@@ -91,7 +95,9 @@ def _pairs(found: Format, row: Row, where: str, left_out: Counter[str]) -> Itera
             return
         new_rows: list[Row] = []
         for each in [made] if isinstance(made, (dict, Answers)) else made:
-            if isinstance(each, Answers):
+            if isinstance(each, Answers) and groups:
+                new_rows.append(group_of(each))
+            elif isinstance(each, Answers):
                 some, ties = pairs_of(each)
                 left_out.update({_TIES: ties} if ties else {})
                 new_rows += some

@@ -9,9 +9,9 @@ PROMPT_NAMES = ("question", "instruction", "input", "query", "context", "user", 
 
 
 def missing_columns_message(found: Collection[str], source: str) -> str | None:
-    """What to say of columns without ``chosen`` or ``rejected``; None where both are there."""
+    """What to say of columns without ``chosen`` or ``rejected``, or a group's; None where they are there."""
     missing = [name for name in ("chosen", "rejected") if name not in found]
-    if not missing:
+    if not missing or {"prompt", "completions"} <= {*found}:
         return None
     near = {name: difflib.get_close_matches(name, found, n=1, cutoff=0.75) for name in missing}
     hints = "".join(f" Is {match[0]!r} meant for {name!r}?" for name, match in near.items() if match)

@@ -16,6 +16,11 @@ def what_else(sample: Sample) -> str | None:
             f"unpaired rows with a label, as KTO and BCO take them: one answer a row, and whether it is good. "
             f"{_NEEDS_PAIRS}; join two rows of a prompt, or train with KTO"
         )
+    if sample.has("prompt", "completions") and not sample.has("labels"):
+        return (
+            "answers to a prompt, with none of the columns 'ranks', 'scores' and 'pairs' that would say which are "
+            f"better. {_NEEDS_PAIRS}"
+        )
     if sample.has("completions", "labels"):
         return f"stepwise supervision: the steps of one answer, and whether each is right. {_NEEDS_PAIRS}"
     if sample.has("prompt", "response") and any(sample.has(name) for name in ("score", "reward", "rating")):

@@ -30,13 +30,20 @@ class How:
     Attributes:
         format: a format's name, or ``path/to/file.py:function``; None to tell it by the rows.
         columns: new name → name in the files, where columns are called otherwise.
+        groups: whether several answers to a prompt stay one row.
     """
 
     format: str | None = None
     columns: Mapping[str, str] | None = None
+    groups: bool = False
 
     def key(self) -> list[Any]:
-        return [definition_of(self.format), sorted((self.columns or {}).items())]
+        key = [definition_of(self.format), sorted((self.columns or {}).items())]
+        return [*key, "groups"] if self.groups else key
+
+    def pairs(self, rows: Iterator[tuple[str, dict[str, Any]]], source: str, facts: Facts) -> Iterator[dict[str, Any]]:
+        """What the rows are, in columns of fastdpo's own names."""
+        return convert(rows, source, format=self.format, columns=self.columns, groups=self.groups, facts=facts)
 
 
 def read_files(files: Sequence[DataFile], how: How) -> datasets.Dataset:
@@ -95,7 +102,7 @@ def with_prompts(rows: Iterable[dict[str, Any]], source: str) -> Iterator[dict[s
         DataError: they are texts, where the end of a prompt cannot be told.
     """
     for row in rows:
-        chosen, rejected = row["chosen"], row["rejected"]
+        chosen, rejected = row.get("chosen"), row.get("rejected")
         if "prompt" in row or chosen is None or rejected is None:
             yield row
         elif isinstance(chosen, list) and isinstance(rejected, list):
@@ -119,14 +126,14 @@ def file_rows(file: DataFile, how: How, facts: Facts) -> Iterator[dict[str, Any]
             names_images = names_images or whole is not row
             yield place, whole
 
-    yield from convert(rows(), file.name, format=how.format, columns=how.columns, facts=facts)
+    yield from how.pairs(rows(), file.name, facts)
     if names_images:
         facts[-1][_NAMES_IMAGES] = True
 
 
 def rows_of_dataset(dataset: datasets.Dataset, source: str, how: How, facts: Facts) -> Iterator[dict[str, Any]]:
     """The pairs of a dataset, one after another."""
-    return convert(dataset_rows(dataset), source, format=how.format, columns=how.columns, facts=facts)
+    return how.pairs(dataset_rows(dataset), source, facts)
 
 
 def read_dataset(dataset: datasets.Dataset, source: str, how: How) -> datasets.Dataset:
