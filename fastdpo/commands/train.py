@@ -19,7 +19,15 @@ from fastdpo.commands.trainer_from_flags import check_sources, make_trainer
 from fastdpo.errors import DIVERGED, INTERRUPTED, DivergedError, InputError, UsageError, bad_input
 from fastdpo.report.facts import all_settings, changed_settings
 from fastdpo.report.recorder import PICTURE_FILE, REPORT_FILE, RunReport, resume_command
-from fastdpo.trainer.checkpoints import came_from, find_checkpoints, find_torn, is_end, resolve_resume, set_aside
+from fastdpo.trainer.checkpoints import (
+    came_from,
+    find_checkpoints,
+    find_torn,
+    is_end,
+    remove_torn,
+    resolve_resume,
+    set_aside,
+)
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.gentle_stop import GentleStop, stopping_on_signals
 from fastdpo.trainer.hub import is_run_record
@@ -182,9 +190,13 @@ def _say_what_it_trains_on(trainer: DPOTrainer, output_dir: Path) -> None:
 
 
 def _say_where_it_starts(checkpoint: Path | None, output_dir: Path) -> None:
+    removed = [] if checkpoint is None else remove_torn(output_dir, checkpoint)
     folder = set_aside(output_dir, checkpoint)
     if checkpoint is not None:
         console.print(f"Going on from {checkpoint}.")
+        if removed:
+            names = ", ".join(path.name for path in removed)
+            console.print(f"What a killed run had begun to write was removed: {names}.")
         if folder is not None:
             torn = [path.name for path in find_torn(folder)]
             which = f" ({', '.join(torn)} had not been written to the end)" if torn else ""

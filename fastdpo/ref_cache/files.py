@@ -130,6 +130,9 @@ class RefCache:
         tensors = read_tensors(self.folder / LOGPS, key=manifest["key_fingerprint"])
         if tensors is None:
             raise RefCacheError(f"{self.folder / LOGPS} is damaged or absent. {_advice(self.folder)}")
+        if manifest["complete"]:  # a kill came before the parts, which are in it, were gone
+            with contextlib.suppress(OSError):  # somebody's cache, that may be read alone
+                self._remove_parts()
         return tensors["chosen_logps"], tensors["rejected_logps"]
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -206,8 +209,11 @@ class RefCache:
         with self._saying_what_is_kept():
             write_tensors(self.folder / LOGPS, tensors, key.fingerprint())
         self._write_manifest(key, about, complete=True)
+        self._remove_parts()
+
+    def _remove_parts(self) -> None:
         for path in self.folder.glob(PARTS):
-            path.unlink()
+            path.unlink(missing_ok=True)  # a reader may have been faster
 
     def _write_manifest(self, key: CacheKey, about: dict[str, Any], *, complete: bool) -> None:
         manifest = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from fastdpo.errors import InputError, UsageError
 from fastdpo.trainer.damage import STATE_FILE, damage_without_manifest, missing_state
 from fastdpo.trainer.json_files import read_object
+from fastdpo.trainer.leftovers import is_half_written
 from fastdpo.trainer.manifest import MANIFEST_FILE, damage_in, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -138,6 +140,19 @@ def came_from(output_dir: Path, checkpoint: Path) -> bool:
 def read_state(folder: Path) -> dict[str, Any]:
     """trainer_state.json; empty where it is not there, or broken."""
     return read_object(folder / STATE_FILE) or {}
+
+
+def remove_torn(output_dir: Path, resumed: Path) -> list[Path]:
+    """Remove the checkpoints that a killed run was writing, which the run that goes on from ``resumed`` writes again.
+
+    What lacks a manifest and was not being written by us is not touched: another program's may be whole.
+    """
+    if resumed.resolve().parent != output_dir.resolve():
+        return []
+    torn = [path for path in find_torn(output_dir) if is_half_written(path)]
+    for path in torn:
+        shutil.rmtree(path, ignore_errors=True)
+    return torn
 
 
 def set_aside(output_dir: Path, resumed: Path | None = None) -> Path | None:

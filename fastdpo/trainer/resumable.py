@@ -23,6 +23,7 @@ from fastdpo.trainer.checkpoints import last_whole, refuse_damaged
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.digests import WeightDigests
 from fastdpo.trainer.evaluations import YieldingEvaluations
+from fastdpo.trainer.leftovers import writing_into
 from fastdpo.trainer.manifest import read_manifest, write_manifest
 from fastdpo.trainer.resume_settings import compare_settings, follow_settings, settings_of
 from fastdpo.trainer.weights import check_weights, load_adapter_weights, load_weights
@@ -98,17 +99,18 @@ class ResumableRuns(YieldingEvaluations):
     # ----------------------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with self._deferring():
-            super()._save_checkpoint(model, trial)
         run_dir = self._get_output_dir(trial)
         folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.world_size > 1:
-            torch.distributed.barrier()  # the other processes' files
-        if self.args.should_save or self.is_fsdp_enabled:
-            weights = self._digests.of(self.model)  # which asks all processes where FSDP shards them
-        if self.args.should_save:
-            facts = {"weights": weights, "settings": settings_of(self.args), "rows": self._train_rows()}
-            write_manifest(folder, **facts, evaluation_owed=self.evaluation_owed)
+        with writing_into(folder) if self.args.should_save else contextlib.nullcontext():
+            with self._deferring():
+                super()._save_checkpoint(model, trial)
+            if self.args.world_size > 1:
+                torch.distributed.barrier()  # the other processes' files
+            if self.args.should_save or self.is_fsdp_enabled:
+                weights = self._digests.of(self.model)  # which asks all processes where FSDP shards them
+            if self.args.should_save:
+                facts = {"weights": weights, "settings": settings_of(self.args), "rows": self._train_rows()}
+                write_manifest(folder, **facts, evaluation_owed=self.evaluation_owed)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:

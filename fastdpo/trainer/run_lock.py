@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastdpo.errors import InputError
 from fastdpo.ref_cache.lock import HeldError, held
+from fastdpo.trainer.leftovers import remove_leftovers
 
 # What begins with an underscore is not pushed to the Hub.
 LOCK_FILE = "_run.lock"
@@ -16,7 +17,7 @@ _of_this_process: set[Path] = set()
 
 @contextmanager
 def only_run_in(output_dir: Path, *, is_main: bool = True) -> Iterator[None]:
-    """Keep other processes' runs out of ``output_dir`` for the duration of the block.
+    """Keep other processes' runs out of ``output_dir`` for the duration of the block; what dead ones left goes.
 
     Args:
         output_dir: made where it is not there; a run that left nothing in it does not leave it either.
@@ -41,6 +42,7 @@ def only_run_in(output_dir: Path, *, is_main: bool = True) -> Iterator[None]:
             ) from None
         _of_this_process.add(output_dir)
         stack.callback(_of_this_process.discard, output_dir)
+        remove_leftovers(output_dir)
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import shutil
@@ -24,6 +25,7 @@ from fastdpo.trainer.disk import (
     why_not_written,
 )
 from fastdpo.trainer.json_files import read_object
+from fastdpo.trainer.leftovers import writing_into
 from fastdpo.trainer.run_lock import only_run_in
 from fastdpo.trainer.secrets import without_secrets
 
@@ -43,6 +45,12 @@ class CarefulSaves(Trainer):
         """As ``Trainer``'s; raises where another process trains in ``args.output_dir``."""
         with only_run_in(self.args.folder, is_main=self.is_world_process_zero()):
             return super().train(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As ``Trainer``'s."""
+        folder = Path(output_dir or self.args.output_dir)
+        with writing_into(folder) if self.args.should_save else contextlib.nullcontext():
+            super().save_model(output_dir, _internal_call)
 
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
         """As ``Trainer``'s, which adds to ``all_results.json`` what it finds; what a killed run left half of goes."""

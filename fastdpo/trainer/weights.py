@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from fastdpo.errors import InputError
 from fastdpo.model.adapters import has_transformers_adapter
 from fastdpo.trainer.digests import WeightDigests, saved_tensors, tensor_digest
 from fastdpo.trainer.disk import why_not_written
+from fastdpo.trainer.leftovers import trial_folder
 from fastdpo.trainer.manifest import name_some
 
 # Up to so many bytes of weights that are converted on their way are written and read, to see whether they come back.
@@ -102,7 +102,7 @@ def check_comes_back(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         return
     if has_transformers_adapter(model):
         return
-    with tempfile.TemporaryDirectory(prefix=".round-trip-", dir=folder) as place:
+    with trial_folder(folder) as place:
         kind = type(model)
         try:
             model.config.save_pretrained(place)
@@ -116,7 +116,7 @@ def check_comes_back(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         try:
             wrong, is_converted = _lost_names(model, config, state)
             if not wrong and is_converted and sum(tensor.nbytes for tensor in state.values()) <= _TRIED_BYTES:
-                wrong = _lost_values(model, Path(place), state)
+                wrong = _lost_values(model, place, state)
             wrong = wrong or _lost_to_initialisation(model)
         except Exception as error:  # the conversions of hundreds of families
             if why_not_written(error):  # which says nothing of the model
@@ -168,7 +168,8 @@ def _lost_names(model: PreTrainedModel, config: Any, state: dict[str, Tensor]) -
 
 
 def _lost_values(model: PreTrainedModel, place: Path, state: dict[str, Tensor]) -> str:
-    model.save_pretrained(place)
+    with _undisturbed():
+        model.save_pretrained(place)
     loaded = _loaded(model, place)[0].state_dict()
     return name_some([name for name, tensor in state.items() if not _is_same(tensor.cpu(), loaded[name])])
 

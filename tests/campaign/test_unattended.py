@@ -118,8 +118,8 @@ def differences(got: Path, expected: Path) -> list[str]:
         for name, value in of_one.items()
     ):
         found.append("the optimizer's state")
-    if find_torn(got / "run"):
-        found.append("torn checkpoints are left")
+    found += [f"{path} is left" for path in got.rglob(".*")]  # which is how what is being written is named
+    found += [f"{path} is torn" for path in find_torn(got / "run")]
     return found
 
 

@@ -85,6 +85,8 @@ def oracle(
         sizes = sizes * (grad_logps.double().abs() * scored)[:, None]
         operand = ROUNDING[operand_dtype] if operand_dtype is not None else unit
         relative = 4 * logit_error + operand + unit * (32 + probs.shape[1] ** 0.5)
+        # The norm's sum is in float64 always, and its terms may all be rounded to the same side.
+        relative = relative + ROUNDING[torch.float64] * probs.shape[1]
         softcap = options.get("softcap")
         if softcap is not None:  # 1 - tanh^2 moves by 2 tanh times its argument's error, relative to itself
             argument = unit * (h.shape[1] + 2) * abs(options.get("logit_scale", 1.0)) * terms.amax(-1)

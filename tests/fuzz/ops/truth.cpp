@@ -77,7 +77,7 @@ class Computation {
   // False where a logit may be no number in the compute type, or have no precision at all.
   bool logits_of(int64_t t, Row& row) {
     const auto h = call_.h, v = call_.v;
-    const double unit = precision_.arithmetic;
+    const double unit = precision_.arithmetic, least = precision_.least;
     row.logits.resize(v);
     NotFinite found = weight_;
     for (int64_t k = 0; k < h; ++k) found.look(call_.hidden[t * h + k]);
@@ -87,8 +87,8 @@ class Computation {
         const Real a = call_.hidden[t * h + k], b = call_.weight[j * h + k];
         product += a * b;
         terms += std::fabs(a * b);
-        // Numbers below the least normal one may be taken for 0, before a product and after it.
-        flushed += precision_.least * (std::fabs(a) + std::fabs(b) + 1);
+        // Before a product too.
+        flushed += least * (std::fabs(a) + std::fabs(b) + 1);
       }
       const double bias = call_.bias.empty() ? 0 : call_.bias[j];
       const double finite_bias = bias == -kInfinity ? 0 : bias;
@@ -106,16 +106,18 @@ class Computation {
       }
       product += bias;
       Real z = call_.scale * product;
-      const double argument_error = std::fabs(call_.scale) * (unit * (h + 3) * double(terms) + double(flushed));
+      // A number below the least normal one may be taken for 0 after each operation.
+      double argument_error = std::fabs(call_.scale) * (unit * (h + 3) * double(terms) + double(flushed)) + least;
       if (call_.softcap != 0) {
         // 1 - tanh^2 moves by 2 tanh times the argument's error, relative to itself.
+        argument_error += 2 * call_.softcap * least;
         row.factor_error = std::max(row.factor_error, 2 * argument_error / call_.softcap + 8 * unit);
         z = call_.softcap * std::tanh(z / call_.softcap);
       }
       z /= call_.temperature;
       if (!(std::fabs(z) < precision_.largest / 4)) row.logit_error = kInfinity;
       row.logits[j] = z;
-      const double error = argument_error / call_.temperature + 8 * unit * double(std::fabs(z));
+      const double error = argument_error / call_.temperature + 8 * unit * double(std::fabs(z)) + least;
       row.logit_error = std::max(row.logit_error, error);
     }
     truth_.nan[t] = found.nan && !found.infinity;
@@ -167,8 +169,9 @@ class Computation {
     if (sizes < precision_.largest / 4)
       truth_.mean_logits[t] = {double(mean / v), of_sums + 32 * unit * double(sizes / v)};
     const Real top_gap = other_largest - own;
-    truth_.top_gap[t] = {double(top_gap),
-                         std::isinf(top_gap) ? 0 : 2 * row.logit_error + unit * double(std::fabs(top_gap))};
+    truth_.top_gap[t] = {
+        double(top_gap),
+        std::isinf(top_gap) ? 0 : 2 * row.logit_error + unit * double(std::fabs(top_gap)) + precision_.least};
     return true;
   }
 
@@ -177,8 +180,9 @@ class Computation {
     const double c = call_.grad_logps[t], unit = precision_.arithmetic;
     if (!std::isfinite(c) || row.logit_error > kFirstOrder || row.factor_error > kFirstOrder) return false;
     const double slope = call_.scale / call_.temperature;
-    const double relative =
-        4 * row.logit_error + 2 * row.factor_error + precision_.operand + unit * (32 + std::sqrt(double(v)));
+    const double relative = 4 * row.logit_error + 2 * row.factor_error + precision_.operand +
+                            unit * (32 + std::sqrt(double(v))) +
+                            precision_.sums * v;  // the norm's, whose terms may all be rounded to the same side
     // An exponential near the end of the compute type's normal numbers may be taken for 0; so may its coefficient.
     const double least =
         precision_.least * (2 * std::fabs(c * slope) + kLargestOperand * std::max(1.0, std::fabs(slope)));
