@@ -40,11 +40,13 @@ def dependence_on_padding(
     limits = [limit for limit in (max_length, longest_position(config), UNLIMITED) if limit is not None]
     longest = min(limits)
     passed = [length for length in lengths_in(config) if length + 2 <= longest]
-    sizes = {min(_BEYOND, longest), *(min(2 * length + _BEYOND, longest) for length in passed[-1:])}
+    most = longest - longest // 4  # and room for padding
+    sizes = sorted({min(_BEYOND, most), *(min(2 * length + _BEYOND, most) for length in passed[-1:])})
+    width = min(2 * sizes[-1], longest)
 
     def look(seen_in: torch.dtype) -> str | None:
-        for size in sorted(sizes):
-            moved = max(_moved(scorer, size, 2 * max(sizes), seed, device, seen_in) for seed in range(_TRIES))
+        for size in sizes:
+            moved = max(_moved(scorer, size, width, seed, device, seen_in) for seed in range(_TRIES))
             if moved > 0:
                 return (
                     f"{described(scorer.lm)} lets what it says of a sequence depend on the padding behind it: "

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from fastdpo.logps.wide import segment_sums, widened
 from fastdpo.loss.sequences import Sequences
 from fastdpo.model.attention import SEGMENTS, RowAttention
+from fastdpo.model.divided import score_divided
 from fastdpo.model.head import FusedHead, HeadOutput
 from fastdpo.model.head_calls import IGNORE_INDEX
 from fastdpo.model.language_model import language_model
 from fastdpo.model.packing import PackedRow
-from fastdpo.model.padded_parts import joined
 from fastdpo.model.recurrent import sequence_bounds
 
 
@@ -35,7 +35,7 @@ class SequenceScores:
         lengths: [S, n] int64, how many tokens of them were scored.
         outputs: name -> [S] float64, detached: sums of those of :class:`fastdpo.model.HeadOutput` that were asked for.
         pairs: [P, 2] int64, the (chosen, rejected) sequences of each pair.
-        model_output: what the model returned beside its logits; None where it ran more than once.
+        model_output: what the model returned beside its logits; of several forwards, its ``aux_loss`` alone, or None.
     """
 
     sums: Tensor
@@ -194,7 +194,7 @@ class Scorer:
             ids, mask = part["input_ids"], part["attention_mask"]
             model_kwargs = {**part.get("vision", {}), **model_kwargs}
             if "forwards" in part:
-                out = self._score_forwards(called, part, labels, outputs, model_kwargs)
+                out = score_divided(self.head, called, part, labels, outputs, model_kwargs)
             else:
                 out = self.head(called, ids, mask, labels, outputs=outputs, **model_kwargs)
             if not at_shorter:
@@ -213,41 +213,6 @@ class Scorer:
         targets = row.of_sequences(row.targets)[places]
         sides = Sequences(targets, bounds, IGNORE_INDEX, at_shorter=True, look=False)
         return _divided_sums(out, outputs, sides, lambda values: row.of_sequences(values)[places])
-
-    def _score_forwards(
-        self,
-        called: nn.Module,
-        part: dict[str, Any],
-        labels: Tensor,
-        outputs: Sequence[str],
-        model_kwargs: dict[str, Any],
-    ) -> HeadOutput:
-        """Padded rows in several forwards, each of rows that are about as long; as if it had been one."""
-        forwards = part["forwards"]
-        ids, mask = part["input_ids"], part["attention_mask"]
-        found = [
-            self.head(
-                called, ids[rows, :width], mask[rows, :width], labels[rows, :width], outputs=outputs, **model_kwargs
-            )
-            for rows, width in forwards
-        ]
-        width = labels.shape[1] - 1
-
-        def together(name: str) -> Tensor:
-            return joined([getattr(out, name) for out in found], forwards, width)
-
-        def asked(name: str) -> Tensor | None:
-            return together(name) if name in outputs else None
-
-        return HeadOutput(
-            logps=together("logps"),
-            mask=together("mask"),
-            entropy=asked("entropy"),
-            log_sum_sq_probs=asked("log_sum_sq_probs"),
-            mean_logits=asked("mean_logits"),
-            is_top1=asked("is_top1"),
-            model_output=None,
-        )
 
 
 def are_alike(one: Scorer, other: Scorer) -> bool:

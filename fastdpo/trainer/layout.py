@@ -7,11 +7,12 @@ import logging
 from collections.abc import Sequence
 from typing import cast
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import DataCollator
 
 from fastdpo.data.collator import PreferenceCollator
+from fastdpo.model.divided import router_loss_divides
 from fastdpo.model.packing_choice import choose_packing, obstacles_in
 from fastdpo.model.padded_parts import ACCELERATOR_FORWARD_COST, FORWARD_COST
 from fastdpo.model.padding_check import dependence_on_padding
@@ -23,6 +24,9 @@ from fastdpo.trainer.models import compute_dtype
 from fastdpo.trainer.reference import Reference
 
 logger = logging.getLogger(__name__)
+
+# Each process has all of the model.
+_WHOLE_MODELS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class BatchLayout:
@@ -76,10 +80,12 @@ class BatchLayout:
             autocast=accelerator.autocast,
             unchecked=weights_come_later,
         )
-        # Processes meet in every forward of a model that is sharded, and have to have as many. A load-balancing loss is
-        # of all tokens of a batch. Every shape would be compiled. A sequence's images are not told apart.
-        whole = has_own_collator or has_images or has_aux_loss or args.torch_compile
-        divides = not whole and accelerator.num_processes == 1
+        # Processes meet in every forward of a model that is sharded, and have to have as many; and where it is compiled
+        # they cannot be kept from it. A load-balancing loss is of all tokens of a batch. A sequence's images are not
+        # told apart.
+        meets = accelerator.distributed_type not in _WHOLE_MODELS
+        meets = meets or (args.torch_compile and accelerator.num_processes > 1)
+        divides = not (has_own_collator or has_images or meets or (has_aux_loss and not router_loss_divides(policy.lm)))
         kind = accelerator.device.type
         self._forward_cost = FORWARD_COST.get(kind, ACCELERATOR_FORWARD_COST) if divides else None
         # A reference for the cache is asked before the training, and checked then.

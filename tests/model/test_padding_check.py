@@ -33,3 +33,10 @@ def test_a_model_that_ranks_padding_with_tokens_is_named(dtype):
 @pytest.mark.parametrize("model_type", ["mamba", "bloom", "mixtral", "bamba", "falcon", "gemma2", "deepseek_v4"])
 def test_models_that_do_not_are_not(model_type, dtype):
     assert words_of(model_type, None, dtype) is None
+
+
+@pytest.mark.parametrize("max_length", [2, 8, 1024, None])
+def test_no_position_is_used_that_the_model_has_not(max_length):
+    """OPT's kind has 1,024 positions in a table."""
+    assert words_of("opt", max_length, torch.float32, length=600) is None
+    assert words_of("whisper", max_length, torch.float32) is None
