@@ -283,8 +283,8 @@ def read_image(value: Any, where: str) -> bytes:
         UnreadableImageError: it cannot be read.
     """
     if isinstance(value, Image.Image):
-        encoded: dict[str, Any] = datasets.Image().encode_example(value)
-        return encoded["bytes"]
+        encoded: bytes = datasets.Image().encode_example(value)["bytes"]
+        return encoded
     if isinstance(value, dict):
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     if isinstance(value, bytes):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
@@ -118,7 +118,7 @@ def find_unused_parameters(args: DPOConfig) -> None:
 
     Not with reentrant checkpointing, which fails with it.
     """
-    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    reentrant = cast(dict[str, Any], args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     if args.ddp_find_unused_parameters is None and not reentrant:
         args.ddp_find_unused_parameters = True
 

@@ -74,6 +74,7 @@ class CardFacts:
         epochs, steps: how long.
         log_history: the entries of its log.
         has_chat_template: prompts are messages.
+        takes_images: it is a vision-language model, with a processor.
     """
 
     args: DPOConfig
@@ -82,6 +83,7 @@ class CardFacts:
     steps: int
     log_history: Sequence[dict[str, Any]]
     has_chat_template: bool
+    takes_images: bool = False
 
     @property
     def base(self) -> str:
@@ -168,7 +170,9 @@ def _section(facts: CardFacts, name: str, dataset_name: str | None) -> str:
         f"{of}, trained on preferences{on} with Direct Preference Optimisation "
         f"([DPO](https://arxiv.org/abs/2305.18290), loss `{loss}`, beta {facts.args.beta:g}) by fastdpo.",
         "## How to load it",
-        _how_to_load(name, is_adapter, facts.has_chat_template),
+        _how_to_load_with_images(name, facts)
+        if facts.takes_images
+        else _how_to_load(name, is_adapter, facts.has_chat_template),
         "## Results",
         _results(facts.log_history),
         "## Training",
@@ -243,6 +247,36 @@ def _how_to_load(name: str, is_adapter: bool, has_chat_template: bool) -> str:
         "output = model.generate(**inputs, max_new_tokens=128)",
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _how_to_load_with_images(name: str, facts: CardFacts) -> str:
+    path = json.dumps(visible_line(name), ensure_ascii=False)
+    lines = ["from transformers import AutoModelForImageTextToText, AutoProcessor", ""]
+    if isinstance(facts.model, PeftModel):
+        lines.insert(0, "from peft import PeftConfig, PeftModel")
+        model = [
+            "name = PeftConfig.from_pretrained(path).base_model_name_or_path  # what it was trained on",
+            "base = AutoModelForImageTextToText.from_pretrained(name)",
+            "model = PeftModel.from_pretrained(base, path)",
+        ]
+    else:
+        model = ["model = AutoModelForImageTextToText.from_pretrained(path)"]
+    lines += [
+        f"path = {path}  # this folder, or its name on the Hub",
+        *model,
+        "processor = AutoProcessor.from_pretrained(path)",
+    ]
+    if facts.has_chat_template:
+        lines += [
+            'parts = [{"type": "image", "path": "picture.png"}, {"type": "text", "text": "What is in it?"}]',
+            "inputs = processor.apply_chat_template(",
+            '    [{"role": "user", "content": parts}],',
+            '    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",',
+            ")",
+            "output = model.generate(**inputs, max_new_tokens=128)",
+            'print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        ]
     return "\n".join(["```python", *lines, "```"])
 
 

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.terms import REFERENCE_COLUMNS
 from fastdpo.logps.wide import widened
@@ -120,7 +120,7 @@ class Reference:
         *,
         collate: DataCollator,
         to_device: Callable[[dict[str, Any]], dict[str, Any]],
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
     ) -> tuple[Dataset, EvalDataset]:
         """The datasets with the reference's log-probabilities, by way of the disk; its own model is let go.
 
@@ -128,7 +128,7 @@ class Reference:
             train_dataset, eval_dataset: tokenised.
             collate: makes a batch of rows.
             to_device: puts a batch on the device.
-            tokenizer: what tokenised the data; None where it came tokenised.
+            tokenizer: what tokenised the data, or the processor that did; None where it came tokenised.
 
         Raises:
             fastdpo.ref_cache.RefCacheError: see :class:`fastdpo.ref_cache.build.ReferenceBuilder`.

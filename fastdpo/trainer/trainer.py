@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import DataCollator, PreTrainedModel, TrainerCallback, set_seed
+from transformers import DataCollator, PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -23,6 +23,7 @@ from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.images import may_have_images
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.terms import REFERENCE_COLUMNS
+from fastdpo.model.auto_class import has_vision
 from fastdpo.model.head import FusedHead
 from fastdpo.model.language_model import language_model
 from fastdpo.model.packing_choice import Packing
@@ -382,6 +383,8 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
             steps=self.state.global_step,
             log_history=self.state.log_history,
             has_chat_template=bool(getattr(self.processing_class, "chat_template", None)),
+            takes_images=has_vision(language_model(self.model).config)
+            and isinstance(self.processing_class, ProcessorMixin),
         )
         write_model_card(facts, model_name=model_name, dataset_name=dataset_name, tags=tags, **metadata)
 

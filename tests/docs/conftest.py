@@ -9,13 +9,24 @@ from pathlib import Path
 import pytest
 from loss_layer.peers import PEERS
 from pages import CONTRIBUTING, blocks
+from tiny_vision import make_processor, make_vision_model
 from toy_data import text_rows, write_jsonl
 
 
+@pytest.fixture(scope="module")
+def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny vision-language model and its processor."""
+    folder = tmp_path_factory.mktemp("vision")
+    make_vision_model("llava").save_pretrained(folder)
+    make_processor("llava").save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def workplace(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(model: Path, vision_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that snippets and command lines run in, with the files that they speak of."""
     shutil.copytree(model, tmp_path / "my-model")
+    shutil.copytree(vision_model, tmp_path / "my-vision-model")
     write_jsonl(tmp_path / "pairs.jsonl", text_rows())
     (tmp_path / "run.yaml").write_text("model_name_or_path: my-model\ndataset_name: pairs.jsonl\n")
     monkeypatch.chdir(tmp_path)

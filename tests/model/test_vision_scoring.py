@@ -1,0 +1,114 @@
+"""Batches with images: scored as each row is by itself, by the model's own logits, and looked at before they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_vision import VISION_FAMILIES, make_image, make_processor, make_vision_model, vision_rows
+from transformers import LlavaForConditionalGeneration
+
+from fastdpo.data import prepare
+from fastdpo.data.vision_collator import VisionCollator
+from fastdpo.model.head import FusedHead
+from fastdpo.model.row_collator import RowCollator
+from fastdpo.model.scoring import Scorer
+from fastdpo.model.vision_check import check_images
+
+pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
+
+# A sum of some 60 log-probabilities of about -6, in float32, in another order.
+TOLERANCE = 60 * 6 * 4 * torch.finfo(torch.float32).eps
+CPU = torch.device("cpu")
+
+
+def prepared(family: str) -> tuple[Any, Dataset]:
+    """Rows with one image, with none, with two, of different sizes, in no order of length."""
+    processor, rows = make_processor(family), vision_rows(6)
+    for i in (1, 4):
+        rows[i]["images"] = []
+    rows[2]["images"] = [*rows[2]["images"], make_image(50, (32, 12))]
+    return processor, prepare(Dataset.from_list(rows), processor, max_length=None)[0]
+
+
+def scorer_of(model: Any) -> Scorer:
+    return Scorer(model, model, FusedHead(model))
+
+
+def sums(scorer: Scorer, batch: dict[str, Any]) -> torch.Tensor:
+    """[2, B]: of the chosen and the rejected sequences."""
+    with torch.no_grad():
+        found = scorer.score(batch)
+    return found.sums[found.pairs.t()].squeeze(-1)
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_rows_do_not_depend_on_their_batch(family: str) -> None:
+    processor, rows = prepared(family)
+    scorer, collator = scorer_of(make_vision_model(family)), VisionCollator(processor, pad_token_id=0)
+    whole = sums(scorer, collator([rows[i] for i in range(6)]))
+    # One after another: what a model keeps of a batch must not reach the next.
+    alone = torch.cat([sums(scorer, collator([rows[i]])) for i in range(6)], dim=1)
+    parts = RowCollator("padded", collator, max_tokens=300)([rows[i] for i in range(6)])
+    assert len(parts["micro_batches"]) > 1
+    assert whole == pytest.approx(alone, abs=TOLERANCE)
+    assert sums(scorer, parts) == pytest.approx(alone, abs=TOLERANCE)
+    # Images matter, each to its own row alone.
+    swapped = {**rows[0], "images": rows[3]["images"], "images_digest": rows[3]["images_digest"]}
+    if len(rows[0]["prompt_ids"]) == len(rows[3]["prompt_ids"]):
+        other = sums(scorer, collator([swapped, *(rows[i] for i in range(1, 6))]))
+        assert (other - whole)[:, 0].abs().min() > 100 * TOLERANCE
+        assert other[:, 1:] == pytest.approx(whole[:, 1:], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_log_probabilities_are_those_of_the_models_logits(family: str) -> None:
+    """Of the class's own: Gemma 3's for images has no softcap, whatever its configuration says."""
+    processor, rows = prepared(family)
+    softcap = {"final_logit_softcapping": 3.0} if family == "gemma3" else {}
+    model = make_vision_model(family, **softcap)
+    batch = VisionCollator(processor, pad_token_id=0)([rows[i] for i in range(3)])
+    ids, mask = batch["input_ids"], batch["completion_mask"].bool()
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=batch["attention_mask"], **batch["vision"]).logits
+        head = FusedHead(model)
+        out = head(model, ids, batch["attention_mask"], ids.masked_fill(~mask, -100), **batch["vision"])
+    expected = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    assert out.mask.equal(mask[:, 1:])
+    assert out.logps[out.mask] == pytest.approx(expected[out.mask], abs=1e-5)
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_images_whose_tokens_see_each_other_are_no_fault(family: str) -> None:
+    processor, rows = prepared(family)
+    batch = VisionCollator(processor, pad_token_id=0)([rows[2]])
+    check_images(scorer_of(make_vision_model(family)), batch, CPU, torch.float32)
+
+
+def test_text_that_sees_the_future_is_refused() -> None:
+    """Gemma 3, were what follows the image a part of it."""
+    processor, rows = prepared("gemma3")
+    batch = VisionCollator(processor, pad_token_id=0)([rows[0]])
+    batch["vision"]["token_type_ids"] = torch.ones_like(batch["input_ids"])
+    with pytest.raises(
+        NotImplementedError, match=r"Gemma3ForConditionalGeneration .* sees the future where images are"
+    ):
+        check_images(scorer_of(make_vision_model("gemma3")), batch, CPU, torch.float32)
+
+
+class Blind(LlavaForConditionalGeneration):
+    """Takes what it is given, and does not look at it."""
+
+    def forward(self, *args: Any, pixel_values: Any = None, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_a_model_that_does_not_look_is_refused() -> None:
+    processor, rows = prepared("llava")
+    model = make_vision_model("llava")
+    model.__class__ = Blind
+    batch = VisionCollator(processor, pad_token_id=0)([rows[0]])
+    with pytest.raises(NotImplementedError, match=r"Blind .* does not look at images"):
+        check_images(scorer_of(model), batch, CPU, torch.float32)
