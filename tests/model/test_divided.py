@@ -11,7 +11,7 @@ from tiny_families import make_family
 from fastdpo.data.collator import PreferenceCollator
 from fastdpo.model.divided import router_loss_divides
 from fastdpo.model.head import FusedHead
-from fastdpo.model.packing import RowCollator
+from fastdpo.model.row_collator import RowCollator
 from fastdpo.model.scoring import Scorer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,11 +20,11 @@ from fastdpo.data.collator import PreferenceCollator
 from fastdpo.model import precision
 from fastdpo.model.attention_backends import RowsNotSupportedError
 from fastdpo.model.model_check import check_causal
-from fastdpo.model.packing import RowCollator
 from fastdpo.model.packing_check import check_rows
 from fastdpo.model.packing_choice import choose_packing
 from fastdpo.model.padding_check import dependence_on_padding
 from fastdpo.model.recurrent import sequence_bounds
+from fastdpo.model.row_collator import RowCollator
 
 CPU = torch.device("cpu")
 
