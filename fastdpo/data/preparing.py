@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.account import account, nothing_left_message, strict_message
-from fastdpo.data.columns import check_choice, check_columns, with_weights
+from fastdpo.data.columns import check_choice, check_columns, may_have_images, with_weights
 from fastdpo.data.comparisons import Choice
 from fastdpo.data.group_account import describe_groups
 from fastdpo.data.group_preparing import examine_groups, without_fate
@@ -54,6 +54,7 @@ from fastdpo.data.vocabulary import check_vocabulary
 logger = logging.getLogger(__name__)
 
 BATCH = 1000  # rows tokenised at a time
+PICTURED_BATCH = 16  # where they have images, which are in memory meanwhile
 
 
 def prepare(
@@ -222,7 +223,7 @@ def examine(
         tokenised = dataset.map(
             _tokenize_batch,
             batched=True,
-            batch_size=BATCH,
+            batch_size=PICTURED_BATCH if processor is not None and may_have_images(dataset) else BATCH,
             with_indices=True,
             fn_kwargs={
                 "tokenizer": tokenizer,
