@@ -198,7 +198,12 @@ def examine(
     choice = Choice(pairs, weight_by_score)
     dataset = as_said(as_pairs(undecoded(dataset), groups=pairs is not None))
     are_groups = "completions" in dataset.column_names
-    check_columns(dataset, images=processor is not None and not are_groups)
+    if are_groups and processor is not None and may_have_images(dataset):
+        raise DataError(
+            "The rows have several answers to a prompt with images, which is not supported; make pairs of them (leave "
+            "--pairs out for those of neighbours)."
+        )
+    check_columns(dataset, images=processor is not None)
     check_choice(choice, are_groups=are_groups, group_by_prompt=group_by_prompt)
     preparation = _preparation(tokenizer_in(tokenizer), score, end_token, template_date)
     if are_groups:
