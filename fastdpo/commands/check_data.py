@@ -11,9 +11,10 @@ from transformers import AutoConfig
 from fastdpo.commands.pairs import columns_of
 from fastdpo.commands.terminal import SafeConsole
 from fastdpo.data.account import nothing_left_message, strict_message
+from fastdpo.data.columns import may_have_images
 from fastdpo.data.files import load_preferences
 from fastdpo.data.fix import Fixed, write_fixed
-from fastdpo.data.images import may_have_images, undecoded
+from fastdpo.data.images import undecoded
 from fastdpo.data.preparing import examine
 from fastdpo.data.templates import read_template
 from fastdpo.data.terms import is_prepared

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.data.files import DataError, load_preferences, type_name
-from fastdpo.data.images import IMAGE_COLUMNS, has_images
+from fastdpo.data.image_parts import has_images
+from fastdpo.data.images import IMAGE_COLUMNS
 from fastdpo.data.json_text import UNREADABLE, what_is_wrong
 from fastdpo.data.rows import common_prefix_length
 from fastdpo.model.generation import Prompt

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from fastdpo.commands.flags import ModelArguments, ScriptArguments
 from fastdpo.commands.pairs import check_sources as check_pairs
 from fastdpo.commands.pairs import load_pairs
-from fastdpo.data.images import may_have_images
+from fastdpo.data.columns import may_have_images
 from fastdpo.errors import UsageError, bad_input
 from fastdpo.model.quantization import make_quantization_config
 from fastdpo.model.vision import load_processing_class

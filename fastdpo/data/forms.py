@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from fastdpo.data.claims import calls_of
-from fastdpo.data.images import IMAGE_PART
+from fastdpo.data.image_parts import IMAGE_PART
 from fastdpo.data.json_text import UNREADABLE
 from fastdpo.data.mask import squeeze
 from fastdpo.data.templates import Messages

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.account import account, nothing_left_message, strict_message
-from fastdpo.data.columns import check_choice, check_columns, with_weights
+from fastdpo.data.columns import check_choice, check_columns, may_have_images, with_weights
 from fastdpo.data.comparisons import Choice
 from fastdpo.data.group_account import describe_groups
 from fastdpo.data.group_preparing import examine_groups, without_fate
@@ -54,6 +54,7 @@ from fastdpo.data.vocabulary import check_vocabulary
 logger = logging.getLogger(__name__)
 
 BATCH = 1000  # rows tokenised at a time
+PICTURED_BATCH = 16  # where they have images, which are in memory meanwhile
 
 
 def prepare(
@@ -197,7 +198,12 @@ def examine(
     choice = Choice(pairs, weight_by_score)
     dataset = as_said(as_pairs(undecoded(dataset), groups=pairs is not None))
     are_groups = "completions" in dataset.column_names
-    check_columns(dataset, images=processor is not None and not are_groups)
+    if are_groups and processor is not None and may_have_images(dataset):
+        raise DataError(
+            "The rows have several answers to a prompt with images, which is not supported; make pairs of them (leave "
+            "--pairs out for those of neighbours)."
+        )
+    check_columns(dataset, images=processor is not None)
     check_choice(choice, are_groups=are_groups, group_by_prompt=group_by_prompt)
     preparation = _preparation(tokenizer_in(tokenizer), score, end_token, template_date)
     if are_groups:
@@ -222,7 +228,7 @@ def examine(
         tokenised = dataset.map(
             _tokenize_batch,
             batched=True,
-            batch_size=BATCH,
+            batch_size=PICTURED_BATCH if processor is not None and may_have_images(dataset) else BATCH,
             with_indices=True,
             fn_kwargs={
                 "tokenizer": tokenizer,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastdpo.data.chats import Chat
-from fastdpo.data.images import IMAGE_PART
+from fastdpo.data.image_parts import IMAGE_PART
 from fastdpo.data.json_text import UNREADABLE, what_is_wrong
 from fastdpo.data.mask import squeeze
 from fastdpo.data.templates import REASONING, check_json

@@ -15,16 +15,9 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.encode import Ids
-from fastdpo.data.images import (
-    UnreadableImageError,
-    column_images,
-    count_parts,
-    decode_image,
-    digest_of_images,
-    read_image,
-    with_parts,
-    without_payloads,
-)
+from fastdpo.data.image_files import UnreadableImageError, decode_image, digest_of_images, read_image
+from fastdpo.data.image_parts import count_parts, with_parts, without_payloads
+from fastdpo.data.images import column_images
 from fastdpo.data.rows import Row, Text, read_row
 from fastdpo.data.settings import Preparation
 from fastdpo.data.terms import DataError, first_line

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from fastdpo.data.collator import PreferenceCollator
-from fastdpo.data.images import as_images, column_images, decode_image, digest_of_images, read_image
+from fastdpo.data.image_files import decode_image, digest_of_images, read_image
+from fastdpo.data.images import as_images, column_images
 from fastdpo.data.sequences import TokenSequence
 from fastdpo.data.terms import DIGEST_COLUMN, PART_COLUMN, TEXT_COLUMN, DataError
 

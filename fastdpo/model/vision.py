@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import logging
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
+from peft import PeftConfig
 from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
+from fastdpo.data.terms import first_line
 from fastdpo.model.adapters import base_of_adapter, load_tokenizer
 from fastdpo.model.auto_class import has_vision
+
+logger = logging.getLogger(__name__)
 
 
 def load_processing_class(
@@ -26,20 +30,27 @@ def load_processing_class(
         ValueError, OSError, ImportError: there is none, or it needs a package that is not there.
     """
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    sources = [(name, options)]
+    base = base_of_adapter(name, revision=revision)
+    if base is not None:
+        sources.append((base, options | {"revision": PeftConfig.from_pretrained(name, revision=revision).revision}))
+    source, where = sources[-1]
     try:
-        source, where = name, options
-        base = base_of_adapter(name, revision=revision)
-        if base is not None:
-            has_own = not Path(name).is_dir() or (Path(name) / "processor_config.json").exists()
-            source, where = (name, options) if has_own else (base, options | {"revision": None})
-        config = AutoConfig.from_pretrained(base or name, **(options if base is None else {"revision": None}))
-        if has_vision(config):
+        if not has_vision(AutoConfig.from_pretrained(source, **where)):
+            return load_tokenizer(name, **options)
+    except (OSError, ValueError, HFValidationError):  # of which loading the model will say more
+        return load_tokenizer(name, **options)
+    failed: Exception | None = None
+    for source, where in sources:
+        try:
             processor = AutoProcessor.from_pretrained(source, **where)
+        except (OSError, ValueError, ImportError) as error:
+            failed = error
+        else:
             if isinstance(processor, ProcessorMixin):
                 return processor
-            if images:
-                raise ValueError(f"{source} has no processor, which the images of the data need")
-    except (OSError, ValueError, ImportError, HFValidationError):
-        if images:
-            raise
+    if images:
+        raise failed or ValueError(f"{name} has no processor, which the images of the data need")
+    why = f": {first_line(str(failed))}" if failed else ""
+    logger.warning("%s has no processor that can be loaded%s. Its tokenizer is used, and saved alone.", name, why)
     return load_tokenizer(name, **options)

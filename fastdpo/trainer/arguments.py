@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from fastdpo.data.images import may_have_images
+from fastdpo.data.columns import may_have_images
 from fastdpo.data.terms import REFERENCE_COLUMNS
 from fastdpo.model.adapters import HAS_ADAPTER, has_transformers_adapter, is_adapter
 from fastdpo.model.quantization import refuse_quantized_alone

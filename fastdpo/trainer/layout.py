@@ -12,6 +12,7 @@ from torch import nn
 from transformers import DataCollator
 
 from fastdpo.data.collator import PreferenceCollator
+from fastdpo.data.vision_collator import VisionCollator
 from fastdpo.model.divided import router_loss_divides
 from fastdpo.model.packing_choice import choose_packing, obstacles_in
 from fastdpo.model.padded_parts import ACCELERATOR_FORWARD_COST, FORWARD_COST
@@ -100,7 +101,8 @@ class BatchLayout:
     def collator(self, padded: DataCollator) -> DataCollator:
         """What makes such batches, where ``padded`` makes padded ones."""
         max_tokens = self._args.max_tokens_per_batch
-        if self.packing.layout == "padded" and max_tokens is None and self._forward_cost is None:
+        as_it_is = self.packing.layout == "padded" and max_tokens is None and self._forward_cost is None
+        if as_it_is and not isinstance(padded, VisionCollator):
             return padded
         # Packed rows, or parts of a batch, are not chosen where the caller gave a collator.
         return RowCollator(

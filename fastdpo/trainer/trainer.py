@@ -20,7 +20,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from fastdpo.data.collator import PreferenceCollator
-from fastdpo.data.images import may_have_images
+from fastdpo.data.columns import may_have_images
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.terms import REFERENCE_COLUMNS
 from fastdpo.model.auto_class import has_vision

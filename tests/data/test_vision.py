@@ -17,9 +17,11 @@ from tiny_vision import VISION_FAMILIES, make_image, make_processor, vision_rows
 from toy_data import assistant, text_rows, user, write_jsonl
 
 from fastdpo.data import load_preferences, prepare
+from fastdpo.data.columns import may_have_images
 from fastdpo.data.files import DataError
 from fastdpo.data.row_digests import row_digests
 from fastdpo.data.terms import DIGEST_COLUMN, TEXT_COLUMN
+from fastdpo.data.vision import tokenizer_in
 from fastdpo.data.vision_collator import VisionCollator
 
 pytestmark = pytest.mark.usefixtures("quiet_and_uncached")
@@ -321,3 +323,12 @@ def test_json_text_of_rows_is_not_needed_for_bytes(tmp_path: Path, llava: Any) -
     (tmp_path / "p.jsonl").write_text(json.dumps(given) + "\n")
     loaded = load_preferences(str(tmp_path / "p.jsonl"))
     assert prepare(loaded, llava)[0][DIGEST_COLUMN] == prepared([row(images=[make_image(0)])], llava)[DIGEST_COLUMN]
+
+
+def test_empty_columns_are_no_images(llava: Any) -> None:
+    rows = [row(images=[]), row(images=[], prompt=[user("Why?")])]
+    assert not may_have_images(Dataset.from_list(rows))
+    assert prepared(rows, tokenizer_in(llava)).to_list() == prepared(rows, llava).to_list()
+    assert may_have_images(Dataset.from_list([*rows, row(images=["a.png"])]))
+    parts = [user([{"type": "image"}])]  # type: ignore[arg-type]
+    assert may_have_images(Dataset.from_list([row(prompt=parts)]))
