@@ -12,10 +12,10 @@ import pytest
 import torch
 from datasets import Dataset
 from dpo_by_hand import PLAIN_DESCENT, frozen, train_by_hand
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tiny_models import make_model
 from toy_data import make_tokenizer, text_rows, write_jsonl
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo.commands.cli import main
 from fastdpo.data import PreferenceCollator
@@ -187,11 +187,11 @@ def test_all_that_is_loaded_by_name_is_asked_for_alike(
         monkeypatch.setattr(owner, name, watched)
 
     watch(adapters, "find_adapter_config_file", "whether it is an adapter")
-    for name in ("PeftConfig", "PeftModel", "AutoModelForCausalLM", "AutoTokenizer"):
-        watch(getattr(adapters, name), "from_pretrained", name)
+    for owner in (PeftConfig, PeftModel, AutoConfig, AutoModelForCausalLM, AutoTokenizer):
+        watch(owner, "from_pretrained", owner.__name__)
     token, options = "a-token-of-no-form", {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
     make_trainer(tmp_path, str(folders["adapter"]), model_init_kwargs={"token": token, **options})
-    assert len(asked) == 5
+    assert len(asked) == 6
     assert all(kwargs["token"] == token and kwargs.items() >= options.items() for kwargs in asked.values())
     asked.clear()
     words = ["--model_name_or_path", str(model), "--dataset_name", str(folders["pairs"]), "--use_cpu"]
