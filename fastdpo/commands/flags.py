@@ -21,6 +21,8 @@ from fastdpo.errors import UsageError, bad_input
 from fastdpo.report.snapshot import SnapshotSize
 from fastdpo.trainer.config import DPOConfig
 
+_DEEP = 500  # brackets: half of what Python's reader of JSON takes
+
 EPILOG = """\
 examples:
   a model from the Hub, pairs from a file, metrics on a held-out tenth:
@@ -250,6 +252,10 @@ class _Words(argparse.HelpFormatter):
         return (action.help or "") + (" (default: %(default)s)" if says_something else "")
 
 
+def _is_deep(value: Any) -> bool:
+    return isinstance(value, str) and max(value.count("{"), value.count("[")) > _DEEP
+
+
 def _bool_or_word(text: str) -> bool | str:
     try:
         value: bool = string_to_bool(text)
@@ -312,7 +318,11 @@ class TrainParser(HfArgumentParser):
         values = {name: value for name, value in vars(namespace).items() if name not in ("config", "help_all")}
         self.asked = {name: (value, self.get_default(name)) for name, value in values.items()}
         with bad_input():
-            return self.parse_dict(values)
+            try:
+                return self.parse_dict(values)
+            except RecursionError as error:  # of a flag that is JSON; it is not said which
+                deep = [f"--{name}" for name, value in values.items() if _is_deep(value)]
+                raise ValueError(f"{', '.join(deep) or 'a flag'}: {error}") from error
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}\n  (fastdpo {self.command} --help describes the flags.)")

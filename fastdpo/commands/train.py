@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,7 +31,7 @@ from fastdpo.trainer.checkpoints import (
 )
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.gentle_stop import GentleStop, stopping_on_signals
-from fastdpo.trainer.hub import is_run_record
+from fastdpo.trainer.hub import UploadError, is_pushed, is_run_record, note_push
 from fastdpo.trainer.manifest import damage_in, read_manifest, write_manifest
 from fastdpo.trainer.model_card import CARD_FILE
 from fastdpo.trainer.progress import OneLineProgress, format_metrics
@@ -142,7 +143,12 @@ def _is_done(checkpoint: Path, args: DPOConfig) -> bool:
     damage = damage_in(output_dir)
     if damage and args.process_index == 0:
         console.print(f"What came of this run in {output_dir} is written again: {'; '.join(damage)}.")
-    return not damage
+    owes_push = args.push_to_hub and not is_pushed(args)
+    if owes_push and not damage and args.process_index == 0:
+        console.print(
+            f"What came of this run in {output_dir} was not uploaded to its end, and is written and uploaded."
+        )
+    return not damage and not owes_push
 
 
 def _take_over(checkpoint: Path | None, args: DPOConfig, parser: TrainParser) -> None:
@@ -226,7 +232,8 @@ def _finish(
     """Save everything, and say where it is."""
     output_dir = trainer.args.folder
     with stop.listening():  # a signal waits until what the run was for is written
-        trainer.save_model(str(output_dir))
+        with contextlib.suppress(UploadError):  # which comes after the saving, and once more at the end
+            trainer.save_model(str(output_dir))
         trainer.save_metrics("train", metrics)
         trainer.save_state()
         trainer.create_model_card(dataset_name=label_of(script_args))
@@ -252,9 +259,16 @@ def _finish(
         ):
             console.print(f"  {label:<27} {path}")
     if trainer.args.push_to_hub:
-        trainer.push_to_hub(dataset_name=label_of(script_args))  # which saves the model once more
+        try:
+            trainer.push_to_hub(dataset_name=label_of(script_args))  # which saves the model once more
+        except UploadError as error:
+            raise UsageError(
+                f"all is in {output_dir}, but its upload to the Hub failed: {error}\n  The same command with "
+                "--resume_from_checkpoint auto makes up for it."
+            ) from error
         if report is not None:
             _note_results(output_dir)
+            note_push(trainer.args)
 
 
 def _note_results(output_dir: Path) -> None:

@@ -17,6 +17,7 @@ from fastdpo.errors import UsageError, bad_input
 from fastdpo.model.quantization import make_quantization_config
 from fastdpo.model.vision import load_processing_class
 from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.models import hub_options_of
 from fastdpo.trainer.trainer import DPOTrainer
 
 
@@ -65,8 +66,8 @@ def make_trainer(script_args: ScriptArguments, model_args: ModelArguments, train
         tokenizer = load_processing_class(
             model,
             images=may_have_images(train_dataset),
-            revision=model_args.model_revision,
             trust_remote_code=training_args.trust_remote_code,
+            **hub_options_of(training_args),
         )
     with bad_input():
         return DPOTrainer(

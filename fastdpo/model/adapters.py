@@ -25,10 +25,17 @@ HAS_ADAPTER = (
 )
 
 
-def is_adapter(name: str, *, revision: str | None = None) -> bool:
-    """Whether ``name``, a folder or a Hub id, is an adapter's; False where there is nothing of that name."""
+# Of what from_pretrained takes, how the Hub is asked: for a model, and so for all that is saved with it.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def is_adapter(name: str, **hub: Any) -> bool:
+    """Whether ``name``, a folder or a Hub id, is an adapter's; False where there is nothing of that name.
+
+    ``hub``: of ``HUB_OPTIONS``, here and below.
+    """
     try:
-        return find_adapter_config_file(name, revision=revision) is not None
+        return find_adapter_config_file(name, **hub) is not None
     except (OSError, HFValidationError):  # no folder that is there, nor a name on the Hub
         return False
 
@@ -38,11 +45,11 @@ def has_transformers_adapter(model: nn.Module) -> bool:
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
-def base_of_adapter(name: str, *, revision: str | None = None) -> str | None:
+def base_of_adapter(name: str, **hub: Any) -> str | None:
     """The name of the model that an adapter was trained on; None where ``name`` is no adapter."""
-    if not is_adapter(name, revision=revision):
+    if not is_adapter(name, **hub):
         return None
-    base: str | None = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+    base: str | None = PeftConfig.from_pretrained(name, **hub).base_model_name_or_path
     return base
 
 
@@ -53,19 +60,20 @@ def load_adapter(name: str, *, revision: str | None = None, images: bool = False
         name: a folder, or a Hub id.
         revision: of the adapter; its base's is in its configuration.
         images: the base is to be one that takes images.
-        base_kwargs: for ``from_pretrained`` of the base.
+        base_kwargs: for ``from_pretrained`` of the base; those of ``HUB_OPTIONS`` for the adapter as well.
 
     Raises:
         ValueError: it names no model, or another adapter.
         OSError: the model that it names is not there.
     """
-    config = PeftConfig.from_pretrained(name, revision=revision)
+    hub = {option: value for option, value in base_kwargs.items() if option in HUB_OPTIONS}
+    config = PeftConfig.from_pretrained(name, revision=revision, **hub)
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(
             f"the adapter {name} does not say what it was trained on; write base_model_name_or_path into it"
         )
-    if is_adapter(base, revision=config.revision):
+    if is_adapter(base, revision=config.revision, **hub):
         raise ValueError(
             f"the adapter {name} was trained on {base}, which is an adapter too; merge that one into its base first "
             "(merge_and_unload), save the result, and write its folder into base_model_name_or_path"
@@ -76,22 +84,22 @@ def load_adapter(name: str, *, revision: str | None = None, images: bool = False
         model = auto_class_of(base, images=images, **base_kwargs).from_pretrained(base, **base_kwargs)
     except (OSError, HFValidationError) as error:  # the latter, for a folder that is not there
         raise OSError(f"the adapter {name} was trained on {base}, which cannot be loaded: {error}") from error
-    return PeftModel.from_pretrained(model, name, revision=revision, is_trainable=True)
+    return PeftModel.from_pretrained(model, name, revision=revision, is_trainable=True, **hub)
 
 
 def load_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, **hub: Any
 ) -> PreTrainedTokenizerBase:
     """The tokenizer saved with a model or an adapter; for an adapter's folder without one, its base's.
 
     Raises:
         ValueError, OSError: there is none.
     """
-    base = base_of_adapter(name, revision=revision)
+    base = base_of_adapter(name, revision=revision, **hub)
     # The base's is the one that the adapter was trained with.
     if base is not None and Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").exists():
         name, revision = base, PeftConfig.from_pretrained(name).revision
-    return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
+    return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code, **hub)
 
 
 def copy_of_what_is_trained(model: Module) -> Module:

@@ -15,7 +15,16 @@ from transformers import (
 )
 
 # Of what from_pretrained takes, what decides which configuration is read.
-_FOR_CONFIG = ("revision", "trust_remote_code", "code_revision", "subfolder", "gguf_file", "token", "cache_dir")
+_FOR_CONFIG = (
+    "revision",
+    "trust_remote_code",
+    "code_revision",
+    "subfolder",
+    "gguf_file",
+    "token",
+    "cache_dir",
+    "local_files_only",
+)
 
 
 def has_vision(config: PreTrainedConfig) -> bool:

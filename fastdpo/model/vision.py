@@ -17,23 +17,24 @@ logger = logging.getLogger(__name__)
 
 
 def load_processing_class(
-    name: str, *, images: bool, revision: str | None = None, trust_remote_code: bool = False
+    name: str, *, images: bool, trust_remote_code: bool = False, **hub: Any
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
     """The processor saved with a vision-language model, or with the base of an adapter; of other models the tokenizer.
 
     Args:
         name: a folder or a Hub id.
         images: rows have images. Without, the tokenizer does where the processor cannot be loaded.
-        revision, trust_remote_code: as for ``from_pretrained``.
+        trust_remote_code: as for ``from_pretrained``.
+        hub: of :data:`fastdpo.model.adapters.HUB_OPTIONS`.
 
     Raises:
         ValueError, OSError, ImportError: there is none, or it needs a package that is not there.
     """
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **hub}
     sources = [(name, options)]
-    base = base_of_adapter(name, revision=revision)
+    base = base_of_adapter(name, **hub)
     if base is not None:
-        sources.append((base, options | {"revision": PeftConfig.from_pretrained(name, revision=revision).revision}))
+        sources.append((base, options | {"revision": PeftConfig.from_pretrained(name, **hub).revision}))
     source, where = sources[-1]
     try:
         if not has_vision(AutoConfig.from_pretrained(source, **where)):

@@ -14,7 +14,8 @@ from fastdpo.model.adapters import HAS_ADAPTER, has_transformers_adapter, is_ada
 from fastdpo.model.quantization import refuse_quantized_alone
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.datasets import columns_of
-from fastdpo.trainer.models import revision_of
+from fastdpo.trainer.models import hub_options_of
+from fastdpo.trainer.secrets import redacted
 
 
 def check_arguments(
@@ -35,8 +36,8 @@ def check_arguments(
         )
     if not isinstance(model, str) and args.model_init_kwargs is not None:
         raise ValueError(
-            f"model_init_kwargs is {args.model_init_kwargs}, but model is loaded already; pass its name, or leave "
-            "model_init_kwargs out"
+            f"model_init_kwargs is {redacted(args.model_init_kwargs)}, but model is loaded already; pass its name, or "
+            "leave model_init_kwargs out"
         )
     if ref_model is not None and not isinstance(ref_model, (PreTrainedModel, PeftModel)):
         raise TypeError(f"ref_model is a {type(ref_model).__name__}; it should be a PreTrainedModel or a PeftModel")
@@ -47,7 +48,7 @@ def check_arguments(
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config is a {type(peft_config).__name__}; it should be a peft.PeftConfig")
     if isinstance(model, str):
-        has_adapter = is_adapter(model, revision=revision_of(args))
+        has_adapter = is_adapter(model, **hub_options_of(args))
         quantized = isinstance(args.init_kwargs.get("quantization_config"), BitsAndBytesConfig)
         if quantized and not has_adapter and peft_config is None:
             refuse_quantized_alone()

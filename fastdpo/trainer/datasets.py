@@ -22,7 +22,7 @@ from fastdpo.data.vocabulary import check_vocabulary
 from fastdpo.model.language_model import language_model
 from fastdpo.model.vision import load_processing_class
 from fastdpo.trainer.config import DPOConfig
-from fastdpo.trainer.models import revision_of
+from fastdpo.trainer.models import hub_options_of
 
 # What Trainer takes for evaluation: a dataset, or several by name.
 EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
@@ -223,7 +223,7 @@ def find_tokenizer(source: str, args: DPOConfig, *, needed: bool, images: bool =
         return None
     try:
         return load_processing_class(
-            source, images=images, revision=revision_of(args), trust_remote_code=args.trust_remote_code
+            source, images=images, trust_remote_code=args.trust_remote_code, **hub_options_of(args)
         )
     except (OSError, ValueError):
         if needed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from fastdpo.model.adapters import (
+    HUB_OPTIONS,
     adapters_are_neutral,
     copy_of_what_is_trained,
     has_transformers_adapter,
@@ -83,16 +85,15 @@ def load_model(name: str, args: DPOConfig, *, images: bool = False) -> PreTraine
     kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **args.init_kwargs}
     if kwargs.get("quantization_config") is not None and args.device.type == "cpu":
         kwargs.setdefault("device_map", {"": "cpu"})  # by itself, it goes to the accelerator that use_cpu rules out
-    if is_adapter(name, revision=kwargs.get("revision")):
+    if is_adapter(name, **hub_options_of(args)):
         return load_adapter(name, images=images, **kwargs)
     model: PreTrainedModel = auto_class_of(name, images=images, **kwargs).from_pretrained(name, **kwargs)
     return model
 
 
-def revision_of(args: DPOConfig) -> str | None:
-    """Branch, tag or commit of a model that is loaded by name; None for the default."""
-    revision: str | None = args.init_kwargs.get("revision")
-    return revision
+def hub_options_of(args: DPOConfig) -> dict[str, Any]:
+    """How the Hub is asked for a model that is loaded by name, and for its tokenizer: revision, token, and the like."""
+    return {name: value for name, value in args.init_kwargs.items() if name in HUB_OPTIONS}
 
 
 def check_trainable(model: PreTrainedModel | PeftModel, args: DPOConfig, *, is_sharded: bool) -> None:

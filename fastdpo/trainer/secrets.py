@@ -69,7 +69,7 @@ def redacted(value: Any, hidden: str | None = HIDDEN) -> Any:
         return _without(value, _all_known())
     if isinstance(value, Mapping):
         return {
-            key: hidden if _is_text(inner) and is_secret_name(key) else redacted(inner, hidden)
+            key: _all_hidden(inner, hidden) if is_secret_name(key) else redacted(inner, hidden)
             for key, inner in value.items()
         }
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -105,14 +105,29 @@ def is_secret_name(name: Any) -> bool:
     return words[-1] in _SECRET_WORDS or " ".join(words[-2:]) in _SECRET_PAIRS
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, (str, bytes)) and bool(value)
+def _all_hidden(value: Any, hidden: str | None) -> Any:
+    """What stands under a name that says that it is a secret; numbers and switches, as ``token=True``, are none."""
+    if isinstance(value, (str, bytes)):
+        return hidden if value else value
+    if isinstance(value, Mapping):
+        return {key: _all_hidden(inner, hidden) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_all_hidden(inner, hidden) for inner in value]
+    return value
+
+
+def _texts_in(value: Any) -> set[str]:
+    if isinstance(value, Mapping):
+        return set().union(*map(_texts_in, value.values()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return set().union(*map(_texts_in, value))
+    return {value} if isinstance(value, str) and value else set()
 
 
 def _secrets_under_keys(value: Any) -> set[str]:
     if isinstance(value, Mapping):
-        found = {inner for key, inner in value.items() if isinstance(inner, str) and inner and is_secret_name(key)}
-        return found.union(*(_secrets_under_keys(inner) for inner in value.values()))
+        found = (_texts_in(inner) for key, inner in value.items() if is_secret_name(key))
+        return set().union(*found, *(_secrets_under_keys(inner) for inner in value.values()))
     if isinstance(value, (list, tuple)):
         return set().union(*map(_secrets_under_keys, value))
     parsed = _parsed(value)

@@ -52,6 +52,11 @@ def seed(pytestconfig: pytest.Config) -> int:
 
 
 @pytest.fixture(scope="module")
+def stride(pytestconfig: pytest.Config) -> int:
+    return int(pytestconfig.getoption("--campaign-stride"))
+
+
+@pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", text_rows(8))
 
@@ -203,14 +208,14 @@ def numbers_of(paths: list[str]) -> list[int]:
 
 
 def test_a_disk_that_is_full_at_any_write_loses_nothing(
-    arena: Arena, unbroken: Path, words: Callable[..., list[str]], tmp_path: Path
+    arena: Arena, unbroken: Path, words: Callable[..., list[str]], seed: int, stride: int, tmp_path: Path
 ) -> None:
     """From a write on, of each file, in a run of its own; then there is room again, and the run goes on."""
     fewer = ["--save_steps", "2"]  # checkpoints, which all have the same writes
     traced = arena.run(words(tmp_path / "traced", *fewer), tmp_path / "traced", Fault("count"))
     assert traced.code == 0, traced.said
     outcomes: Counter[str] = Counter()
-    for number in numbers_of(traced.struck):
+    for number in numbers_of(traced.struck)[seed % stride :: stride]:
         print(f"{number} of {len(traced.struck)}: {traced.struck[number - 1]}", flush=True)
         folder = tmp_path / str(number)
         outcome = arena.run(words(folder, *fewer), folder, Fault("full", number))
@@ -269,12 +274,19 @@ def verdict(outcome: Outcome, folder: Path, unbroken: Path, file: Path) -> str:
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_no_damage_to_a_checkpoint_passes_in_silence(
-    how: str, arena: Arena, unbroken: Path, killed: Path, words: Callable[..., list[str]], seed: int, tmp_path: Path
+    how: str,
+    arena: Arena,
+    unbroken: Path,
+    killed: Path,
+    words: Callable[..., list[str]],
+    seed: int,
+    stride: int,
+    tmp_path: Path,
 ) -> None:
     chance = random.Random(f"{seed} {how}")
     last, before = (killed / "run" / f"checkpoint-{step}" for step in (2, 1))
     verdicts: Counter[str] = Counter()
-    for name in sorted(path.name for path in last.iterdir()):
+    for name in sorted(path.name for path in last.iterdir())[seed % stride :: stride]:
         for turn in range(3 if how == "flipped" else 1):
             folder = tmp_path / f"{name}-{turn}"
             shutil.copytree(killed, folder)
@@ -297,6 +309,7 @@ def test_no_damage_to_a_cache_passes_in_silence(
     half_cached: Path,
     words: Callable[..., list[str]],
     seed: int,
+    stride: int,
     tmp_path: Path,
 ) -> None:
     """A whole one, and one that is half built; swapped: with another cache's file, or among the parts."""
@@ -305,7 +318,8 @@ def test_no_damage_to_a_cache_passes_in_silence(
     outcome = arena.run(words(foreign, "--max_length", "64", "--max_steps", "1"), foreign)
     assert outcome.code == 0, outcome.said
     verdicts: Counter[str] = Counter()
-    for name in sorted(path.name for path in (start / "ref" / "train").iterdir() if path.name[0] != "."):
+    names = sorted(path.name for path in (start / "ref" / "train").iterdir() if path.name[0] != ".")
+    for name in names[seed % stride :: stride]:
         for turn in range(3 if how == "flipped" else 1):
             folder = tmp_path / f"{name}-{turn}"
             shutil.copytree(start, folder)

@@ -25,3 +25,16 @@ def test_a_file_of_flags_can_hold_one(flag: str, tmp_path: Path, capsys: pytest.
     config.write_text(f'{flag}: "a\\0b"\nmodel_name_or_path: m\ndataset_name: d\n')
     assert main(["train", "--config", str(config), "--use_cpu"]) == 2
     assert f"--{flag} a\\x00b: no name on a disk holds a NUL." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["model_init_kwargs", "accelerator_config", "lr_scheduler_kwargs"])
+def test_json_without_end_is_a_flag_that_cannot_be_used(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--use_cpu", "--output_dir", str(tmp_path), "--model_name_or_path", "m", "--dataset_name", "d"]
+    assert main([*words, f"--{flag}", '{"a":' * 3000]) == 2
+    assert f"error: --{flag}: maximum recursion depth" in capsys.readouterr().err
+    config = tmp_path / "run.yaml"
+    config.write_text(flag + ": '" + '{"a":' * 3000 + "'\n")
+    assert main([*words, "--config", str(config)]) == 2
+    assert f"--{flag}: maximum recursion depth" in capsys.readouterr().err

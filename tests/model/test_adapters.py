@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import pytest
 import torch
 from datasets import Dataset
 from dpo_by_hand import PLAIN_DESCENT, frozen, train_by_hand
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tiny_models import make_model
 from toy_data import make_tokenizer, text_rows, write_jsonl
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo.commands.cli import main
 from fastdpo.data import PreferenceCollator
+from fastdpo.model import adapters
 from fastdpo.model.adapters import copy_of_what_is_trained, load_adapter, load_tokenizer
 from fastdpo.trainer import DPOConfig, DPOTrainer
 
@@ -167,6 +169,35 @@ def test_the_command_trains_an_adapter_further(
 def test_an_adapter_without_a_tokenizer_has_its_bases(folders: dict[str, Path]) -> None:
     assert not (folders["adapter"] / "tokenizer_config.json").exists()
     assert load_tokenizer(str(folders["adapter"])).get_vocab() == make_tokenizer().get_vocab()
+
+
+def test_all_that_is_loaded_by_name_is_asked_for_alike(
+    folders: dict[str, Path], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a private model the tokenizer is private, too; and of a revision, its own."""
+    asked: dict[str, dict[str, Any]] = {}
+
+    def watch(owner: Any, name: str, called: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            asked.setdefault(called, kwargs)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(adapters, "find_adapter_config_file", "whether it is an adapter")
+    for owner in (PeftConfig, PeftModel, AutoConfig, AutoModelForCausalLM, AutoTokenizer):
+        watch(owner, "from_pretrained", owner.__name__)
+    token, options = "a-token-of-no-form", {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    make_trainer(tmp_path, str(folders["adapter"]), model_init_kwargs={"token": token, **options})
+    assert len(asked) == 6
+    assert all(kwargs["token"] == token and kwargs.items() >= options.items() for kwargs in asked.values())
+    asked.clear()
+    words = ["--model_name_or_path", str(model), "--dataset_name", str(folders["pairs"]), "--use_cpu"]
+    words += ["--model_init_kwargs", json.dumps({"token": token, "revision": "v2"}), "--max_length", "128"]
+    assert main(["cache-ref", *words, "--ref_cache", str(tmp_path / "ref")]) == 0
+    assert (asked["AutoTokenizer"]["token"], asked["AutoTokenizer"]["revision"]) == (token, "v2")
 
 
 def test_an_adapter_whose_base_is_not_there(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,8 @@ CHECKPOINT = {
     "training_args.bin",
     "fastdpo_manifest.json",
 }
+
+TOKEN = "hf_" + "AbCdEfGhIj" * 3
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 
@@ -121,3 +124,54 @@ def test_no_checkpoint_that_is_uploaded_holds_a_token(
         token
     }
     assert held and not [content for content in held if token.encode() in content]
+
+
+def test_an_upload_that_was_cut_is_made_up_for(
+    api: FakeApi, model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Also one that was not asked for, until the run was done."""
+    auto = ("--resume_from_checkpoint", "auto", "--hub_strategy", "end")
+    send, ends = api.upload_folder, "End of training"
+
+    def refuse(*, commit_message: str, **about: Any) -> Any:
+        if not commit_message.startswith("Training in progress"):
+            raise hub._UPLOAD_ERRORS[1](f"no route for {TOKEN}")
+        return send(commit_message=commit_message, **about)
+
+    def run(*more: str) -> tuple[int, int, str]:
+        api.sent.clear()
+        code = main([*words(model, pairs, tmp_path / "run", *auto), *more])
+        sent = [about["repo_id"] for about in api.sent if about["commit_message"] == ends]
+        said = capsys.readouterr()
+        return code, len(sent), " ".join((said.out + said.err).split())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "upload_folder", refuse)
+        code, sent, said = run()
+        assert (code, sent) == (2, 0) and "run, but its upload to the Hub failed: no route for (hidden)" in said
+    code, sent, said = run()
+    assert (code, sent) == (0, 1) and "was not uploaded to its end" in said
+    code, sent, said = run()
+    assert (code, sent) == (0, 0) and "Nothing to do" in said
+    code, sent, said = run("--hub_model_id", "another")
+    assert (code, sent) == (0, 1)
+
+
+def test_an_upload_that_failed_meanwhile_is_told(
+    api: FakeApi, model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    send = api.upload_folder
+
+    def fail(*, run_as_future: bool, **about: Any) -> Any:
+        if not run_as_future:
+            return send(run_as_future=run_as_future, **about)
+        failed: Future = Future()
+        failed.set_exception(TimeoutError(f"timed out with {TOKEN}"))
+        return failed
+
+    monkeypatch.setattr(logging.getLogger("fastdpo"), "propagate", True)
+    monkeypatch.setattr(api, "upload_folder", fail)
+    assert main(words(model, pairs, tmp_path / "run")) == 0
+    assert (
+        caplog.messages.count("An upload to the Hub failed: timed out with (hidden). The run goes on.") == 2
+    )  # of two steps

@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_data import text_rows, write_jsonl
+from tiny_models import make_model
+from toy_data import make_tokenizer, text_rows, write_jsonl
 
 from fastdpo.commands.cli import main
 from fastdpo.commands.flags import TrainParser
 from fastdpo.report.facts import all_settings, changed_settings, command_line
-from fastdpo.trainer import DPOConfig, secrets
+from fastdpo.trainer import DPOConfig, DPOTrainer, secrets
 from fastdpo.trainer.secrets import HIDDEN, is_secret_name, redacted, redacted_words, without_secrets
 
 # Of the form of Hugging Face's, and of no form.
@@ -94,6 +96,15 @@ def test_at_any_depth(tree: Any, name: str, depth: int) -> None:
     assert redacted(redacted(value)) == redacted(value)
 
 
+@pytest.mark.parametrize("under", [[PLAIN], (PLAIN, 1), {"a": [{"b": PLAIN}]}, {PLAIN}])
+def test_all_that_stands_under_a_secrets_name(under: Any) -> None:
+    settings = {"storage_options": {"credentials": under, "anon": True}, "token": True}
+    assert PLAIN not in repr(redacted(settings)) and PLAIN not in repr(redacted(settings, None))
+    assert redacted(settings)["token"] is True and redacted(settings)["storage_options"]["anon"] is True
+    secrets.remember_secrets(settings)
+    assert redacted(f"cannot use {PLAIN}") == "cannot use (hidden)"
+
+
 @given(TREES)
 def test_what_holds_no_secret_stays_as_it_is(tree: Any) -> None:
     assert redacted(tree) == tree or HIDDEN in repr(redacted(tree))
@@ -163,6 +174,14 @@ def test_training_arguments_that_are_shown_or_reported_have_none(tmp_path: Path)
     clean = without_secrets(args)
     assert clean.hub_token is None and clean.model_init_kwargs == {"token": None, "deep": {"password": None}}
     assert args.hub_token == PLAIN
+
+
+def test_an_error_about_settings_has_none(tmp_path: Path) -> None:
+    args = DPOConfig(str(tmp_path), use_cpu=True, model_init_kwargs={"token": PLAIN, "revision": "main"})
+    rows = Dataset.from_list(text_rows(4))
+    with pytest.raises(ValueError, match="model_init_kwargs is .*hidden.*main") as caught:
+        DPOTrainer(make_model("llama"), args=args, train_dataset=rows, processing_class=make_tokenizer())
+    assert PLAIN not in str(caught.value)
 
 
 def holding(folder: Path, *tokens: str) -> list[str]:
