@@ -90,7 +90,8 @@ def _run(argv: list[str], parser: TrainParser, arguments: tuple[Any, ...]) -> in
     trainer = make_trainer(script_args, model_args, training_args)
     if trainer.is_world_process_zero():
         _say_what_it_trains_on(trainer, output_dir)
-        _say_where_it_starts(checkpoint, output_dir)
+        goes_on = checkpoint is not None or (training_args.resume_from_checkpoint or "").lower() == "auto"
+        _say_where_it_starts(checkpoint, output_dir, goes_on=goes_on)
     report = _start_report(trainer, script_args, report_args, settings, parser, argv, checkpoint)
 
     stop = GentleStop()
@@ -195,14 +196,15 @@ def _say_what_it_trains_on(trainer: DPOTrainer, output_dir: Path) -> None:
     (output_dir / "data_summary.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _say_where_it_starts(checkpoint: Path | None, output_dir: Path) -> None:
-    removed = [] if checkpoint is None else remove_torn(output_dir, checkpoint)
+def _say_where_it_starts(checkpoint: Path | None, output_dir: Path, *, goes_on: bool) -> None:
+    """``goes_on``: it was asked for, be it without anything to go on from."""
+    removed = remove_torn(output_dir, checkpoint) if goes_on else []
     folder = set_aside(output_dir, checkpoint)
+    if removed:
+        names = ", ".join(path.name for path in removed)
+        console.print(f"What a killed run had begun to write was removed: {names}.")
     if checkpoint is not None:
         console.print(f"Going on from {checkpoint}.")
-        if removed:
-            names = ", ".join(path.name for path in removed)
-            console.print(f"What a killed run had begun to write was removed: {names}.")
         if folder is not None:
             torn = [path.name for path in find_torn(folder)]
             which = f" ({', '.join(torn)} had not been written to the end)" if torn else ""

@@ -45,7 +45,8 @@ def token_logps(
     """log p(targets), p = softmax(z), z = softcap * tanh(logit_scale * (hidden.weight + bias) / softcap) / temperature.
 
     Differentiable once, in hidden, weight and bias; what needs no gradient costs no work. The logits are float32
-    whatever the inputs (float64 for float64) and never all in memory.
+    whatever the inputs (float64 for float64) and never all in memory. Where weight has entries beyond 4e24 / V in size,
+    hidden's gradient may overflow float32 on the way, and is then infinite or NaN, never another finite number.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64.

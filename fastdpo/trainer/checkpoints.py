@@ -142,12 +142,16 @@ def read_state(folder: Path) -> dict[str, Any]:
     return read_object(folder / STATE_FILE) or {}
 
 
-def remove_torn(output_dir: Path, resumed: Path) -> list[Path]:
-    """Remove the checkpoints that a killed run was writing, which the run that goes on from ``resumed`` writes again.
+def remove_torn(output_dir: Path, resumed: Path | None) -> list[Path]:
+    """Remove the checkpoints that a killed run was writing, which the run that goes on writes again.
 
     What lacks a manifest and was not being written by us is not touched: another program's may be whole.
+
+    Args:
+        output_dir: the run's folder.
+        resumed: the checkpoint that the run goes on from; None where there is none that is whole.
     """
-    if resumed.resolve().parent != output_dir.resolve():
+    if resumed is not None and resumed.resolve().parent != output_dir.resolve():
         return []
     torn = [path for path in find_torn(output_dir) if is_half_written(path)]
     for path in torn:

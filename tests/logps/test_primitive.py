@@ -16,12 +16,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 from op_calls import OP_OUTPUTS, assert_adds_to_sums, call, random_case, tied_case
 from oracle import assert_within, oracle, relative_error
+from portable_ops import OPS
 from primitive_inputs import DTYPES, assert_matches, make_inputs, run
 from torch import Tensor
 
 from fastdpo import LowRankUpdate, build_info, token_logps
 from fastdpo.logps import OUTPUTS
 from fastdpo.logps import oracle as reference
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(seed=st.integers(0, 2**31), scale=st.floats(18, 32), unlikely=st.floats(0, 4), v=st.sampled_from([7, 300, 1030]))
+def test_a_gradient_that_overflows_on_its_way_is_no_number(
+    dtype: torch.dtype, portable: bool, seed: int, scale: float, unlikely: float, v: int
+) -> None:
+    """Of huge weights, times hidden states as small: right below the limit that is told, and never finite and wrong."""
+    hidden, weight, targets, _ = make_inputs(seed, 8, 16, v, torch.float32, bias=False, spread=1.0)
+    targets = (hidden @ weight.T).argmin(-1)
+    hidden, weight = ((hidden * 10.0 ** (-scale) * (1 + unlikely)).to(dtype), (weight * 10.0**scale).to(dtype))
+    case = op_calls.Case(hidden, weight, targets, None, {}, torch.ones(8))
+    results = call(OPS if portable else torch.ops.fastdpo, case)
+    is_finite = results.grads["hidden"].isfinite()
+    if float(weight.abs().max()) * v < 4e24:
+        assert is_finite.all()
+    exact = case.truth(case.narrow_operand)
+    bound = exact.grad_bounds["hidden"].where(is_finite, float("inf"))
+    assert_within("hidden", results.grads["hidden"].nan_to_num(0, 0, 0), exact.grads["hidden"], bound)
+    assert_within("logps", results.logps, exact.outputs.logps, exact.logp_bound)
 
 
 @given(

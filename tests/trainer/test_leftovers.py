@@ -97,5 +97,8 @@ def test_only_torn_checkpoints_that_were_ours_are_removed(tmp_path: Path) -> Non
         (path / f"{UNFINISHED}save").touch()
     assert remove_torn(tmp_path, Path("elsewhere") / "checkpoint-1") == []
     assert remove_torn(tmp_path, first) == [torn]
+    torn = make_checkpoint(tmp_path, 5, manifest=False)
+    (torn / f"{UNFINISHED}save").touch()
+    assert remove_torn(tmp_path, None) == [torn]
     assert foreign.is_dir() and not torn.exists()
     assert find_checkpoints(tmp_path) == [first, whole]
