@@ -193,9 +193,11 @@ class Reference:
         if self._accelerator.is_fsdp2:
             # One for the cache is whole until the cache turns out to lack something.
             return model if self._args.precompute_ref_log_probs else shard_without_optimizer(self._accelerator, model)
+        known = len(self._accelerator._models)
         prepared: nn.Module = self._accelerator.prepare_model(model, evaluation_mode=True)
-        # Evaluation before training asks accelerate whether it prepared a model, and means the policy.
-        self._accelerator._models.remove(prepared)
+        # Evaluation before training asks accelerate whether it prepared a model, and means the policy. What it notes is
+        # not what it returns, where it compiles.
+        del self._accelerator._models[known:]
         return prepared
 
     def _shard(self) -> None:
