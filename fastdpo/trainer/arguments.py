@@ -124,7 +124,9 @@ def find_unused_parameters(args: DPOConfig) -> None:
         args.ddp_find_unused_parameters = True
 
 
-def check_distribution(args: DPOConfig, kind: str | None, *, has_reference: bool, is_fsdp2: bool) -> None:
+def check_distribution(
+    args: DPOConfig, kind: str | None, *, has_reference: bool, is_fsdp2: bool, mixes_images: bool = False
+) -> None:
     """Raises for what is not supported on several devices.
 
     Args:
@@ -132,6 +134,7 @@ def check_distribution(args: DPOConfig, kind: str | None, *, has_reference: bool
         kind: what shards the model over processes, FSDP or DeepSpeed; None where each holds all of it.
         has_reference: the reference is another model, or is asked beforehand.
         is_fsdp2: it is FSDP, in its second version.
+        mixes_images: some rows have images, and others none.
     """
     if args.n_gpu > 1:
         raise NotImplementedError(
@@ -142,6 +145,11 @@ def check_distribution(args: DPOConfig, kind: str | None, *, has_reference: bool
         raise NotImplementedError(
             f"max_tokens_per_batch is not supported with {kind}: its processes must run the model equally often. "
             "Use a smaller per_device_train_batch_size, with gradient_accumulation_steps"
+        )
+    if kind and mixes_images:
+        raise NotImplementedError(
+            f"rows without images among rows with images are not supported with {kind}: its processes must run the "
+            "vision tower equally often, and would wait for each other for ever. Train on either kind at a time"
         )
     if kind and has_reference and not is_fsdp2:
         raise NotImplementedError(

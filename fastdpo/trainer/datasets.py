@@ -46,6 +46,7 @@ class DatasetPreparer:
     Attributes:
         tokenizer: the one that was given or found; None where there is none, and none is needed.
         pictured: a row with images of the datasets that were prepared; None where none has some.
+        mixes_images: one of them has rows with images, and others without.
         summaries: what :func:`fastdpo.data.prepare` said about each dataset that it tokenised, by name.
 
     Raises:
@@ -70,6 +71,7 @@ class DatasetPreparer:
             self.tokenizer.chat_template = read_template(args.chat_template_path)  # and the model is saved with it
         self.summaries: dict[str, DataSummary] = {}
         self.pictured: dict[str, Any] | None = None
+        self.mixes_images = False
 
     def prepare_to_train(self, dataset: TrainDataset) -> TrainDataset:
         """The dataset to train on: all of it, as :meth:`prepare` does, or a stream, whose rows are tokenised later.
@@ -137,8 +139,10 @@ class DatasetPreparer:
             return
         if not isinstance(self.tokenizer, ProcessorMixin):
             raise ValueError("the rows have images, for which processing_class should be the model's processor")
+        have = np.array(dataset[DIGEST_COLUMN]) != ""
+        self.mixes_images = self.mixes_images or not have.all()
         if self.pictured is None:
-            numbers = np.flatnonzero(np.array(dataset[DIGEST_COLUMN]) != "")[:_LOOKED_AT]
+            numbers = np.flatnonzero(have)[:_LOOKED_AT]
             rows = [dataset[int(number)] for number in numbers]
             # Long answers, in which there is something to be seen.
             self.pictured = max(rows, key=lambda row: min(len(row[side]) for side in TOKEN_COLUMNS[1:]), default=None)

@@ -193,6 +193,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
             "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None,
             has_reference=ref_model is not None or args.precompute_ref_log_probs,
             is_fsdp2=self.accelerator.is_fsdp2,
+            mixes_images=self._preparer.mixes_images,
         )
         if self.accelerator.is_fsdp2:
             keep_output_dtypes(self.accelerator)

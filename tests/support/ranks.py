@@ -1,13 +1,38 @@
-"""Runs a function on several gloo ranks and brings back what each returned."""
+"""Runs a function on several gloo ranks and brings back what each returned; and what ``accelerate launch`` sets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType, PartialState
+
+
+@contextmanager
+def launched(**settings: str) -> Iterator[None]:
+    """As on a rank of ``accelerate launch --use_fsdp --fsdp_version 2``.
+
+    accelerate shards nothing among processes on the CPU: these pass for processes on GPUs, in the one place that asks.
+    """
+    environment = {
+        "ACCELERATE_USE_FSDP": "true",
+        "ACCELERATE_TORCH_DEVICE": "cpu",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    }
+    with (
+        mock.patch.dict(os.environ, environment | settings),
+        mock.patch.object(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU)),
+    ):
+        yield
 
 
 def on_ranks(work: Callable[[], Any], world_size: int, folder: Path) -> list[Any]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,9 +17,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from ranks import launched
 from safetensors.torch import load_file
 from tiny_models import make_model
 from torch import Tensor
@@ -44,27 +43,6 @@ VOCABULARY = 385  # odd: shards of 193 and 192 rows
 ROUNDING = 1000 * torch.finfo(torch.float32).eps  # sums of some hundred terms, in another order
 
 Options = dict[str, Any]
-
-
-@contextmanager
-def launched(**settings: str) -> Iterator[None]:
-    """As on a rank of ``accelerate launch --use_fsdp --fsdp_version 2``.
-
-    accelerate shards nothing among processes on the CPU: these pass for processes on GPUs, in the one place that asks.
-    """
-    environment = {
-        "ACCELERATE_USE_FSDP": "true",
-        "ACCELERATE_TORCH_DEVICE": "cpu",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    }
-    with (
-        mock.patch.dict(os.environ, environment | settings),
-        mock.patch.object(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU)),
-    ):
-        yield
 
 
 def llama(**options: Any) -> PreTrainedModel:
