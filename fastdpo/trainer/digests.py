@@ -89,7 +89,7 @@ def file_digests(path: Path) -> dict[str, str]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until the bytes of a file that somebody else wrote would survive a power cut."""
+    """Wait until the bytes of a file that somebody else wrote, or a folder's names, would survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -79,6 +79,9 @@ def write_manifest(folder: Path, names: list[str] | None = None, **facts: Any) -
             flush_to_disk(path)
             entry = {"bytes": path.stat().st_size, "digests": file_digests(path)}
             files[path.relative_to(folder).as_posix()] = entry
+    # Names survive with the folders that they stand in; the manifest's own is seen to where it is written.
+    for inner in {(folder / name).parent for name in files} - {folder} | {folder.parent}:
+        flush_to_disk(inner)
     manifest = Manifest(files, versions=_versions(), **facts)
     write_sealed(folder / MANIFEST_FILE, {"format": _FORMAT, **asdict(manifest)})
     return manifest
