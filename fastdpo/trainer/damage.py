@@ -43,7 +43,7 @@ def missing_state(checkpoint: Path) -> list[str]:
 
 
 def _is_state(state: dict[str, Any]) -> bool:
-    kinds = {"global_step": int, "max_steps": int, "epoch": (int, float, NoneType), "log_history": list}
+    kinds: dict[str, Any] = {"global_step": int, "max_steps": int, "epoch": (int, float, NoneType), "log_history": list}
     return all(isinstance(state.get(name, ...), kind) for name, kind in kinds.items()) and all(
         isinstance(entry, dict) for entry in state["log_history"]
     )
