@@ -26,8 +26,8 @@ from rich.table import Table
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from fastdpo.data import PreferenceCollator, prepare
-from fastdpo.model.packing import RowCollator
 from fastdpo.model.padded_parts import ACCELERATOR_FORWARD_COST, FORWARD_COST
+from fastdpo.model.row_collator import RowCollator
 from fastdpo.model.scoring import model_inputs
 
 BATCHES = (2, 4, 8, 16, 32)

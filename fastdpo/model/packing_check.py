@@ -228,7 +228,7 @@ class RowsCheck:
                 is_widespread=True,
             )
         if self._stateful:
-            words = fault_in_training(self._scorer, attention, row, packed, allowed, dtype)
+            words = fault_in_training(self._scorer, attention, row, packed, allowed)
             return None if words is None else _Fault(words, is_widespread=True)
         return None
 

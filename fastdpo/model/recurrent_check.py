@@ -15,12 +15,13 @@ from fastdpo.model.packing import PackedRow
 from fastdpo.model.randomness import without_randomness
 from fastdpo.model.scoring import Scorer, score_row
 
-# In units of the last place of the largest gradient. What no path leads to has a gradient of 0, whatever is rounded.
-_ROUNDING = 64
+# A share of the largest gradient. What no path leads to has a gradient of 0, whatever is rounded, in 16 bits as well:
+# there this sees what is lost in the rounding of log-probabilities.
+_NOTHING = 1e-5
 
 
 def fault_in_training(
-    scorer: Scorer, attention: RowAttention, row: PackedRow, packed: Tensor, allowed: float, dtype: torch.dtype
+    scorer: Scorer, attention: RowAttention, row: PackedRow, packed: Tensor, allowed: float
 ) -> str | None:
     """What is wrong with a packed row in training mode, in words that follow the model's name; None if nothing is.
 
@@ -30,14 +31,13 @@ def fault_in_training(
         row: made-up sequences, one after another.
         packed: [K], what the model says about the row in evaluation mode.
         allowed: what log-probabilities may differ by, in nats.
-        dtype: what the model computes in.
     """
     with _training(scorer.root), attention.active():
         # Something around the model (FSDP) has its own ideas of a backward.
         looks_back = scorer.root is scorer.model
         with torch.set_grad_enabled(looks_back), _embedded(scorer) as embedded:
             logps = score_row(scorer.head, scorer.root, row).logps
-            others = logps[int(row.cu_seqlens[1]) :].sum()
+            others = row.of_sequences(logps)[int(row.cu_seqlens[1]) :].sum()
         error = float((logps.detach() - packed).abs().max())
         if not error <= allowed:
             return (
@@ -49,7 +49,7 @@ def fault_in_training(
         (gradient,) = torch.autograd.grad(others, embedded)
         size = gradient.abs().flatten(0, 1).amax(1)
         leak, largest = float(size[: row.segments.query_sizes[0]].max()), float(size.max())
-    if not leak <= _ROUNDING * torch.finfo(dtype).eps * largest:
+    if not leak <= _NOTHING * largest:
         return (
             "lets the gradient of one completion of a packed row depend on another: that of other sequences' "
             f"log-probabilities is {leak / largest:.2g} of its largest where it should be 0"

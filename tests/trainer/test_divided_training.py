@@ -15,7 +15,7 @@ from tiny_families import VOCABULARY, make_family
 from torch import Tensor
 from trainer_runs import GradientRecorder, config
 
-from fastdpo.model import divided, packing
+from fastdpo.model import divided, row_collator
 from fastdpo.trainer import DPOTrainer
 
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
@@ -89,7 +89,7 @@ def assert_same(got: Steps, expected: Steps) -> None:
 
 def in_one_forward(monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> Steps:
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "forwards_of", lambda *_: None)
+        patch.setattr(row_collator, "forwards_of", lambda *_: None)
         steps, forwards = gradients(*args, **options)
     assert forwards == []
     return steps

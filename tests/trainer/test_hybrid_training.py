@@ -14,8 +14,9 @@ from tiny_families import VOCABULARY, make_family
 pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("model_type", ["bamba", "qwen3_next"])
+@pytest.mark.parametrize(
+    ("model_type", "gradient_checkpointing"), [("bamba", True), ("qwen3_next", False)], ids=["checkpointing", ""]
+)
 def test_the_same_steps_as_in_padded_rows(tmp_path: Path, monkeypatch, model_type: str, gradient_checkpointing: bool):
     # Without a load-balancing loss, which is of all tokens, padding among them.
     make = partial(make_family, model_type, trained=True)
