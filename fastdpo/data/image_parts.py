@@ -36,13 +36,13 @@ def without_payloads(messages: Any) -> tuple[Any, list[Any]]:
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, list) and any(map(is_image_part, content)):
-            payloads += [_payload(part) for part in content if is_image_part(part)]
+            payloads += [payload_of(part) for part in content if is_image_part(part)]
             message = {**message, "content": [IMAGE_PART if is_image_part(part) else part for part in content]}
         found.append(message)
     return found, payloads
 
 
-def _payload(part: dict[str, Any]) -> Any:
+def payload_of(part: dict[str, Any]) -> Any:
     """The image that a part names; None where it is the next of the column's."""
     if part.get("base64") is not None:
         return f"data:image;base64,{part['base64']}"

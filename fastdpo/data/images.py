@@ -16,12 +16,13 @@ import datasets
 from PIL import Image
 
 from fastdpo.data.image_files import INLINE, REMOTE
-from fastdpo.data.image_parts import has_image_part, has_images, is_image_part
+from fastdpo.data.image_parts import has_image_part, has_images, is_image_part, payload_of
 from fastdpo.data.terms import DataError, type_name
 
 IMAGE_COLUMNS = ("images", "image")
 # How a column keeps images that were read from files, whatever these had.
 IMAGES_FEATURE = datasets.List({"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
+_LOOKED_AT = 100  # rows
 
 
 def column_images(row: dict[str, Any], where: str) -> list[Any]:
@@ -100,28 +101,35 @@ def _as_struct(item: Any) -> dict[str, Any]:
 
 
 def state_of_files(dataset: datasets.Dataset) -> str:
-    """What tells whether the files that a dataset's columns name have changed: their sizes and times, as hex digits."""
+    """What tells whether the files that rows name have changed: these files' sizes and times, as hex digits."""
     digest = hashlib.blake2b(digest_size=16)
     names = [name for name in IMAGE_COLUMNS if name in dataset.column_names]
+    sides = [name for name in ("prompt", "chosen", "rejected") if name in dataset.column_names]
+    first = dataset.select_columns(sides).select(range(min(len(dataset), _LOOKED_AT)))
+    if any(map(has_images, (value for row in first for value in row.values()))):
+        names += sides
     for batch in dataset.select_columns(names).iter(batch_size=1000) if names else ():
-        for name in names:
-            for path in _paths(batch[name]):
-                try:
-                    state = os.stat(path)
-                    digest.update(f"{path} {state.st_size} {state.st_mtime_ns}\n".encode())
-                except OSError:
-                    digest.update(f"{path} -\n".encode())
+        for path in _paths(list(batch.values())):
+            try:
+                state = os.stat(path)
+                digest.update(f"{path} {state.st_size} {state.st_mtime_ns}\n".encode())
+            except (OSError, ValueError):
+                digest.update(f"{path} -\n".encode())
     return digest.hexdigest()
 
 
 def _paths(value: Any) -> Iterable[str]:
-    if isinstance(value, str) and not value.startswith((INLINE, *REMOTE)):
-        yield value
-    elif isinstance(value, dict) and value.get("path") and value.get("bytes") is None:
-        yield value["path"]
-    elif isinstance(value, list):
+    """Of columns, images and messages."""
+    if isinstance(value, list):
         for item in value:
             yield from _paths(item)
+    elif has_image_part(value):
+        yield from _paths([payload_of(part) for part in value["content"] if is_image_part(part)])
+    elif isinstance(value, dict):
+        if isinstance(value.get("path"), str) and value.get("bytes") is None:
+            yield from _paths(value["path"])
+    elif isinstance(value, str) and not value.startswith((INLINE, *REMOTE)):
+        yield value
 
 
 def resolved(row: dict[str, Any], folder: Path) -> dict[str, Any]:

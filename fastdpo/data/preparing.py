@@ -256,6 +256,8 @@ def examine(
     if group_by_prompt and len(kept):
         alike = {"its two answers are equal": same} if (same := summary.warned.get("identical", 0)) else {}
         describe_groups(joined_by_prompt(tokenised.select(kept)), summary, batch_size, alike)
+    if DIGEST_COLUMN in tokenised.column_names:
+        summary.with_images = sum(map(bool, tokenised.select(kept)[DIGEST_COLUMN]))
     images = IMAGE_COLUMNS if processor is not None else ()
     return _described((tokenised, kept, summary), dataset, (*carried, *images))
 

@@ -76,6 +76,7 @@ class DataSummary:
         work: what a step costs, of the rows kept; None where no row is.
         read_as: the format that the rows were read as, and what was left out before them; "" where that is not known.
         groups: what they hold, where rows are groups, of several answers to a prompt; None where they are pairs.
+        with_images: kept rows that have images; such rows are not packed.
     """
 
     rows_in: int
@@ -93,6 +94,7 @@ class DataSummary:
     work: Work | GroupWork | None = None
     read_as: str = ""
     groups: GroupFacts | None = None
+    with_images: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain numbers, strings, lists and dicts, for JSON."""
@@ -122,7 +124,7 @@ class DataSummary:
         parts = [self._rows_table(), self._lengths_table()]
         if isinstance(self.work, GroupWork):
             return Group(*parts, _group_work_table(self.work))
-        return Group(*parts, _work_table(self.work)) if self.work else Group(*parts)
+        return Group(*parts, _work_table(self.work, packs=not self.with_images)) if self.work else Group(*parts)
 
     def _rows_table(self) -> Table:
         from rich.table import Table
@@ -138,6 +140,8 @@ class DataSummary:
         table.add_row("kept", str(self.rows_kept), "", style="bold")
         if self.groups:
             self._add_groups(table, self.groups)
+        if self.with_images:
+            table.add_row("  with images", str(self.with_images), "in padded rows, two a pair")
         for side, count in self.truncated.items():
             if count:
                 cut = {"keep_start": "end", "keep_end": "beginning"}[self.truncation_mode]
@@ -195,14 +199,18 @@ def _group_work_table(work: GroupWork) -> Table:
     return table
 
 
-def _work_table(work: Work) -> Table:
+def _work_table(work: Work, packs: bool) -> Table:
     from rich.table import Table
 
-    title = f"Tokens a step of {work.batch_size} pairs (prompts: {work.prompt_share:.0%} of packed ones)"
+    prompts = f" (prompts: {work.prompt_share:.0%} of packed ones)" if packs else ""
+    title = f"Tokens a step of {work.batch_size} pairs{prompts}"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("")
-    for name in ("padded, two rows a pair", "packed, each prompt once", "saving"):
+    for name in ("padded, two rows a pair", *(("packed, each prompt once", "saving") if packs else ())):
         table.add_column(name, justify="right")
+    if not packs:
+        table.add_row("through the body", f"{work.padded:,.0f}")
+        return table
     for name, packed in (("through the body", work.packed_body), ("through the head", work.packed_head)):
         table.add_row(name, f"{work.padded:,.0f}", f"{packed:,.0f}", f"{work.padded / packed:.1f} x")
     return table

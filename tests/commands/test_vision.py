@@ -37,6 +37,7 @@ def test_check_data_knows_images(folder: Path, capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     assert "9 of 10 pairs can be trained on" in out
     assert "an image cannot be read" in out and "lost.png" in out
+    assert "with images" in out and "in padded rows, two a pair" in out and "packed" not in out
 
 
 def test_a_run_and_what_it_leaves(folder: Path, tmp_path: Path) -> None:

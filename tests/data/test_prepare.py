@@ -448,7 +448,7 @@ def test_processes_may_be_started_after_torch_has_started_threads() -> None:
         ([{"chosen": [{"from": "a", "value": "x"}], "rejected": [{"from": "a", "value": "y"}]}], "is from 'a'; known"),
         (
             [{"prompt": "p", "chosen": "c", "rejected": "d", "image": "x.png"}],
-            "column 'image' holds something, but only text",
+            "column 'image' holds something, but this model",
         ),
         ([{"prompt": "p", "chosen": [assistant("a")], "rejected": "x"}], "row 0: one of chosen and rejected is"),
     ],

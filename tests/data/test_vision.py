@@ -281,10 +281,12 @@ def test_prompts_with_images_are_not_cut(llava: Any) -> None:
         VisionCollator(llava, pad_token_id=0, max_length=50, truncation_mode="keep_end")
 
 
-def test_an_image_that_changed_since_is_refused(tmp_path: Path, llava: Any) -> None:
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_an_image_that_changed_since_is_refused(tmp_path: Path, llava: Any, in_parts: bool) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(png(make_image(0)))
-    rows = [row(images=[str(path)])]
+    parts = [{"type": "image", "path": str(path)}, {"type": "text", "text": "What is it?"}]
+    rows = [row(prompt=[user(parts)])] if in_parts else [row(images=[str(path)])]  # type: ignore[arg-type]
     found = prepared(rows, llava)
     path.write_bytes(png(make_image(1)))
     with pytest.raises(DataError, match="its images are others than when it was prepared"):

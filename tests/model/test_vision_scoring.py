@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Image, List, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_vision import VISION_FAMILIES, make_image, make_processor, make_vision_model, vision_rows
 from transformers import LlavaForConditionalGeneration
 
 from fastdpo.data import prepare
+from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.vision_collator import VisionCollator
 from fastdpo.model.head import FusedHead
 from fastdpo.model.row_collator import RowCollator
@@ -22,6 +25,10 @@ pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 # A sum of some 60 log-probabilities of about -6, in float32, in another order.
 TOLERANCE = 60 * 6 * 4 * torch.finfo(torch.float32).eps
 CPU = torch.device("cpu")
+MESSAGE = {"role": Value("string"), "content": Value("string")}
+MESSAGES = {side: List(MESSAGE) for side in ("prompt", "chosen", "rejected")}
+    side: List({"role": Value("string"), "content": Value("string")}) for side in ("prompt", "chosen", "rejected")
+}
 
 
 def prepared(family: str) -> tuple[Any, Dataset]:
@@ -96,6 +103,44 @@ def test_text_that_sees_the_future_is_refused() -> None:
         NotImplementedError, match=r"Gemma3ForConditionalGeneration .* sees the future where images are"
     ):
         check_images(scorer_of(make_vision_model("gemma3")), batch, CPU, torch.float32)
+
+
+MODELS: dict[str, tuple[Scorer, Any]] = {}
+
+
+def made(family: str) -> tuple[Scorer, Any]:
+    if family not in MODELS:
+        MODELS[family] = scorer_of(make_vision_model(family)), make_processor(family)
+    return MODELS[family]
+
+
+sizes = st.tuples(st.integers(8, 40), st.integers(8, 40))
+# The sizes of each row's images, and how many words it has.
+batches = st.lists(st.tuples(st.lists(sizes, max_size=3), st.integers(1, 12)), min_size=1, max_size=4)
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(VISION_FAMILIES), batches, st.integers(0, 3))
+def test_any_rows_do_not_depend_on_their_batch(family: str, batch: list[Any], seed: int) -> None:
+    scorer, processor = made(family)
+    rows = [
+        {
+            "images": [make_image(10 * seed + place, size) for place, size in enumerate(row_sizes)],
+            "prompt": [{"role": "user", "content": "word " * words}],
+            "chosen": [{"role": "assistant", "content": f"{'yes ' * words}{number}"}],
+            "rejected": [{"role": "assistant", "content": f"no {number}"}],
+        }
+        for number, (row_sizes, words) in enumerate(batch)
+    ]
+    kinds = {"bytes": Value("binary"), "path": Value("string")}
+    table = {name: [row[name] for row in rows] for name in ("prompt", "chosen", "rejected")}
+    table["images"] = [[Image().encode_example(image) for image in row["images"]] for row in rows]
+    dataset = Dataset.from_dict(table, features=Features({**MESSAGES, "images": List(kinds)}))
+    found, summary = prepare(dataset, processor, max_length=None)
+    assert not summary.dropped and summary.with_images == sum(bool(row["images"]) for row in rows)
+    collator = VisionCollator(processor, pad_token_id=0) if summary.with_images else PreferenceCollator(0)
+    alone = torch.cat([sums(scorer, collator([row])) for row in found], dim=1)
+    assert sums(scorer, collator(list(found))) == pytest.approx(alone, abs=TOLERANCE)
 
 
 class Blind(LlavaForConditionalGeneration):

@@ -90,8 +90,7 @@ SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in VISION_FAMILI
 @pytest.mark.parametrize("family", ["qwen2_5_vl", *SLOW])
 def test_ten_steps_are_trls(tmp_path, family):
     model, processor = make_vision_model(family), make_processor(family)
-    # TRL calls a processor with an empty list among others, which Idefics 3's does not take.
-    rows = vision_rows() if family == "idefics3" else mixed_rows()
+    rows = mixed_rows()
     rate = 5e-5 if family == "gemma3" else 1e-4
     theirs = train(trl, tmp_path, model, rows, processor, learning_rate=rate)
     ours = train(fastdpo, tmp_path, model, rows, processor, learning_rate=rate)

@@ -107,6 +107,11 @@ def to_array(values: Sequence[Any], kind: str, column: str) -> pa.Array:
     if kind == "json":
 
         def refuse(value: Any) -> Any:
+            if isinstance(value, bytes):
+                raise DataError(
+                    f"column {column!r}: there are bytes in a message; put images into a column 'images', and leave "
+                    'parts {"type": "image"} in their places.'
+                )
             raise DataError(f"column {column!r}: {type_name(value)} cannot be part of a message; write it as text.")
 
         encode = json.JSONEncoder(default=refuse if column in USED_COLUMNS else str, **_COMPACT).encode
