@@ -61,7 +61,7 @@ class MeasuredRuns(Trainer):
             reshard(self.model)
         if sums := self.eval_sums.take():
             # Trainer's own mean counts a short batch of several processes as a full one.
-            metrics = {"loss": sums["loss"] / sums["pairs"], **means_of(sums)}
+            metrics = {"loss": sums["loss"] / sums["weight"], **means_of(sums)}
             named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
             output = output._replace(metrics=(output.metrics or {}) | named)
         return output
