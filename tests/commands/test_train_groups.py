@@ -64,6 +64,7 @@ def test_commands_as_they_are_written(
 ) -> None:
     """But for the model, which is a tiny one, and for its size: two steps."""
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
     words = [str(model) if word == MODEL else word for word in words]
     if words[0] == "train":
         output = tmp_path / words[words.index("--output_dir") + 1]
@@ -73,7 +74,7 @@ def test_commands_as_they_are_written(
     assert main(words) == 0
     said = capsys.readouterr().out
     if words[0] != "train":
-        assert "groups (" in said and "packed, each answer once" in said
+        assert re.search(r"of 6 groups \(\d+ pairs\)", said) and "answers, each once" in said
         return
     assert "a batch's size counts groups" in said
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]

@@ -52,16 +52,16 @@ def test_a_damaged_part_is_computed_again(how: str, tmp_path: Path, monkeypatch:
 
 
 def test_parts_that_a_kill_left_beside_the_whole_go(tmp_path: Path) -> None:
-    digests = row_digests(token_rows(3))
-    key = CacheKey(**IDENTITY, num_rows=3, rows=rows_fingerprint(digests))
+    digests = completions_of(token_rows(3)).digests
+    key = CacheKey(**IDENTITY, num_completions=6, completions=rows_fingerprint(digests))
     cache = RefCache(tmp_path)
     cache.begin(key, digests, {})
-    cache.write_part(key, np.arange(3), np.ones(3, np.float32), np.zeros(3, np.float32))
+    cache.write_part(key, np.arange(6), np.ones(6, np.float32))
     (part,) = tmp_path.glob(PARTS)
     content = part.read_bytes()
     cache.finish(key, {})
     part.write_bytes(content)
-    assert cache.load()[0].tolist() == [1, 1, 1]
+    assert cache.load().tolist() == [1] * 6
     assert not list(tmp_path.glob(PARTS))
 
 
