@@ -66,5 +66,5 @@ def say_what_was_prepared(trainer: DPOTrainer) -> None:
         console.print(summary.table())
     for name, split in trainer.reference_splits.items():
         computed = split.rows - split.rows_read
-        how = f"{split.rows_read} pairs read, {computed} computed" if computed else f"{split.rows_read} pairs read"
+        how = f"{split.rows_read} {split.kind} read{f', {computed} computed' if computed else ''}"
         console.print(f"Reference log-probabilities, {name}: {how}, {split.seconds:.1f} s: {split.folder}")

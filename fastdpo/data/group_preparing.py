@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -19,6 +20,7 @@ from fastdpo.data.tokens import RowTokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TokenizerOf = Callable[..., RowTokenizer]
 _OPTIONAL = ("completion_mask", "pair_weights", "ranks")
 _FATE = ("drop", "warn", "left_out")
 
@@ -34,8 +36,13 @@ def examine_groups(
     num_proc: int | None,
     batch_size: int,
     rows_at_a_time: int,
+    tokenizer_of: TokenizerOf,
 ) -> tuple[datasets.Dataset, np.ndarray, DataSummary]:
     """As :func:`fastdpo.data.examine`, of rows of which some have ``completions``; the others are groups of two.
+
+    Args:
+        tokenizer_of: what tokenises rows with a tokenizer, a preparation, and a prompt of their own; a function of a
+            module, for other processes to have it.
 
     Returns:
         All rows, with a group's columns, ``drop``, ``warn`` and ``left_out`` (for each pair that is no more, why); the
@@ -61,7 +68,12 @@ def examine_groups(
             batched=True,
             batch_size=rows_at_a_time,
             with_indices=True,
-            fn_kwargs={"tokenizer": tokenizer, "preparation": preparation, "choice": choice},
+            fn_kwargs={
+                "tokenizer": tokenizer,
+                "preparation": preparation,
+                "choice": choice,
+                "tokenizer_of": tokenizer_of,
+            },
             remove_columns=dataset.column_names,
             features=datasets.Features(features),
             num_proc=num_proc,
@@ -90,9 +102,10 @@ def _tokenize_batch(
     tokenizer: PreTrainedTokenizerBase,
     preparation: Preparation,
     choice: Choice,
+    tokenizer_of: TokenizerOf,
 ) -> dict[str, list[Any]]:
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    found = tokenize_groups(RowTokenizer(tokenizer, preparation, False), rows, indices, choice)
+    found = tokenize_groups(tokenizer_of(tokenizer, preparation, False), rows, indices, choice)
     weighted = any(group.weights for group in found)
     return {
         "prompt_ids": [group.prompt for group in found],

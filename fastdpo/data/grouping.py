@@ -79,6 +79,20 @@ def _groups(pairs: datasets.Dataset, members: Sequence[list[int]], names: Sequen
         yield {name: group[name] for name in names}
 
 
+def first_pair(row: dict[str, Any]) -> dict[str, Any]:
+    """The first pair of a tokenised group, as a row of a pair; a row of a pair as it is."""
+    if "completion_ids" not in row:
+        return row
+    pair: dict[str, Any] = {"prompt_ids": row["prompt_ids"]}
+    for side, place in zip(_SIDES, row["pairs"][0], strict=True):
+        pair[f"{side}_ids"] = row["completion_ids"][place]
+        if row.get("completion_mask"):
+            pair[f"{side}_mask"] = row["completion_mask"][place]
+        if row.get("ref_completion_logps"):
+            pair[f"ref_{side}_logps"] = row["ref_completion_logps"][place]
+    return pair
+
+
 def joined(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One group of the rows of pairs that have one prompt.
 

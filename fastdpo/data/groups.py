@@ -131,6 +131,8 @@ def _fill(group: GroupTokens, said: Compared, tokens: dict[int, Tokens]) -> None
     group.pairs = [(place[chosen], place[rejected]) for chosen, rejected, _ in pairs]
     group.weights = [] if said.weights is None else [weight for *_, weight in pairs]
     group.ranks = ranks_of(said.scores, answers)
+    if not group.ranks and len(answers) == 2 and len(pairs) == 1:  # which is an order, too
+        group.ranks = [float(i != group.pairs[0][0]) for i in range(2)]
 
 
 def _behind(tokens: Tokens, boundary: int) -> tuple[Ids, Ids]:

@@ -217,6 +217,7 @@ def examine(
             num_proc=num_proc,
             batch_size=batch_size,
             rows_at_a_time=BATCH,
+            tokenizer_of=_row_tokenizer,
         )
         check_vocabulary(found[0], vocab_size, tokenizer_in(tokenizer))
         return _described(found, dataset, GROUP_FIELDS)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from fastdpo.data.terms import DIGEST_COLUMN, TOKEN_COLUMNS
+from fastdpo.data.terms import DIGEST_COLUMN, GROUP_COLUMNS, GROUP_TOKEN_COLUMNS, TOKEN_COLUMNS
 
 ROW_DIGEST_BYTES = 16
 # 1 on the tokens of a completion that count; empty where all do. Absent where that holds of all rows.
@@ -17,8 +18,10 @@ MASK_COLUMNS = ("chosen_mask", "rejected_mask")
 
 def row_digests(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS) -> np.ndarray:
     """uint8 [rows, 16]: a digest of each row's token ids, before any cut, column by column, of its masks if any, and of
-    its images' bytes if any.
+    its images' bytes if any. Of groups, of all that they say.
     """
+    if "completion_ids" in dataset.column_names and columns == TOKEN_COLUMNS:
+        return _group_digests(dataset)
     digests = []
     masks = [name.replace("_ids", "_mask") for name in columns if name != "prompt_ids"]
     masks = [name for name in masks if name in dataset.column_names]
@@ -40,6 +43,17 @@ def row_digests(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS) -> n
             if images and pictures[row]:
                 digest.update(f"images {pictures[row]}".encode())
             digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, ROW_DIGEST_BYTES)
+
+
+def _group_digests(dataset: Dataset) -> np.ndarray:
+    """The prompt's ids and the completions', their masks, which are compared, and what each pair counts."""
+    names = [name for name in (*GROUP_TOKEN_COLUMNS, *GROUP_COLUMNS[:-1]) if name in dataset.column_names]
+    digests = []
+    for batch in dataset.select_columns(names).iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            text = json.dumps(dict(zip(batch, values, strict=True)), sort_keys=True)
+            digests.append(hashlib.blake2b(text.encode(), digest_size=ROW_DIGEST_BYTES).digest())
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, ROW_DIGEST_BYTES)
 
 

@@ -38,6 +38,7 @@ class RowSequences(NamedTuple):
         pairs: P times (chosen, rejected), as places in ``sequences``.
         weights: of the pairs.
         rankings: of each row that has ranks, the places of its completions, the best first.
+        ranking_rows: which row each ranking belongs to.
         references: the reference's log-probabilities of each pair's (chosen, rejected); empty where rows have none.
         ranked_references: those of the rankings; empty where rows have none.
         tokens: of the sequences of all rows, each with its context, also where rows have them in common.
@@ -48,6 +49,7 @@ class RowSequences(NamedTuple):
     pairs: list[tuple[int, int]]
     weights: list[float]
     rankings: list[list[int]]
+    ranking_rows: list[int]
     references: list[tuple[float, float]]
     ranked_references: list[list[float]]
     tokens: int
@@ -96,7 +98,8 @@ def sequences_of(row: dict[str, Any], cut_to: Cut) -> RowSequences:
         references = [tuple(row[name] for name in REFERENCE_COLUMNS)] if REFERENCE_COLUMNS[0] in row else []
         weight = row.get("weight")
         tokens = sum(len(side.ids) for side in sides)
-        return RowSequences(sides, [(0, 1)], [1.0 if weight is None else weight], [], references, [], tokens, [0])
+        weights = [1.0 if weight is None else weight]
+        return RowSequences(sides, [(0, 1)], weights, [], [], references, [], tokens, [0])
     masks, ranks = row.get("completion_mask"), row.get("ranks")
     in_pairs = {i for pair in row["pairs"] for i in pair}
     places: dict[int, int] = {}
@@ -114,6 +117,7 @@ def sequences_of(row: dict[str, Any], cut_to: Cut) -> RowSequences:
         pairs=[(places[chosen], places[rejected]) for chosen, rejected in row["pairs"]],
         weights=list(row.get("pair_weights") or [1.0] * len(row["pairs"])),
         rankings=[[places[i] for i in ranking]] if ranks else [],
+        ranking_rows=[0] if ranks else [],
         references=[(said[chosen], said[rejected]) for chosen, rejected in row["pairs"]] if said else [],
         ranked_references=[[said[i] for i in ranking]] if said and ranks else [],
         tokens=sum(len(sequence.ids) for sequence in sequences),
@@ -142,6 +146,7 @@ def together(rows: Sequence[RowSequences], *, distinct: bool) -> RowSequences:
         pairs=[(at[chosen], at[rejected]) for row, at in each for chosen, rejected in row.pairs],
         weights=[weight for row in rows for weight in row.weights],
         rankings=[[at[i] for i in ranking] for row, at in each for ranking in row.rankings],
+        ranking_rows=[i for i, row in enumerate(rows) for _ in row.rankings],
         references=[pair for row in rows for pair in row.references],
         ranked_references=[ranked for row in rows for ranked in row.ranked_references],
         tokens=sum(row.tokens for row in rows),

@@ -33,6 +33,11 @@ def is_prepared(columns: Collection[str]) -> bool:
     return {*TOKEN_COLUMNS} <= {*columns} or {*GROUP_TOKEN_COLUMNS} <= {*columns}
 
 
+def has_references(columns: Collection[str]) -> bool:
+    """Whether rows of these columns have the reference's log-probabilities: pairs, or groups."""
+    return {*REFERENCE_COLUMNS} <= {*columns} or GROUP_COLUMNS[-1] in columns
+
+
 def first_line(text: str) -> str:
     return (text.strip().splitlines() or [""])[0]
 

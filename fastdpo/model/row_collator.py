@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdpo.data.collator import PreferenceCollator
+from fastdpo.data.collator import PreferenceCollator, comparisons
 from fastdpo.data.sequences import Cut, RowSequences, sequences_of, together
-from fastdpo.data.terms import REFERENCE_COLUMNS
 from fastdpo.data.vision_collator import VisionCollator
 from fastdpo.model.packing import pack
 from fastdpo.model.padded_parts import forwards_of
@@ -26,17 +25,10 @@ class RowCollator:
     it returns ``{"micro_batches": [...]}``, dicts of
 
     - ``rows``: int64 [b], which of the B rows they hold. Each row is in one of them.
-    - ``pairs``: int64 [P, 2], the (chosen, rejected) of each pair, as places among the S sequences.
-    - ``pair_rows``: int64 [P], which of the B rows each pair belongs to.
-    - ``pair_weights``: float32 [P].
+    - what :func:`fastdpo.data.collator.comparisons` says of them and of the S sequences.
     - ``row``: a :class:`fastdpo.model.packing.PackedRow` of the sequences; or, where the layout is ``padded``, the
       tensors of ``PreferenceCollator``, each of S rows, and ``forwards``, see
       :func:`fastdpo.model.padded_parts.forwards_of`, where these are taken in several.
-    - ``sequence_tokens``: the tokens of all rows' sequences, each with its prompt; as many in every layout.
-    - ``pair_tokens``: the scored tokens of both sides of all pairs.
-    - ``ref_chosen_logps``, ``ref_rejected_logps``: float64 [P], when the rows have them.
-    - ``ranking``: int64 [R], and ``group_sizes``: int64 [G], when the rows have ranks: the sequences of each group, the
-      best first, group after group; and ``ref_ranked_logps``: float64 [R], when they have these as well.
 
     In layout ``shared`` the sequences are distinct, over all rows of the micro-batch; in the others over each group.
 
@@ -77,24 +69,7 @@ class RowCollator:
 
     def _collate(self, rows: list[dict[str, Any]], of_rows: list[RowSequences], indices: list[int]) -> dict[str, Any]:
         batch = together([of_rows[i] for i in indices], distinct=self.layout == "shared")
-        which = torch.tensor(indices)
-        scored = [sequence.scored for sequence in batch.sequences]
-        found: dict[str, Any] = {
-            "rows": which,
-            "pairs": torch.tensor(batch.pairs),
-            "pair_rows": which[torch.tensor(batch.pair_rows)],
-            "pair_weights": torch.tensor(batch.weights, dtype=torch.float32),
-            "sequence_tokens": batch.tokens,
-            "pair_tokens": sum(scored[i] for pair in batch.pairs for i in pair),
-        }
-        for name, values in zip(REFERENCE_COLUMNS, zip(*batch.references, strict=True), strict=False):
-            found[name] = torch.tensor(values, dtype=torch.float64)
-        if batch.rankings:
-            found["ranking"] = torch.tensor([i for ranking in batch.rankings for i in ranking])
-            found["group_sizes"] = torch.tensor(list(map(len, batch.rankings)))
-        if batch.ranked_references:
-            said = [logps for ranked in batch.ranked_references for logps in ranked]
-            found["ref_ranked_logps"] = torch.tensor(said, dtype=torch.float64)
+        found = comparisons(batch, torch.tensor(indices))
         if self.layout == "padded":
             if isinstance(self.padded, VisionCollator):
                 return found | _with_images(self.padded, [rows[i] for i in indices])

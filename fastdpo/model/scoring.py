@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastdpo.logps.wide import segment_sums, widened
+from fastdpo.loss.gather import picked
 from fastdpo.loss.sequences import Sequences
 from fastdpo.model.attention import SEGMENTS, RowAttention
 from fastdpo.model.divided import score_divided
@@ -53,7 +54,7 @@ class SequenceScores:
         """The same of 2P sequences: the pairs' chosen ones, and then their rejected ones."""
         order = self.pairs.t().flatten()
         return SequenceScores(
-            sums=self.sums.index_select(0, order),
+            sums=picked(self.sums, order),
             lengths=self.lengths.index_select(0, order),
             outputs={name: values.index_select(0, order) for name, values in self.outputs.items()},
             pairs=_in_halves(len(order), order.device),
@@ -80,9 +81,20 @@ def _in_halves(sequences: int, device: torch.device) -> Tensor:
     return torch.arange(sequences, device=device).view(2, -1).t()
 
 
-def count_pairs(batch: dict[str, Any]) -> int:
-    """The pairs of a batch, or of a micro-batch."""
-    return sum(len(pairs_of(part)) for part in micro_batches(batch))
+def count_sequences(part: dict[str, Any]) -> int:
+    """The sequences of a micro-batch."""
+    return len(part["row"].cu_seqlens) - 1 if "row" in part else len(part["input_ids"])
+
+
+def count_weight(batch: dict[str, Any], *, of_rankings: bool = False) -> float:
+    """What the pairs of a batch, or of a micro-batch, count: their weights, or one each; or, its rankings one each."""
+    total = 0.0
+    for part in micro_batches(batch):
+        if of_rankings and "rankings" in part:
+            total += len(part["rankings"])
+        else:
+            total += float(part["pair_weights"].sum()) if "pair_weights" in part else len(pairs_of(part))
+    return total
 
 
 def count_tokens(batch: dict[str, Any], *, padding: bool) -> int | Tensor:

@@ -27,17 +27,22 @@ from tqdm.auto import tqdm
 
 from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.images import IMAGE_COLUMNS
-from fastdpo.data.row_digests import MASK_COLUMNS, row_digests, rows_fingerprint
-from fastdpo.data.terms import REFERENCE_COLUMNS, VISION_COLUMNS
+from fastdpo.data.row_digests import MASK_COLUMNS, rows_fingerprint
+from fastdpo.data.terms import GROUP_TOKEN_COLUMNS, VISION_COLUMNS
 from fastdpo.logps.out_of_memory import is_out_of_memory
+from fastdpo.ref_cache.completions import Completions, completions_of
 from fastdpo.ref_cache.files import RefCache, RefCacheError
 from fastdpo.ref_cache.key import CacheKey
 
-_SCORED_COLUMNS = (*TOKEN_COLUMNS, *MASK_COLUMNS, *VISION_COLUMNS, *IMAGE_COLUMNS)
+_GROUP_COLUMNS = (*GROUP_TOKEN_COLUMNS, "completion_mask")
+_SCORED_COLUMNS = tuple(
+    dict.fromkeys((*TOKEN_COLUMNS, *MASK_COLUMNS, *_GROUP_COLUMNS, *VISION_COLUMNS, *IMAGE_COLUMNS))
+)
 # A kill costs no more than this, and a write is small beside it.
 PART_SECONDS = 20.0
 
-# Rows (dicts with the token columns) -> log-probabilities of the chosen and of the rejected completions, [rows] each.
+# Rows (dicts with the token columns) -> log-probabilities of the chosen and of the rejected completions of all pairs of
+# these rows, in their order.
 ScoreRows = Callable[[list[dict[str, Any]]], tuple[Tensor, Tensor]]
 
 
@@ -50,17 +55,21 @@ class CachedSplit:
         rows: how many rows it has.
         rows_read: how many of them were there already.
         seconds: that it took to read and compute the log-probabilities.
+        kind: what the rows are: pairs, or groups.
     """
 
     folder: Path
     rows: int
     rows_read: int
     seconds: float
+    kind: str = "pairs"
 
 
 @dataclass
 class ReferenceBuilder:
-    """Gives datasets the columns ``ref_chosen_logps`` and ``ref_rejected_logps``, by way of a cache on disk.
+    """Gives pairs the columns ``ref_chosen_logps`` and ``ref_rejected_logps``, and groups ``ref_completion_logps``.
+
+    By way of a cache on disk, in which each distinct completion stands once.
 
     To be called by all processes of a run alike. The main process decides what is to be done, every process computes
     its share and writes its parts, and the main process joins them.
@@ -74,6 +83,7 @@ class ReferenceBuilder:
         about: facts for the manifest that are not compared.
         describe_row: words by which a person knows a row, for messages.
         show_progress: a progress bar, in the main process.
+        by_pair: a completion's log-probability depends on the other one of its pair.
         in_step: the processes must call ``score`` equally often, as with a model that is sharded over them.
 
     Attributes:
@@ -89,25 +99,27 @@ class ReferenceBuilder:
     describe_row: Callable[[dict[str, Any]], str] = str
     show_progress: bool = True
     in_step: bool = False
+    by_pair: bool = False
     splits: dict[str, CachedSplit] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.identity = functools.cache(self.identity)
 
     def with_columns(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """``dataset`` with the two columns; computed in batches of ``batch_size`` pairs where the cache lacks them.
+        """``dataset`` with the columns; computed in batches of ``batch_size`` rows where the cache lacks them.
 
         Raises:
             RefCacheError: the cache belongs to other weights, data or settings, or is damaged; in all processes.
         """
         start = time.perf_counter()
         cache, rows_read = RefCache(self.root / name), len(dataset)
-        if not self._from_main(lambda: self._is_complete(cache, dataset)):
-            rows_read = self._complete(cache, dataset, name, batch_size)
+        completions = completions_of(dataset, by_pair=self.by_pair)
+        if not self._from_main(lambda: self._is_complete(cache, dataset, completions)):
+            rows_read = self._complete(cache, dataset, completions, name, batch_size)
         # From one process to all, because the folder may be on the main process's machine alone.
-        for column, values in zip(REFERENCE_COLUMNS, self._from_main(cache.load), strict=True):
-            dataset = dataset.add_column(column, values)
-        self.splits[name] = CachedSplit(cache.folder, len(dataset), rows_read, time.perf_counter() - start)
+        dataset = completions.with_columns(dataset, self._from_main(cache.load))
+        kind = "groups" if completions.are_groups else "pairs"
+        self.splits[name] = CachedSplit(cache.folder, len(dataset), rows_read, time.perf_counter() - start, kind)
         return dataset
 
     def with_columns_in_all(
@@ -118,53 +130,61 @@ class ReferenceBuilder:
             return {key: self.with_columns(rows, f"{name}-{key}", batch_size) for key, rows in datasets.items()}
         return None if datasets is None else self.with_columns(datasets, name, batch_size)
 
-    def _is_complete(self, cache: RefCache, dataset: Dataset) -> bool:
+    def _is_complete(self, cache: RefCache, dataset: Dataset, completions: Completions) -> bool:
         # Without the lock, which readers need not have: a complete cache does not change.
         manifest = cache.manifest()
         if manifest is None or not manifest["complete"]:
             return False
-        cache.check(*self._key(dataset), self._row_words(dataset))
+        cache.check(self._key(completions), completions.digests, self._words(dataset, completions))
         return True
 
-    def _complete(self, cache: RefCache, dataset: Dataset, name: str, batch_size: int) -> int:
+    def _complete(self, cache: RefCache, dataset: Dataset, completions: Completions, name: str, batch_size: int) -> int:
         """Compute what is missing; returns how many rows were not."""
         start = time.perf_counter()
         with contextlib.ExitStack() as stack:
             # In the main process alone; that it could not, all hear.
             self._from_main(lambda: stack.enter_context(cache.lock()))
-            key, done = self._from_main(lambda: self._begin_or_go_on(cache, dataset, name, batch_size))
-            self._compute(cache, key, done, dataset, name, batch_size)
+            key, done = self._from_main(lambda: self._begin_or_go_on(cache, dataset, completions, name, batch_size))
+            self._compute(cache, key, done, dataset, completions, name, batch_size)
             self.accelerator.wait_for_everyone()
             seconds = {"seconds_of_the_last_run": round(time.perf_counter() - start, 1)}
             self._from_main(lambda: cache.finish(key, self._about(name, batch_size) | seconds))
         return int(done.sum())
 
     def _begin_or_go_on(
-        self, cache: RefCache, dataset: Dataset, name: str, batch_size: int
+        self, cache: RefCache, dataset: Dataset, completions: Completions, name: str, batch_size: int
     ) -> tuple[CacheKey, np.ndarray]:
         """The key, and which rows are done [rows]."""
-        key, digests = self._key(dataset)
+        key = self._key(completions)
         if cache.manifest() is None:
-            cache.begin(key, digests, self._about(name, batch_size))
+            cache.begin(key, completions.digests, self._about(name, batch_size))
         else:
-            key = cache.check(key, digests, self._row_words(dataset))
-        return key, cache.read_parts(key)[0]
+            key = cache.check(key, completions.digests, self._words(dataset, completions))
+        return key, completions.rows_done(cache.read_parts(key)[0])
 
     def _compute(
-        self, cache: RefCache, key: CacheKey, done: np.ndarray, dataset: Dataset, name: str, batch_size: int
+        self,
+        cache: RefCache,
+        key: CacheKey,
+        done: np.ndarray,
+        dataset: Dataset,
+        completions: Completions,
+        name: str,
+        batch_size: int,
     ) -> None:
-        """This process's share of the rows that are not done."""
+        """This process's share of the rows that are not done, and that some completion is computed with."""
         lengths = longer_lengths(dataset, self.max_length)
-        batches = sorted_batches(lengths, batch_size, done)
+        computing = np.flatnonzero(completions.computing)
+        batches = [computing[batch] for batch in sorted_batches(lengths[computing], batch_size, done[computing])]
         share = batches[self.accelerator.process_index :: self.accelerator.num_processes]
         dataset = dataset.select_columns([name for name in _SCORED_COLUMNS if name in dataset.column_names])
-        scored: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        scored: list[tuple[np.ndarray, np.ndarray]] = []
         written = time.monotonic()
-        told = [0, sum(map(len, share))]  # pairs: done, all
+        told = [0, sum(map(len, share))]  # rows: done, all
         bar = tqdm(
             total=int(sum(lengths[batch].sum() for batch in share)),  # time goes with tokens, not with rows
             desc=f"Reference log-probabilities, {name}",
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {postfix[0]} of {postfix[1]} pairs [{elapsed}<{remaining}]",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {postfix[0]} of {postfix[1]} rows [{elapsed}<{remaining}]",
             postfix=cast(Any, told),  # for bar_format, which reads it as it is then
             disable=not (self.show_progress and self.accelerator.is_main_process),
         )
@@ -181,7 +201,7 @@ class ReferenceBuilder:
             stack.callback(keep)  # however this ends, short of a kill
             for batch in share:
                 chosen, rejected = score(batch)
-                scored.append((batch, chosen.cpu().numpy(), rejected.cpu().numpy()))
+                scored.append(completions.of_rows(batch, chosen.cpu().numpy(), rejected.cpu().numpy()))
                 if time.monotonic() - written >= PART_SECONDS:
                     cache.write_part(key, *_joined(scored))
                     scored, written = [], time.monotonic()
@@ -197,20 +217,23 @@ class ReferenceBuilder:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            longest = max(len(row["prompt_ids"]) + max(len(row[side]) for side in TOKEN_COLUMNS[1:]) for row in rows)
+            longest = max(map(_longest, rows))
             raise torch.OutOfMemoryError(
-                f"{error}\nThe reference was scoring {len(rows)} pairs of up to {longest} tokens (before any cut). "
+                f"{error}\nThe reference was scoring {len(rows)} rows of up to {longest} tokens (before any cut). "
                 "Smaller values of precompute_ref_batch_size or max_length (--precompute_ref_batch_size, "
                 "--max_length) need less memory; what was computed so far is kept"
             ) from error
 
-    def _key(self, dataset: Dataset) -> tuple[CacheKey, np.ndarray]:
-        """The key, and the digests of the rows."""
-        digests = row_digests(dataset)
-        return CacheKey(**self.identity(), num_rows=len(dataset), rows=rows_fingerprint(digests)), digests
+    def _key(self, completions: Completions) -> CacheKey:
+        digests = completions.digests
+        return CacheKey(**self.identity(), num_completions=len(digests), completions=rows_fingerprint(digests))
 
-    def _row_words(self, dataset: Dataset) -> Callable[[int], str]:
-        return lambda row: self.describe_row(dataset[row])
+    def _words(self, dataset: Dataset, completions: Completions) -> Callable[[int], str]:
+        def words(completion: int) -> str:
+            row = completions.row_with(completion)
+            return f"a completion of kept row {row} ({self.describe_row(dataset[row])})"
+
+        return words
 
     def _about(self, name: str, batch_size: int) -> dict[str, Any]:
         return self.about | {
@@ -240,12 +263,21 @@ def _joined(scored: Sequence[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
     return [np.concatenate(arrays) for arrays in zip(*scored, strict=True)]
 
 
+def _longest(row: dict[str, Any]) -> int:
+    answers = row["completion_ids"] if "completion_ids" in row else [row[side] for side in TOKEN_COLUMNS[1:]]
+    return len(row["prompt_ids"]) + max(map(len, answers))
+
+
 def longer_lengths(dataset: Dataset, max_length: int | None) -> np.ndarray:
-    """[rows] int64: tokens of the prompt with the longer completion, at most ``max_length``."""
-    lengths = []
-    for table in dataset.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(batch_size=10_000):
-        prompt, chosen, rejected = (pc.list_value_length(table.column(name)).to_numpy() for name in TOKEN_COLUMNS)
-        lengths.append(prompt.astype(np.int64) + np.maximum(chosen, rejected))
+    """[rows] int64: tokens of the prompt with the longest completion, at most ``max_length``."""
+    if "completion_ids" in dataset.column_names:
+        groups = dataset.select_columns(list(GROUP_TOKEN_COLUMNS[:2]))
+        lengths = [np.array([_longest(row) for row in groups], np.int64)]
+    else:
+        lengths = []
+        for table in dataset.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(batch_size=10_000):
+            prompt, chosen, rejected = (pc.list_value_length(table.column(name)).to_numpy() for name in TOKEN_COLUMNS)
+            lengths.append(prompt.astype(np.int64) + np.maximum(chosen, rejected))
     limit = np.iinfo(np.int64).max if max_length is None else max_length
     cut: np.ndarray = np.minimum(np.concatenate(lengths), limit)
     return cut

@@ -3,12 +3,12 @@
 A folder holds
 
     manifest.json              what the numbers belong to (the key), and how they came about; for people and for checks
-    rows.safetensors           a digest of each row's token ids, to tell which row differs
-    part-<name>.safetensors    while the cache is built: the rows scored so far
-    logps.safetensors          when it is complete: chosen_logps and rejected_logps [rows], in the dataset's order
+    completions.safetensors    a digest of each distinct completion behind its prompt, in the digests' order
+    part-<name>.safetensors    while the cache is built: the completions scored so far
+    logps.safetensors          when it is complete: logps [completions], in that order
 
 A kill leaves every file whole or absent. The numbers are sums over each completion; weighted ones where the loss weighs
-tokens (LD-DPO).
+tokens (LD-DPO). A completion stands there once, however many pairs it is in, and whether rows are pairs or groups.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ import numpy as np
 from fastdpo.data.row_digests import rows_fingerprint
 from fastdpo.errors import InputError
 from fastdpo.ref_cache.durable import UNFINISHED, read_tensors, write_json, write_tensors
-from fastdpo.ref_cache.key import CacheKey, differences, row_differences
+from fastdpo.ref_cache.key import CacheKey, completion_differences, differences
 from fastdpo.ref_cache.lock import HeldError, held
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 # In the folder of a run. What begins with an underscore is not pushed to the Hub with the model.
 DEFAULT_FOLDER = "_ref_cache"
-MANIFEST, ROWS, LOGPS, PARTS = "manifest.json", "rows.safetensors", "logps.safetensors", "part-*.safetensors"
+MANIFEST, LOGPS, PARTS = "manifest.json", "logps.safetensors", "part-*.safetensors"
+COMPLETIONS = "completions.safetensors"
+_OLD_ROWS = "rows.safetensors"  # of FORMAT 1
 _LOCK = ".lock"
 
 
@@ -88,15 +90,15 @@ class RefCache:
             raise RefCacheError(f"{self.folder / MANIFEST} is gone. {_advice(self.folder)}")
         return manifest
 
-    def check(self, key: CacheKey, digests: np.ndarray, describe_row: Callable[[int], str] = str) -> CacheKey:
+    def check(self, key: CacheKey, digests: np.ndarray, describe: Callable[[int], str] = str) -> CacheKey:
         """The key that the cache in this folder was begun with, if log-probabilities for ``key`` are the same.
 
         The two may differ in what one of them does not know: rows that came tokenised name no tokenizer.
 
         Args:
             key: what the caller is about to use log-probabilities for.
-            digests: uint8 [rows, 16], of the caller's rows; ``rows_fingerprint(digests) == key.rows``.
-            describe_row: words by which a person knows a row.
+            digests: uint8 [C, 16], of the caller's completions; ``rows_fingerprint(digests) == key.completions``.
+            describe: words by which a person knows one of them.
 
         Raises:
             RefCacheError: something differs; the message says all that does.
@@ -104,8 +106,8 @@ class RefCache:
         manifest = self._manifest_that_is_there()
         there, here = manifest["key"], asdict(key)
         found = differences(there, here)
-        if there["rows"] != here["rows"]:
-            found.append(self._row_differences(there, digests, describe_row))
+        if there["completions"] != here["completions"]:
+            found.append(self._differences(there, digests, describe))
         if found:
             model = _model_in(manifest)
             raise RefCacheError(
@@ -114,14 +116,14 @@ class RefCache:
             )
         return CacheKey(**there)
 
-    def _row_differences(self, there: dict[str, Any], digests: np.ndarray, describe_row: Callable[[int], str]) -> str:
-        before = read_tensors(self.folder / ROWS)
-        if before is None or rows_fingerprint(before["digests"]) != there["rows"]:
-            return f"the rows differ ({there['num_rows']} there, {len(digests)} here)"
-        return row_differences(before["digests"], digests, describe_row)
+    def _differences(self, there: dict[str, Any], digests: np.ndarray, describe: Callable[[int], str]) -> str:
+        before = read_tensors(self.folder / COMPLETIONS)
+        if before is None or rows_fingerprint(before["digests"]) != there["completions"]:
+            return f"the completions differ ({there['num_completions']} there, {len(digests)} here)"
+        return completion_differences(before["digests"], digests, describe)
 
-    def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """(chosen, rejected), each [rows], of a complete cache.
+    def load(self) -> np.ndarray:
+        """[C], of a complete cache.
 
         Raises:
             RefCacheError: the file is damaged.
@@ -133,7 +135,7 @@ class RefCache:
         if manifest["complete"]:  # a kill came before the parts, which are in it, were gone
             with contextlib.suppress(OSError):  # somebody's cache, that may be read alone
                 self._remove_parts()
-        return tensors["chosen_logps"], tensors["rejected_logps"]
+        return tensors["logps"]
 
     # ----------------------------------------------------------------------------------------------------------------
     # Writing
@@ -156,7 +158,7 @@ class RefCache:
         """Write what the log-probabilities to come belong to. ``about``: facts that are not compared."""
         self.discard()
         with self._saying_what_is_kept():
-            write_tensors(self.folder / ROWS, {"digests": digests})
+            write_tensors(self.folder / COMPLETIONS, {"digests": digests})
         self._write_manifest(key, about, complete=False)
 
     def discard(self) -> None:
@@ -165,49 +167,46 @@ class RefCache:
             if _is_ours(path) and path.name != _LOCK:
                 path.unlink()
 
-    def write_part(self, key: CacheKey, rows: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> None:
-        """Keep the log-probabilities of some rows. Safe from several processes, and against a kill at any moment."""
-        tensors = {"rows": rows, "chosen_logps": chosen, "rejected_logps": rejected}
+    def write_part(self, key: CacheKey, completions: np.ndarray, logps: np.ndarray) -> None:
+        """Keep those of some completions. Safe from several processes, and against a kill at any moment."""
+        tensors = {"completions": completions, "logps": logps}
         path = self.folder / PARTS.replace("*", uuid.uuid4().hex[:16])
         with self._saying_what_is_kept():
             write_tensors(path, tensors, key.fingerprint())
 
-    def read_parts(self, key: CacheKey) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(done bool, chosen, rejected), each [rows]: what the parts hold.
+    def read_parts(self, key: CacheKey) -> tuple[np.ndarray, np.ndarray]:
+        """(done bool, logps), each [C]: what the parts hold.
 
         Deletes damaged parts, and says so, and what a killed writer left; so nobody may be writing.
         """
         for path in self.folder.glob(f"{UNFINISHED}*"):
             path.unlink()
-        done = np.zeros(key.num_rows, bool)
-        chosen = rejected = np.zeros(key.num_rows, np.float32)
+        done, logps = np.zeros(key.num_completions, bool), np.zeros(key.num_completions, np.float32)
         for path in sorted(self.folder.glob(PARTS)):
             part = read_tensors(path, key=key.fingerprint())
             if part is None:
-                logger.warning("%s is damaged: its rows are computed again.", path)
+                logger.warning("%s is damaged: its completions are computed again.", path)
                 path.unlink()
                 continue
             if not done.any():
-                chosen, rejected = (np.zeros(key.num_rows, part["chosen_logps"].dtype) for _ in range(2))
-            rows = part["rows"]
-            done[rows], chosen[rows], rejected[rows] = True, part["chosen_logps"], part["rejected_logps"]
-        return done, chosen, rejected
+                logps = np.zeros(key.num_completions, part["logps"].dtype)
+            done[part["completions"]], logps[part["completions"]] = True, part["logps"]
+        return done, logps
 
     def finish(self, key: CacheKey, about: dict[str, Any]) -> None:
         """Join the parts into one file, and mark the cache as complete.
 
         Raises:
-            RefCacheError: rows are missing.
+            RefCacheError: completions are missing.
         """
-        done, chosen, rejected = self.read_parts(key)
+        done, logps = self.read_parts(key)
         if not done.all():
             raise RefCacheError(
-                f"{int((~done).sum())} of {len(done)} rows are missing in {self.folder} after all were computed. "
-                "Is it on a file system that all machines of the run see?"
+                f"{int((~done).sum())} of {len(done)} completions are missing in {self.folder} after all were "
+                "computed. Is it on a file system that all machines of the run see?"
             )
-        tensors = {"chosen_logps": chosen, "rejected_logps": rejected}
         with self._saying_what_is_kept():
-            write_tensors(self.folder / LOGPS, tensors, key.fingerprint())
+            write_tensors(self.folder / LOGPS, {"logps": logps}, key.fingerprint())
         self._write_manifest(key, about, complete=True)
         self._remove_parts()
 
@@ -246,7 +245,7 @@ def _model_in(manifest: dict[str, Any]) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    names = (MANIFEST, ROWS, LOGPS, _LOCK)
+    names = (MANIFEST, COMPLETIONS, _OLD_ROWS, LOGPS, _LOCK)
     return path.name in names or path.match(PARTS) or path.name.startswith(UNFINISHED)
 
 

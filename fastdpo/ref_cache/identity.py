@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.collator import PreferenceCollator
+from fastdpo.data.grouping import first_pair
 from fastdpo.data.templates import writes_date
 from fastdpo.data.vision import tokenizer_in
 from fastdpo.ref_cache.fingerprints import (
@@ -72,5 +73,5 @@ def _template(tokenizer: PreTrainedTokenizerBase, date: str | None) -> str | Non
 
 def row_words(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None) -> str:
     """Words by which a person knows a tokenised row: how its prompt begins."""
-    ids = (row["prompt_ids"] or row["chosen_ids"])[:16]
+    ids = (row["prompt_ids"] or first_pair(row)["chosen_ids"])[:16]
     return f"it begins with {tokenizer.decode(ids)[:60]!r}" if tokenizer else f"it begins with the tokens {ids}"

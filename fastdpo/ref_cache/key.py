@@ -14,6 +14,9 @@ import numpy as np
 DATED = ", on "
 
 
+_COMPLETIONS = ("completions", "num_completions")
+
+
 @dataclass(frozen=True)
 class CacheKey:
     """What reference log-probabilities depend on. Two caches are interchangeable when all of this is equal.
@@ -25,7 +28,8 @@ class CacheKey:
         tokenizer, chat_template: fingerprints; None where rows came tokenised, or there is no template.
         max_length, truncation_mode: how sequences are cut.
         masking: what made the mask of the tokens that count, and LD-DPO's weight of some of them.
-        num_rows, rows: how many rows, and the fingerprint of their token ids before any cut.
+        num_completions, completions: how many distinct ones there are, and the fingerprint of their tokens, and of the
+            prompts' before them, before any cut.
     """
 
     weights: str
@@ -37,8 +41,8 @@ class CacheKey:
     max_length: int | None
     truncation_mode: str | None
     masking: str
-    num_rows: int
-    rows: str
+    num_completions: int
+    completions: str
 
     def fingerprint(self) -> str:
         """sha256 over all of it: parts carry it, so that those of another cache are never taken in."""
@@ -46,9 +50,9 @@ class CacheKey:
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """What differs between two keys beside the rows, in words."""
+    """What differs between two keys beside the completions, in words."""
     found = []
-    names = [name for name in here if here[name] != there[name] and name not in ("rows", "num_rows")]
+    names = [name for name in here if here[name] != there[name] and name not in _COMPLETIONS]
     if None in (there["tokenizer"], here["tokenizer"]):
         # Rows came tokenised here or there, and have the same ids, or are found to differ.
         names = [name for name in names if name not in ("tokenizer", "chat_template")]
@@ -73,20 +77,18 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     return found
 
 
-def row_differences(there: np.ndarray, here: np.ndarray, describe_row: Callable[[int], str]) -> str:
-    """What differs between two lists of rows, in words.
+def completion_differences(there: np.ndarray, here: np.ndarray, describe: Callable[[int], str]) -> str:
+    """What differs between two sets of completions, in words.
 
     Args:
-        there, here: digests, uint8 [rows, 16].
-        describe_row: words by which a person knows a row that is here.
+        there, here: digests, uint8 [C, 16].
+        describe: words by which a person knows a completion that is here.
     """
-    common = min(len(there), len(here))
-    differing = np.flatnonzero((there[:common] != here[:common]).any(1))
-    counts = f"{len(there)} rows there, {len(here)} here" if len(there) != len(here) else ""
-    if not len(differing):
-        return f"{counts}, equal as far as both go"
-    if not counts and sorted(map(bytes, there)) == sorted(map(bytes, here)):
-        return "the same rows in another order"
-    first = int(differing[0])
-    more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
-    return f"{counts + ', ' if counts else ''}kept row {first} differs ({describe_row(first)}){more}"
+    counts = f"{len(there)} completions there, {len(here)} here, "
+    before, now = ({bytes(digest) for digest in digests} for digests in (there, here))
+    new = [place for place, digest in enumerate(here) if bytes(digest) not in before]
+    gone = len(before - now)
+    if not new:
+        return f"{counts}{gone} there are not here"
+    more = f", and {len(new) - 1} more" if len(new) > 1 else ""
+    return f"{counts if len(there) != len(here) else ''}{describe(new[0])} is not there{more}"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset
 
+from fastdpo.data.grouping import first_pair
 from fastdpo.data.terms import DIGEST_COLUMN
 from fastdpo.trainer.trainer import DPOTrainer
 
@@ -58,7 +59,7 @@ def different_prompts(dataset: Dataset, count: int) -> list[dict[str, Any]]:
     found: dict[tuple[int, ...], dict[str, Any]] = {}
     candidates: Sequence[int] = spread(len(dataset), min(len(dataset), 8 * count))
     for i in candidates:
-        row = dataset[i]
+        row = first_pair(dataset[i])
         if 0 < len(row["prompt_ids"]) <= LONGEST_PROMPT and not row.get(DIGEST_COLUMN):
             found.setdefault(tuple(row["prompt_ids"]), row)
     rows = list(found.values())

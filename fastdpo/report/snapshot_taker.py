@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 
 from fastdpo.data.files import TOKEN_COLUMNS
+from fastdpo.data.grouping import first_pair
 from fastdpo.data.vision import tokenizer_in
 from fastdpo.model.generation import Drawing, complete
 from fastdpo.model.language_model import language_model
@@ -42,7 +43,7 @@ class SnapshotTaker:
         dataset, self._rows_of = dataset_of(trainer)
         count = min(len(dataset), _MOST_PAIRS if size.pairs is None else size.pairs)
         # Rows for samples come from a choice of their own, which does not change with the number of pairs.
-        self._rows = [dataset[i] for i in evenly_ordered(spread(len(dataset), count))]
+        self._rows = [first_pair(dataset[i]) for i in evenly_ordered(spread(len(dataset), count))]
         self._samples = different_prompts(dataset, _MOST_SAMPLES if size.samples is None else size.samples)
         ids = [[row[name] for name in TOKEN_COLUMNS] for row in self._rows + self._samples]
         words = json.dumps([self._rows_of, asdict(size), ids])

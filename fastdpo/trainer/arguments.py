@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.columns import may_have_images
-from fastdpo.data.terms import REFERENCE_COLUMNS
+from fastdpo.data.terms import REFERENCE_COLUMNS, has_references
 from fastdpo.model.adapters import HAS_ADAPTER, has_transformers_adapter, is_adapter
 from fastdpo.model.quantization import refuse_quantized_alone
 from fastdpo.trainer.config import DPOConfig
@@ -78,10 +78,12 @@ def check_arguments(
     given = [name for name in REFERENCE_COLUMNS if name in columns_of(train_dataset)]
     if len(given) == 1:
         raise ValueError(f"train_dataset has the column {given[0]} alone; it should have both, or neither")
+    said = "the columns ref_chosen_logps and ref_rejected_logps" if given else "the column ref_completion_logps"
+    given = given or has_references(columns_of(train_dataset))
     if given and (ref_model is not None or args.precompute_ref_log_probs):
         raise ValueError(
-            "train_dataset has the columns ref_chosen_logps and ref_rejected_logps, which are the reference; remove "
-            "them, or leave out ref_model and precompute_ref_log_probs"
+            f"train_dataset has {said}, which are the reference; remove them, or leave out ref_model and "
+            "precompute_ref_log_probs"
         )
     if not args.loss_options.takes_reference:
         named = {"ref_model": ref_model is not None, "precompute_ref_log_probs": args.precompute_ref_log_probs}

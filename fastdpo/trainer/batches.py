@@ -14,8 +14,10 @@ from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.images import IMAGE_COLUMNS
 from fastdpo.data.row_digests import MASK_COLUMNS
 from fastdpo.data.terms import GROUP_COLUMNS, GROUP_TOKEN_COLUMNS, REFERENCE_COLUMNS, VISION_COLUMNS, WEIGHT_COLUMN
+from fastdpo.logps.wide import wide_dtype
 from fastdpo.model.packing import PackedRow
-from fastdpo.model.scoring import count_pairs, count_tokens, model_inputs
+from fastdpo.model.scoring import count_tokens, count_weight, model_inputs
+from fastdpo.trainer.config import DPOConfig
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +25,11 @@ logger = logging.getLogger(__name__)
 class PairBatches(Trainer):
     """``transformers.Trainer``, which counts items, tokens and operations of sequences; these are of pairs.
 
-    What it hands to ``compute_loss`` as ``num_items_in_batch`` are the pairs of an optimiser step.
+    What it hands to ``compute_loss`` as ``num_items_in_batch`` is what the pairs (or rankings) of an optimiser step
+    count: the sum of their weights, or how many there are.
     """
 
+    args: DPOConfig
     _signature_columns: list[str] | None  # type: ignore[assignment]  # Trainer says None alone
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -36,10 +40,14 @@ class PairBatches(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """The micro-batches of an optimiser step, and how many pairs all of them have, on all devices."""
+        """The micro-batches of an optimiser step, and what the pairs of all of them count, on all devices."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        pairs = torch.tensor(sum(map(count_pairs, batches)), device=device)
-        return batches, self.accelerator.gather(pairs).sum()
+        weight = torch.tensor(sum(map(self.weight_of, batches)), dtype=wide_dtype(device), device=device)
+        return batches, self.accelerator.gather(weight).sum()
+
+    def weight_of(self, batch: dict[str, Any]) -> float:
+        """What the loss of a batch is divided by: the sum of its pairs' weights, or the number of its rankings."""
+        return count_weight(batch, of_rankings=self.args.loss_options.of_rankings)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         # The epoch and the batch to begin with. Trainer asks whether it is at the end after a step: one too many.

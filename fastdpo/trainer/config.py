@@ -19,8 +19,6 @@ from fastdpo.loss.options import LossOptions
 from fastdpo.model.packing import PACKINGS
 from fastdpo.trainer.secrets import redacted, remember_secrets
 
-_LOSSES = [name for name, objective in OBJECTIVES.items() if not objective.of_rankings]
-
 
 @dataclass(repr=False)
 class DPOConfig(TrainingArguments):
@@ -69,7 +67,7 @@ class DPOConfig(TrainingArguments):
     )
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": f"The loss, or several that are added up: {', '.join(_LOSSES)}. sigmoid is DPO."},
+        metadata={"help": f"The loss, or several that are added up: {', '.join(OBJECTIVES)}. sigmoid is DPO."},
     )
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "Factors of several losses, in the order of loss_type. By default 1 each."}
@@ -229,9 +227,10 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
         options = self.loss_options
-        if options.of_rankings:
+        if options.of_rankings and (self.weight_by_score or self.group_by_prompt):
+            name = "weight_by_score" if self.weight_by_score else "group_by_prompt"
             raise ValueError(
-                f"{options.described} is a loss of rankings, of which a trainer's rows are none; use dpo_loss"
+                f"{name} is on, and {options.described} is a loss of rankings, not of pairs; leave one of them out"
             )
         if self.max_tokens_per_batch is not None and (options.couples_pairs or self.sft_reduction == "batch"):
             what = f"loss_type {', '.join(self.loss_type)}" if options.couples_pairs else "sft_reduction='batch'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields
 from typing import Any, TypeAlias, cast
 
@@ -15,7 +16,7 @@ from fastdpo.data.preparing import prepare
 from fastdpo.data.streaming import columns_of_stream, prepare_stream
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.templates import read_template
-from fastdpo.data.terms import DIGEST_COLUMN, TOKEN_COLUMNS, is_prepared
+from fastdpo.data.terms import DIGEST_COLUMN, TOKEN_COLUMNS, DataError, is_prepared
 from fastdpo.data.vision import tokenizer_in
 from fastdpo.data.vision_collator import VisionCollator
 from fastdpo.data.vocabulary import check_vocabulary
@@ -23,6 +24,8 @@ from fastdpo.model.language_model import language_model
 from fastdpo.model.vision import load_processing_class
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.models import hub_options_of
+
+logger = logging.getLogger(__name__)
 
 # What Trainer takes for evaluation: a dataset, or several by name.
 EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
@@ -79,6 +82,7 @@ class DatasetPreparer:
         Raises:
             ValueError: no batch could be made of it.
         """
+        _refuse_grouping(self._args, dataset, "train")
         if not isinstance(dataset, IterableDataset):
             dataset = self.prepare(dataset, "train")
             _check_there_is_a_batch(len(dataset), self._args)
@@ -86,7 +90,7 @@ class DatasetPreparer:
         if is_tokenised(dataset):
             return dataset
         args = self._args
-        return prepare_stream(
+        rows = prepare_stream(
             dataset,
             self._some_tokenizer(),
             max_length=args.max_length,
@@ -98,6 +102,7 @@ class DatasetPreparer:
             vocab_size=self._vocab_size,
             **_grouping(args),
         )
+        return rows.filter(_is_ranked) if args.loss_options.of_rankings else rows
 
     def prepare(self, dataset: Dataset, name: str) -> Dataset:
         """``dataset``, tokenised.
@@ -109,10 +114,14 @@ class DatasetPreparer:
         """
         if not isinstance(dataset, Dataset):
             raise TypeError(f"the {name} dataset is a {type(dataset).__name__}; it should be a datasets.Dataset")
+        dataset = self._tokenised(dataset, name)
+        self._see_images(dataset)
+        return ranked(dataset, name) if self._args.loss_options.of_rankings else dataset
+
+    def _tokenised(self, dataset: Dataset, name: str) -> Dataset:
         if is_tokenised(dataset):
             known = None if self.tokenizer is None else tokenizer_in(self.tokenizer)
             check_vocabulary(dataset, self._vocab_size, known)
-            self._see_images(dataset)
             return dataset
         args = self._args
         tokenizer = self._some_tokenizer()
@@ -131,7 +140,6 @@ class DatasetPreparer:
                 vocab_size=self._vocab_size,
                 **_grouping(args),
             )
-        self._see_images(dataset)
         return dataset
 
     def _see_images(self, dataset: Dataset) -> None:
@@ -170,6 +178,9 @@ class DatasetPreparer:
 
     def prepare_all(self, datasets: EvalDataset, name: str) -> EvalDataset:
         """The same for what ``Trainer`` takes for evaluation: a dataset, several by name, or None."""
+        for rows in (datasets or {}).values() if isinstance(datasets, dict) else [datasets]:
+            if rows is not None:
+                _refuse_grouping(self._args, rows, name)
         if isinstance(datasets, dict):
             return {key: self.prepare(rows, key) for key, rows in datasets.items()}
         return None if datasets is None else self.prepare(datasets, name)
@@ -193,6 +204,51 @@ def _grouping(args: DPOConfig) -> dict[str, Any]:
     """What ``prepare`` takes of groups of answers."""
     names = ("pairs", "weight_by_score", "group_by_prompt")
     return {name: getattr(args, name) for name in names}
+
+
+def _refuse_grouping(args: DPOConfig, dataset: TrainDataset, name: str) -> None:
+    """Raises ValueError where something is asked for that tokenised rows cannot get any more."""
+    asked = [option for option, value in _grouping(args).items() if value]
+    if asked and is_tokenised(dataset):
+        raise ValueError(
+            f"{asked[0]} is given, but the {name} dataset holds token ids already; give it to fastdpo.data.prepare, "
+            "which makes them"
+        )
+
+
+def ranked(rows: Dataset, name: str) -> Dataset:
+    """The rows that a loss of rankings can be of: pairs, and groups in which no two answers are as good.
+
+    Raises:
+        DataError: groups have no ranks, or weights, which are those of pairs; or no row is left.
+    """
+    if "completion_ids" not in rows.column_names:
+        return rows
+    if "pair_weights" in rows.column_names:
+        raise DataError(
+            f"the {name} dataset has weights of pairs, and loss_type plackett_luce is of rankings; leave them out."
+        )
+    if "ranks" not in rows.column_names:
+        raise DataError(
+            f"the {name} dataset says which answers are better by pairs, or with ties, and loss_type plackett_luce "
+            "needs an order of all answers of a row: 'ranks' or 'scores' without ties."
+        )
+    kept = np.flatnonzero([bool(ranks) for ranks in rows["ranks"]])
+    if len(kept) < len(rows):
+        logger.warning(
+            "%d of %d rows of the %s dataset are left out: two answers are as good, or have no ranks, and loss_type "
+            "plackett_luce needs an order of all.",
+            len(rows) - len(kept),
+            len(rows),
+            name,
+        )
+    if not len(kept):
+        raise DataError(f"No row of the {name} dataset is left: in all of them two answers are as good.")
+    return rows.select(kept)
+
+
+def _is_ranked(row: dict[str, Any]) -> bool:
+    return "completion_ids" not in row or bool(row["ranks"])
 
 
 def is_tokenised(dataset: TrainDataset) -> bool:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from fastdpo.logps.wide import widened
 from fastdpo.loss.options import LossOptions
 from fastdpo.loss.pair_losses import PairLosses
-from fastdpo.model.scoring import Scorer, in_pair_order, micro_batches
+from fastdpo.loss.ranking_losses import RankingLosses, agreement
+from fastdpo.model.scoring import Scorer, SequenceScores, count_sequences, in_pair_order, micro_batches
 from fastdpo.trainer.reference import Reference
 
 # The per-token outputs of the policy that metrics are made of.
@@ -33,9 +34,15 @@ class BatchLosses:
     def __init__(self, policy: Scorer, reference: Reference, options: LossOptions, aux_loss_coef: float) -> None:
         self._policy, self._reference = policy, reference
         self._options, self.aux_loss_coef = options, aux_loss_coef
+        # What metrics say of pairs is the same whatever the loss of rankings is.
+        names = ("beta", "average_log_prob")
+        as_pairs = LossOptions(**{name: getattr(options, name) for name in names})
+        self._pair_options = as_pairs if options.of_rankings else options
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each pair [P] float64, and what metrics are made of, each detached, [P] float64.
+        """The loss of each pair times its weight [P] float64, and what metrics are made of, each detached, [P] float64.
+
+        Of rankings, what is one a row stands with the row's first pair, and is 0 with the others.
 
         Args:
             model: the policy, as it is called now; it may be wrapped.
@@ -51,16 +58,27 @@ class BatchLosses:
         kwargs = {"output_router_logits": True} if self.aux_loss_coef else {}
         outputs = (*_OUTPUTS, "log_sum_sq_probs") if self._options.use_weighting else _OUTPUTS
         at_shorter = self._options.ld_alpha is not None
-        out = self._policy.score(inputs, outputs, root=model, at_shorter=at_shorter, **kwargs).in_pairs()
-        losses_of = PairLosses(self._options, out.lengths, ref_sums)
-        losses = losses_of(out.sums, out.outputs)
+        scores = self._policy.score(inputs, outputs, root=model, at_shorter=at_shorter, **kwargs)
+        out, of_sequences = scores.in_pairs(), ref_sums
+        if self._options.of_rankings and ref_sums is not None:
+            ref_sums = ref_sums.index_select(0, scores.pairs.t().flatten())
+        given = inputs.get("pair_weights")
+        weights = None if given is None else widened(given)
+        losses_of = PairLosses(self._pair_options, out.lengths, ref_sums, weights=weights)
         chosen_rewards, rejected_rewards = losses_of.rewards(out.sums)
         chosen, rejected = losses_of.logps(out.sums.detach()).chunk(2)
+        counts = torch.ones_like(chosen) if weights is None else weights
+        if self._options.of_rankings:
+            losses, counts = self._of_rankings(scores, of_sequences, inputs, counts)
+        else:
+            losses = losses_of(out.sums, out.outputs)
+            losses = losses if weights is None else losses * weights
         chosen_tokens, rejected_tokens = out.tokens.chunk(2)
         chosen_logits, rejected_logits = out.outputs["mean_logits"].chunk(2)
         chosen_entropy, rejected_entropy = out.outputs["entropy"].chunk(2)
         sums = {
             "pairs": torch.ones_like(chosen),
+            "weight": counts,
             "tokens": chosen_tokens + rejected_tokens,
             "chosen_tokens": chosen_tokens,
             "rejected_tokens": rejected_tokens,
@@ -74,9 +92,48 @@ class BatchLosses:
             "rejected_logits": rejected_logits,
             "entropy": chosen_entropy + rejected_entropy,
             "chosen_top1": out.outputs["is_top1"].chunk(2)[0],
+            **_agreements(torch.cat((chosen_rewards, rejected_rewards)), inputs),
         }
         if self.aux_loss_coef:
-            losses = losses + self.aux_loss_coef * out.model_output.aux_loss
+            losses = losses + self.aux_loss_coef * counts * out.model_output.aux_loss
             sums["aux_loss"] = out.model_output.aux_loss.expand_as(losses)
         sums["loss"] = losses
         return losses, {name: widened(values.detach()) for name, values in sums.items()}
+
+    def _of_rankings(
+        self, scores: SequenceScores, ref_sums: Tensor | None, inputs: dict[str, Any], weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The losses of a micro-batch's rankings, and what they count, [P] each; a pair is a ranking of two."""
+        rankings = inputs.get("rankings", scores.pairs)
+        losses = RankingLosses(self._options, scores.lengths, ref_sums, rankings)(scores.sums, {})
+        if "rankings" not in inputs:
+            return losses * weights, weights
+        first = _first_pairs(inputs)
+        counts = torch.zeros_like(weights).index_fill(0, first, 1.0)
+        return torch.zeros_like(weights).index_copy(0, first, losses), counts
+
+
+def _first_pairs(inputs: dict[str, Any]) -> Tensor:
+    """[R]: where the first pair of each ranking's row stands."""
+    return torch.searchsorted(inputs["pair_rows"], inputs["ranking_rows"])
+
+
+def _agreements(rewards: Tensor, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """How far the rewards of pairs' sides, [2P], order answers as their rankings do; 0 where there are none.
+
+    A ranking with an answer that is in no pair does not count. Processes add up what they have, and have to have the
+    same.
+    """
+    nothing = torch.zeros_like(rewards[: len(rewards) // 2])
+    if "rankings" not in inputs:
+        return dict.fromkeys(("rankings", "best_first", "kendall_tau"), nothing)
+    rankings, sides = inputs["rankings"], inputs["pairs"].t().flatten()
+    of_sequences = rewards.new_full((count_sequences(inputs),), float("nan")).index_copy(0, sides, rewards)
+    top1, tau = agreement(of_sequences, rankings)
+    is_known = ((rankings < 0) | ~of_sequences[rankings.clamp(min=0)].isnan()).all(1)
+    first = _first_pairs(inputs)
+    found = {"rankings": torch.ones_like(tau), "best_first": top1, "kendall_tau": tau}
+    return {
+        name: nothing.index_copy(0, first, values.where(is_known, 0).to(nothing.dtype))
+        for name, values in found.items()
+    }

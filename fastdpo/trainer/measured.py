@@ -59,9 +59,14 @@ class MeasuredRuns(Trainer):
         )
         if self.accelerator.is_fsdp2 and self.optimizer is None:
             reshard(self.model)
+        elif self.optimizer is None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # accelerate marks the model as prepared, and would not wrap it for the training: the processes' gradients
+            # would not be averaged, and nothing would say so.
+            self.model._is_accelerate_prepared = False
+            self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
         if sums := self.eval_sums.take():
             # Trainer's own mean counts a short batch of several processes as a full one.
-            metrics = {"loss": sums["loss"] / sums["pairs"], **means_of(sums)}
+            metrics = {"loss": sums["loss"] / sums["weight"], **means_of(sums)}
             named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
             output = output._replace(metrics=(output.metrics or {}) | named)
         return output

@@ -38,6 +38,8 @@ _RESULTS = {
     "loss": "loss",
     "rewards/margins": "reward margin",
     "rewards/accuracies": "reward accuracy",
+    "rewards/top1": "best answers with the highest reward",
+    "rewards/kendall_tau": "Kendall's tau of rewards and ranks",
     "rewards/chosen": "reward of chosen",
     "rewards/rejected": "reward of rejected",
 }
@@ -75,6 +77,7 @@ class CardFacts:
         log_history: the entries of its log.
         has_chat_template: prompts are messages.
         takes_images: it is a vision-language model, with a processor.
+        are_groups: the rows are groups of answers, and not pairs.
     """
 
     args: DPOConfig
@@ -84,6 +87,7 @@ class CardFacts:
     log_history: Sequence[dict[str, Any]]
     has_chat_template: bool
     takes_images: bool = False
+    are_groups: bool = False
 
     @property
     def base(self) -> str:
@@ -191,8 +195,11 @@ def _settings(facts: CardFacts, loss: str) -> dict[str, Any]:
     args = facts.args
     settings = {"loss": loss, "loss_weights": args.loss_weights, "beta": args.beta, **_loss_options(args.loss_options)}
     settings |= {setting: getattr(args, setting) for setting in _SETTINGS}
-    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    settings |= {"epochs": facts.epochs, "optimiser steps": facts.steps, "pairs a step": pairs}
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    kind = "groups of answers" if facts.are_groups else "pairs"
+    settings |= {"epochs": facts.epochs, "optimiser steps": facts.steps, f"{kind} a step": rows}
+    if facts.are_groups:
+        settings |= {"pairs of a group": args.pairs, "weight_by_score": args.weight_by_score or None}
     dtype = str(facts.model.dtype).removeprefix("torch.")
     settings |= {"precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else dtype}
     return settings | _adapter_settings(facts.model) if isinstance(facts.model, PeftModel) else settings

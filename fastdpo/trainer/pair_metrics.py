@@ -20,6 +20,8 @@ _METRICS = {
     "entropy": ("entropy", "tokens"),
     "mean_token_accuracy": ("chosen_top1", "chosen_tokens"),
     "aux_loss": ("aux_loss", "pairs"),
+    "rewards/top1": ("best_first", "rankings"),
+    "rewards/kendall_tau": ("kendall_tau", "rankings"),
 }
 
 

@@ -25,7 +25,7 @@ from fastdpo.model.adapters import adapters_are_neutral
 from fastdpo.model.head import FusedHead
 from fastdpo.model.language_model import language_model
 from fastdpo.model.packing_choice import Packing
-from fastdpo.model.scoring import Scorer, evaluating
+from fastdpo.model.scoring import Scorer, count_sequences, evaluating, pairs_of
 from fastdpo.ref_cache.build import CachedSplit, ReferenceBuilder
 from fastdpo.ref_cache.files import DEFAULT_FOLDER
 from fastdpo.ref_cache.fingerprints import base_weights
@@ -91,13 +91,16 @@ class Reference:
 
         Returns:
             [2P, n] float64, as :meth:`fastdpo.model.scoring.SequenceScores.in_pairs` has them; [2P, 1] from the
-            columns, which have the loss's weights of tokens in them.
+            columns, which have the loss's weights of tokens in them. Of a loss of rankings [S, 1], of the sequences.
 
         Raises:
             ValueError: the reference was cached and let go, and these rows were not among those it was asked about.
         """
         if not self._loss_options.takes_reference:
             return None
+        of_rankings = self._loss_options.of_rankings
+        if of_rankings and ("ref_ranked_logps" in inputs or REFERENCE_COLUMNS[0] in inputs):
+            return _of_sequences(inputs)
         if all(name in inputs for name in REFERENCE_COLUMNS):
             return widened(torch.cat([inputs[name] for name in REFERENCE_COLUMNS])).unsqueeze(1)
         if self._is_cached:
@@ -134,6 +137,14 @@ class Reference:
             fastdpo.ref_cache.RefCacheError: see :class:`fastdpo.ref_cache.build.ReferenceBuilder`.
         """
         args, accelerator = self._args, self._accelerator
+        by_pair = args.ld_alpha is not None and args.ld_reference != "policy"
+        datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+        if by_pair and any("completion_ids" in rows.column_names for rows in datasets if rows is not None):
+            raise ValueError(
+                "ld_alpha weighs the reference's tokens by the other completion of each pair, so that a group's answer "
+                "has no one log-probability to be kept; give ld_reference='policy', or leave precompute_ref_log_probs "
+                "and ref_cache out"
+            )
         model = (self.scorer or self._policy).model
         # An adapter that changes nothing yet is left aside, so that the key does not depend on its random start.
         bare: PeftModel | None = None
@@ -148,7 +159,8 @@ class Reference:
             return self._policy if self.scorer is None else self.scorer
 
         def score(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-            sums = self._score(scorer(), to_device(collate(rows)))
+            found = scorer().score(to_device(collate(rows)), at_shorter=self._loss_options.ld_alpha is not None)
+            sums = found.in_pairs().sums
             chosen, rejected = combine_segments(sums, self._loss_options, of_policy=False).chunk(2)
             return chosen, rejected
 
@@ -170,6 +182,7 @@ class Reference:
             describe_row=lambda row: row_words(row, tokenizer),
             show_progress=not args.disable_tqdm,
             in_step=accelerator.is_fsdp2,
+            by_pair=by_pair,
         )
         train_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
         eval_size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
@@ -213,10 +226,23 @@ class Reference:
         self._packing.require(self.scorer, self._args.max_length, self._accelerator.device, dtype)
 
     def _score(self, scorer: Scorer, inputs: dict[str, Any], root: nn.Module | None = None) -> Tensor:
-        return scorer.score(inputs, root=root, at_shorter=self._loss_options.ld_alpha is not None).in_pairs().sums
+        found = scorer.score(inputs, root=root, at_shorter=self._loss_options.ld_alpha is not None)
+        return found.sums if self._loss_options.of_rankings else found.in_pairs().sums
 
     def _in_main_process(self, work: Callable[[], Any]) -> Any:
         """What ``work`` gives in the main process, in all; the others may hold no weights yet."""
         outcome = [work() if self._accelerator.is_main_process else None]
         broadcast_object_list(outcome)
         return outcome[0]
+
+
+def _of_sequences(inputs: dict[str, Any]) -> Tensor:
+    """[S, 1] from what a micro-batch's columns say of its rankings, or, where it has pairs alone, of these."""
+    if "ref_ranked_logps" in inputs:
+        is_there = inputs["rankings"] >= 0
+        places, said = inputs["rankings"][is_there], inputs["ref_ranked_logps"][is_there]
+    else:
+        places = pairs_of(inputs).t().flatten()
+        said = torch.cat([inputs[name] for name in REFERENCE_COLUMNS])
+    values = widened(said)
+    return values.new_zeros(count_sequences(inputs)).index_copy(0, places, values).unsqueeze(1)

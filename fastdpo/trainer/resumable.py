@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import logging as transformers_logging
 
-from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.row_digests import row_digests, rows_fingerprint
+from fastdpo.data.terms import is_prepared
 from fastdpo.model.adapters import has_transformers_adapter
 from fastdpo.trainer.checkpoints import last_whole, refuse_damaged
 from fastdpo.trainer.config import DPOConfig
@@ -88,7 +88,7 @@ class ResumableRuns(YieldingEvaluations):
 
     def _train_rows(self) -> dict[str, Any]:
         rows = self.train_dataset
-        if not isinstance(rows, Dataset) or not set(TOKEN_COLUMNS) <= set(rows.column_names):
+        if not isinstance(rows, Dataset) or not is_prepared(rows.column_names):
             return {}
         if self._rows is None:
             self._rows = {"count": len(rows), "fingerprint": rows_fingerprint(row_digests(rows))}

@@ -18,7 +18,7 @@ from fastdpo.loss.options import LossOptions
 from fastdpo.trainer.config import DPOConfig
 
 # Which rows come at which step: with ignore_data_skip, which starts at the beginning of the rows, they may differ.
-ORDER = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "pairs_per_step")
+ORDER = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "group_by_prompt", "pairs_per_step")
 # What the optimiser's state is a state of.
 OPTIMIZER = ("optim", "optim_args")
 # How rows become tokens: they may differ, as long as no row is gone or new.
@@ -29,6 +29,8 @@ TOKENS = (
     "end_token",
     "chat_template_path",
     "template_date",
+    "pairs",
+    "weight_by_score",
 )
 # What the optimiser keeps beside its state, and would take from the checkpoint: option -> its name in a group.
 _IN_GROUPS = {

@@ -22,12 +22,12 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.columns import may_have_images
 from fastdpo.data.summary import DataSummary
-from fastdpo.data.terms import REFERENCE_COLUMNS
+from fastdpo.data.terms import has_references
 from fastdpo.model.auto_class import has_vision
 from fastdpo.model.head import FusedHead
 from fastdpo.model.language_model import language_model
 from fastdpo.model.packing_choice import Packing
-from fastdpo.model.scoring import Scorer, count_pairs, micro_batches, sums_of_rows
+from fastdpo.model.scoring import Scorer, micro_batches, sums_of_rows
 from fastdpo.ref_cache.build import CachedSplit
 from fastdpo.trainer.arguments import check_arguments, check_distribution, find_unused_parameters
 from fastdpo.trainer.batches import PairBatches
@@ -136,7 +136,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         assert train_dataset is not None
         set_seed(args.seed)  # a new adapter is random
         later = _weights_come_later(args)
-        has_reference_columns = set(REFERENCE_COLUMNS) <= set(columns_of(train_dataset))
+        has_reference_columns = has_references(columns_of(train_dataset))
         images = may_have_images(train_dataset)
         asks_reference = args.loss_options.takes_reference and not has_reference_columns
         policy, ref_model = make_models(
@@ -268,7 +268,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
     # ----------------------------------------------------------------------------------------------------------------
 
     def pair_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each pair of a batch [B] float64, and what metrics are made of, each detached, [B] float64.
+        """The loss of each pair of a batch times its weight, and what metrics are made of, detached; [P] float64 each.
 
         ``inputs`` come from ``data_collator``, on the device; ``model`` may be wrapped.
         """
@@ -281,7 +281,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a training micro-batch: its share of the mean over ``num_items_in_batch`` pairs.
+        """The loss of a training micro-batch: its share of the mean over pairs that count ``num_items_in_batch``.
 
         With ``return_outputs`` also what metrics are made of, each [B].
         """
@@ -294,7 +294,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
                 check_start(per_pair, beta=self.args.beta, loss_types=self.args.loss_type, dtype=dtype)
         self.sums.add(per_pair)
         if num_items_in_batch is None:
-            loss = losses.mean()
+            loss = losses.sum() / per_pair["weight"].sum()
         else:
             # DDP and its kind take the mean of the devices' gradients, where the sum is wanted.
             loss = losses.sum() * (self.accelerator.num_processes / num_items_in_batch)
@@ -307,7 +307,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         """As ``Trainer``'s, of each micro-batch that the batch is taken in; gradients add up."""
         parts = micro_batches(inputs)
         if num_items_in_batch is None:
-            num_items_in_batch = count_pairs(inputs) * self.accelerator.num_processes
+            num_items_in_batch = self.weight_of(inputs) * self.accelerator.num_processes
         self._look_once(model)
         total = torch.zeros((), device=self.args.device)
         # Gradient checkpointing runs layers again in the backward, which must find the same attention.
@@ -386,6 +386,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
             has_chat_template=bool(getattr(self.processing_class, "chat_template", None)),
             takes_images=has_vision(language_model(self.model).config)
             and isinstance(self.processing_class, ProcessorMixin),
+            are_groups="completion_ids" in columns_of(self.train_dataset),
         )
         write_model_card(facts, model_name=model_name, dataset_name=dataset_name, tags=tags, **metadata)
 

@@ -20,9 +20,10 @@ from toy_data import CHAT_TEMPLATE, chat_rows, make_tokenizer, text_rows, write_
 from transformers import AutoModelForCausalLM
 
 from fastdpo.commands.cli import main
-from fastdpo.data import PreferenceCollator, prepare
+from fastdpo.data import REFERENCE_COLUMNS, PreferenceCollator, prepare
 from fastdpo.ref_cache import RefCache, RefCacheError
 from fastdpo.ref_cache import build as ref_build
+from fastdpo.ref_cache.completions import completions_of
 from fastdpo.ref_cache.files import LOGPS, MANIFEST, PARTS
 from fastdpo.trainer import DPOConfig, DPOTrainer
 
@@ -72,8 +73,8 @@ def words(command: str, model: Path, pairs: Path, cache: Path, *more: str) -> li
     return [command, *(word for name, value in flags.items() for word in (f"--{name}", str(value))), *more]
 
 
-def saved(cache: Path) -> dict[str, list[list[float]]]:
-    return {name: [side.tolist() for side in RefCache(cache / name).load()] for name in ("train", "eval")}
+def saved(cache: Path) -> dict[str, list[float]]:
+    return {name: RefCache(cache / name).load().tolist() for name in ("train", "eval")}
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +109,9 @@ def test_the_values_are_those_of_full_logits(unbroken: Path) -> None:
         targets = batch["input_ids"][:, 1:]
         logps = logits[:, :-1].log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         expected = (logps * batch["completion_mask"][:, 1:]).sum(-1).chunk(2)
-        for got, exact in zip(RefCache(unbroken / name).load(), expected, strict=True):
-            assert torch.from_numpy(got).double() == pytest.approx(exact, rel=1e-4)
+        with_columns = completions_of(kept).with_columns(kept, RefCache(unbroken / name).load())
+        for column, exact in zip(REFERENCE_COLUMNS, expected, strict=True):
+            assert torch.tensor(with_columns[column][:]).double() == pytest.approx(exact, rel=1e-4)
 
 
 def test_training_reads_what_cache_ref_wrote(
@@ -199,9 +201,9 @@ def test_changes_are_refused_by_name_and_rebuild_replaces(
     rows[9]["rejected"][0]["content"] = "Something else."
     other_pairs = write_jsonl(tmp_path / "pairs.jsonl", rows)
     said = refuse(words("train", model, other_pairs, unbroken), capsys)
-    assert "row 7 differs (it begins with '<|user|>" in said and "and 1 more" in said and "weights" not in said
+    assert "row 7 (it begins with '<|user|>" in said and "is not there" in said and "weights" not in said
     argv = words("train", model, pairs, unbroken, "--dataset_train_split", "train[:11]")
-    assert "12 rows there, 11 here" in refuse(argv, capsys)
+    assert "24 completions there, 22 here" in refuse(argv, capsys)
 
     retrained, other_template = tmp_path / "retrained", tmp_path / "template"
     make_model("llama", len(make_tokenizer()), seed=1).save_pretrained(retrained)
@@ -212,7 +214,7 @@ def test_changes_are_refused_by_name_and_rebuild_replaces(
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<|end|>{% endfor %}", "\n<|end|>{% endfor %}")
     tokenizer.save_pretrained(other_template)
     said = refuse(words("train", other_template, pairs, unbroken), capsys)
-    assert "the chat template differs" in said and "row 0 differs" in said and "weights" not in said
+    assert "the chat template differs" in said and "is not there, and 23 more" in said and "weights" not in said
 
     before = saved(unbroken)
     copy = tmp_path / "copy"
@@ -370,6 +372,6 @@ def test_two_processes_share_the_rows_and_agree(tmp_path: Path, monkeypatch: pyt
         assert found["resumed"] == 4
         assert "the weights differ" in found["refusal"]
     for name in ("two", "started"):
-        for mine, theirs in zip(*(RefCache(tmp_path / f / "train").load() for f in (name, "one")), strict=True):
-            assert mine.tolist() == theirs.tolist()
+        mine, theirs = (RefCache(tmp_path / folder / "train").load() for folder in (name, "one"))
+        assert mine.tolist() == theirs.tolist()
     assert json.loads((tmp_path / "two" / "train" / MANIFEST).read_text())["about"]["processes"] == 2

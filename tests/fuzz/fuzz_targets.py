@@ -34,7 +34,7 @@ from fastdpo.data.reading.read import How, read_files
 from fastdpo.data.reading.rows import rows_of
 from fastdpo.data.row_digests import rows_fingerprint
 from fastdpo.errors import InputError, UsageError
-from fastdpo.ref_cache.files import LOGPS, MANIFEST, ROWS, RefCache
+from fastdpo.ref_cache.files import COMPLETIONS, LOGPS, MANIFEST, RefCache
 from fastdpo.ref_cache.key import CacheKey
 from fastdpo.report.snapshot import Snapshot
 from fastdpo.trainer import checkpoints
@@ -227,8 +227,8 @@ _KEY = CacheKey(
     max_length=10,
     truncation_mode="keep_start",
     masking="m",
-    num_rows=3,
-    rows=rows_fingerprint(_DIGESTS),
+    num_completions=3,
+    completions=rows_fingerprint(_DIGESTS),
 )
 
 
@@ -238,7 +238,7 @@ def cache(source: Source) -> None:
     here = RefCache(folder)
     folder.mkdir(exist_ok=True)
     here.begin(_KEY, _DIGESTS, {"model": "m"})
-    here.write_part(_KEY, np.arange(3), np.zeros(3, np.float32), np.zeros(3, np.float32))
+    here.write_part(_KEY, np.arange(3), np.zeros(3, np.float32))
     here.finish(_KEY, {"model": "m"})
     manifest = json.loads((folder / MANIFEST).read_text())
     for _ in range(source.index(3)):
@@ -251,14 +251,13 @@ def cache(source: Source) -> None:
     text = json.dumps(manifest).encode()
     (folder / MANIFEST).write_bytes(source.rest() if source.flag(8) else source.spoilt(text))
     if source.flag(3):
-        torn = folder / source.one_of((ROWS, LOGPS))
+        torn = folder / source.one_of((COMPLETIONS, LOGPS))
         torn.write_bytes(source.spoilt(torn.read_bytes()))
     asked = CacheKey(**(asdict(_KEY) | {source.one_of(("weights", "tokenizer", "max_length")): "other"}))
     try:
         here.manifest()
         here.check(source.one_of((_KEY, asked)), _DIGESTS)
-        chosen, rejected = here.load()
-        assert chosen.shape == rejected.shape == (3,)
+        assert here.load().shape == (3,)
     except InputError:
         return
 

@@ -14,8 +14,8 @@ from fastdpo.model.head import FusedHead, HeadOutput
 from fastdpo.model.row_collator import RowCollator
 from fastdpo.model.scoring import (
     Scorer,
-    count_pairs,
     count_tokens,
+    count_weight,
     evaluating,
     in_pair_order,
     micro_batches,
@@ -99,9 +99,9 @@ def test_counts_do_not_depend_on_the_layout():
     sequences = sum(2 * len(p) + len(c) + len(r) for p, c, r in IDS)
     for layout in LAYOUTS:
         for batch in (make_batch(layout), make_batch(layout, max_tokens=12)):
-            assert count_pairs(batch) == 4
+            assert count_weight(batch) == 4
             assert int(count_tokens(batch, padding=False)) == sequences
-            assert sum(count_pairs(part) for part in micro_batches(batch)) == 4
+            assert sum(count_weight(part) for part in micro_batches(batch)) == 4
     assert count_tokens(make_batch("shared"), padding=True) == sequences
     assert count_tokens(make_batch("padded"), padding=True) == 8 * 6
     assert [ids.numel() for ids in model_inputs(make_batch("padded"))] == [8 * 6]
@@ -111,7 +111,7 @@ def test_counts_do_not_depend_on_the_layout():
 def test_a_batch_of_another_collator_is_its_own_part():
     batch = PreferenceCollator(0)(ROWS)
     assert micro_batches(batch) == [batch]
-    assert count_pairs(batch) == 4
+    assert count_weight(batch) == 4
     torch.testing.assert_close(scores_of(batch)["logps"], scores_of(make_batch("padded"))["logps"], rtol=0, atol=0)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Features, List, Value
+from datasets import Dataset, Features, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -19,7 +19,8 @@ from torch import Tensor
 from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.row_digests import row_digests, rows_fingerprint
 from fastdpo.ref_cache.build import longer_lengths, sorted_batches
-from fastdpo.ref_cache.files import LOGPS, MANIFEST, ROWS
+from fastdpo.ref_cache.completions import completions_of
+from fastdpo.ref_cache.files import COMPLETIONS, LOGPS, MANIFEST, RefCacheError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +37,7 @@ def test_rows_get_their_own_values_and_the_second_time_from_the_disk(tmp_path: P
     second = builder(tmp_path, never)
     assert logps(second.with_columns(rows, "train", 5)) == logps(got)
     assert second.splits["train"].rows_read == 11
-    assert sorted(path.name for path in (tmp_path / "train").iterdir()) == [LOGPS, MANIFEST, ROWS]
+    assert sorted(path.name for path in (tmp_path / "train").iterdir()) == [COMPLETIONS, LOGPS, MANIFEST]
 
 
 def test_datasets_are_kept_apart(tmp_path: Path) -> None:
@@ -51,7 +52,8 @@ def test_the_manifest_is_for_people(tmp_path: Path) -> None:
     builder(tmp_path).with_columns(token_rows(), "train", 3)
     manifest = json.loads((tmp_path / "train" / MANIFEST).read_text())
     assert manifest["complete"] is True
-    assert manifest["key"] == IDENTITY | {"num_rows": 11, "rows": rows_fingerprint(row_digests(token_rows()))}
+    names = rows_fingerprint(completions_of(token_rows()).digests)
+    assert manifest["key"] == IDENTITY | {"num_completions": 22, "completions": names}
     assert manifest["about"]["model"] == "toy"
     assert manifest["about"]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert manifest["about"]["split"] == "train"
@@ -96,7 +98,7 @@ def test_running_out_of_memory_names_the_flags_and_keeps_what_was_computed(error
             raise error from None
 
     with pytest.raises(
-        torch.OutOfMemoryError, match=r"(?s)Tried to allocate.*3 pairs of up to 8 tokens.*precompute_ref_batch"
+        torch.OutOfMemoryError, match=r"(?s)Tried to allocate.*3 rows of up to 8 tokens.*precompute_ref_batch"
     ):
         builder(tmp_path, full).with_columns(token_rows(), "train", 3)
     resumed = builder(tmp_path)
@@ -151,3 +153,91 @@ def test_row_digests_are_of_the_rows_that_are_selected() -> None:
     assert np.array_equal(row_digests(rows.select([2400, 5])), digests[[2400, 5]])
     narrow = rows.cast(Features(dict.fromkeys(TOKEN_COLUMNS, List(Value("int32")))))
     assert np.array_equal(row_digests(narrow), digests)
+
+
+# ------------------------------------------------------------------------------------------- groups
+
+
+def group_rows() -> Dataset:
+    """Three groups; one answer stands in two of them, behind the same prompt, and one is masked."""
+    return Dataset.from_list(
+        [
+            {"prompt_ids": [1, 2], "completion_ids": [[3], [4, 5], [6]], "pairs": [[0, 1], [0, 2], [1, 2]]},
+            {"prompt_ids": [1, 2], "completion_ids": [[6], [7]], "pairs": [[1, 0]]},
+            {"prompt_ids": [2, 2], "completion_ids": [[6, 8], [7]], "pairs": [[0, 1]]},
+        ]
+    ).add_column("completion_mask", [[[], [0, 1], []], [[], []], [[1, 1], []]])
+
+
+def as_pairs(groups: Dataset, order: list[int] | None = None) -> Dataset:
+    rows = []
+    for group in groups:
+        for chosen, rejected in group["pairs"]:
+            row = {"prompt_ids": group["prompt_ids"]}
+            for side, i in (("chosen", chosen), ("rejected", rejected)):
+                row |= {f"{side}_ids": group["completion_ids"][i], f"{side}_mask": group["completion_mask"][i]}
+            rows.append(row)
+    return Dataset.from_list([rows[i] for i in order] if order else rows)
+
+
+def score_all(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """A number of the prompt and the completion alone, of the sides of all pairs of the rows."""
+    sides: tuple[list[float], list[float]] = ([], [])
+    for row in rows:
+        if "completion_ids" in row:
+            answers, pairs = row["completion_ids"], row["pairs"]
+        else:
+            answers, pairs = [row["chosen_ids"], row["rejected_ids"]], [[0, 1]]
+        for pair in pairs:
+            for side, i in zip(sides, pair, strict=True):
+                side.append(-float(100 * sum(row["prompt_ids"]) + sum(answers[i]) + len(answers[i]) / 10))
+    return torch.tensor(sides[0]), torch.tensor(sides[1])
+
+
+def test_a_cache_of_pairs_is_read_for_groups_and_the_other_way_round(tmp_path: Path) -> None:
+    groups = group_rows()
+    pairs = as_pairs(groups)
+    by_groups = builder(tmp_path / "a", score_all).with_columns(groups, "train", 2)
+    by_pairs = builder(tmp_path / "b", score_all).with_columns(pairs, "train", 2)
+    for rows in (pairs, as_pairs(groups, [4, 2, 0, 3, 1])):  # in any order
+        read = builder(tmp_path / "a", never).with_columns(rows, "train", 2)
+        exact = list(zip(*(side.tolist() for side in score_all(list(rows))), strict=True))
+        assert logps(read) == exact
+    assert logps(by_pairs) == logps(builder(tmp_path / "a", never).with_columns(pairs, "train", 2))
+    read = builder(tmp_path / "b", never).with_columns(groups, "train", 2)
+    assert read["ref_completion_logps"][:] == by_groups["ref_completion_logps"][:]
+    assert [len(row) for row in read["ref_completion_logps"]] == [3, 2, 2]
+
+
+def test_each_distinct_completion_is_kept_once_and_rows_that_add_none_are_not_computed(tmp_path: Path) -> None:
+    scored: list[int] = []
+
+    def counting(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        scored.append(len(rows))
+        return score_all(rows)
+
+    pairs = as_pairs(group_rows())
+    builder(tmp_path, counting).with_columns(pairs, "train", 1)
+    manifest = json.loads((tmp_path / "train" / MANIFEST).read_text())
+    assert manifest["key"]["num_completions"] == 6
+    assert sum(scored) == 4  # of five pairs: the third is of two that the first and the second have
+
+
+def test_where_a_number_depends_on_its_pair_it_is_kept_with_it(tmp_path: Path) -> None:
+    pairs = as_pairs(group_rows())
+    assert len(completions_of(pairs, by_pair=True).digests) == 10
+    built = builder(tmp_path, score_all)
+    built.by_pair = True
+    built.with_columns(pairs, "train", 2)
+    with pytest.raises(RefCacheError, match="10 completions there, 6 here"):
+        builder(tmp_path, never).with_columns(pairs, "train", 2)
+
+
+def test_a_cache_of_before_is_refused_in_words(tmp_path: Path) -> None:
+    builder(tmp_path).with_columns(token_rows(), "train", 3)
+    path = tmp_path / "train" / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["format"] = 1
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(RefCacheError, match=r"is of another version of fastdpo\. Delete .* to have it built anew"):
+        builder(tmp_path, never).with_columns(token_rows(), "train", 3)

@@ -14,10 +14,11 @@ import pytest
 from ref_builds import IDENTITY, Stop, builder, damage, failing_after, logps, never, score, token_rows
 from torch import Tensor
 
-from fastdpo.data.row_digests import row_digests, rows_fingerprint
+from fastdpo.data.row_digests import rows_fingerprint
 from fastdpo.ref_cache import RefCache, RefCacheError
 from fastdpo.ref_cache import build as ref_build
-from fastdpo.ref_cache.files import LOGPS, MANIFEST, PARTS
+from fastdpo.ref_cache.completions import completions_of
+from fastdpo.ref_cache.files import FORMAT, LOGPS, MANIFEST, PARTS
 from fastdpo.ref_cache.key import CacheKey
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,35 +45,35 @@ def test_a_damaged_part_is_computed_again(how: str, tmp_path: Path, monkeypatch:
     with caplog.at_level(logging.WARNING, logger="fastdpo.ref_cache"):
         assert logps(resumed.with_columns(token_rows(), "train", 3)) == logps(unbroken)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{parts[1]} is damaged: its rows are computed again."
+        f"{parts[1]} is damaged: its completions are computed again."
     ]
     assert resumed.splits["train"].rows_read == 6
     assert not list((tmp_path / "run" / "train").glob(".unfinished*"))
 
 
 def test_parts_that_a_kill_left_beside_the_whole_go(tmp_path: Path) -> None:
-    digests = row_digests(token_rows(3))
-    key = CacheKey(**IDENTITY, num_rows=3, rows=rows_fingerprint(digests))
+    digests = completions_of(token_rows(3)).digests
+    key = CacheKey(**IDENTITY, num_completions=6, completions=rows_fingerprint(digests))
     cache = RefCache(tmp_path)
     cache.begin(key, digests, {})
-    cache.write_part(key, np.arange(3), np.ones(3, np.float32), np.zeros(3, np.float32))
+    cache.write_part(key, np.arange(6), np.ones(6, np.float32))
     (part,) = tmp_path.glob(PARTS)
     content = part.read_bytes()
     cache.finish(key, {})
     part.write_bytes(content)
-    assert cache.load()[0].tolist() == [1, 1, 1]
+    assert cache.load().tolist() == [1] * 6
     assert not list(tmp_path.glob(PARTS))
 
 
 def test_parts_of_another_cache_are_not_taken_in(tmp_path: Path) -> None:
-    digests = row_digests(token_rows(3))
-    mine = CacheKey(**IDENTITY, num_rows=3, rows=rows_fingerprint(digests))
+    digests = completions_of(token_rows(3)).digests
+    mine = CacheKey(**IDENTITY, num_completions=6, completions=rows_fingerprint(digests))
     theirs = replace(mine, weights="00" * 32)
     cache = RefCache(tmp_path)
     cache.begin(mine, digests, {})
-    cache.write_part(theirs, np.arange(3), np.zeros(3, np.float32), np.zeros(3, np.float32))
+    cache.write_part(theirs, np.arange(6), np.zeros(6, np.float32))
     assert not cache.read_parts(mine)[0].any()
-    with pytest.raises(RefCacheError, match="3 of 3 rows are missing .* all machines of the run see"):
+    with pytest.raises(RefCacheError, match="6 of 6 completions are missing .* all machines of the run see"):
         cache.finish(mine, {})
 
 
@@ -96,7 +97,7 @@ def test_a_damaged_or_foreign_manifest_is_refused(content: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize("name", ["key_fingerprint", "about", "what", "key", "complete", "format"])
-@pytest.mark.parametrize("how", ["absent", None, 1, "x", [], {}])
+@pytest.mark.parametrize("how", ["absent", None, FORMAT, "x", [], {}])
 def test_a_manifest_whose_entries_are_altered_is_read_or_refused(
     name: str, how: Any, complete: bool, tmp_path: Path
 ) -> None:
@@ -106,7 +107,7 @@ def test_a_manifest_whose_entries_are_altered_is_read_or_refused(
     if how == "absent":
         del manifest[name]
     path.write_text(json.dumps(manifest))
-    if name in ("about", "what") or (name == "format" and how == 1):  # these say nothing of the numbers
+    if name in ("about", "what") or (name == "format" and how == FORMAT):  # these say nothing of the numbers
         builder(tmp_path, score if not complete else never).with_columns(token_rows(), "train", 3)
         return
     with pytest.raises(RefCacheError, match=r"manifest\.json (cannot be read|is of another version|is damaged)"):
@@ -149,7 +150,7 @@ def test_two_builders_do_not_write_into_one_folder(tmp_path: Path) -> None:
         lambda m: m.update(complete="yes"),
         lambda m: m["key"].update(weights=5),
         lambda m: m["key"].update(config=["llama"]),
-        lambda m: m["key"].update(num_rows="3"),
+        lambda m: m["key"].update(num_completions="3"),
         lambda m: m.update(key=[1]),
         lambda m: m.update(key=None),
         lambda m: m.clear(),

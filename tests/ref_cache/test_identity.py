@@ -24,7 +24,7 @@ def test_an_identity_names_types_and_cuts() -> None:
     model, tokenizer = make_model("llama", dtype=torch.bfloat16), make_tokenizer()
     collator = PreferenceCollator(0, max_length=77, truncation_mode="keep_end")
     found = reference_identity(model, base_weights(model), tokenizer, collator, "no")
-    assert CacheKey(**found, num_rows=0, rows="").weights_dtype == "bfloat16"
+    assert CacheKey(**found, num_completions=0, completions="").weights_dtype == "bfloat16"
     assert (found["compute_dtype"], found["max_length"], found["truncation_mode"]) == ("bfloat16", 77, "keep_end")
     assert found["masking"] == "fastdpo.data.PreferenceCollator"
     mixed = reference_identity(model.float(), {}, None, default_data_collator, "bf16")

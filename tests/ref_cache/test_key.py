@@ -11,7 +11,7 @@ from datasets import Dataset
 from ref_builds import Stop, builder, damage, failing_after, logps, never, token_rows
 
 from fastdpo.ref_cache import RefCacheError
-from fastdpo.ref_cache.files import ROWS
+from fastdpo.ref_cache.files import COMPLETIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,15 +60,17 @@ def changed(rows: list[dict[str, Any]], *which: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: changed(rows, 7), r"row 7 differs \(the one with prompt \[1, 2, 3\]\)\."),
-        (lambda rows: changed(rows, 2, 7, 8), r"row 2 differs \(.*\), and 2 more"),
-        (lambda rows: rows[:-1], "11 rows there, 10 here, equal as far as both go"),
-        (lambda rows: rows[1:], r"11 rows there, 10 here, kept row 0 differs \(.*\), and 9 more"),
-        (lambda rows: rows[::-1], "the same rows in another order"),
+        (
+            lambda rows: changed(rows, 7),
+            r"toy\): a completion of kept row 7 \(the one with prompt \[1, 2, 3\]\) is not there\.",
+        ),
+        (lambda rows: changed(rows, 2, 7, 8), r"a completion of kept row [278] \(.*\) is not there, and [12] more"),
+        (lambda rows: rows[:-1], "22 completions there, 20 here, 2 there are not here"),
+        (lambda rows: [*rows, *changed(rows, 0)[:1]], "22 completions there, 23 here, a completion of kept row 11"),
         # A token that changes sides changes the mask, and no concatenation.
         (
             lambda rows: [{**rows[0], "prompt_ids": [1, 3], "chosen_ids": []}, *rows[1:]],
-            "row 0 differs",
+            "a completion of kept row 0",
         ),
     ],
 )
@@ -83,8 +85,8 @@ def test_a_changed_row_is_named(change: Callable[[list], list], message: str, tm
 
 def test_without_a_sound_list_of_rows_the_counts_are_told(tmp_path: Path) -> None:
     builder(tmp_path).with_columns(token_rows(), "train", 3)
-    damage(tmp_path / "train" / ROWS, "torn")
-    with pytest.raises(RefCacheError, match=r"the rows differ \(11 there, 10 here\)"):
+    damage(tmp_path / "train" / COMPLETIONS, "torn")
+    with pytest.raises(RefCacheError, match=r"the completions differ \(22 there, 20 here\)"):
         builder(tmp_path, never).with_columns(token_rows(10), "train", 3)
 
 

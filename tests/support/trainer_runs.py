@@ -47,7 +47,7 @@ def config(output_dir: Path, **options: Any) -> DPOConfig:
 def make_trainer(output_dir: Path, tokenizer: Any, *, rows: int = 6, **options: Any) -> DPOTrainer:
     arguments = {
         name: options.pop(name)
-        for name in ("model", "ref_model", "train_dataset", "eval_dataset", "peft_config", "callbacks")
+        for name in ("model", "ref_model", "train_dataset", "eval_dataset", "peft_config", "callbacks", "data_collator")
         if name in options
     }
     arguments = {"model": make_model("llama"), "train_dataset": Dataset.from_list(text_rows(rows))} | arguments
