@@ -197,7 +197,8 @@ def test_inputs_are_a_trained_models(tmp_path):
 
 PEER_FILE = """
 import os, signal
-from loss_layer.peers import FastDPO, Peer
+from loss_layer.ours import FastDPO
+from loss_layer.peer import Peer
 
 class Raises(FastDPO):
     name = "raises"
