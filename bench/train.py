@@ -2,6 +2,8 @@
 
     python bench/train.py --quick                      a look, some 2 minutes on 2 cores
     python bench/train.py --json out.json --plot out.png
+    python bench/train.py --answers 2,4,7              as many answers to a prompt, and every two of them a pair
+    python bench/train.py --answers 4 --before FOLDER  beside another checkout of fastdpo, built
     python bench/train.py --show out.json              the tables of a run that was kept
 
 All arms train the same model on the same pairs, and a run whose losses or gradient norms differ from TRL's has no
@@ -21,12 +23,13 @@ import torch
 from common import machine
 from common.progress import Progress
 from end_to_end.arms import ARMS
-from end_to_end.cases import MODELS, TrainCase, named_cases
+from end_to_end.cases import MODELS, TrainCase, named_cases, pairs_of
 from end_to_end.runner import Options, run_case
 from end_to_end.tables import LEGEND, PROFILE_LEGEND, all_tables, bars
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data/preferences_en.jsonl"
 _QUICK_ARMS = ("trl", "trl-best", "trl-best+head", "fastdpo-cached")
+_ANSWERS_ARMS = ("trl-best", "trl-best+head", "fastdpo-before", "fastdpo-cached", "fastdpo-groups")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -37,9 +40,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument("--data", help=f"a file of preference pairs, or made-up (default: {DATA.name}, if it is there)")
     what.add_argument("--arms", help=f"names with commas, of {', '.join(ARMS)} (default: all)")
     what.add_argument("--pairs", type=int, help="pairs of an optimiser step (default: 4)")
+    what.add_argument("--answers", help="answers to a prompt, several numbers with commas: every two are a pair")
+    what.add_argument("--prompts", type=int, help="prompts of an optimiser step, with --answers (default: 2)")
+    what.add_argument("--system_tokens", type=int, help="words of a system message that all prompts begin with")
     what.add_argument("--max_length", type=int, help="most tokens of a sequence (default: 1024)")
     what.add_argument("--steps", type=int, help="optimiser steps that count")
     what.add_argument("--learning_rate", type=float)
+    what.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout of fastdpo, for fastdpo-before")
     how = parser.add_argument_group("how")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     how.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
@@ -63,13 +70,19 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     args.case = args.case or ("tiny" if args.quick else "llama-1b" if args.device == "cuda" else "llama-34m")
-    args.arms = args.arms.split(",") if args.arms else list(_QUICK_ARMS if args.quick else ARMS)
+    if args.before and not (args.before / "fastdpo").is_dir():
+        parser.error(f"--before {args.before}: no checkout of fastdpo")
+    args.answers = _answers(parser, args)
+    args.arms = args.arms.split(",") if args.arms else _default_arms(args)
+    for name in args.arms:
+        if name in ARMS and ARMS[name].before and args.before is None:
+            parser.error(f"--arms names {name}, which needs --before FOLDER")
     args.dtype = args.dtype.split(",") if args.dtype else None
     for name, values, known in (("arms", args.arms, ARMS), ("dtype", args.dtype or (), ("float32", "bfloat16"))):
         for value in values:
             if value not in known:
                 parser.error(f"--{name} names {value!r}; it may name {', '.join(known)}")
-    for name in ("pairs", "max_length", "steps", "rounds", "threads"):
+    for name in ("pairs", "prompts", "system_tokens", "max_length", "steps", "rounds", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}; it should be at least 1")
@@ -87,6 +100,30 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--show {args.show}: there is no such file")
 
 
+def _answers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[int]:
+    """How many answers a prompt has, case by case; none where the pairs are those of the file."""
+    if args.answers is None:
+        if args.prompts is not None:
+            parser.error("--prompts counts prompts with --answers; without it, --pairs is what a step has")
+        return []
+    if args.pairs is not None:
+        parser.error("--pairs is the number of prompts' pairs with --answers; give --prompts")
+    numbers = args.answers.split(",")
+    if not all(number.isdecimal() and int(number) >= 2 for number in numbers):
+        parser.error(f"--answers is {args.answers!r}; it should be numbers of at least 2, with commas")
+    return [int(number) for number in numbers]
+
+
+def _default_arms(args: argparse.Namespace) -> list[str]:
+    if args.answers:
+        arms = _ANSWERS_ARMS
+    elif args.quick:
+        arms = _QUICK_ARMS
+    else:
+        arms = tuple(name for name, arm in ARMS.items() if not arm.groups)
+    return [name for name in arms if args.before or not ARMS[name].before]
+
+
 def options_for(args: argparse.Namespace) -> Options:
     return Options(
         arms=args.arms,
@@ -96,12 +133,20 @@ def options_for(args: argparse.Namespace) -> Options:
         threads=args.threads,
         data=args.data,
         timeout=args.timeout,
+        before=args.before.resolve() if args.before else None,
     )
 
 
 def cases_for(args: argparse.Namespace) -> list[TrainCase]:
-    flags = ("pairs", "max_length", "steps", "learning_rate")
-    return named_cases(args.case, args.device, args.dtype, **{flag: getattr(args, flag) for flag in flags})
+    flags = ("pairs", "system_tokens", "max_length", "steps", "learning_rate")
+    changes = {flag: getattr(args, flag) for flag in flags}
+    if not args.answers:
+        return named_cases(args.case, args.device, args.dtype, **changes)
+    cases = []
+    for answers in args.answers:
+        pairs = (args.prompts or 2) * pairs_of(answers)
+        cases += named_cases(args.case, args.device, args.dtype, **changes | {"answers": answers, "pairs": pairs})
+    return cases
 
 
 def measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
@@ -117,7 +162,7 @@ def measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     progress = Progress()
     for case in cases_for(args):
         try:
-            found = run_case(case, options_for(args), lambda what, case=case: progress.say(f"{case.dtype}: {what}"))
+            found = run_case(case, options_for(args), lambda what, case=case: progress.say(f"{_name(case)}: {what}"))
         finally:
             progress.stop()
         found["bars"] = bars(found)
@@ -126,6 +171,10 @@ def measure(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
             args.json.write_text(json.dumps(report, indent=1) + "\n")
         print(all_tables(found), end="\n\n", flush=True)
     return report
+
+
+def _name(case: TrainCase) -> str:
+    return case.dtype if case.answers == 2 else f"{case.answers} answers, {case.dtype}"
 
 
 def _title(report: dict[str, Any]) -> str:

@@ -21,15 +21,19 @@ Job = dict[str, Any]
 _BENCH = Path(__file__).resolve().parents[1]
 
 
-def run_job(module: str, job: Job, timeout: float) -> dict[str, Any]:
-    """What ``module`` of bench/, which calls :func:`serve`, answers; with a key failed if it did not come to that."""
+def run_job(module: str, job: Job, timeout: float, checkout: Path | None = None) -> dict[str, Any]:
+    """What ``module`` of bench/, which calls :func:`serve`, answers; with a key failed if it did not come to that.
+
+    With ``checkout``, the fastdpo of that folder is measured.
+    """
     result = Path(job["folder"], "result.json")
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", module, json.dumps(job)]
-    path = os.pathsep.join(filter(None, (str(_BENCH), os.environ.get("PYTHONPATH"))))
+    before = (str(checkout),) if checkout else ()
+    path = os.pathsep.join(filter(None, (*before, str(_BENCH), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": path}
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=checkout)
     except subprocess.TimeoutExpired:
         return {"failed": f"took longer than {timeout:,.0f} s"}
     if result.exists():

@@ -30,6 +30,8 @@ class Arm:
         order: one of ``data.ORDERS``.
         cached: the reference's log-probabilities are computed once, before training.
         our_head: TRL with ``fastdpo.integrations.trl.enable()``.
+        groups: a row is a prompt with all of its answers, and not a pair.
+        before: fastdpo as it is in another checkout.
         options: what is given to its DPOConfig in every setting.
         choices: option -> values; every combination is a setting, and the fastest is measured.
     """
@@ -39,17 +41,28 @@ class Arm:
     order: str = "shuffled"
     cached: bool = False
     our_head: bool = False
+    groups: bool = False
+    before: bool = False
     options: Setting = field(default_factory=dict)
     choices: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
-    def settings(self) -> list[Setting]:
+    @property
+    def file(self) -> str:
+        """The rows that it trains on."""
+        return f"{self.order}-groups.jsonl" if self.groups else f"{self.order}.jsonl"
+
+    def settings(self, case: TrainCase) -> list[Setting]:
         """The combinations of the choices."""
-        return [dict(zip(self.choices, values, strict=True)) for values in itertools.product(*self.choices.values())]
+        choices = dict(self.choices)
+        if _MICRO_BATCH in choices:
+            choices[_MICRO_BATCH] = tuple(size for size in choices[_MICRO_BATCH] if case.pairs % size == 0)
+        return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
 # Micro-batches of an optimiser step's pairs, with and without recomputed activations. TRL's padding_free and keep_end
 # are left out: the first does nothing in TRL 1.16 ("temporarily unavailable"), the second changes the data.
-_TRL_CHOICES = {"gradient_checkpointing": (False, True), "per_device_train_batch_size": (4, 2, 1)}
+_MICRO_BATCH = "per_device_train_batch_size"
+_TRL_CHOICES = {"gradient_checkpointing": (False, True), _MICRO_BATCH: (4, 3, 2, 1)}
 _OUR_CHOICES = {"gradient_checkpointing": (False, True), "max_tokens_per_batch": (None, 2_048)}
 
 ARMS: dict[str, Arm] = {
@@ -77,6 +90,23 @@ ARMS: dict[str, Arm] = {
         options={"packing": "repeated"},
         choices=_OUR_CHOICES,
     ),
+    "fastdpo-before": Arm(
+        "fastdpo",
+        "as fastdpo-cached, in another checkout",
+        order="grouped",
+        cached=True,
+        before=True,
+        choices=_OUR_CHOICES,
+    ),
+    "fastdpo-groups": Arm(
+        "fastdpo",
+        "as fastdpo-cached, a row for each prompt with its answers",
+        order="grouped",
+        cached=True,
+        groups=True,
+        options={"pairs": "all"},
+        choices=_OUR_CHOICES,
+    ),
 }
 
 
@@ -95,8 +125,9 @@ def make_trainer(
         from fastdpo.integrations import trl
 
         trl.enable()
-    options = {"per_device_train_batch_size": case.pairs, **arm.options, **setting}
-    options["gradient_accumulation_steps"] = case.pairs // options["per_device_train_batch_size"]
+    batch = case.prompts if arm.groups else case.pairs
+    options = {_MICRO_BATCH: batch, **arm.options, **setting}
+    options["gradient_accumulation_steps"] = batch // options[_MICRO_BATCH]
     args = config_class(
         str(output),
         max_steps=case.steps + case.warmup,

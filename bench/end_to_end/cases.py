@@ -53,6 +53,9 @@ class TrainCase:
     """A run: ``steps`` optimiser steps of ``pairs`` pairs that count, after ``warmup`` that do not.
 
     Attributes:
+        pairs: of an optimiser step: every two of each prompt's answers.
+        answers: of a prompt.
+        system_tokens: words of a system message that every prompt begins with; 0 for none.
         dtype: what is computed in. bfloat16 is autocast where the weights are float32.
         weights: the dtype of the weights, their gradients and the optimiser's state.
     """
@@ -68,6 +71,8 @@ class TrainCase:
     learning_rate: float
     beta: float
     device: str
+    answers: int = 2
+    system_tokens: int = 0
 
     @property
     def config(self) -> dict[str, Any]:
@@ -77,6 +82,16 @@ class TrainCase:
     def rows(self) -> int:
         """The pairs that a run takes, each of them once."""
         return self.pairs * (self.steps + self.warmup)
+
+    @property
+    def prompts(self) -> int:
+        """Of an optimiser step."""
+        return self.pairs // pairs_of(self.answers)
+
+
+def pairs_of(answers: int) -> int:
+    """How many pairs there are of so many answers to a prompt."""
+    return answers * (answers - 1) // 2
 
 
 # name -> dtypes that are measured, dtype of the weights, optimiser, tokens, steps

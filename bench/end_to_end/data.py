@@ -1,4 +1,7 @@
-"""The pairs that every arm trains on: a sample of a file, or made-up ones, in a random order and grouped by length."""
+"""The pairs that every arm trains on: a sample of a file, or made-up ones, in a random order and grouped by length.
+
+With more than two answers to a prompt, further ones are dealt from other rows: their lengths are what costs.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 import tokenizers
 import torch
 from datasets import Dataset
+from end_to_end.cases import TrainCase
 from transformers import PreTrainedTokenizerFast
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -136,6 +140,43 @@ def orders(indices: list[int], lengths: list[tuple[int, int, int]], pairs: int, 
     longest = [max(lengths[i][1:]) for i in rest]
     grouped = get_length_grouped_indices(longest, pairs, generator=torch.Generator().manual_seed(0))
     return {"shuffled": first + rest, "grouped": first + [rest[k] for k in grouped]}
+
+
+def deal(rows: list[Row], prompts: list[int], case: TrainCase) -> list[Row]:
+    """The rows of these numbers as groups: a prompt, ``completions`` and their ``scores``.
+
+    A prompt has its own two answers, and those of other rows beyond them, no two alike. A shared system message goes
+    before it.
+    """
+    rng = random.Random(0)
+    system = [{"role": "system", "content": " ".join(rng.choice(_WORDS) for _ in range(case.system_tokens))}]
+    pool = [row[side] for row in rows for side in ("chosen", "rejected")]
+    groups = []
+    for i in prompts:
+        answers = [rows[i]["chosen"], rows[i]["rejected"]]
+        while len(answers) < case.answers:
+            other = rng.choice(pool)
+            if other not in answers:
+                answers.append(other)
+        prompt = rows[i]["prompt"]
+        if case.system_tokens:
+            first = _texts(system)[0]
+            prompt = first + "\n" + prompt if isinstance(prompt, str) else system + prompt
+        scores = [float(score) for score in range(case.answers)]
+        rng.shuffle(scores)
+        groups.append({"prompt": prompt, "completions": answers, "scores": scores})
+    return groups
+
+
+def pairs_of_group(group: Row) -> list[Row]:
+    """Every two of its answers, the better one chosen."""
+    ranked = sorted(range(len(group["scores"])), key=lambda i: -group["scores"][i])
+    answers = [group["completions"][i] for i in ranked]
+    return [
+        {"prompt": group["prompt"], "chosen": chosen, "rejected": rejected}
+        for k, chosen in enumerate(answers)
+        for rejected in answers[k + 1 :]
+    ]
 
 
 def describe(lengths: list[tuple[int, int, int]], indices: list[int], max_length: int) -> dict[str, Any]:

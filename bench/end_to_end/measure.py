@@ -48,7 +48,7 @@ def now(device: str) -> float:
 
 def train(arm: Arm, setting: Setting, case: TrainCase, folder: Path, profiled: bool) -> dict[str, Any]:
     """Seconds and peak memory of the steps, seconds of the cached reference, and what each step logged."""
-    rows = load_rows(folder / f"{arm.order}.jsonl")
+    rows = load_rows(folder / arm.file)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     trainer_class, _ = trainer_classes(arm.library)  # importing it is not the run's memory
     build = _time_calls(trainer_class, CACHE_METHODS[arm.library], case.device)
@@ -68,7 +68,7 @@ def train(arm: Arm, setting: Setting, case: TrainCase, folder: Path, profiled: b
         "steps": steps,
         "cpu_seconds": (clock.cpu_ends[-1] - clock.cpu_ends[case.warmup - 1]) / len(steps),
         "peak_bytes": peak,
-        "build_seconds": sum(build) / len(rows) if arm.cached else None,  # a pair
+        "build_seconds": sum(build) / case.rows if arm.cached else None,  # a pair
         "losses": [entry["loss"] for entry in logged],
         "grad_norms": [entry["grad_norm"] for entry in logged],
         "profile": profile.per_step() if profile is not None else None,

@@ -14,7 +14,19 @@ from common.jobs import run_job
 from end_to_end.agreement import differences, disagreement, tolerance
 from end_to_end.arms import ARMS, Setting
 from end_to_end.cases import TrainCase
-from end_to_end.data import describe, orders, read_rows, sample, save_rows, sequence_lengths, train_tokenizer
+from end_to_end.data import (
+    ORDERS,
+    Row,
+    deal,
+    describe,
+    orders,
+    pairs_of_group,
+    read_rows,
+    sample,
+    save_rows,
+    sequence_lengths,
+    train_tokenizer,
+)
 
 Say = Callable[[str], None]
 
@@ -31,6 +43,7 @@ class Options:
     threads: int | None
     data: Path | None  # None for made-up pairs
     timeout: float
+    before: Path | None = None  # the other checkout of an arm that has one
 
 
 class Runs:
@@ -53,7 +66,8 @@ class Runs:
             "profiled": profiled,
             "threads": self.options.threads,
         }
-        found = run_job("end_to_end.measure", job, self.options.timeout)
+        checkout = self.options.before if ARMS[arm].before else None
+        found = run_job("end_to_end.measure", job, self.options.timeout, checkout)
         if "failed" in found:
             return found
         first, expected = self._first.setdefault(ARMS[arm].order, (arm, found))
@@ -63,19 +77,29 @@ class Runs:
 
 
 def prepare(case: TrainCase, data: Path | None, folder: Path) -> dict[str, Any]:
-    """Writes the tokenizer and the pairs in each order; says what the pairs are."""
+    """Writes the tokenizer, and the pairs (and groups) in each order; says what the pairs are."""
     rows = read_rows(data, case.max_length)
     tokenizer = train_tokenizer(rows, case.config["vocab_size"], folder / "tokenizer.json")
     lengths = sequence_lengths(rows, tokenizer)
-    chosen = sample(rows, lengths, case.rows, case.max_length)
-    for order, indices in orders(chosen, lengths, case.pairs, case.warmup).items():
-        save_rows([rows[i] for i in indices], folder / f"{order}.jsonl")
     usable = [i for i, (prompt, _, _) in enumerate(lengths) if prompt < case.max_length]
+    # A step's pairs are those of its prompts, in every order and every form.
+    chosen = sample(rows, lengths, case.prompts * (case.steps + case.warmup), case.max_length)
+    dealt = dict(zip(chosen, deal(rows, chosen, case), strict=True))
+    trained: list[Row] = []
+    for order, indices in orders(chosen, lengths, case.prompts, case.warmup).items():
+        groups = [dealt[i] for i in indices]
+        trained = [pair for group in groups for pair in pairs_of_group(group)]
+        save_rows(trained, folder / f"{order}.jsonl")
+        save_rows(groups, folder / f"{order}-groups.jsonl")
+    trained_lengths = sequence_lengths(trained, tokenizer)
+    if case.answers > 2:  # micro-batches of pairs that are about as long
+        by_length = sorted(range(len(trained)), key=lambda i: (i // case.pairs, max(trained_lengths[i][1:])))
+        save_rows([trained[i] for i in by_length], folder / f"{ORDERS[1]}.jsonl")
     return {
         "file": data.name if data else None,
         "tokenizer": len(tokenizer),
         "all": describe(lengths, usable, case.max_length),
-        "sample": describe(lengths, chosen, case.max_length),
+        "sample": describe(trained_lengths, list(range(len(trained))), case.max_length),
     }
 
 
@@ -92,7 +116,7 @@ def run_case(case: TrainCase, options: Options, say: Say) -> dict[str, Any]:
         found["data"] = prepare(case, options.data, Path(folder))
         runs = Runs(case, options, folder)
         for name, entry in found["arms"].items():
-            entry["setting"] = ARMS[name].settings()[0]
+            entry["setting"] = ARMS[name].settings(case)[0]
         if options.tune:
             _tune(case, options, found["arms"], say)
         for number in range(options.rounds):
@@ -133,7 +157,7 @@ def _tune(case: TrainCase, options: Options, arms: dict[str, Any], say: Say) -> 
         prepare(short, options.data, Path(folder))
         runs = Runs(short, options, folder)
         for name, entry in arms.items():
-            settings = ARMS[name].settings()
+            settings = ARMS[name].settings(case)
             if len(settings) > 1:
                 entry["tried"] = []
                 for setting in settings:

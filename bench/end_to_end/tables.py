@@ -28,6 +28,17 @@ _BARS: list[tuple[str, str, str, str, float]] = [
     ("peak memory, TRL at its best", "fastdpo-cached", "trl-best", "memory_over", 0.5),
     ("peak memory, both as installed", "fastdpo", "trl", "memory_over", 0.5),
 ]
+# The same of several answers to a prompt: the groups' over the pairs' of before, and TRL's.
+_ANSWERS_BARS: dict[int, list[tuple[str, str, str, str, float]]] = {
+    4: [
+        ("pairs/s, the build before", "fastdpo-groups", "fastdpo-before", "speed_over", 3.5),
+        ("pairs/s, TRL at its best", "fastdpo-groups", "trl-best", "speed_over", 10.0),
+        ("peak memory, the build before", "fastdpo-groups", "fastdpo-before", "memory_over", 0.6),
+    ],
+    2: [("pairs/s, the build before", "fastdpo-cached", "fastdpo-before", "speed_over", 0.97)],
+}
+# And of pairs whose prompts begin with one system message.
+_SYSTEM_BARS = [("pairs/s, the build before", "fastdpo-cached", "fastdpo-before", "speed_over", 1.3)]
 
 
 def all_tables(found: dict[str, Any]) -> str:
@@ -37,7 +48,7 @@ def all_tables(found: dict[str, Any]) -> str:
 
 def speed_table(found: dict[str, Any]) -> str:
     arms = _measured(found)
-    peers = [name for name in ("trl", "trl-best", "trl-best+head") if name in arms]
+    peers = [name for name in ("trl", "trl-best", "trl-best+head", "fastdpo-before") if name in arms]
     rows = [["", "pairs/s", "with cache", *(f"x {name}" for name in peers), "s/step", "CPU s", "MB", "loss", "norm"]]
     for name, arm in arms.items():
         build, alone = arm["build_seconds"], 1 / arm["pairs_per_second"]
@@ -85,7 +96,9 @@ def profile_table(found: dict[str, Any]) -> str:
 def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
     """What is to be shown, what was measured, and whether it holds."""
     arms = _measured(found)
-    known = [bar for bar in _BARS if bar[1] in arms and bar[2] in arms[bar[1]].get(bar[3], {})]
+    of_answers = _SYSTEM_BARS if found.get("system_tokens") else _ANSWERS_BARS.get(found.get("answers", 2), [])
+    wanted = [*_BARS, *of_answers] if found.get("answers", 2) == 2 else of_answers
+    known = [bar for bar in wanted if bar[1] in arms and bar[2] in arms[bar[1]].get(bar[3], {})]
     shown = []
     for what, name, peer, key, bound in known:
         value, least = arms[name][key][peer], key != "memory_over"
@@ -124,6 +137,11 @@ def _heading(found: dict[str, Any]) -> str:
         f"{sample['tokens'] / sample['rows']:,.0f} tokens (all: {everything['tokens'] / everything['rows']:,.0f}), "
         f"{sample['prompt_share']:.0%} of them prompt (all: {everything['prompt_share']:.0%})",
     ]
+    if found.get("answers", 2) > 2:
+        pairs = found["answers"] * (found["answers"] - 1) // 2
+        lines.append(f"a step has {found['pairs'] // pairs} prompts with {found['answers']} answers each")
+    if found.get("system_tokens"):
+        lines.append(f"every prompt begins with the same system message of {found['system_tokens']} words")
     if losses:
         lines.append(
             f"losses from {min(losses):.4f} to {max(losses):.4f}; they may differ by {found['tolerance']['loss']:.1e}"

@@ -8,7 +8,10 @@ rows with ignore_index, cut to begin at the batch's, and at the row's, first sco
 
 from __future__ import annotations
 
-import os
+import functools
+import importlib.util
+from importlib.metadata import distribution
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -126,13 +129,24 @@ class Unsloth(TokenPeer):
         return [{"rows_per_chunk": None}, *({"rows_per_chunk": size} for size in sizes)]
 
     def logps(self, hidden: Tensor, weight: Tensor, targets: Tensor, case: Case) -> Tensor:
-        # Its package looks for a GPU when it is imported, unless this is set. The function itself needs none.
-        os.environ.setdefault("UNSLOTH_ZOO_DISABLE_GPU_INIT", "0" if hidden.is_cuda else "1")
-        from unsloth_zoo.fused_losses.fused_linear import fused_linear_logprobs
-
+        if hidden.is_cuda:
+            from unsloth_zoo.fused_losses.fused_linear import fused_linear_logprobs
+        else:
+            fused_linear_logprobs = _unsloth_file().fused_linear_logprobs
         return fused_linear_logprobs(
             hidden, weight, targets, logit_softcapping=case.softcap or 0.0, rows_per_chunk=self.rows_per_chunk
         )
+
+
+@functools.cache
+def _unsloth_file() -> ModuleType:
+    """The file of the function by itself: its package wants a GPU when it is imported, or puts stubs into triton."""
+    file = distribution("unsloth-zoo").locate_file("unsloth_zoo/fused_losses/fused_linear.py")
+    spec = importlib.util.spec_from_file_location("unsloth_fused_linear", str(file))
+    assert spec is not None and spec.loader is not None, f"{file} is no Python file"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class CutCrossEntropy(TokenPeer):

@@ -23,12 +23,13 @@ from end_to_end import measure as train_measure
 from end_to_end import runner as train_runner
 from end_to_end.agreement import differences, disagreement, tolerance
 from end_to_end.arms import ARMS, Setting
-from end_to_end.cases import MODELS, TrainCase, make_model, named_cases
+from end_to_end.cases import MODELS, TrainCase, make_model, named_cases, pairs_of
 from end_to_end.data import (
     ORDERS,
     load_rows,
     load_tokenizer,
     orders,
+    pairs_of_group,
     read_rows,
     sample,
     sequence_lengths,
@@ -69,6 +70,32 @@ def test_orders_have_the_same_pairs_and_the_same_warm_up(folder):
     assert len(shuffled) == case.rows == 8
     assert shuffled[: case.pairs] == grouped[: case.pairs]
     assert sorted(map(json.dumps, shuffled)) == sorted(map(json.dumps, grouped))
+
+
+def test_a_step_of_groups_has_the_pairs_of_every_other_form(tmp_path):
+    case = tiny_case(answers=4, pairs=2 * pairs_of(4), system_tokens=5)
+    said = train_runner.prepare(case, None, tmp_path)
+    assert said["sample"]["rows"] == case.rows == 24
+
+    def steps(pairs: list[Any]) -> list[list[str]]:
+        return [sorted(map(json.dumps, pairs[at : at + case.pairs])) for at in range(0, case.rows, case.pairs)]
+
+    for order in ORDERS:
+        groups = list(load_rows(tmp_path / f"{order}-groups.jsonl"))
+        assert len(groups) == 4 and all(len(group["completions"]) == 4 for group in groups)
+        assert all(group["prompt"][0]["content"].count(" ") == 4 for group in groups)
+        pairs = list(load_rows(tmp_path / f"{order}.jsonl"))
+        assert steps(pairs) == steps([pair for group in groups for pair in pairs_of_group(group)])
+    best = groups[0]["completions"][groups[0]["scores"].index(3.0)]
+    assert sum(pair["chosen"] == best for pair in pairs_of_group(groups[0])) == 3
+
+
+def test_two_answers_are_the_pairs_of_the_data(tmp_path):
+    rows = read_rows(None, 96)
+    train_runner.prepare(tiny_case(), None, tmp_path)
+    known = {json.dumps(sorted((json.dumps(row["chosen"]), json.dumps(row["rejected"])))) for row in rows}
+    for pair in load_rows(tmp_path / "shuffled.jsonl"):
+        assert json.dumps(sorted((json.dumps(pair["chosen"]), json.dumps(pair["rejected"])))) in known
 
 
 def test_a_sample_is_spread_over_all_lengths():
@@ -133,21 +160,21 @@ def test_models_are_the_same_wherever_they_are_made():
 
 
 @pytest.mark.parametrize("name", ARMS)
-def test_every_setting_has_four_pairs_a_step(name, tmp_path):
-    arm = ARMS[name]
+@pytest.mark.parametrize("answers", [2, 3, 4, 7])
+def test_every_setting_has_a_step_of_whole_micro_batches(answers, name, tmp_path):
+    arm, case = ARMS[name], tiny_case(answers=answers, pairs=4 if answers == 2 else 2 * pairs_of(answers))
     _, config_class = trainer_classes(arm.library)
     assert arm.order in ORDERS and not (arm.our_head and arm.library == "fastdpo")
-    assert arm.settings()[0] == {key: values[0] for key, values in arm.choices.items()}
-    for setting in arm.settings():
-        size = setting.get("per_device_train_batch_size", 4)
-        assert 4 % size == 0
+    for setting in arm.settings(case):
+        size = setting.get("per_device_train_batch_size", case.pairs)
+        assert case.pairs % size == 0
         config_class(str(tmp_path), use_cpu=True, bf16=False, **arm.options, **setting)
 
 
 def test_trl_has_all_choices_at_its_best():
     for name in ("trl-best", "trl-best+head"):
         arm = ARMS[name]
-        assert arm.cached and arm.order == "grouped" and len(arm.settings()) == 6
+        assert arm.cached and arm.order == "grouped" and len(arm.settings(tiny_case())) == 6
 
 
 @pytest.fixture
@@ -163,8 +190,9 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run(name: str, folder: Path, setting: Setting | None = None, case: TrainCase | None = None) -> dict[str, Any]:
-    setting = ARMS[name].settings()[0] if setting is None else setting
-    return train_measure.train(ARMS[name], setting, case or tiny_case(), folder, profiled=True)
+    case = case or tiny_case()
+    setting = ARMS[name].settings(case)[0] if setting is None else setting
+    return train_measure.train(ARMS[name], setting, case, folder, profiled=True)
 
 
 def counted(name: str, folder: Path, width: str) -> float:
@@ -281,8 +309,8 @@ def fake_jobs(monkeypatch) -> list[Job]:
     """In place of processes: figures that follow from arm and setting. Returns what was asked for."""
     asked: list[Job] = []
 
-    def answer(module: str, job: Job, timeout: float) -> dict[str, Any]:
-        assert module == "end_to_end.measure"
+    def answer(module: str, job: Job, timeout: float, checkout: Path | None) -> dict[str, Any]:
+        assert module == "end_to_end.measure" and checkout is None
         asked.append(job)
         if job["setting"].get("per_device_train_batch_size") == 2:
             return {"failed": "RuntimeError: not this size"}
@@ -368,6 +396,11 @@ def test_exit_status_json_show_and_plot(fake_jobs, tmp_path, capsys):
         (["--steps", "0"], "--steps is 0; it should be at least 1"),
         (["--pairs", "3"], "--pairs is 3; it should be a multiple of 4"),
         (["--data", "nowhere.jsonl"], "--data nowhere.jsonl: there is no such file"),
+        (["--before", "nowhere"], "--before nowhere: no checkout of fastdpo"),
+        (["--arms", "fastdpo-before"], "--arms names fastdpo-before, which needs --before FOLDER"),
+        (["--answers", "4,one"], "--answers is '4,one'; it should be numbers of at least 2, with commas"),
+        (["--answers", "4", "--pairs", "8"], "--pairs is the number of prompts' pairs with --answers; give --prompts"),
+        (["--prompts", "2"], "--prompts counts prompts with --answers"),
         (["--show", "nowhere.json"], "--show nowhere.json: there is no such file"),
         (["--case", "huge"], "invalid choice: 'huge'"),
     ],
@@ -384,6 +417,13 @@ def test_flags_change_a_case(name):
     assert {case.steps for case in cases} == {2} and {case.pairs for case in cases} == {4}
     chosen = train.parse_arguments(["--case", name, "--device", "cpu", "--dtype", "bfloat16"])
     assert [case.dtype for case in train.cases_for(chosen)] == ["bfloat16"]
+    several = train.parse_arguments(["--case", name, "--device", "cpu", "--dtype", "bfloat16", "--answers", "2,4,7"])
+    assert [(case.answers, case.pairs, case.prompts) for case in train.cases_for(several)] == [
+        (2, 2, 2),
+        (4, 12, 2),
+        (7, 42, 2),
+    ]
+    assert several.arms == ["trl-best", "trl-best+head", "fastdpo-cached", "fastdpo-groups"]
 
 
 @pytest.mark.slow
