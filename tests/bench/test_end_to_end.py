@@ -236,6 +236,18 @@ def test_cached_arms_do_the_same_work(folder, in_this_process):
             assert ours["profile"]["reference_tokens"] == 0 and ours["build_seconds"] > 0
 
 
+def test_groups_do_the_work_of_their_pairs(tmp_path, in_this_process):
+    case = tiny_case(answers=3, pairs=2 * pairs_of(3))
+    train_runner.prepare(case, None, tmp_path)
+    theirs = run("trl-best", tmp_path, {"per_device_train_batch_size": 3}, case)
+    found = {name: run(name, tmp_path, {}, case) for name in ("fastdpo-cached", "fastdpo-groups")}
+    for ours in found.values():
+        assert disagreement(ours, theirs, "trl-best", case) is None
+        assert ours["profile"]["policy_tokens"] < theirs["profile"]["policy_tokens"] / 2
+    pairs, groups = (one["profile"] for one in found.values())
+    assert groups["policy_tokens"] == pairs["policy_tokens"] and groups["head_positions"] == pairs["head_positions"]
+
+
 def test_no_run_reads_the_cache_of_another(folder, in_this_process, monkeypatch):
     before = sorted(folder.iterdir())
     asked = []
