@@ -46,7 +46,7 @@ def score_divided(
     forwards = part["forwards"]
     ids, mask = part["input_ids"], part["attention_mask"]
     found = []
-    with _recorded_losses(head.lm, model_kwargs) as losses:
+    with recorded_losses(head.lm, model_kwargs) as losses:
         for i, (rows, width) in enumerate(forwards):
             cut = (rows, slice(width))
             # Processes may have different numbers of forwards: they meet in the last one.
@@ -90,25 +90,19 @@ class _Call:
     arguments: dict[str, Any]
 
 
-def router_loss_divides(lm: PreTrainedModel) -> bool:
-    """Whether the load-balancing loss of ``lm``, which is of all tokens of a batch, can be had of several forwards.
-
-    It can where the model calls the function of transformers for it, which takes what routers said of each token.
-    """
-    function = getattr(sys.modules[type(lm).__module__], _LOSS, None)
-    return function is not None and inspect.signature(function).parameters.keys() >= _TAKES
-
-
 @contextlib.contextmanager
-def _recorded_losses(lm: PreTrainedModel, model_kwargs: dict[str, Any]) -> Iterator[list[_Call]]:
-    """A list that gets the calls of the model's load-balancing loss, where that was asked for."""
+def recorded_losses(lm: PreTrainedModel, model_kwargs: dict[str, Any]) -> Iterator[list[_Call]]:
+    """A list that gets the calls of transformers' function for the load-balancing loss, where that was asked for.
+
+    It stays empty where the model has another, or none.
+    """
     calls: list[_Call] = []
-    if not model_kwargs.get("output_router_logits"):
+    module = sys.modules[type(lm).__module__]
+    function = getattr(module, _LOSS, None)
+    signature = None if function is None else inspect.signature(function)
+    if not model_kwargs.get("output_router_logits") or signature is None or not signature.parameters.keys() >= _TAKES:
         yield calls
         return
-    module = sys.modules[type(lm).__module__]
-    function = getattr(module, _LOSS)
-    signature = inspect.signature(function)
 
     def record(*args: Any, **kwargs: Any) -> Tensor:
         calls.append(_Call(function, dict(signature.bind(*args, **kwargs).arguments)))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastdpo.model.divided import recorded_losses
 from fastdpo.model.model_check import made_up_tokens
 from fastdpo.model.scoring import Scorer, evaluating
 
@@ -46,3 +47,16 @@ def has_router_loss(scorer: Scorer, device: torch.device) -> bool:
             # the model runs when it is not asked is seen elsewhere.
             return False
     return isinstance(getattr(out.model_output, "aux_loss", None), Tensor)
+
+
+def router_loss_divides(scorer: Scorer, device: torch.device) -> bool:
+    """Whether the loss, which is of all tokens of a batch, can be had of several forwards.
+
+    It can where the model calls the function of transformers for it, which takes what routers said of each token; the
+    model is run on made-up tokens, and looked at.
+    """
+    ids = made_up_tokens(scorer, device)
+    asked = {"output_router_logits": True}
+    with torch.no_grad(), evaluating(scorer.root), recorded_losses(scorer.lm, asked) as calls:
+        scorer.head(scorer.root, ids, torch.ones_like(ids), ids.clone(), **asked)
+    return len(calls) == 1

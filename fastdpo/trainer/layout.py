@@ -13,11 +13,11 @@ from transformers import DataCollator
 
 from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.vision_collator import VisionCollator
-from fastdpo.model.divided import router_loss_divides
 from fastdpo.model.packing_choice import choose_packing, obstacles_in
 from fastdpo.model.padded_parts import ACCELERATOR_FORWARD_COST, FORWARD_COST
 from fastdpo.model.padding_check import dependence_on_padding
 from fastdpo.model.randomness import has_dropout
+from fastdpo.model.router_loss import router_loss_divides
 from fastdpo.model.row_collator import RowCollator
 from fastdpo.model.scoring import Scorer
 from fastdpo.trainer.config import DPOConfig
@@ -86,7 +86,9 @@ class BatchLayout:
         # told apart.
         meets = accelerator.distributed_type not in _WHOLE_MODELS
         meets = meets or (args.torch_compile and accelerator.num_processes > 1)
-        divides = not (has_own_collator or has_images or meets or (has_aux_loss and not router_loss_divides(policy.lm)))
+        divides = self.packing.layout == "padded" and not (has_own_collator or has_images or meets)
+        if divides and has_aux_loss:
+            divides = router_loss_divides(policy, accelerator.device)
         kind = accelerator.device.type
         self._forward_cost = FORWARD_COST.get(kind, ACCELERATOR_FORWARD_COST) if divides else None
         # A reference for the cache is asked before the training, and checked then.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from tiny_families import make_family
 
 from fastdpo.data.collator import PreferenceCollator
-from fastdpo.model.divided import router_loss_divides
 from fastdpo.model.head import FusedHead
+from fastdpo.model.router_loss import router_loss_divides
 from fastdpo.model.row_collator import RowCollator
 from fastdpo.model.scoring import Scorer
 
@@ -36,8 +37,9 @@ def test_the_load_balancing_loss_is_that_of_one_forward(model_type):
     found = []
     for batch in (whole, divided):
         model = make_family(model_type, trained=True)
-        assert router_loss_divides(model)
-        scores = Scorer(model, model, FusedHead(model)).score(batch, output_router_logits=True)
+        scorer = Scorer(model, model, FusedHead(model))
+        assert router_loss_divides(scorer, torch.device("cpu"))
+        scores = scorer.score(batch, output_router_logits=True)
         loss = scores.model_output.aux_loss
         loss.backward()
         found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
@@ -51,6 +53,16 @@ def test_the_load_balancing_loss_is_that_of_one_forward(model_type):
     assert Scorer(model, model, FusedHead(model)).score(divided).model_output is None
 
 
-def test_models_without_the_function_are_told():
-    assert not router_loss_divides(make_family("llama"))
-    assert router_loss_divides(make_family("mixtral"))
+def test_a_model_that_computes_its_loss_by_itself_is_told(monkeypatch):
+    model = make_family("mixtral")
+    forward = model.forward
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **{**kwargs, "output_router_logits": False})
+        out.aux_loss = out.logits.sum()
+        return out
+
+    scorer = Scorer(model, model, FusedHead(model))
+    assert router_loss_divides(scorer, torch.device("cpu"))
+    monkeypatch.setattr(model, "forward", own)
+    assert not router_loss_divides(scorer, torch.device("cpu"))
