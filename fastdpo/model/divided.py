@@ -98,16 +98,19 @@ def recorded_losses(lm: PreTrainedModel, model_kwargs: dict[str, Any]) -> Iterat
     """
     calls: list[_Call] = []
     module = sys.modules[type(lm).__module__]
-    function = getattr(module, _LOSS, None)
-    signature = None if function is None else inspect.signature(function)
-    if not model_kwargs.get("output_router_logits") or signature is None or not signature.parameters.keys() >= _TAKES:
+    function: Callable[..., Tensor] | None = getattr(module, _LOSS, None)
+    if function is None or not model_kwargs.get("output_router_logits"):
+        yield calls
+        return
+    signature = inspect.signature(function)
+    if not signature.parameters.keys() >= _TAKES:
         yield calls
         return
 
     def record(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append(_Call(function, dict(signature.bind(*args, **kwargs).arguments)))
-        loss: Tensor = function(*args, **kwargs)
-        return loss
+        call = _Call(function, dict(signature.bind(*args, **kwargs).arguments))
+        calls.append(call)
+        return call.function(**call.arguments)
 
     setattr(module, _LOSS, record)
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -56,7 +58,7 @@ def router_loss_divides(scorer: Scorer, device: torch.device) -> bool:
     model is run on made-up tokens, and looked at.
     """
     ids = made_up_tokens(scorer, device)
-    asked = {"output_router_logits": True}
+    asked: dict[str, Any] = {"output_router_logits": True}
     with torch.no_grad(), evaluating(scorer.root), recorded_losses(scorer.lm, asked) as calls:
         scorer.head(scorer.root, ids, torch.ones_like(ids), ids.clone(), **asked)
     return len(calls) == 1
