@@ -110,7 +110,7 @@ def recorded_losses(lm: PreTrainedModel, model_kwargs: dict[str, Any]) -> Iterat
     def record(*args: Any, **kwargs: Any) -> Tensor:
         call = _Call(function, dict(signature.bind(*args, **kwargs).arguments))
         calls.append(call)
-        return call.function(**call.arguments)
+        return call.function(*args, **kwargs)
 
     setattr(module, _LOSS, record)
     try:
