@@ -13,7 +13,11 @@ import pytest
 def made_up(count: int) -> list[dict[str, list[int]]]:
     rng = random.Random(0)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return [{name: [1] * min(400, int(rng.lognormvariate(4, 1)) + 2) for name in names} for _ in range(count)]
+
+    def tokens() -> list[int]:
+        return [rng.randrange(10**6) for _ in range(min(400, int(rng.lognormvariate(4, 1)) + 2))]
+
+    return [{name: tokens() for name in names} for _ in range(count)]
 
 
 def test_every_token_is_counted_once_and_padding_beside_it() -> None:
