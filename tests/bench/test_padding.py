@@ -15,7 +15,7 @@ def made_up(count: int) -> list[dict[str, list[int]]]:
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
 
     def tokens() -> list[int]:
-        return [rng.randrange(10**6) for _ in range(min(400, int(rng.lognormvariate(4, 1)) + 2))]
+        return [rng.randrange(10**6) for _ in range(min(400, int(rng.lognormvariate(4, 1)) + 8))]
 
     return [{name: tokens() for name in names} for _ in range(count)]
 
