@@ -27,8 +27,6 @@ TOLERANCE = 60 * 6 * 4 * torch.finfo(torch.float32).eps
 CPU = torch.device("cpu")
 MESSAGE = {"role": Value("string"), "content": Value("string")}
 MESSAGES = {side: List(MESSAGE) for side in ("prompt", "chosen", "rejected")}
-    side: List({"role": Value("string"), "content": Value("string")}) for side in ("prompt", "chosen", "rejected")
-}
 
 
 def prepared(family: str) -> tuple[Any, Dataset]:

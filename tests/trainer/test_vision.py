@@ -107,6 +107,16 @@ def test_an_adapter_on_the_text_leaves_the_vision_tower(tmp_path: Path, model: A
     assert trained and all("language_model" in name for name in trained)
 
 
+def test_the_projector_may_be_trained_alone(tmp_path: Path, model: Any, processor: Any) -> None:
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    frozen.model.multi_modal_projector.requires_grad_(True)
+    trainer = trainer_of(tmp_path, frozen, processor)
+    trainer.train()
+    before, after = model.state_dict(), trainer.model.state_dict()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed and all("multi_modal_projector" in name for name in changed)
+
+
 def test_a_batch_in_parts_has_its_gradients(tmp_path: Path, model: Any, processor: Any) -> None:
     recorders = [GradientRecorder(), GradientRecorder()]
     for name, recorder, budget in zip("ab", recorders, (None, 150), strict=True):
