@@ -93,8 +93,8 @@ class BatchLayout:
         kind = accelerator.device.type
         self._forward_cost = FORWARD_COST.get(kind, ACCELERATOR_FORWARD_COST) if divides else None
         width = getattr(policy.lm.config.get_text_config(), "hidden_size", None)
-        computes_masked = kind == "cpu" and self.packing.backend == "sdpa" and width
-        self._masked_cost = MASKED_ON_CPU / width if computes_masked else 0.0
+        computes_masked = kind == "cpu" and self.packing.backend == "sdpa"
+        self._masked_cost = MASKED_ON_CPU / width if computes_masked and width is not None else 0.0
         # A reference for the cache is asked before the training, and checked then.
         self._unchecked = ([policy] if args.precompute_ref_log_probs else scorers) if weights_come_later else []
         if accelerator.is_main_process:
