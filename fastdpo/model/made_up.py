@@ -132,7 +132,10 @@ def made_up(
 
 
 def _tree(tokens: Callable[[int], list[int]]) -> Group:
-    """Two prompts that begin alike, each with completions that part within, branch by branch, or end within another."""
+    """Two prompts that begin alike, each with completions that part within, branch by branch, or end within another.
+
+    Branches have two tokens at least: the last of a sequence predicts nothing, and would show no fault.
+    """
     system = tokens(3)
     one, other = [*system, *tokens(2)], [*system, *tokens(2)]
     begun, further, away = tokens(2), tokens(4), tokens(4)
@@ -143,6 +146,6 @@ def _tree(tokens: Callable[[int], list[int]]) -> Group:
         (one, begun + further[:1]),
         (other, tokens(6)),
         (other, away),
-        (other, away[:2] + tokens(1)),
+        (other, away[:2] + tokens(3)),
     )
     return [TokenSequence(prompt + completion, len(prompt), []) for prompt, completion in completions]

@@ -63,16 +63,18 @@ class PackedRow:
         return replace(self, **{name: change(value) for name, value in vars(self).items() if value is not None})
 
 
-def pack(sequences: Sequence[TokenSequence], *, shared: bool, least: int = LEAST_SHARED) -> PackedRow:
+def pack(
+    sequences: Sequence[TokenSequence], *, shared: bool, least: int = LEAST_SHARED, masked: float = 0.0
+) -> PackedRow:
     """One row of these sequences.
 
     Args:
         sequences: at least one; in each at least one token that is scored has a predecessor.
         shared: what sequences begin with in common stands once. Otherwise each is there in full.
-        least: the fewest tokens that are shared; see :class:`fastdpo.model.tree.Prefixes`.
+        least, masked: see :class:`fastdpo.model.tree.Prefixes`.
     """
     ids = [np.array(sequence.ids, dtype=np.int64) for sequence in sequences]
-    return pack_tree(sequences, Prefixes(ids, least).tree() if shared else side_by_side(ids))
+    return pack_tree(sequences, Prefixes(ids, least, masked).tree() if shared else side_by_side(ids))
 
 
 def pack_tree(sequences: Sequence[TokenSequence], tree: Tree) -> PackedRow:

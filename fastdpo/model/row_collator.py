@@ -39,7 +39,8 @@ class RowCollator:
             alone has more is a micro-batch of its own.
         forward_cost: what a forward of padded rows costs beside its tokens, in tokens, by which it is divided into
             several of like lengths; None to leave it whole.
-        least_shared: the fewest tokens that sequences share in layout ``shared``.
+        least_shared, masked_cost: what is worth sharing in layout ``shared``: ``least`` and ``masked`` of
+            :class:`fastdpo.model.tree.Prefixes`.
     """
 
     layout: str
@@ -47,6 +48,7 @@ class RowCollator:
     max_tokens: int | None = None
     forward_cost: int | None = None
     least_shared: int = LEAST_SHARED
+    masked_cost: float = 0.0
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         cut = Cut(self.padded.max_length, self.padded.truncation_mode)
@@ -61,7 +63,8 @@ class RowCollator:
             return split_padded(sizes, self.max_tokens)
         if self.layout == "repeated":
             return split_packed([row.tokens for row in rows], self.max_tokens)
-        return split_shared([[s.ids for s in row.sequences] for row in rows], self.max_tokens, self.least_shared)
+        ids = [[s.ids for s in row.sequences] for row in rows]
+        return split_shared(ids, self.max_tokens, self.least_shared, self.masked_cost)
 
     def _padded_width(self, row: RowSequences) -> int:
         width = max(len(sequence.ids) for sequence in row.sequences)
@@ -75,7 +78,8 @@ class RowCollator:
                 return found | _with_images(self.padded, [rows[i] for i in indices])
             return found | self._padded(batch)
         shared = self.layout == "shared"
-        return found | {"row": pack(batch.sequences, shared=shared, least=self.least_shared)}
+        row = pack(batch.sequences, shared=shared, least=self.least_shared, masked=self.masked_cost)
+        return found | {"row": row}
 
     def _padded(self, batch: RowSequences) -> dict[str, Any]:
         found: dict[str, Any] = dict(self.padded.pad(batch.sequences))
@@ -116,15 +120,17 @@ def split_packed(tokens: Sequence[int], budget: int) -> list[list[int]]:
     return [sorted(row) for row in rows]
 
 
-def split_shared(rows: Sequence[Sequence[list[int]]], budget: int, least: int) -> list[list[int]]:
+def split_shared(
+    rows: Sequence[Sequence[list[int]]], budget: int, least: int = LEAST_SHARED, masked: float = 0.0
+) -> list[list[int]]:
     """The same where sequences share what they begin with: each into the packed row that it has most in common with.
 
     Args:
         rows: the sequences of each dataset row.
         budget: most tokens of a packed row that holds more than one of them.
-        least: the fewest tokens that are shared.
+        least, masked: see :class:`fastdpo.model.tree.Prefixes`.
     """
-    prefixes = Prefixes([np.array(ids, dtype=np.int64) for row in rows for ids in row], least)
+    prefixes = Prefixes([np.array(ids, dtype=np.int64) for row in rows for ids in row], least, masked)
     sizes = [len(row) for row in rows]
     members: list[list[int]] = []
     for size in sizes:

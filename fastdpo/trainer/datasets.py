@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any, TypeAlias, cast
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -259,6 +260,20 @@ def is_tokenised(dataset: TrainDataset) -> bool:
 def columns_of(dataset: TrainDataset) -> list[str]:
     """The names of the columns; a stream's first row is read for it."""
     return columns_of_stream(dataset) if isinstance(dataset, IterableDataset) else list(dataset.column_names)
+
+
+def most_sequences(train_dataset: TrainDataset, eval_dataset: EvalDataset) -> int | None:
+    """The most sequences that a row has: two of a pair, or a group's completions; None where a stream has groups."""
+    others = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    most = 2
+    for dataset in (train_dataset, *others):
+        if dataset is None or "completion_ids" not in columns_of(dataset):
+            continue
+        if isinstance(dataset, IterableDataset):
+            return None
+        for table in dataset.select_columns(["completion_ids"]).with_format("arrow").iter(batch_size=10_000):
+            most = max(most, pc.max(pc.list_value_length(table.column(0))).as_py() or 0)
+    return most
 
 
 def _check_there_is_a_batch(pairs: int, args: DPOConfig) -> None:

@@ -20,6 +20,7 @@ from fastdpo.model.randomness import has_dropout
 from fastdpo.model.router_loss import router_loss_divides
 from fastdpo.model.row_collator import RowCollator
 from fastdpo.model.scoring import Scorer
+from fastdpo.model.tree import MASKED_ON_CPU
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.models import compute_dtype
 from fastdpo.trainer.reference import Reference
@@ -42,6 +43,7 @@ class BatchLayout:
         has_images: rows have images.
         has_aux_loss: the loss has a load-balancing term.
         weights_come_later: the models cannot be run yet: :meth:`look_once` does what is left.
+        sequences_per_row: the most sequences of a dataset row; None where that is not known.
 
     Attributes:
         packing: the layout that was chosen, and why.
@@ -61,7 +63,9 @@ class BatchLayout:
         has_images: bool,
         has_aux_loss: bool,
         weights_come_later: bool,
+        sequences_per_row: int | None = 2,
     ) -> None:
+        self._row_tokens = _row_tokens(args, sequences_per_row)
         self._policy, self._args, self._accelerator = policy, args, accelerator
         scorers = [policy] if reference.scorer is None else [policy, reference.scorer]
         self.packing = choose_packing(
@@ -77,7 +81,7 @@ class BatchLayout:
             ),
             max_length=args.max_length,
             device=accelerator.device,
-            row_tokens=_row_tokens(args),
+            row_tokens=self._row_tokens,
             autocast=accelerator.autocast,
             unchecked=weights_come_later,
         )
@@ -91,6 +95,9 @@ class BatchLayout:
             divides = router_loss_divides(policy, accelerator.device)
         kind = accelerator.device.type
         self._forward_cost = FORWARD_COST.get(kind, ACCELERATOR_FORWARD_COST) if divides else None
+        width = getattr(policy.lm.config.get_text_config(), "hidden_size", None)
+        computes_masked = kind == "cpu" and self.packing.backend == "sdpa"
+        self._masked_cost = MASKED_ON_CPU / width if computes_masked and width is not None else 0.0
         # A reference for the cache is asked before the training, and checked then.
         self._unchecked = ([policy] if args.precompute_ref_log_probs else scorers) if weights_come_later else []
         if accelerator.is_main_process:
@@ -108,7 +115,11 @@ class BatchLayout:
             return padded
         # Packed rows, or parts of a batch, are not chosen where the caller gave a collator.
         return RowCollator(
-            self.packing.layout, cast(PreferenceCollator, padded), max_tokens, forward_cost=self._forward_cost
+            self.packing.layout,
+            cast(PreferenceCollator, padded),
+            max_tokens,
+            forward_cost=self._forward_cost,
+            masked_cost=self._masked_cost,
         )
 
     def look_once(self, model: nn.Module) -> None:
@@ -122,9 +133,7 @@ class BatchLayout:
         for scorer in self._unchecked:
             scorer = dataclasses.replace(scorer, root=model) if scorer is self._policy else scorer
             dtype = compute_dtype(self._accelerator, self._policy.model)
-            self.packing.require(
-                scorer, self._args.max_length, self._accelerator.device, dtype, _row_tokens(self._args)
-            )
+            self.packing.require(scorer, self._args.max_length, self._accelerator.device, dtype, self._row_tokens)
             self._look_at_padding([scorer])
         self._unchecked = []
 
@@ -142,11 +151,11 @@ class BatchLayout:
                 break  # the other is of its kind, mostly
 
 
-def _row_tokens(args: DPOConfig) -> int | None:
+def _row_tokens(args: DPOConfig, sequences_per_row: int | None) -> int | None:
     """The most tokens that a packed row may have; None where nothing limits it."""
-    if args.max_length is None:
+    if args.max_length is None or sequences_per_row is None:
         return args.max_tokens_per_batch
-    pair = 2 * args.max_length
+    most = sequences_per_row * args.max_length
     if args.max_tokens_per_batch is not None:
-        return max(pair, args.max_tokens_per_batch)  # a pair that has more is a row of its own
-    return pair * max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+        return max(most, args.max_tokens_per_batch)  # a dataset row that has more is a packed row of its own
+    return most * max(args.per_device_train_batch_size, args.per_device_eval_batch_size)

@@ -39,6 +39,7 @@ from fastdpo.trainer.datasets import (
     columns_of,
     is_tokenised,
     make_collator,
+    most_sequences,
 )
 from fastdpo.trainer.finite_runs import FiniteRuns, refuse_not_finite
 from fastdpo.trainer.fsdp2 import keep_output_dtypes, whole_weights
@@ -222,6 +223,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
             has_images=self._preparer.has_images,
             has_aux_loss=bool(self._look.aux_loss_coef),
             weights_come_later=later,
+            sequences_per_row=most_sequences(train_dataset, eval_dataset),
         )
         self.data_collator = self._layout.collator(padded)
         if args.precompute_ref_log_probs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from fastdpo.model.attention_backends import RowsNotSupportedError
 from fastdpo.model.head import FusedHead
 from fastdpo.model.packing_check import check_rows
 from fastdpo.model.scoring import Scorer
+from fastdpo.model.segments import Segments
 
 CPU = torch.device("cpu")
 
@@ -123,3 +125,36 @@ def test_a_back_end_of_less_precision_is_noticed(monkeypatch):
 def test_own_attention_is_told_in_words(model_type):
     with pytest.raises(RowsNotSupportedError, match="does not go through transformers' attention interface"):
         check_rows(scorer(make_family(model_type)), "shared", "sdpa", 64, CPU, torch.float32)
+
+
+def without(pieces: list[int], of_ancestors: int, faulty: str) -> list[int]:
+    """The pieces of a segment's keys, the first of which are its ancestors', without some of these."""
+    there, own = pieces[:of_ancestors], pieces[of_ancestors:]
+    lost = {
+        "all but the last": there[:-1],
+        "the first": there[:1] if len(there) > 1 else [],
+        "the last": there[-1:],
+        "the last of three": there[2:],
+    }
+    return [i for i in there if i not in lost[faulty]] + own
+
+
+@pytest.mark.parametrize("faulty", ["all but the last", "the first", "the last", "the last of three"])
+def test_a_back_end_that_loses_ancestors_is_noticed(monkeypatch, faulty):
+    model = make_family("llama", trained=True)
+    attend = attention_backends.attend_by_segment
+
+    def attend_faultily(module: Any, q: Any, k: Any, v: Any, segments: Segments, options: Any) -> torch.Tensor:
+        other = object.__new__(Segments)
+        other.__dict__.update(segments.__dict__, _masks={})
+        begins = [0, *accumulate(segments.piece_sizes)]
+        other.key_pieces = [
+            without(pieces, sum(begins[i] < s.begin for i in pieces), faulty)
+            for s, pieces in zip(segments.bounds, segments.key_pieces, strict=True)
+        ]
+        return attend(module, q, k, v, other, options)
+
+    check_rows(scorer(model), "shared", "sdpa", 64, CPU, torch.float32)
+    monkeypatch.setattr(attention, "attend_by_segment", attend_faultily)
+    with pytest.raises(RowsNotSupportedError, match="computes something else"):
+        check_rows(scorer(model), "shared", "sdpa", 64, CPU, torch.float32)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from token_trees import texts
 
 from fastdpo.model.segments import Segments
-from fastdpo.model.tree import Prefixes, Tree, in_a_row, side_by_side
+from fastdpo.model.tree import MASKED_ON_CPU, Prefixes, Tree, in_a_row, side_by_side
 
 # Sequences that begin alike: of few tokens, or one another's beginning.
 SEQUENCES = st.lists(st.builds(lambda a, b: a + b, texts(min_size=1), texts()), min_size=1, max_size=9)
@@ -91,6 +91,23 @@ def test_the_longest_lies_as_it_is():
         (9, 10, ()),
     ]
     assert tree.paths[3] == ((0, 1), (8, 9))
+
+
+@pytest.mark.parametrize(("prompt", "is_shared"), [(16, False), (100, True)])
+def test_few_tokens_before_long_answers_are_not_shared_where_masked_scores_cost(prompt, is_shared):
+    """As measured, in a layer of width 512: a branch of 1,000 tokens computes scores for nothing, 70 tokens' worth."""
+    context = list(range(100, 100 + prompt))
+    sequences = [context + [1] * 1000, context + [2] * 1000]
+    for masked in (0.0, MASKED_ON_CPU / 512):
+        tree = Prefixes(arrays(sequences), masked=masked).tree()
+        look(tree, sequences)
+        saved = prompt if is_shared or not masked else 0
+        assert len(tree.ids) == 2 * (1000 + prompt) - saved
+    # Where another branch is there already, a longer one would compute more for nothing.
+    sequences += [context + [1] * 20 + [3] * 1000]
+    tree = Prefixes(arrays(sequences), masked=MASKED_ON_CPU / 512).tree()
+    look(tree, sequences)
+    assert [segment.depth for segment in tree.segments] == ([0, prompt + 20, prompt] if is_shared else [0, 0, 0])
 
 
 def test_thousands_of_branches_on_branches():

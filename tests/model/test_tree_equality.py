@@ -118,3 +118,13 @@ def test_a_tree_of_everything(model_type):
     assert len(row.scored) < row.cu_seqlens[-1]
     assert row.segments.length * 3 < of_pairs["attention_mask"].sum()
     assert_same(look(model, batch, weights, at_shorter=False), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_activations_of_a_tree(reentrant):
+    of_pairs, weights = padded(MANY)
+    expected = look(make("qwen3"), of_pairs, weights, at_shorter=True)
+    model = make_family("qwen3", length=6, trained=True, dtype=torch.float64).train()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    batch = RowCollator("shared", PreferenceCollator(0), least_shared=1)(MANY)
+    assert_same(look(model, batch, weights, at_shorter=True), expected)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import random
 import socket
 import warnings
 from pathlib import Path
@@ -444,13 +445,31 @@ def _train_on_rank(rank: int, port: int, output_dir: str) -> None:
     )
     torch.set_num_threads(1)
     # A process takes its two pairs in one part or in two, as they are long: processes differ in how often they run.
-    torch.save(_train_three_epochs(Path(output_dir), 2, max_tokens_per_batch=200), f"{output_dir}/rank{rank}.pt")
+    options = {"max_tokens_per_batch": 200}
+    runs = [_train_three_epochs(Path(output_dir), rows, 2, **options) for rows in (text_rows(8), _groups())]
+    torch.save(runs, f"{output_dir}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def _train_three_epochs(output_dir: Path, batch_size: int, **options: Any) -> dict[str, Any]:
+def _groups() -> list[dict[str, Any]]:
+    """Groups of 2 to 5 answers after prompts that begin alike, and 1 to 4 pairs: processes differ in how many."""
+    rng = random.Random(0)
+    system = [rng.randrange(3, 384) for _ in range(9)]
+    return [
+        {
+            "prompt_ids": [*system, *(rng.randrange(3, 384) for _ in range(5 + i))],
+            "completion_ids": [[rng.randrange(3, 384) for _ in range(3 + 5 * k)] for k in range(2 + i % 4)],
+            "pairs": [[0, 1]] if i % 4 == 0 else [[2, 0], [0, 1], [1, 2], [0, i % 4 + 1]][: i % 5 + 1],
+        }
+        for i in range(8)
+    ]
+
+
+def _train_three_epochs(
+    output_dir: Path, rows: list[dict[str, Any]], batch_size: int, **options: Any
+) -> dict[str, Any]:
     recorder = GradientRecorder()
-    rows = Dataset.from_list(text_rows(8))
+    rows = Dataset.from_list(rows)
     trainer = make_trainer(
         output_dir,
         make_tokenizer(),
@@ -476,18 +495,19 @@ def test_two_processes_train_as_one(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(_train_on_rank, (port, str(tmp_path)), nprocs=2)
-    one = _train_three_epochs(tmp_path, 4)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    for step, expected in enumerate(one["gradients"]):
-        for rank in ranks:
-            got = {name.removeprefix("module."): value for name, value in rank["gradients"][step].items()}
-            assert_same_gradients(got, expected, rtol=1e-4)
-    # Means over both processes, and over 5 evaluation pairs although one is repeated to make 6.
-    for entry, expected in zip(ranks[0]["log"], one["log"], strict=True):
-        assert entry.keys() == expected.keys()
-        names = METRICS | {"loss", "num_tokens"}
-        for name in {*names, *(f"eval_{name}" for name in names)} & expected.keys():
-            assert entry[name] == pytest.approx(expected[name], rel=1e-4, abs=LOGP_TOLERANCE), name
+    for rows, *runs in zip((text_rows(8), _groups()), *ranks, strict=True):
+        one = _train_three_epochs(tmp_path, rows, 4)
+        for step, expected in enumerate(one["gradients"]):
+            for run in runs:
+                got = {name.removeprefix("module."): value for name, value in run["gradients"][step].items()}
+                assert_same_gradients(got, expected, rtol=1e-4)
+        # Means over both processes, and over 5 evaluation rows although one is repeated to make 6.
+        for entry, expected in zip(runs[0]["log"], one["log"], strict=True):
+            assert entry.keys() == expected.keys()
+            names = METRICS | {"loss", "num_tokens"}
+            for name in {*names, *(f"eval_{name}" for name in names)} & expected.keys():
+                assert entry[name] == pytest.approx(expected[name], rel=1e-4, abs=LOGP_TOLERANCE), name
 
 
 # --------------------------------------------------------------------------------------------------------------------
