@@ -30,7 +30,7 @@ def check_start(per_pair: dict[str, Tensor], *, beta: float, loss_types: Sequenc
     warnings.warn(
         "policy and reference do not agree before the first update: a pair has the rewards "
         f"{per_pair['chosen_reward'][worst]:.3g} (chosen) and {per_pair['rejected_reward'][worst]:.3g} (rejected), "
-        f"which should be 0, and the loss is {per_pair['loss'].mean():.4f}"
+        f"which should be 0, and the loss is {per_pair['loss'].sum() / per_pair['weight'].sum():.4f}"
         f"{f', which should be {expected}' if expected else ''}. Likely causes: ref_model, or the ref_*_logps "
         "columns, belong to another model than the one being trained (no fault if you mean it); dropout is active, or "
         "noise on a router (disable_dropout=False, or a model that takes it from its config); policy and reference "
