@@ -28,7 +28,7 @@ CLASSES = {
     "fastdpo": "DPOConfig DPOLoss DPOOutput DPOTrainer LossOptions LowRankUpdate TokenLogps",
     "fastdpo.logps": "LowRankUpdate TokenLogps",
     "fastdpo.loss": "DPOLoss DPOOutput LossOptions",
-    "fastdpo.data": "DataError DataSummary PreferenceCollator",
+    "fastdpo.data": "DataError DataSummary PreferenceCollator VisionCollator",
     "fastdpo.model": "FusedHead HeadOutput",
     "fastdpo.ref_cache": "RefCache RefCacheError",
     "fastdpo.trainer": "DPOConfig DPOTrainer",

@@ -11,3 +11,4 @@ from .streaming import prepare_stream as prepare_stream
 from .summary import DataSummary as DataSummary
 from .terms import REFERENCE_COLUMNS as REFERENCE_COLUMNS
 from .truncation import TRUNCATION_MODES as TRUNCATION_MODES
+from .vision_collator import VisionCollator as VisionCollator

@@ -113,7 +113,7 @@ def prepare(
         A dataset with ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (lists of int), and the columns ``weight``,
         ``ref_chosen_logps`` and ``ref_rejected_logps`` if they were there; where a completion has tokens that do not
         count, also ``chosen_mask`` and ``rejected_mask`` (lists of 0 and 1, empty where all count); where rows have
-        images, these, and what :class:`fastdpo.data.vision_collator.VisionCollator` needs beside; and the summary.
+        images, these, and what :class:`fastdpo.data.VisionCollator` needs beside; and the summary.
 
         Of groups: ``prompt_ids``; ``completion_ids``, a list for each answer that is in a pair; ``pairs``, lists of
         [chosen, rejected], places among these; and where any row has them ``completion_mask`` (lists, empty where all

@@ -26,7 +26,7 @@ def check_images(scorer: Scorer, batch: dict[str, Any], device: torch.device, dt
 
     Args:
         scorer: the model, under the autocast that it is to run in.
-        batch: of :class:`fastdpo.data.vision_collator.VisionCollator`, on the device; a pair or few.
+        batch: of :class:`fastdpo.data.VisionCollator`, on the device; a pair or few.
         device: where it runs.
         dtype: what it computes in.
 
