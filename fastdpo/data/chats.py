@@ -171,9 +171,10 @@ class ChatRenderer:
         found += forms
         wholes, spans = [], []
         for number, side in enumerate(sides):
-            side = in_form(side, forms)
-            known = facts.sides[number] if facts else None
-            outcome = self._sides.render(template, prompt, side, before, said.places[-1], opening, known)
+            if number == 0 or side != sides[0]:  # an answer of a group stands on both sides
+                side = in_form(side, forms)
+                known = facts.sides[number] if facts else None
+                outcome = self._sides.render(template, prompt, side, before, said.places[-1], opening, known)
             wholes.append(outcome.whole)
             spans.append(outcome.spans)
             found += outcome.found

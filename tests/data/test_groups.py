@@ -107,8 +107,10 @@ def test_each_answer_once(
 def test_ranks_are_there_where_no_two_answers_are_as_good() -> None:
     rows, _ = made([ROW | {"scores": [0.5, 2, -1, 0]}, ROW | {"scores": [1, 1, 0, 2]}])
     assert rows["ranks"] == [[1.0, 0.0, 3.0, 2.0], []]
-    rows, _ = made([ROW | {"pairs": [[0, 1]]}])
+    rows, _ = made([ROW | {"pairs": [[0, 1], [0, 2]]}])
     assert "ranks" not in rows.column_names
+    rows, _ = made([ROW | {"pairs": [[2, 1]]}])  # one pair is an order of its two
+    assert rows["ranks"] == [[1.0, 0.0]] and rows["pairs"] == [[[1, 0]]]
 
 
 def test_what_is_left_out_is_counted() -> None:
