@@ -80,7 +80,7 @@ def _heading(number: int, lengths: str, summary: DataSummary) -> Text:
 
 def _fields(raw: dict[str, Any]) -> list[Text]:
     """A row that never came to tokens."""
-    return [Text(visible(f"{name}: {_shorten(_json(value))}")) for name, value in raw.items() if value is not None]
+    return [Text(visible(f"{name}: {_shorten(_json(value))}")) for name, value in raw.items()]
 
 
 def _show_group(
@@ -90,8 +90,8 @@ def _show_group(
     answers = tokens["completion_ids"]
     lengths = f"prompt {len(tokens['prompt_ids']):,}, answers {', '.join(f'{len(ids):,}' for ids in answers)}"
     heading = _heading(number, lengths, summary)
-    if not answers:
-        return Group(heading, *_fields(raw), "")
+    if not answers:  # a row has null in the columns of other forms of a group
+        return Group(heading, *_fields({name: value for name, value in raw.items() if value is not None}), "")
     table = Table(box=SIMPLE, show_edge=False, pad_edge=False, header_style="dim")
     table.add_column("answer")
     table.add_column("as rendered", ratio=1)
