@@ -44,19 +44,22 @@ def dependence_on_padding(
     sizes = sorted({min(_BEYOND, most), *(min(2 * length + _BEYOND, most) for length in passed[-1:])})
     width = min(2 * sizes[-1], longest)
 
-    def look(seen_in: torch.dtype) -> str | None:
-        for size in sizes:
-            moved = max(_moved(scorer, size, width, seed, device, seen_in) for seed in range(_TRIES))
-            if moved > 0:
-                return (
-                    f"{described(scorer.lm)} lets what it says of a sequence depend on the padding behind it: "
-                    f"log-probabilities of {size} tokens moved by {moved:.2g} nats. Rewards then depend on the batch "
-                    "that a pair is in; sequences of one length, or one pair a batch, have none of it"
-                )
-        return None
+    def look(seen_in: torch.dtype) -> dict[int, float]:
+        # All of them: processes of a sharded model have to run it equally often.
+        return {
+            size: max(_moved(scorer, size, width, seed, device, seen_in) for seed in range(_TRIES)) for size in sizes
+        }
 
     with torch.no_grad(), evaluating(scorer.root):
-        return looked_at(scorer.model, device, dtype, look)
+        moved = looked_at(scorer.model, device, dtype, look)
+    size = next((size for size, by in moved.items() if by > 0), None)
+    if size is None:
+        return None
+    return (
+        f"{described(scorer.lm)} lets what it says of a sequence depend on the padding behind it: log-probabilities of "
+        f"{size} tokens moved by {moved[size]:.2g} nats. Rewards then depend on the batch that a pair is in; sequences "
+        "of one length, or one pair a batch, have none of it"
+    )
 
 
 def _moved(scorer: Scorer, size: int, width: int, seed: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -66,7 +69,9 @@ def _moved(scorer: Scorer, size: int, width: int, seed: int, device: torch.devic
     ids = torch.tensor([[rng.randrange(vocabulary) for _ in range(size)]], device=device)
     alone = score_tokens(scorer, ids)
     moved = float((_padded(scorer, ids, width) - alone).abs().max())
-    return moved if moved > max(_LITTLE, at_most_rounding(float(alone.abs().max()), alone - alone, dtype)) else 0.0
+    # Not what a change in the last place does: where ties decide what is attended to, that is as much.
+    rounding = at_most_rounding(float(alone.abs().max()), torch.zeros_like(alone), dtype)
+    return moved if moved > max(_LITTLE, rounding) else 0.0
 
 
 def _padded(scorer: Scorer, ids: Tensor, width: int) -> Tensor:
