@@ -37,15 +37,21 @@ class FiniteWatch:
     """
 
     def __init__(self) -> None:
-        self._losses: list[Tensor] = []
+        self._losses: list[list[tuple[Tensor, Tensor | None]]] = []
         self._names: list[str] = []
         self._gradients: Tensor | None = None
         self._norm: Tensor | None = None
         self._pending: list[_Flags] = []
 
-    def see_losses(self, losses: Tensor) -> None:
-        """Those of a micro-batch's rows [B]."""
-        self._losses.append(torch.isfinite(losses.detach()))
+    def begin_batch(self) -> None:
+        """What is seen from here on is of another micro-batch of the step."""
+        self._losses.append([])
+
+    def see_losses(self, losses: Tensor, rows: Tensor | None = None) -> None:
+        """Those of a micro-batch's rows [B]; or of a part of it, with the positions of its rows, rising [b]."""
+        if not self._losses:
+            self.begin_batch()
+        self._losses[-1].append((torch.isfinite(losses.detach()), rows))
 
     def see_gradients(self, model: nn.Module) -> None:
         """Those of a whole step, before they are clipped."""
@@ -64,8 +70,9 @@ class FiniteWatch:
             step: the number of the step, from 1 on, before the optimiser's.
             device: of the model.
         """
-        flags = [*self._losses, *(part for part in (self._gradients, self._norm) if part is not None)]
-        sizes = [len(part) for part in self._losses]
+        batches = [_in_order(parts) for parts in self._losses if parts]
+        flags = [*batches, *(part for part in (self._gradients, self._norm) if part is not None)]
+        sizes = [len(batch) for batch in batches]
         if flags:
             names = self._names if self._gradients is not None else []
             self._pending.append(_Flags(step, torch.cat([part.to(device) for part in flags]), sizes, names))
@@ -83,6 +90,13 @@ class FiniteWatch:
                 self._pending = []
                 return found
         return None
+
+
+def _in_order(parts: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """What is known of the rows of a micro-batch's parts, in the order of the rows."""
+    flags = torch.cat([flags for flags, _ in parts])
+    rows = [rows for _, rows in parts if rows is not None]
+    return flags[torch.cat(rows).argsort()] if len(rows) == len(parts) > 1 else flags
 
 
 class _Flags:

@@ -288,7 +288,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         With ``return_outputs`` also what metrics are made of, each [B].
         """
         losses, per_pair = self.pair_losses(model, inputs)
-        self.watch.see_losses(sums_of_rows(losses, inputs))
+        self.watch.see_losses(sums_of_rows(losses, inputs), inputs.get("rows"))
         if not self._start_is_checked:
             self._start_is_checked = True
             if self.state.global_step == 0:
@@ -311,6 +311,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         if num_items_in_batch is None:
             num_items_in_batch = self.weight_of(inputs) * self.accelerator.num_processes
         self._look_once(model)
+        self.watch.begin_batch()
         total = torch.zeros((), device=self.args.device)
         # Gradient checkpointing runs layers again in the backward, which must find the same attention.
         attention = self._policy.attention

@@ -84,10 +84,11 @@ def test_a_weight_that_is_none(value: float, every: int, tmp_path: Path) -> None
     assert_nothing_of_it_is_left(tmp_path, trainer, [2, 4])
 
 
-def test_the_very_row_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", [{}, {"max_tokens_per_batch": 90, "per_device_train_batch_size": 3}])
+def test_the_very_row_is_named(tmp_path: Path, parts: dict[str, Any]) -> None:
     rows = [{**row, "ref_chosen_logps": -40.0, "ref_rejected_logps": -40.0} for row in text_rows(12)]
     rows[7]["ref_rejected_logps"] = NAN
-    trainer = run(tmp_path, train_dataset=Dataset.from_list(rows), max_steps=6, gradient_accumulation_steps=2)
+    trainer = run(tmp_path, train_dataset=Dataset.from_list(rows), max_steps=6, gradient_accumulation_steps=2, **parts)
     with (
         pytest.warns(UserWarning, match="do not agree"),
         pytest.raises(DivergedError) as error,

@@ -16,6 +16,7 @@ from trainer_runs import LORA, METRICS, GradientRecorder, config, make_trainer
 
 from fastdpo.data import PreferenceCollator
 from fastdpo.trainer import DPOTrainer, layout
+from fastdpo.trainer.datasets import most_sequences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,3 +175,22 @@ def test_padded_batches_in_parts_make_the_same_steps(tmp_path, tokenizer, monkey
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     assert losses(1) == pytest.approx(losses(10_000), rel=1e-4)
+
+
+def test_rows_may_be_as_long_as_the_largest_group():
+    pairs = Dataset.from_list([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}])
+    groups = Dataset.from_list(
+        [{"prompt_ids": [1], "completion_ids": [[2]] * count, "pairs": [[0, 1]]} for count in (2, 5, 3)]
+    )
+    assert most_sequences(pairs, None) == 2
+    assert most_sequences(pairs, groups) == most_sequences(groups, {"a": pairs}) == 5
+    assert most_sequences(groups.to_iterable_dataset(), pairs) is None
+
+
+def test_what_is_shared_is_chosen_by_the_width_of_the_model(tmp_path, tokenizer):
+    """On a CPU, where a branch computes scores for nothing."""
+    costs = []
+    for width in (32, 64):
+        trainer = make_trainer(tmp_path, tokenizer, model=make_model("llama", hidden_size=width))
+        costs.append(trainer.data_collator.masked_cost)
+    assert costs[0] == 2 * costs[1] > 0
