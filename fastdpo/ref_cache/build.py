@@ -228,9 +228,9 @@ class ReferenceBuilder:
         digests = completions.digests
         return CacheKey(**self.identity(), num_completions=len(digests), completions=rows_fingerprint(digests))
 
-    def _words(self, dataset: Dataset, completions: Completions) -> Callable[[int], str]:
-        def words(completion: int) -> str:
-            row = completions.row_with(completion)
+    def _words(self, dataset: Dataset, completions: Completions) -> Callable[[list[int]], str]:
+        def words(some: list[int]) -> str:
+            row = completions.first_row_of(some)
             return f"a completion of kept row {row} ({self.describe_row(dataset[row])})"
 
         return words

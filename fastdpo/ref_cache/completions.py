@@ -84,9 +84,9 @@ class Completions:
         parts = np.split(values, self.bounds[1:-1])
         return dataset.add_column(GROUP_COLUMNS[-1], [part.tolist() for part in parts])
 
-    def row_with(self, completion: int) -> int:
-        """The first row that has it."""
-        return int(self.owners[completion])
+    def first_row_of(self, completions: list[int]) -> int:
+        """The first row that has any of them."""
+        return int(self.owners[completions].min())
 
 
 def completions_of(dataset: Dataset, *, by_pair: bool = False) -> Completions:

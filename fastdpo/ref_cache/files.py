@@ -90,7 +90,7 @@ class RefCache:
             raise RefCacheError(f"{self.folder / MANIFEST} is gone. {_advice(self.folder)}")
         return manifest
 
-    def check(self, key: CacheKey, digests: np.ndarray, describe: Callable[[int], str] = str) -> CacheKey:
+    def check(self, key: CacheKey, digests: np.ndarray, describe: Callable[[list[int]], str] = str) -> CacheKey:
         """The key that the cache in this folder was begun with, if log-probabilities for ``key`` are the same.
 
         The two may differ in what one of them does not know: rows that came tokenised name no tokenizer.
@@ -98,7 +98,7 @@ class RefCache:
         Args:
             key: what the caller is about to use log-probabilities for.
             digests: uint8 [C, 16], of the caller's completions; ``rows_fingerprint(digests) == key.completions``.
-            describe: words by which a person knows one of them.
+            describe: words by which a person knows one of some of them.
 
         Raises:
             RefCacheError: something differs; the message says all that does.
@@ -116,7 +116,7 @@ class RefCache:
             )
         return CacheKey(**there)
 
-    def _differences(self, there: dict[str, Any], digests: np.ndarray, describe: Callable[[int], str]) -> str:
+    def _differences(self, there: dict[str, Any], digests: np.ndarray, describe: Callable[[list[int]], str]) -> str:
         before = read_tensors(self.folder / COMPLETIONS)
         if before is None or rows_fingerprint(before["digests"]) != there["completions"]:
             return f"the completions differ ({there['num_completions']} there, {len(digests)} here)"

@@ -77,12 +77,12 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     return found
 
 
-def completion_differences(there: np.ndarray, here: np.ndarray, describe: Callable[[int], str]) -> str:
+def completion_differences(there: np.ndarray, here: np.ndarray, describe: Callable[[list[int]], str]) -> str:
     """What differs between two sets of completions, in words.
 
     Args:
         there, here: digests, uint8 [C, 16].
-        describe: words by which a person knows a completion that is here.
+        describe: words by which a person knows one of some completions that are here.
     """
     counts = f"{len(there)} completions there, {len(here)} here, "
     before, now = ({bytes(digest) for digest in digests} for digests in (there, here))
@@ -91,4 +91,4 @@ def completion_differences(there: np.ndarray, here: np.ndarray, describe: Callab
     if not new:
         return f"{counts}{gone} there are not here"
     more = f", and {len(new) - 1} more" if len(new) > 1 else ""
-    return f"{counts if len(there) != len(here) else ''}{describe(new[0])} is not there{more}"
+    return f"{counts if len(there) != len(here) else ''}{describe(new)} is not there{more}"
