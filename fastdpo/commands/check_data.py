@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(strict_message(summary))
     doubtful = f", {sum(summary.warned.values())} doubts" if summary.warned else ""
     if "completion_ids" in tokenised.column_names:
+        assert summary.groups is not None
         rows_of = f"groups ({summary.groups.pairs} pairs)"
     elif summary.groups:
         groups = summary.groups.groups

@@ -118,7 +118,7 @@ def _most_in_groups(values: np.ndarray, group_of: np.ndarray, groups: int) -> np
 
 def _before_scored(tokenised: datasets.Dataset) -> np.ndarray:
     """How many tokens stand before the first that counts, in the answer where these are more."""
-    before = pc.list_value_length(tokenised.data.column("prompt_ids")).to_numpy().copy()
+    before: np.ndarray = pc.list_value_length(tokenised.data.column("prompt_ids")).to_numpy().copy()
     if "completion_mask" in tokenised.column_names:
         for number, masks in enumerate(tokenised["completion_mask"]):
             before[number] += max((mask.index(1) for mask in masks if mask), default=0)
@@ -131,9 +131,9 @@ def _identical_once_cut(rows: datasets.Dataset, limit: int | None, mode: str) ->
         return []
     of = lengths_of(rows)
     is_cut = of.prompt[of.group_of] + of.answers > limit
-    candidates = np.unique(of.group_of[of.pairs[is_cut[of.pairs].any(1), 0]]) if len(of.pairs) else []
+    candidates = of.group_of[of.pairs[is_cut[of.pairs].any(1), 0]].tolist() if len(of.pairs) else []
     same = []
-    for place in map(int, candidates):
+    for place in sorted(set(candidates)):
         row = rows[place]
         whole = [tuple(cut(row["prompt_ids"], ids, limit, mode)[0]) for ids in row["completion_ids"]]
         if any(whole[chosen] == whole[rejected] for chosen, rejected in row["pairs"]):

@@ -193,6 +193,7 @@ def dpo_loss(
     ref_sums = reference_sums(o, ref_logps, sequences, targets, ignore_index)
     losses_of: PairLosses | RankingLosses
     if o.of_rankings:
+        assert units.members is not None
         losses_of = RankingLosses(o, sequences.lengths, ref_sums, units.members, allow_empty=allow_empty)
     else:
         of_pairs = {"pairs": units.members, "weights": units.weights}

@@ -79,15 +79,15 @@ def check_arguments(
     if len(given) == 1:
         raise ValueError(f"train_dataset has the column {given[0]} alone; it should have both, or neither")
     said = "the columns ref_chosen_logps and ref_rejected_logps" if given else "the column ref_completion_logps"
-    given = given or has_references(columns_of(train_dataset))
-    if given and (ref_model is not None or args.precompute_ref_log_probs):
+    has_own = bool(given) or has_references(columns_of(train_dataset))
+    if has_own and (ref_model is not None or args.precompute_ref_log_probs):
         raise ValueError(
             f"train_dataset has {said}, which are the reference; remove them, or leave out ref_model and "
             "precompute_ref_log_probs"
         )
     if not args.loss_options.takes_reference:
         named = {"ref_model": ref_model is not None, "precompute_ref_log_probs": args.precompute_ref_log_probs}
-        named |= {"train_dataset has reference log-probabilities": bool(given)}
+        named |= {"train_dataset has reference log-probabilities": has_own}
         if any(named.values()):
             raise ValueError(
                 f"loss_type {', '.join(args.loss_type)} has no reference, but a reference is given "

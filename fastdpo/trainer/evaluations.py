@@ -52,7 +52,7 @@ class YieldingEvaluations(Trainer):
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         try:
-            metrics: dict[str, float] = super()._evaluate(*args, **kwargs)  # type: ignore[no-untyped-call]
+            metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
         except EvaluationCut:
             self.control.should_save = self.control.should_training_stop = True
             return {}
@@ -61,7 +61,7 @@ class YieldingEvaluations(Trainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         if not metrics:
             return True  # with save_strategy "best", what it is saved by
-        is_best: bool = super()._determine_best_metric(metrics, trial)  # type: ignore[no-untyped-call]
+        is_best: bool = super()._determine_best_metric(metrics, trial)
         return is_best
 
 

@@ -62,7 +62,7 @@ class MeasuredRuns(Trainer):
         elif self.optimizer is None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             # accelerate marks the model as prepared, and would not wrap it for the training: the processes' gradients
             # would not be averaged, and nothing would say so.
-            self.model._is_accelerate_prepared = False
+            setattr(self.model, "_is_accelerate_prepared", False)  # noqa: B010 (a module takes no bool, mypy says)
             self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
         if sums := self.eval_sums.take():
             # Trainer's own mean counts a short batch of several processes as a full one.

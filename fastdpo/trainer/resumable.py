@@ -68,7 +68,8 @@ class ResumableRuns(YieldingEvaluations):
             refuse_damaged(Path(resume_from_checkpoint))
         if resume_from_checkpoint:
             self._check_settings(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        output: TrainOutput = super().train(resume_from_checkpoint or None, *args, **kwargs)
+        return output
 
     def _check_settings(self, checkpoint: Path) -> None:
         manifest = read_manifest(checkpoint)
@@ -109,7 +110,11 @@ class ResumableRuns(YieldingEvaluations):
             if self.args.should_save or self.is_fsdp_enabled:
                 weights = self._digests.of(self.model)  # which asks all processes where FSDP shards them
             if self.args.should_save:
-                facts = {"weights": weights, "settings": settings_of(self.args), "rows": self._train_rows()}
+                facts: dict[str, Any] = {
+                    "weights": weights,
+                    "settings": settings_of(self.args),
+                    "rows": self._train_rows(),
+                }
                 write_manifest(folder, **facts, evaluation_owed=self.evaluation_owed)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
@@ -177,7 +182,7 @@ class ResumableRuns(YieldingEvaluations):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         with _without_lines_about("recorded in the resumed state does not exist"):  # which need not be so
-            found = super()._init_training_state(*args, **kwargs)  # type: ignore[no-untyped-call]
+            found = super()._init_training_state(*args, **kwargs)
         step = self.state.best_global_step
         if self.state.global_step and step:
             self.state.best_model_checkpoint = self._best_at(step)
@@ -185,7 +190,7 @@ class ResumableRuns(YieldingEvaluations):
 
     def _best_at(self, step: int) -> str | None:
         """The best checkpoint so far, as this run calls it: its folder may have been moved, or named otherwise."""
-        best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        best = self.args.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if best.is_dir():
             return str(best)
         if self.state.best_model_checkpoint is None:
@@ -218,11 +223,13 @@ def _without_lines_about(words: str) -> Iterator[None]:
     """Lines that transformers' trainer would log, and we have better ones for."""
     log = transformers_logging.get_logger("transformers.trainer")
 
-    def is_other(record: logging.LogRecord) -> bool:
-        return words not in record.getMessage()
+    class Others(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            return words not in record.getMessage()
 
-    log.addFilter(is_other)
+    others = Others()
+    log.addFilter(others)
     try:
         yield
     finally:
-        log.removeFilter(is_other)
+        log.removeFilter(others)

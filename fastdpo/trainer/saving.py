@@ -48,7 +48,7 @@ class CarefulSaves(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As ``Trainer``'s."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir) if output_dir else self.args.folder
         with writing_into(folder) if self.args.should_save else contextlib.nullcontext():
             super().save_model(output_dir, _internal_call)
 
