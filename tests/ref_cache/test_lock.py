@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +59,31 @@ def test_it_can_be_taken_again_and_not_twice(tmp_path: Path) -> None:
         assert not list((tmp_path / "folder").iterdir())
 
 
-def test_a_forked_child_that_stays_does_not_hold_it(tmp_path: Path) -> None:
-    with held(tmp_path / "a.lock"):
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(120,))
-        child.start()
+FORKING = """
+import multiprocessing, sys, time
+from pathlib import Path
+from fastdpo.ref_cache.lock import held
+with held(Path(sys.argv[1])):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(120,))
+    child.start()
+    print(child.pid, flush=True)
+    time.sleep(120)
+"""
+
+
+def test_a_forked_child_that_outlives_its_parent_does_not_hold_it(tmp_path: Path) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", FORKING, tmp_path / "a.lock"], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    try:
         with pytest.raises(HeldError), held(tmp_path / "a.lock"):
             pass
-    try:
+        parent.kill()  # which leaves the file, that the child was forked with
+        parent.wait()
         with held(tmp_path / "a.lock"):
-            assert child.is_alive()
+            assert child.is_running()
     finally:
         child.kill()
-        child.join()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "\x00\xff"])

@@ -169,6 +169,12 @@ def test_a_checkpoint_of_another_program_is_read_to_its_end(tmp_path: Path) -> N
     truncate(path / "optimizer.pt")
     with pytest.raises(InputError, match="optimizer.pt cannot be read to its end"):
         refuse_damaged(path)
+    make_checkpoint(tmp_path / "other", 8, manifest=False)
+    content = bytearray((tmp_path / "other" / "checkpoint-8" / "optimizer.pt").read_bytes())
+    content[content.index(b"step")] ^= 1  # in the midst of an archive that is otherwise whole
+    (path / "optimizer.pt").write_bytes(content)
+    with pytest.raises(InputError, match="optimizer.pt cannot be read to its end"):
+        refuse_damaged(path)
     (path / "optimizer.pt").unlink()
     with pytest.raises(InputError, match="optimizer.pt is missing"):
         refuse_damaged(path)
