@@ -28,8 +28,12 @@ _DRAFT = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 
 @contextlib.contextmanager
 def writing_into(folder: Path) -> Iterator[None]:
-    """Mark ``folder``, which is made, for the duration of the block; a mark that is there is its maker's to remove."""
+    """Mark ``folder`` for the duration of the block; a mark that is there is its maker's to remove.
+
+    The folder is made, and goes again if nothing was written into it.
+    """
     mark = folder / _MARK
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     if mark.exists():
         yield
@@ -39,6 +43,9 @@ def writing_into(folder: Path) -> Iterator[None]:
         yield
     finally:
         mark.unlink(missing_ok=True)
+        if is_new:
+            with contextlib.suppress(OSError):  # there is something in it
+                folder.rmdir()
 
 
 def is_half_written(folder: Path) -> bool:

@@ -7,6 +7,7 @@ import importlib
 import re
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def test_command_lines_of_the_benchmarks_are_read(words: list[str], workplace: P
     (workplace / "mine.py").write_text(mine, encoding="utf-8")
     for file in (flag for flag in flags if flag.endswith((".json", ".jsonl"))):  # some are read, some written
         (workplace / file).touch()
+    for folder in (value for flag, value in pairwise(flags) if flag in ("--before", "--against")):
+        (workplace / folder / "fastdpo").mkdir(parents=True, exist_ok=True)
     if "--help" in flags:
         with pytest.raises(SystemExit, match="0"):
             read_by_script(Path(script).stem, flags)
