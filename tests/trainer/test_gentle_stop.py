@@ -166,7 +166,9 @@ def history(folder: Path) -> list[tuple[Any, ...]]:
 
 
 EVALUATED = {
-    "every second step": ("--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps"),
+    "every second step": (
+        *("--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2"),
+    ),
     "every epoch": ("--eval_strategy", "epoch", "--save_strategy", "epoch"),
     "when it is the best": ("--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "best"),
     "schedules that go by it": (
