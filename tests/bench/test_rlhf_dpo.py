@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from fastdpo.demo.preferences import Preference
+from fastdpo.model.tree import LEAST_SHARED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -193,23 +194,28 @@ def test_padded_arms_count_rows_of_the_longest(task, pairs, name, less):
     assert all(ledger.parts[part].seconds > 0 for part in ("reference", "update"))
 
 
-def test_fastdpo_counts_each_prompt_once(task, pairs):
+def test_fastdpo_counts_what_it_lays_out(task, pairs):
+    """Both sequences whole: the task's prompts are too short to be worth sharing."""
     config = task.model.config
     two, four = (spent(task, pairs, "fastdpo", last) for last in (2, 4))
     taken = training_pairs(make_run(task, pairs))
 
     def flops(pair: Preference) -> float:
         prompt, chosen, rejected = lengths(task, pair)
-        both = forward_flops(config, [prompt + chosen, prompt + rejected], chosen + rejected)
-        return both - forward_flops(config, [prompt], 0)
+        return forward_flops(config, [prompt + chosen, prompt + rejected], chosen + rejected)
+
+    def tokens(pair: Preference) -> int:
+        prompt, chosen, rejected = lengths(task, pair)
+        assert prompt < LEAST_SHARED
+        return 2 * prompt + chosen + rejected
 
     # What the trainer checks before it starts is in both runs.
     steps = [pair for batch in batched(taken, SETTINGS.batch_size)[2:4] for pair in batch]
     update = [ledger.parts["update"] for ledger in (two, four)]
-    assert update[1].tokens["policy"] - update[0].tokens["policy"] == sum(sum(lengths(task, p)) for p in steps)
+    assert update[1].tokens["policy"] - update[0].tokens["policy"] == sum(map(tokens, steps))
     assert update[1].flops - update[0].flops == pytest.approx(3 * sum(map(flops, steps)))
     reference = two.parts["reference"]
-    assert reference.tokens == {"reference": sum(sum(lengths(task, p)) for p in taken)}
+    assert reference.tokens == {"reference": sum(map(tokens, taken))}
     assert reference.flops == pytest.approx(sum(map(flops, taken)))
 
 

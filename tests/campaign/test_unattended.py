@@ -21,7 +21,7 @@ from campaign import DAMAGES, Arena, Fault, Outcome, damage
 from safetensors.torch import load_file
 from toy_data import text_rows, write_jsonl
 
-from fastdpo.ref_cache.files import LOGPS, MANIFEST, ROWS
+from fastdpo.ref_cache.files import COMPLETIONS, LOGPS, MANIFEST
 from fastdpo.trainer.checkpoints import find_checkpoints, find_torn
 
 STEPS, SAVE_STEPS = 4, 1
@@ -325,7 +325,7 @@ def test_no_damage_to_a_cache_passes_in_silence(
             shutil.copytree(start, folder)
             file = folder / "ref" / "train" / name
             others = [path for path in sorted(file.parent.glob("part-*")) if path.name != name]
-            twin = foreign / "ref" / "train" / name if name in (MANIFEST, ROWS, LOGPS) else others[0]
+            twin = foreign / "ref" / "train" / name if name in (MANIFEST, COMPLETIONS, LOGPS) else others[0]
             if damage(file, how, twin, chance):
                 outcome = arena.run(words(folder), folder)
                 verdicts[verdict(outcome, folder, unbroken, file)] += 1
