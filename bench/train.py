@@ -42,7 +42,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument("--pairs", type=int, help="pairs of an optimiser step (default: 4)")
     what.add_argument("--answers", help="answers to a prompt, several numbers with commas: every two are a pair")
     what.add_argument("--prompts", type=int, help="prompts of an optimiser step, with --answers (default: 2)")
-    what.add_argument("--system_tokens", type=int, help="words of a system message that all prompts begin with")
+    what.add_argument("--system_tokens", type=int, help="tokens of a system message that all prompts begin with")
     what.add_argument("--max_length", type=int, help="most tokens of a sequence (default: 1024)")
     what.add_argument("--steps", type=int, help="optimiser steps that count")
     what.add_argument("--learning_rate", type=float)

@@ -55,7 +55,7 @@ class TrainCase:
     Attributes:
         pairs: of an optimiser step: every two of each prompt's answers.
         answers: of a prompt.
-        system_tokens: words of a system message that every prompt begins with; 0 for none.
+        system_tokens: of a system message that every prompt begins with; 0 for none.
         dtype: what is computed in. bfloat16 is autocast where the weights are float32.
         weights: the dtype of the weights, their gradients and the optimiser's state.
     """

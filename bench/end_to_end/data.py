@@ -142,14 +142,22 @@ def orders(indices: list[int], lengths: list[tuple[int, int, int]], pairs: int, 
     return {"shuffled": first + rest, "grouped": first + [rest[k] for k in grouped]}
 
 
-def deal(rows: list[Row], prompts: list[int], case: TrainCase) -> list[Row]:
+def system_message(tokenizer: PreTrainedTokenizerFast, tokens: int) -> str:
+    """Words of at least so many tokens."""
+    rng = random.Random(0)
+    text = ""
+    while len(tokenizer(text)["input_ids"]) < tokens:
+        text = f"{text} {rng.choice(_WORDS)}".strip()
+    return text
+
+
+def deal(rows: list[Row], prompts: list[int], case: TrainCase, system: str) -> list[Row]:
     """The rows of these numbers as groups: a prompt, ``completions`` and their ``scores``.
 
-    A prompt has its own two answers, and those of other rows beyond them, no two alike. A shared system message goes
-    before it.
+    A prompt has its own two answers, and those of other rows beyond them, no two alike. Where ``system`` is not empty
+    it goes before it, as a message of that role.
     """
     rng = random.Random(0)
-    system = [{"role": "system", "content": " ".join(rng.choice(_WORDS) for _ in range(case.system_tokens))}]
     pool = [row[side] for row in rows for side in ("chosen", "rejected")]
     groups = []
     for i in prompts:
@@ -159,9 +167,9 @@ def deal(rows: list[Row], prompts: list[int], case: TrainCase) -> list[Row]:
             if other not in answers:
                 answers.append(other)
         prompt = rows[i]["prompt"]
-        if case.system_tokens:
-            first = _texts(system)[0]
-            prompt = first + "\n" + prompt if isinstance(prompt, str) else system + prompt
+        if system:
+            first = [{"role": "system", "content": system}]
+            prompt = system + "\n" + prompt if isinstance(prompt, str) else first + prompt
         scores = [float(score) for score in range(case.answers)]
         rng.shuffle(scores)
         groups.append({"prompt": prompt, "completions": answers, "scores": scores})

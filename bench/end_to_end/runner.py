@@ -25,11 +25,13 @@ from end_to_end.data import (
     sample,
     save_rows,
     sequence_lengths,
+    system_message,
     train_tokenizer,
 )
 
 Say = Callable[[str], None]
 
+_ROLE = 8  # tokens, at most, that a template writes around a message
 _TUNE_STEPS = 2  # of pairs that are as long as those of the whole run
 _OTHER_WORK = "IT COMPUTES SOMETHING ELSE"
 
@@ -81,10 +83,12 @@ def prepare(case: TrainCase, data: Path | None, folder: Path) -> dict[str, Any]:
     rows = read_rows(data, case.max_length)
     tokenizer = train_tokenizer(rows, case.config["vocab_size"], folder / "tokenizer.json")
     lengths = sequence_lengths(rows, tokenizer)
-    usable = [i for i, (prompt, _, _) in enumerate(lengths) if prompt < case.max_length]
+    system = system_message(tokenizer, case.system_tokens)
+    room = case.max_length - len(tokenizer(system)["input_ids"]) - _ROLE if system else case.max_length
+    usable = [i for i, (prompt, _, _) in enumerate(lengths) if prompt < room]
     # A step's pairs are those of its prompts, in every order and every form.
-    chosen = sample(rows, lengths, case.prompts * (case.steps + case.warmup), case.max_length)
-    dealt = dict(zip(chosen, deal(rows, chosen, case), strict=True))
+    chosen = sample(rows, lengths, case.prompts * (case.steps + case.warmup), room)
+    dealt = dict(zip(chosen, deal(rows, chosen, case, system), strict=True))
     trained: list[Row] = []
     for order, indices in orders(chosen, lengths, case.prompts, case.warmup).items():
         groups = [dealt[i] for i in indices]

@@ -141,7 +141,7 @@ def _heading(found: dict[str, Any]) -> str:
         pairs = found["answers"] * (found["answers"] - 1) // 2
         lines.append(f"a step has {found['pairs'] // pairs} prompts with {found['answers']} answers each")
     if found.get("system_tokens"):
-        lines.append(f"every prompt begins with the same system message of {found['system_tokens']} words")
+        lines.append(f"every prompt begins with the same system message of {found['system_tokens']} tokens")
     if losses:
         lines.append(
             f"losses from {min(losses):.4f} to {max(losses):.4f}; they may differ by {found['tolerance']['loss']:.1e}"
@@ -151,7 +151,8 @@ def _heading(found: dict[str, Any]) -> str:
 
 def _settings(found: dict[str, Any]) -> str:
     arms = _measured(found).items()
-    return align([[name, f"{arm['about']}; {_setting(arm['setting'])}".rstrip("; ")] for name, arm in arms], left=True)
+    rows = [[name, f"{arm['about']}; {_setting(arm['setting'])}".rstrip("; ")] for name, arm in arms]
+    return align(rows, left=True) if rows else ""
 
 
 def _setting(setting: dict[str, Any]) -> str:
