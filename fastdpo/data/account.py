@@ -30,11 +30,7 @@ def account(
         batch_size: pairs a step, for the estimate of its cost.
     """
     prompt, chosen, rejected = (_list_lengths(tokenised, name) for name in TOKEN_COLUMNS)
-    column = tokenised.data.column("drop")
-    dropped = {reason: rows_where(pc.equal(column, reason)) for reason in DROP_REASONS}
-    stays = np.ones(len(tokenised), bool)
-    for rows in dropped.values():
-        stays[rows] = False
+    dropped, stays = dropped_rows(tokenised)
     if max_length is not None and truncation_mode == "keep_start":
         too_long = stays & (prompt + _unscored_beginning(tokenised) >= max_length)
         dropped["prompt_too_long"] = np.flatnonzero(too_long)
@@ -69,6 +65,16 @@ def account(
         for reason in reasons:
             count_rows(summary, counts, reason, found.get(reason, ()))
     return kept, summary
+
+
+def dropped_rows(tokenised: datasets.Dataset) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The rows that each reason dropped, and bool [rows]: which stay."""
+    column = tokenised.data.column("drop")
+    dropped = {reason: rows_where(pc.equal(column, reason)) for reason in DROP_REASONS}
+    stays = np.ones(len(tokenised), bool)
+    for rows in dropped.values():
+        stays[rows] = False
+    return dropped, stays
 
 
 def count_rows(summary: DataSummary, counts: dict[str, int], reason: str, rows: np.ndarray | Sequence[int]) -> None:

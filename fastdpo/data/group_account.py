@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
-from fastdpo.data.account import count_rows, found_in_rows, rows_where
+from fastdpo.data.account import count_rows, dropped_rows, found_in_rows
 from fastdpo.data.reasons import DROP_REASONS, NOTES, WARN_REASONS
 from fastdpo.data.summary import DataSummary, GroupFacts, LengthStats
 from fastdpo.data.truncation import cut
@@ -44,11 +44,7 @@ def account_groups(
         max_length, truncation_mode: what will be cut.
         batch_size: groups a step, for the estimate of its cost.
     """
-    column = tokenised.data.column("drop")
-    dropped = {reason: rows_where(pc.equal(column, reason)) for reason in DROP_REASONS}
-    stays = np.ones(len(tokenised), bool)
-    for rows in dropped.values():
-        stays[rows] = False
+    dropped, stays = dropped_rows(tokenised)
     if max_length is not None and truncation_mode == "keep_start":
         dropped["prompt_too_long"] = np.flatnonzero(stays & (_before_scored(tokenised) >= max_length))
         stays[dropped["prompt_too_long"]] = False

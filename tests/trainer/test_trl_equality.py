@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import trl
-from datasets import Dataset
 from tiny_models import make_model
-from torch import Tensor, nn
 from toy_data import chat_rows, make_tokenizer, text_rows
-from transformers import PreTrainedModel, TrainerCallback
+from trl_runs import (
+    BETA,
+    COUNTS,
+    PAIR_METRICS,
+    RTOL,
+    TOKEN_METRICS,
+    assert_same_gradients,
+    assert_same_run,
+    reward_atol,
+    train,
+)
 
 import fastdpo
 
-# Ten float32 updates by two programs that add in different orders.
-RTOL = 1e-4
-# Metrics that are differences of log-probabilities of about 300, in float32.
-REWARD_ATOL = 300 * 4 * torch.finfo(torch.float32).eps
-BETA = 0.2
+REWARD_ATOL = reward_atol(300)
 # DiscoPOP blends two losses by sigmoid(beta log ratio / 0.05): its slope changes by that many times itself as a log
 # ratio changes by 1, and log ratios are such differences.
 DISCOPOP_RTOL = RTOL + BETA / 0.05 * REWARD_ATOL
-
-PAIR_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
-COUNTS = ("rewards/accuracies", "num_tokens")
-TOKEN_METRICS = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,69 +34,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def tokenizer():
     return make_tokenizer()
-
-
-class GradientRecorder(TrainerCallback):
-    """Keeps each optimiser step's gradients."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, Tensor]] = []
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-
-def train(
-    library: Any, output_dir: Path, model: PreTrainedModel, rows: list[dict[str, Any]], tokenizer: Any, **options: Any
-) -> tuple[list[dict[str, float]], list[dict[str, Tensor]]]:
-    """The log entries of the optimiser steps, and their gradients."""
-    defaults = {
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "optim": "sgd",
-        "learning_rate": 1e-4,
-        "max_grad_norm": 0.0,
-        "beta": BETA,
-        "max_steps": 10,
-        "per_device_train_batch_size": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    recorder = GradientRecorder()
-    model = copy.deepcopy(model)
-    trainer = library.DPOTrainer(
-        model,
-        copy.deepcopy(model),
-        library.DPOConfig(str(output_dir), **(defaults | options)),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[recorder],
-    )
-    trainer.train()
-    return [entry for entry in trainer.state.log_history if "loss" in entry], recorder.steps
-
-
-def assert_same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor], where: str, rtol: float) -> None:
-    assert got.keys() == expected.keys()
-    # Some gradients are zero but for rounding, such as those of a key's bias under softmax.
-    largest = max(gradient.norm() for gradient in expected.values())
-    for name, gradient in expected.items():
-        difference = (got[name] - gradient).norm()
-        assert difference <= rtol * gradient.norm() + torch.finfo(torch.float32).eps * largest, (where, name)
-
-
-def assert_same_run(ours: tuple, theirs: tuple, metrics: tuple[str, ...], gradients_rtol: float = RTOL) -> None:
-    for step, (got, expected) in enumerate(zip(ours[0], theirs[0], strict=True)):
-        assert got["loss"] == pytest.approx(expected["loss"], rel=RTOL), f"step {step}"
-        for name in metrics:
-            tolerance = {"rel": RTOL, "abs": REWARD_ATOL}
-            if name == "rewards/accuracies" and expected["rewards/margins"] == 0:
-                continue  # policy and reference are the same: which reward is larger is for rounding to say
-            assert got[name] == pytest.approx(expected[name], **tolerance), f"step {step}: {name}"
-    for step, (got, expected) in enumerate(zip(ours[1], theirs[1], strict=True)):
-        assert_same_gradients(got, expected, f"step {step}", gradients_rtol)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +49,7 @@ def test_ten_steps_are_trls(tmp_path, tokenizer, model_type, rows):
     # The run must have gone somewhere, and not so far that nothing is left to learn, or equality says little.
     assert all(entry["loss"] > 0.05 for entry in theirs[0])
     assert max(abs(entry["rewards/margins"]) for entry in theirs[0]) > 0.1
-    assert_same_run(ours, theirs, PAIR_METRICS + COUNTS + TOKEN_METRICS)
+    assert_same_run(ours, theirs, PAIR_METRICS + COUNTS + TOKEN_METRICS, REWARD_ATOL)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +70,7 @@ def test_other_losses_are_trls(tmp_path, tokenizer, options):
     theirs = train(trl, tmp_path, model, text_rows(), tokenizer, **options)
     ours = train(fastdpo, tmp_path, model, text_rows(), tokenizer, **options)
     rtol = DISCOPOP_RTOL if options["loss_type"] == "discopop" else RTOL
-    assert_same_run(ours, theirs, PAIR_METRICS + COUNTS + TOKEN_METRICS, rtol)
+    assert_same_run(ours, theirs, PAIR_METRICS + COUNTS + TOKEN_METRICS, REWARD_ATOL, rtol)
 
 
 def test_sft_by_the_batch_is_trls(tmp_path, tokenizer):
@@ -145,7 +78,7 @@ def test_sft_by_the_batch_is_trls(tmp_path, tokenizer):
     options = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3], "max_steps": 3}
     theirs = train(trl, tmp_path, model, text_rows(), tokenizer, **options)
     ours = train(fastdpo, tmp_path, model, text_rows(), tokenizer, sft_reduction="batch", **options)
-    assert_same_run(ours, theirs, PAIR_METRICS + COUNTS + TOKEN_METRICS)
+    assert_same_run(ours, theirs, PAIR_METRICS + COUNTS + TOKEN_METRICS, REWARD_ATOL)
 
 
 def test_accumulation_over_even_micro_batches_is_trls(tmp_path, tokenizer):
@@ -154,7 +87,7 @@ def test_accumulation_over_even_micro_batches_is_trls(tmp_path, tokenizer):
     theirs = train(trl, tmp_path, model, text_rows(), tokenizer, **options)
     ours = train(fastdpo, tmp_path, model, text_rows(), tokenizer, **options)
     # TRL's means over tokens are means of the micro-batches' means; ours are over all tokens of the step.
-    assert_same_run(ours, theirs, PAIR_METRICS + COUNTS)
+    assert_same_run(ours, theirs, PAIR_METRICS + COUNTS, REWARD_ATOL)
 
 
 def test_truncated_rows_are_trls(tmp_path, tokenizer):
@@ -166,7 +99,7 @@ def test_truncated_rows_are_trls(tmp_path, tokenizer):
         theirs[0][0]["num_tokens"]
         < train(trl, tmp_path, model, text_rows(), tokenizer, max_steps=1)[0][0]["num_tokens"]
     )
-    assert_same_run(ours, theirs, PAIR_METRICS + COUNTS + TOKEN_METRICS)
+    assert_same_run(ours, theirs, PAIR_METRICS + COUNTS + TOKEN_METRICS, REWARD_ATOL)
 
 
 def test_load_balancing_loss_is_trls(tmp_path, tokenizer):
@@ -174,7 +107,7 @@ def test_load_balancing_loss_is_trls(tmp_path, tokenizer):
     options = {"router_aux_loss_coef": 0.1, "max_steps": 3}
     theirs = train(trl, tmp_path, model, text_rows(), tokenizer, **options)
     ours = train(fastdpo, tmp_path, model, text_rows(), tokenizer, **options)
-    assert_same_run(ours, theirs, (*PAIR_METRICS, "aux_loss"))
+    assert_same_run(ours, theirs, (*PAIR_METRICS, "aux_loss"), REWARD_ATOL)
 
 
 def test_where_trl_weighs_uneven_micro_batches_wrongly(tmp_path, tokenizer):
@@ -184,7 +117,9 @@ def test_where_trl_weighs_uneven_micro_batches_wrongly(tmp_path, tokenizer):
     whole = {"per_device_train_batch_size": 4, "max_steps": 2}
     parts = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 2}
     expected = train(trl, tmp_path, model, rows, tokenizer, **whole)
-    assert_same_run(train(fastdpo, tmp_path, model, rows, tokenizer, **parts), expected, PAIR_METRICS + COUNTS)
+    assert_same_run(
+        train(fastdpo, tmp_path, model, rows, tokenizer, **parts), expected, PAIR_METRICS + COUNTS, REWARD_ATOL
+    )
     theirs = train(trl, tmp_path, model, rows, tokenizer, **parts)
     with pytest.raises(AssertionError):
         assert_same_gradients(theirs[1][0], expected[1][0], "step 0", RTOL)
