@@ -142,6 +142,21 @@ def test_what_is_left_out_is_counted() -> None:
     assert "a batch's size counts groups" in said and "packed, each answer once" in said
 
 
+def test_groups_that_say_a_thing_again_or_its_opposite() -> None:
+    one = {"prompt": "Say:", "completions": [" one", " two", " three"]}
+    rows = [
+        one | {"pairs": [[0, 1], [0, 2]]},
+        one | {"pairs": [[0, 1], [0, 2]]},
+        one | {"pairs": [[1, 2]]},  # more, and not against it
+        one | {"pairs": [[2, 1]]},
+        one | {"pairs": [[0, 1], [1, 0]], "prompt": "Or say:"},
+        one | {"pairs": [[1, 0]], "prompt": "Or else say:"},
+    ]
+    kept, summary = made(rows)
+    assert len(kept) == 6 and summary.warned == {"duplicate": 1, "contradicted": 2}
+    assert summary.first_rows == {"duplicate": [1], "contradicted": [3, 4]}
+
+
 def test_the_work_of_a_step_by_hand() -> None:
     row = ROW | {"ranks": [1, 2, 3, 4]}
     rows, summary = made([row, row | {"prompt": "Or be silent:"}], batch_size=2)
