@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fastdpo.data.comparisons import Choice
+from fastdpo.data.comparisons import LEAST_WEIGHT, MOST_WEIGHT, Choice
 from fastdpo.data.formats.names import PROMPT_NAMES, missing_columns_message
 from fastdpo.data.image_parts import has_images
 from fastdpo.data.images import IMAGE_COLUMNS, column_images
@@ -101,6 +101,12 @@ def with_weights(dataset: datasets.Dataset) -> datasets.Dataset:
         raise DataError(
             f"row {wrong[0]}, weight: it is {column[int(wrong[0])].as_py()}; it should be a finite number, at least 0 "
             "(and 0 leaves the pair out)."
+        )
+    wrong = np.flatnonzero((weights != 0) & ((weights < LEAST_WEIGHT) | (weights > MOST_WEIGHT)))
+    if len(wrong):
+        raise DataError(
+            f"row {wrong[0]}, weight: it is {column[int(wrong[0])].as_py():g}; it should be 0, or from "
+            f"{LEAST_WEIGHT:g} to {MOST_WEIGHT:g}."
         )
     return dataset.cast_column(WEIGHT_COLUMN, datasets.Value("float64"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from fastdpo.data.terms import DataError, type_name
 # "best_worst": the best with the worst.
 PAIRS = ("all", "adjacent", "best_vs_rest", "best_worst")
 TIE, NO_WEIGHT = "two answers score alike", "its weight is 0"
+# What a pair may count beside 0: sums of such weights, and of losses times them, are numbers in every dtype.
+LEAST_WEIGHT, MOST_WEIGHT = 1e-37, 1e37
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ def compared(row: dict[str, Any], count: int, choice: Choice, where: str) -> Com
     Raises:
         DataError: the row does not say which answers are better, or says it wrongly, or of fewer or more.
     """
+    if row.get("weight") is not None:
+        raise DataError(
+            f"{where}: it has answers and a 'weight', which is a pair's; 'weights' beside 'pairs', or weight_by_score "
+            "(--weight_by_score), say what pairs of answers count. Leave it out, or give it another name."
+        )
     ranks, scores = (_numbers(row.get(name), name, count, where) for name in ("ranks", "scores"))
     if ranks is not None and scores is not None:
         raise DataError(f"{where}: it has ranks and scores; give the one that is meant.")
@@ -77,7 +85,25 @@ def compared(row: dict[str, Any], count: int, choice: Choice, where: str) -> Com
         if any(scores[chosen] <= scores[rejected] for chosen, rejected in found.pairs):
             raise DataError(f"{where}: one of its pairs prefers an answer that does not score higher.")
         found.weights = [scores[chosen] - scores[rejected] for chosen, rejected in found.pairs]
+        for (chosen, rejected), weight in zip(found.pairs, found.weights, strict=True):
+            _check_weight(weight, f"{where}, the difference of scores {chosen} and {rejected}")
     return found
+
+
+def of_pair(row: dict[str, Any], where: str) -> Compared:
+    """The comparison of a row that is a pair, with its weight if it has one.
+
+    Raises:
+        DataError: the weight is none.
+    """
+    weight = row.get("weight")
+    if weight is None:
+        return Compared([(0, 1)], None, None, [])
+    (number,) = _numbers([weight], "weight", 1, where) or ()
+    _check_weight(number, f"{where}, weight")
+    if number == 0:
+        return Compared([], None, None, [NO_WEIGHT])
+    return Compared([(0, 1)], [number], None, [])
 
 
 def pairs_by(scores: Sequence[float], which: str) -> tuple[list[tuple[int, int]], int]:
@@ -124,14 +150,20 @@ def _said(row: dict[str, Any], count: int, choice: Choice, where: str) -> Compar
         if pair[0] == pair[1]:
             raise DataError(f"{what} compares answer {pair[0]} with itself.")
         weight = 1.0 if weights is None else weights[number]
-        if weight < 0:
-            raise DataError(f"{where}, weights[{number}] is {weight:g}; it should be at least 0.")
+        _check_weight(weight, f"{where}, weights[{number}]")
         if weight == 0:
             left_out.append(NO_WEIGHT)
             continue
         pairs.append((pair[0], pair[1]))
         kept.append(weight)
     return Compared(pairs, None if weights is None else kept, None, left_out)
+
+
+def _check_weight(weight: float, what: str) -> None:
+    if weight < 0:
+        raise DataError(f"{what} is {weight:g}; it should be at least 0.")
+    if weight and not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
+        raise DataError(f"{what} is {weight:g}; it should be 0, or from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}.")
 
 
 def _numbers(value: Any, name: str, count: int, where: str, of: str = "completions") -> list[float] | None:
@@ -142,7 +174,11 @@ def _numbers(value: Any, name: str, count: int, where: str, of: str = "completio
         raise DataError(f"{where}, {name}: needed a list of {count} numbers, one for each of {of}, found {found}.")
     numbers = []
     for place, item in enumerate(value):
-        if isinstance(item, bool) or not isinstance(item, (int, float)) or not math.isfinite(item):
+        number = math.nan
+        if isinstance(item, (int, float)) and not isinstance(item, bool):
+            with contextlib.suppress(OverflowError):  # an integer beyond every float
+                number = float(item)
+        if not math.isfinite(number):
             raise DataError(f"{where}, {name}[{place}]: needed a number, found {type_name(item)}.")
-        numbers.append(float(item))
+        numbers.append(number)
     return numbers

@@ -64,7 +64,7 @@ def account_groups(
     describe_groups(kept_rows, summary, batch_size, {_words(reason): n for reason, n in left_out.items()})
     found = found_in_rows(tokenised, stays, summary)
     found["identical_after_truncation"] = kept[_identical_once_cut(kept_rows, max_length, truncation_mode)]
-    found["duplicate"] = kept[_repeated(kept_rows)]
+    found["duplicate"], found["contradicted"] = (kept[places] for places in _repeated(kept_rows))
     for reasons, counts in ((WARN_REASONS, summary.warned), (NOTES, summary.noted)):
         for reason in reasons:
             count_rows(summary, counts, reason, found.get(reason, ()))
@@ -137,20 +137,36 @@ def _identical_once_cut(rows: datasets.Dataset, limit: int | None, mode: str) ->
     return same
 
 
-def _repeated(rows: datasets.Dataset) -> list[int]:
-    """Places of groups that say again what a group before them says."""
+def _repeated(rows: datasets.Dataset) -> tuple[list[int], list[int]]:
+    """Places of groups that say again what one before them says; and of others with a pair that is the opposite of one
+    before them, or of another of their own.
+    """
     seen: set[int] = set()
-    repeated = []
+    said: set[int] = set()
+    repeated, contradicted = [], []
     place = 0
     names = [name for name in ("prompt_ids", "completion_ids", "completion_mask", "pairs") if name in rows.column_names]
     for batch in rows.select_columns(names).iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
             name = hash(_frozen(values))
+            pairs, opposites = _pair_hashes(dict(zip(batch, values, strict=True)))
+            said |= pairs
             if name in seen:
                 repeated.append(place)
+            elif said & opposites:
+                contradicted.append(place)
             seen.add(name)
             place += 1
-    return repeated
+    return repeated, contradicted
+
+
+def _pair_hashes(row: dict[str, Any]) -> tuple[set[int], set[int]]:
+    """Of a group's pairs, and of these the other way round: equal tokens that count alike have equal ones."""
+    prompt = hash(tuple(row["prompt_ids"]))
+    masks = row.get("completion_mask") or [[]] * len(row["completion_ids"])
+    answers = [hash(_frozen(answer)) for answer in zip(row["completion_ids"], masks, strict=True)]
+    pairs = [(answers[chosen], answers[rejected]) for chosen, rejected in row["pairs"]]
+    return {hash((prompt, a, b)) for a, b in pairs}, {hash((prompt, b, a)) for a, b in pairs}
 
 
 def _frozen(value: Any) -> Any:

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastdpo.data.comparisons import NO_WEIGHT, Choice, Compared, compared, ranks_of
+from fastdpo.data.comparisons import NO_WEIGHT, Choice, Compared, compared, of_pair, ranks_of
 from fastdpo.data.encode import Ids
 from fastdpo.data.terms import DataError, type_name
 from fastdpo.data.tokens import RowTokenizer, Tokens
@@ -86,9 +86,7 @@ def tokenize_groups(
 def _read(row: dict[str, Any], choice: Choice, where: str) -> tuple[list[Any], Compared] | str:
     completions = row.get("completions")
     if completions is None:
-        weight = row.get("weight")
-        sides = [row.get("chosen"), row.get("rejected")]
-        return sides, Compared([(0, 1)], None if weight is None else [float(weight)], None, [])
+        return [row.get("chosen"), row.get("rejected")], of_pair(row, where)
     if not isinstance(completions, list):
         raise DataError(f"{where}, completions: needed a list of answers, found {type_name(completions)}.")
     if len(completions) < 2:

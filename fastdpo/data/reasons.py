@@ -69,7 +69,7 @@ WARN_REASONS = {
     "unanswered_turn": "a completion goes on after its last answer",
     "not_decoded": "the tokens do not decode to the text",
     "duplicate": "the same pair as a row before it",
-    "contradicted": "the opposite of a row before it",
+    "contradicted": "the opposite of a row before it, or of a pair of its own",
 }
 WARN_EXPLANATIONS = {
     "identical": "such a pair says nothing about preference",
@@ -102,7 +102,7 @@ WARN_EXPLANATIONS = {
     "unanswered_turn": "what comes after it is left out, for nothing there is scored",
     "not_decoded": "the tokenizer leaves out or changes some of it; look at the row",
     "duplicate": "it counts twice",
-    "contradicted": "one row prefers what the other rejects, and they cancel",
+    "contradicted": "one prefers what the other rejects, and they cancel",
 }
 # What was put right, and what is worth knowing; sound, and no matter for --strict.
 NOTES = {

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from fastdpo.logps.wide import widened
 
+# What a loss may count beside 0: sums of such weights, and of losses times them, are numbers.
+_LEAST_WEIGHT, _MOST_WEIGHT = 1e-37, 1e37
+
 
 class Part(NamedTuple):
     """Some of a batch's losses, where the sums of their sequences alone are at hand.
@@ -184,6 +187,8 @@ def _check_weights(weights: Tensor, count: int, of: str, device: torch.device, *
     for i, weight in enumerate(values):
         if not 0 <= weight < float("inf"):
             raise ValueError(f"weights[{i}] is {weight}; it should be at least 0 and finite")
+        if weight and not _LEAST_WEIGHT <= weight <= _MOST_WEIGHT:
+            raise ValueError(f"weights[{i}] is {weight}; it should be 0, or from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}")
     if not any(values):
         raise ValueError("weights are all 0: there is nothing to take the mean of; at least one should be above 0")
 

@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.collator import PreferenceCollator
+from fastdpo.data.given_tokens import check_tokens
 from fastdpo.data.preparing import prepare
 from fastdpo.data.streaming import columns_of_stream, prepare_stream
 from fastdpo.data.summary import DataSummary
@@ -123,6 +124,7 @@ class DatasetPreparer:
         if is_tokenised(dataset):
             known = None if self.tokenizer is None else tokenizer_in(self.tokenizer)
             check_vocabulary(dataset, self._vocab_size, known)
+            check_tokens(dataset)
             return dataset
         args = self._args
         tokenizer = self._some_tokenizer()

@@ -142,6 +142,21 @@ def test_what_is_left_out_is_counted() -> None:
     assert "a batch's size counts groups" in said and "packed, each answer once" in said
 
 
+def test_groups_that_say_a_thing_again_or_its_opposite() -> None:
+    one = {"prompt": "Say:", "completions": [" one", " two", " three"]}
+    rows = [
+        one | {"pairs": [[0, 1], [0, 2]]},
+        one | {"pairs": [[0, 1], [0, 2]]},
+        one | {"pairs": [[1, 2]]},  # more, and not against it
+        one | {"pairs": [[2, 1]]},
+        one | {"pairs": [[0, 1], [1, 0]], "prompt": "Or say:"},
+        one | {"pairs": [[1, 0]], "prompt": "Or else say:"},
+    ]
+    kept, summary = made(rows)
+    assert len(kept) == 6 and summary.warned == {"duplicate": 1, "contradicted": 2}
+    assert summary.first_rows == {"duplicate": [1], "contradicted": [3, 4]}
+
+
 def test_the_work_of_a_step_by_hand() -> None:
     row = ROW | {"ranks": [1, 2, 3, 4]}
     rows, summary = made([row, row | {"prompt": "Or be silent:"}], batch_size=2)
@@ -258,6 +273,29 @@ def test_pairs_and_groups_in_one_set_are_groups(tmp_path: Path) -> None:
     assert summary.groups.pairs == 7
 
 
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (-1, "weight is -1; it should be at least 0."),
+        (float("nan"), "weight[0]: needed a number, found nan"),
+        ("heavy", "weight[0]: needed a number, found a string"),
+        (1e308, "weight is 1e+308; it should be 0, or from 1e-37 to 1e+37"),
+    ],
+)
+def test_weights_of_pairs_beside_groups(tmp_path: Path, weight: Any, message: str) -> None:
+    groups = str(write_jsonl(tmp_path / "groups.jsonl", [ROW | {"ranks": [1, 2, 3, 4]}]))
+    weights = [3, 0, weight]
+    rows = [row | {"weight": w} for row, w in zip(text_rows(3), weights, strict=True)]
+    if isinstance(weight, str):
+        rows = rows[2:]
+    with pytest.raises(DataError, match=re.escape(message)):
+        prepare(load_preferences([groups, str(write_jsonl(tmp_path / "pairs.jsonl", rows))]), TOKENIZER)
+    if isinstance(weight, str):
+        return
+    kept, summary = prepare(load_preferences([groups, str(write_jsonl(tmp_path / "two.jsonl", rows[:2]))]), TOKENIZER)
+    assert kept["pair_weights"] == [[1.0] * 6, [3.0]] and summary.dropped == {"no_weight": 1}
+
+
 WRONG = [
     (ROW, "answers to a prompt, with none of the columns 'ranks', 'scores' and 'pairs'"),
     (ROW | {"ranks": [1, 2, 3]}, "row 0, ranks: needed a list of 4 numbers, one for each of completions, found 3."),
@@ -274,6 +312,11 @@ WRONG = [
     (ROW | {"pairs": [[0, 1]], "weights": [-1]}, "row 0, weights[0] is -1; it should be at least 0."),
     (ROW | {"pairs": [[0, 1]], "weights": [1, 2]}, "row 0, weights: needed a list of 1 numbers, one for each of pairs"),
     (ROW | {"ranks": [1, 2, 3, 4], "weights": [1]}, "row 0: it has weights, which are those of pairs, but no pairs."),
+    (
+        ROW | {"pairs": [[0, 1]], "weights": [1e308]},
+        "row 0, weights[0] is 1e+308; it should be 0, or from 1e-37 to 1e+37",
+    ),
+    (ROW | {"ranks": [1, 2, 3, 4], "weight": 2.0}, "row 0: it has answers and a 'weight', which is a pair's"),
     ({"prompt": "Say:", "completions": [[1], [2]], "ranks": [1, 2]}, "row 0, chosen: each message must be"),
 ]
 
@@ -282,6 +325,14 @@ WRONG = [
 def test_what_a_row_may_not_say(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
         made([row])
+
+
+def test_numbers_beyond_every_float(tmp_path: Path) -> None:
+    rows = [ROW | {"scores": [1, 2, 3, 10**400]}]
+    with pytest.raises(DataError, match=re.escape("row 0, scores[3]: needed a number")):
+        prepare(load_preferences(str(write_jsonl(tmp_path / "groups.jsonl", rows))), TOKENIZER)
+    with pytest.raises(DataError, match="row 0, the difference of scores 0 and 3 is inf; it should be 0, or from"):
+        made([ROW | {"scores": [1e308, 2.0, 3.0, -1e308]}], pairs="best_worst", weight_by_score=True)
 
 
 def test_what_does_not_go_together() -> None:
@@ -321,6 +372,8 @@ def test_the_weight_of_a_pair() -> None:
         (-1.0, "row 1, weight: it is -1.0; it should be a finite number, at least 0"),
         (float("inf"), "row 1, weight: it is inf"),
         (None, "row 1, weight: it is None"),
+        (1e308, "row 1, weight: it is 1e+308; it should be 0, or from 1e-37 to 1e+37"),
+        (5e-324, "row 1, weight: it is 4.94066e-324; it should be 0"),
     ],
 )
 def test_weights_that_are_none(weight: float | None, message: str) -> None:

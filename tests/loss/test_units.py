@@ -489,6 +489,12 @@ MISUSE = [
     ({"pairs": PAIRS, "weights": torch.tensor([float("nan"), 1.0])}, ValueError, "weights[0] is nan; it should be"),
     ({"pairs": PAIRS, "weights": torch.tensor([float("inf"), 1.0])}, ValueError, "weights[0] is inf; it should be"),
     ({"pairs": PAIRS, "weights": torch.zeros(2)}, ValueError, "weights are all 0"),
+    (
+        {"pairs": PAIRS, "weights": torch.tensor([1, 1e308], dtype=torch.float64)},
+        ValueError,
+        "weights[1] is 1e+308; it should be 0, or from 1e-37 to 1e+37",
+    ),
+    ({"pairs": PAIRS, "weights": torch.tensor([5e-324, 1], dtype=torch.float64)}, ValueError, "weights[0] is 5e-324"),
     ({"pairs": PAIRS, "targets": EMPTY}, ValueError, "every position is ignore_index (-100): sequence 2;"),
     ({"pairs": PAIRS, "cu_seqlens": torch.tensor([0])}, ValueError, "targets has shape (3, 5); with cu_seqlens"),
     ({"pairs": PAIRS, "ref_logps": torch.zeros(4)}, ValueError, "ref_logps has shape (4,); it should be (3,)"),

@@ -1,0 +1,56 @@
+"""Tokenised rows as they are handed over: what they may not say of their answers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from fastdpo.data.given_tokens import check_tokens
+from fastdpo.data.terms import DataError
+
+GROUP = {"prompt_ids": [5, 6], "completion_ids": [[8, 9], [10, 11], [12]], "pairs": [[0, 1], [0, 2]]}
+SAID = {
+    "pair_weights": [1.0, 2.0],
+    "ranks": [0.0, 1.0, 2.0],
+    "completion_mask": [[0, 1], [], [1]],
+    "ref_completion_logps": [-1.0, -2.0, -3.0],
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"pairs": [[0, 3]]}, "pairs: [0, 3] should be two of 3 answers"),
+        ({"pairs": [[0, -1]]}, "pairs: [0, -1] should be two"),
+        ({"pairs": [[1, 1]]}, "pairs: [1, 1] should be two"),
+        ({"pairs": [[0, 1, 2]]}, "pairs: [0, 1, 2] should be two"),
+        ({"pairs": []}, "pairs: there are none."),
+        ({"pair_weights": [1.0]}, "pair_weights: it has 1 entries; it should have 2."),
+        ({"pair_weights": [-1.0, 1.0]}, "pair_weights: -1 should be from 1e-37 to 1e+37."),
+        ({"pair_weights": [1.0, float("nan")]}, "pair_weights: nan should be"),
+        ({"pair_weights": [0.0, 1.0]}, "pair_weights: 0 should be"),
+        ({"ranks": [0.0, 1.0]}, "ranks: it has 2 entries; it should have 3."),
+        ({"ranks": [0.0, 1.0, 1.0]}, "ranks: [0.0, 1.0, 1.0] should differ"),
+        ({"ranks": [0.0, float("nan"), 1.0]}, "ranks: [0.0, nan, 1.0] should be finite"),
+        ({"completion_mask": [[1], [], [1]]}, "completion_mask: it has 1 numbers for an answer of 2 tokens."),
+        ({"ref_completion_logps": [-1.0]}, "ref_completion_logps: it has 1 entries; it should have 3."),
+    ],
+)
+def test_groups(row: dict[str, Any], message: str) -> None:
+    good = GROUP | SAID
+    check_tokens(Dataset.from_list([GROUP]))
+    check_tokens(Dataset.from_list([good, good | {"pair_weights": [], "ranks": [], "completion_mask": []}]))
+    with pytest.raises(DataError, match=re.escape(f"row 1, {message}")):
+        check_tokens(Dataset.from_list([good, good | row]))
+
+
+def test_pairs() -> None:
+    pair = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]}
+    check_tokens(Dataset.from_list([pair]))
+    check_tokens(Dataset.from_list([pair | {"weight": 0.5}]))
+    for weight, message in ((-1.0, "row 0, weight: it is -1.0"), (0.0, "weight 0"), (float("nan"), "it is nan")):
+        with pytest.raises(DataError, match=message):
+            check_tokens(Dataset.from_list([pair | {"weight": weight}]))
