@@ -334,3 +334,22 @@ def test_empty_columns_are_no_images(llava: Any) -> None:
     assert may_have_images(Dataset.from_list([*rows, row(images=["a.png"])]))
     parts = [user([{"type": "image"}])]  # type: ignore[arg-type]
     assert may_have_images(Dataset.from_list([row(prompt=parts)]))
+
+
+@pytest.mark.parametrize("kept_as", ["json", "structs"])
+def test_images_of_late_rows_are_known(tmp_path: Path, llava: Any, kept_as: str) -> None:
+    """However many rows come before the first one with an image, a file that changed is read anew."""
+    texts = [row(prompt=[user([{"type": "text", "text": f"Why {i}?"}])]) for i in range(130)]  # type: ignore[arg-type]
+    parts = [{"type": "image", "path": str(tmp_path / "a.png")}, {"type": "text", "text": "What is it?"}]
+    rows = [*texts, row(prompt=[user(parts)])]  # type: ignore[arg-type]
+    digests = []
+    for seed in (0, 1):
+        (tmp_path / "a.png").write_bytes(png(make_image(seed, (16, 16 + seed))))
+        if kept_as == "json":
+            dataset = load_preferences(str(write_jsonl(tmp_path / "p.jsonl", rows)))
+        else:
+            dataset = dataset_of(rows)
+        assert may_have_images(dataset)
+        assert not may_have_images(dataset.select(range(130)))
+        digests.append(prepare(dataset, llava)[0][DIGEST_COLUMN][-1])
+    assert digests[0] != digests[1]
