@@ -166,15 +166,17 @@ def _with_resolved_parts(message: Any, folder: Path) -> Any:
 
 
 def _resolved_part(part: dict[str, Any], folder: Path) -> dict[str, Any]:
-    return {key: _resolved(value, folder) if key in ("image", "url", "path") else value for key, value in part.items()}
+    named = ("image", "image_url", "url", "path")
+    return {key: _resolved(value, folder) if key in named else value for key, value in part.items()}
 
 
 def _resolved(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [_resolved(item, folder) for item in value]
     if isinstance(value, dict):
-        given = value.get("bytes") is None and "path" in value
-        return {**value, "path": _resolved(value["path"], folder)} if given else value
+        named = () if value.get("bytes") is not None else ("path", "url")
+        return {key: _resolved(inner, folder) if key in named else inner for key, inner in value.items()}
     if not isinstance(value, str) or not value or value.startswith((INLINE, *REMOTE)):
         return value
-    return str(folder / Path(value.removeprefix("file://")).expanduser())
+    # Unlike Path.expanduser, os.path's leaves the name of a home that there is not as it is.
+    return str(folder / os.path.expanduser(value.removeprefix("file://")))

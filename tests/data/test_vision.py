@@ -239,11 +239,12 @@ def test_images_that_cannot_be_read_are_dropped_with_a_word(
     (tmp_path / "text.png").write_text("no image")
     names = ("good.png", "torn.png", "text.png", "lost.png")
     rows = [row(images=[str(tmp_path / name)]) for name in names]
+    rows.insert(3, row(images=["data:image/png;base64,\u00e9"]))
     found, summary = prepare(Dataset.from_list(rows), llava, max_length=None)
     assert len(found) == 1
-    assert summary.dropped == {"image_unreadable": 3}
+    assert summary.dropped == {"image_unreadable": 4}
     assert summary.first_rows["image_unreadable"] == [1, 2, 3]
-    assert "row 3: an image cannot be read" in caplog.text and "lost.png" in caplog.text
+    assert "row 4: an image cannot be read" in caplog.text and "lost.png" in caplog.text
 
 
 def test_an_image_in_an_answer_is_dropped(llava: Any) -> None:
@@ -353,3 +354,44 @@ def test_images_of_late_rows_are_known(tmp_path: Path, llava: Any, kept_as: str)
         assert not may_have_images(dataset.select(range(130)))
         digests.append(prepare(dataset, llava)[0][DIGEST_COLUMN][-1])
     assert digests[0] != digests[1]
+
+
+def test_paths_of_every_spelling_are_beside_the_file(tmp_path: Path, llava: Any) -> None:
+    """``image_url`` too, as a string or an object; and a name that begins like a home that nobody has."""
+    (tmp_path / "~a.png").write_bytes(png(make_image(0)))
+    which: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": "~a.png"}},
+        {"type": "image_url", "image_url": "~a.png"},
+        {"type": "input_image", "image_url": "~a.png"},
+        {"type": "image", "image": {"url": "~a.png"}},
+        {"type": "image", "image": {"path": "~a.png"}},
+    ]
+    rows = [row(prompt=[user([part, {"type": "text", "text": "What?"}])]) for part in which]  # type: ignore[arg-type]
+    path = write_jsonl(tmp_path / "p.jsonl", [row(images=["~a.png"]), *rows])
+    found, summary = prepare(load_preferences(str(path)), llava)
+    assert (len(found), summary.dropped) == (6, {})
+    assert len(set(found[DIGEST_COLUMN])) == 1
+
+
+def test_marks_have_a_place_in_parts_of_text_too() -> None:
+    """As often as there are images: there the images stand; otherwise it is not known where."""
+    qwen = make_processor("qwen2_5_vl")  # to which the mark is text
+    texts = ["A <image> and", "<image>?"]
+    in_parts = [user([{"type": "text", "text": text} for text in texts])]  # type: ignore[arg-type]
+    images = [make_image(0), make_image(1)]
+    expected = prepared([row(images=images, prompt=[user("".join(texts))])], qwen)[0]
+    found, summary = prepare(
+        dataset_of([row(images=images, prompt=in_parts), row(images=images[:1], prompt=in_parts)]),
+        qwen,
+        max_length=None,
+    )
+    assert found[TEXT_COLUMN] == [expected[TEXT_COLUMN]] and "<image>" not in expected[TEXT_COLUMN]
+    assert expected[TEXT_COLUMN].count("<|image_pad|>") == 2
+    assert summary.dropped == {"images_do_not_fit": 1}
+
+
+def test_a_text_with_the_token_of_an_expanded_image_is_dropped() -> None:
+    gemma = make_processor("gemma3")  # whose images begin as another token
+    written = [user("What is <image_soft_token>?")]
+    for images in ([], [make_image(0)]):
+        assert dropped([row(images=images, prompt=written)], gemma) == {"images_do_not_fit": 1}
