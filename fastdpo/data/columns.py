@@ -115,6 +115,12 @@ def may_have_images(dataset: datasets.Dataset | datasets.IterableDataset) -> boo
     return any(column_images(row, "a row") or any(map(has_images, row.values())) for row in first)
 
 
+def any_may_have_images(*given: datasets.Dataset | datasets.IterableDataset | dict[str, Any] | None) -> bool:
+    """Whether any of these datasets has, also in a dict; see :func:`may_have_images`."""
+    found = [dataset for one in given for dataset in (one.values() if isinstance(one, dict) else (one,))]
+    return any(may_have_images(dataset) for dataset in found if dataset is not None)
+
+
 def holds_something(dataset: datasets.Dataset, name: str) -> bool:
     """Whether any row of a column has a value, a list with an item, or a text."""
     feature, column = dataset.features[name], dataset.data.column(name)
