@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from tiny_vision import VISION_FAMILIES, make_image, make_processor, vision_rows
+from tokenizers.processors import TemplateProcessing
 from toy_data import assistant, text_rows, user, write_jsonl
 
 from fastdpo.data import load_preferences, prepare
@@ -395,3 +396,27 @@ def test_a_text_with_the_token_of_an_expanded_image_is_dropped() -> None:
     written = [user("What is <image_soft_token>?")]
     for images in ([], [make_image(0)]):
         assert dropped([row(images=images, prompt=written)], gemma) == {"images_do_not_fit": 1}
+
+
+def test_images_are_upright(llava: Any) -> None:
+    image, exif = make_image(2, (16, 32)), Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", exif=exif)
+    found = prepared([row(images=[{"bytes": buffer.getvalue(), "path": None}])], llava)[0]
+    upright = prepared([row(images=[image.transpose(Image.Transpose.ROTATE_270)])], llava)[0]
+    one, other = (VisionCollator(llava, pad_token_id=0)([rows])["vision"]["pixel_values"] for rows in (found, upright))
+    assert torch.equal(one, other)
+
+
+def test_the_tokenizers_first_token_stays_in_front_of_images() -> None:
+    gemma = make_processor("gemma3")
+    first = [("<s>", gemma.tokenizer.bos_token_id)]
+    gemma.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=first)
+    given = row(images=[make_image(0)], prompt="<start_of_image>Which?", chosen=" A cat.", rejected=" A dog.")
+    found = prepared([given], gemma)[0]
+    own = gemma(text=[given["prompt"]], images=[given["images"]], add_special_tokens=False)["input_ids"][0]
+    assert found["prompt_ids"] == [gemma.tokenizer.bos_token_id, *own]
+    batch = VisionCollator(gemma, pad_token_id=0)([found])
+    ids = torch.tensor(gemma.image_token_ids)
+    assert torch.equal(batch["vision"]["token_type_ids"] == 1, torch.isin(batch["input_ids"], ids))
