@@ -12,7 +12,7 @@ from peft import LoraConfig
 from fastdpo.commands.flags import ModelArguments, ScriptArguments
 from fastdpo.commands.pairs import check_sources as check_pairs
 from fastdpo.commands.pairs import load_pairs
-from fastdpo.data.columns import may_have_images
+from fastdpo.data.columns import any_may_have_images
 from fastdpo.errors import UsageError, bad_input
 from fastdpo.model.quantization import make_quantization_config
 from fastdpo.model.vision import load_processing_class
@@ -65,7 +65,7 @@ def make_trainer(script_args: ScriptArguments, model_args: ModelArguments, train
     with bad_input(f"--model_name_or_path {model}"):
         tokenizer = load_processing_class(
             model,
-            images=may_have_images(train_dataset),
+            images=any_may_have_images(train_dataset, eval_dataset),
             trust_remote_code=training_args.trust_remote_code,
             **hub_options_of(training_args),
         )

@@ -12,12 +12,11 @@ import pyarrow.compute as pc
 from fastdpo.data.comparisons import LEAST_WEIGHT, MOST_WEIGHT, Choice
 from fastdpo.data.formats.names import PROMPT_NAMES, missing_columns_message
 from fastdpo.data.image_parts import has_images
-from fastdpo.data.images import IMAGE_COLUMNS, column_images
+from fastdpo.data.images import IMAGE_COLUMNS, column_images, has_image_parts
 from fastdpo.data.reading.exact import Exact
 from fastdpo.data.terms import WEIGHT_COLUMN, DataError
 
 _DECODED = (datasets.Image, datasets.Audio, datasets.Video)
-_LOOKED_AT = 100  # rows
 _MEDIA = (*IMAGE_COLUMNS, "video", "videos", "audio", "audios")
 
 
@@ -112,15 +111,20 @@ def with_weights(dataset: datasets.Dataset) -> datasets.Dataset:
 
 
 def may_have_images(dataset: datasets.Dataset | datasets.IterableDataset) -> bool:
-    """Whether rows have images: by their columns, and by the messages of the first rows; of a stream, by the first."""
+    """Whether any row has images, in its columns or in its messages; of a stream, whether the first one has."""
     if isinstance(dataset, datasets.Dataset):
-        if any(name in dataset.column_names and holds_something(dataset, name) for name in IMAGE_COLUMNS):
-            return True
-        others = [name for name in dataset.column_names if name not in IMAGE_COLUMNS]
-        first = dataset.select_columns(others).select(range(min(len(dataset), _LOOKED_AT)))
-    else:
-        first = list(dataset.take(1))  # more would fill its shuffling buffer
+        return any(
+            holds_something(dataset, name) if name in IMAGE_COLUMNS else has_image_parts(dataset, name)
+            for name in dataset.column_names
+        )
+    first = list(dataset.take(1))  # more would fill its shuffling buffer
     return any(column_images(row, "a row") or any(map(has_images, row.values())) for row in first)
+
+
+def any_may_have_images(*given: datasets.Dataset | datasets.IterableDataset | dict[str, Any] | None) -> bool:
+    """Whether any of these datasets has, also in a dict; see :func:`may_have_images`."""
+    found = [dataset for one in given for dataset in (one.values() if isinstance(one, dict) else (one,))]
+    return any(may_have_images(dataset) for dataset in found if dataset is not None)
 
 
 def holds_something(dataset: datasets.Dataset, name: str) -> bool:

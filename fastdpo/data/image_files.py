@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import io
 from collections.abc import Iterable
@@ -47,7 +46,7 @@ def read_image(value: Any, where: str) -> bytes:
     if value.startswith(INLINE):
         try:
             return base64.b64decode(value.partition(",")[2], validate=True)
-        except binascii.Error as error:
+        except ValueError as error:  # binascii.Error, or letters beyond ASCII
             raise UnreadableImageError(f"a data: URL is no base64 ({error})") from error
     try:
         return Path(value).read_bytes()

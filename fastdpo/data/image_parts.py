@@ -59,28 +59,42 @@ def count_parts(messages: list[dict[str, Any]]) -> int:
 def with_parts(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """Messages in which no image stands, with ``count`` of them.
 
-    Where the user's texts have ``<image>`` as often, as LLaMA-Factory and others write it, there; else at the beginning
-    of the user's first message, as TRL's ``prepare_multimodal_messages`` has them. Unchanged where no message is the
-    user's.
+    Where the user's texts have ``<image>`` as often, as LLaMA-Factory and others write it, there; where they have
+    none, at the beginning of the user's first message, as TRL's ``prepare_multimodal_messages`` has them. Unchanged
+    where they have another number, or no message is the user's.
     """
-    asked = [m["content"] for m in messages if m.get("role") == "user" and isinstance(m.get("content"), str)]
-    if sum(text.count(_MARK) for text in asked) == count:
-        return [_split_at_marks(message) if message.get("role") == "user" else message for message in messages]
-    for i, message in enumerate(messages):
-        if message.get("role") == "user":
-            content = message.get("content") or []
-            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            first = {**message, "content": [IMAGE_PART] * count + parts}
-            return [*messages[:i], first, *messages[i + 1 :]]
-    return messages
+    asked = [i for i, message in enumerate(messages) if message.get("role") == "user"]
+    parts = {i: _parts_of(messages[i]) for i in asked}
+    marks = sum(_text_of(part).count(_MARK) for i in asked for part in parts[i])
+    if marks == count:
+        return [
+            {**message, "content": [piece for part in parts[i] for piece in _split_at_marks(part)]}
+            if any(_MARK in _text_of(part) for part in parts.get(i, ()))
+            else message
+            for i, message in enumerate(messages)
+        ]
+    if marks or not asked:
+        return messages
+    i = asked[0]
+    return [*messages[:i], {**messages[i], "content": [IMAGE_PART] * count + parts[i]}, *messages[i + 1 :]]
 
 
-def _split_at_marks(message: dict[str, Any]) -> dict[str, Any]:
-    content = message.get("content")
-    if not isinstance(content, str) or _MARK not in content:
-        return message
-    parts: list[dict[str, Any]] = []
-    for number, text in enumerate(content.split(_MARK)):
-        parts += [IMAGE_PART] if number else []
-        parts += [{"type": "text", "text": text}] if text else []
-    return {**message, "content": parts}
+def _parts_of(message: dict[str, Any]) -> list[Any]:
+    content = message.get("content") or []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _text_of(part: Any) -> str:
+    text = part.get("text") if isinstance(part, dict) else part
+    return text if isinstance(text, str) else ""
+
+
+def _split_at_marks(part: Any) -> list[Any]:
+    """The part, or what stands around the marks of its text, with images between."""
+    if _MARK not in _text_of(part):
+        return [part]
+    pieces: list[Any] = []
+    for number, text in enumerate(_text_of(part).split(_MARK)):
+        pieces += [IMAGE_PART] if number else []
+        pieces += [{**part, "text": text} if isinstance(part, dict) else text] if text else []
+    return pieces

@@ -7,12 +7,15 @@ path, bytes, ``{"bytes": ..., "path": ...}`` as ``datasets.Image`` keeps it, a `
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from fastdpo.data.image_files import INLINE, REMOTE
@@ -22,7 +25,6 @@ from fastdpo.data.terms import DataError, type_name
 IMAGE_COLUMNS = ("images", "image")
 # How a column keeps images that were read from files, whatever these had.
 IMAGES_FEATURE = datasets.List({"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
-_LOOKED_AT = 100  # rows
 
 
 def column_images(row: dict[str, Any], where: str) -> list[Any]:
@@ -100,13 +102,27 @@ def _as_struct(item: Any) -> dict[str, Any]:
     return {"bytes": item, "path": None} if isinstance(item, bytes) else {"bytes": None, "path": item}
 
 
+def has_image_parts(dataset: datasets.Dataset, name: str) -> bool:
+    """Whether an image stands in the messages of any row's column."""
+    feature, column = dataset.features[name], dataset.select_columns([name])
+    if getattr(feature, "pa_type", None) == pa.string() and not isinstance(feature, datasets.Value):  # text of JSON
+        # Parsed is only what may be one: most sets have none.
+        texts = (table.column(name) for table in column.with_format("arrow").iter(batch_size=1000))
+        found = (text for batch in texts for text in batch.filter(pc.match_substring(batch, "image")).to_pylist())
+        return any(has_images(json.loads(text)) for text in found)
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    is_list = isinstance(inner, dict) and not isinstance(inner.get("content"), (datasets.Value, type(None)))
+    if not is_list and "Json" not in (type(feature).__name__, type(inner).__name__):
+        return False
+    return any(has_images(value) for batch in column.iter(batch_size=1000) for value in batch[name])
+
+
 def state_of_files(dataset: datasets.Dataset) -> str:
     """What tells whether the files that rows name have changed: these files' sizes and times, as hex digits."""
     digest = hashlib.blake2b(digest_size=16)
     names = [name for name in IMAGE_COLUMNS if name in dataset.column_names]
     sides = [name for name in ("prompt", "chosen", "rejected") if name in dataset.column_names]
-    first = dataset.select_columns(sides).select(range(min(len(dataset), _LOOKED_AT)))
-    if any(map(has_images, (value for row in first for value in row.values()))):
+    if any(has_image_parts(dataset, name) for name in sides):
         names += sides
     for batch in dataset.select_columns(names).iter(batch_size=1000) if names else ():
         for path in _paths(list(batch.values())):
@@ -150,15 +166,17 @@ def _with_resolved_parts(message: Any, folder: Path) -> Any:
 
 
 def _resolved_part(part: dict[str, Any], folder: Path) -> dict[str, Any]:
-    return {key: _resolved(value, folder) if key in ("image", "url", "path") else value for key, value in part.items()}
+    named = ("image", "image_url", "url", "path")
+    return {key: _resolved(value, folder) if key in named else value for key, value in part.items()}
 
 
 def _resolved(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [_resolved(item, folder) for item in value]
     if isinstance(value, dict):
-        given = value.get("bytes") is None and "path" in value
-        return {**value, "path": _resolved(value["path"], folder)} if given else value
+        named = () if value.get("bytes") is not None else ("path", "url")
+        return {key: _resolved(inner, folder) if key in named else inner for key, inner in value.items()}
     if not isinstance(value, str) or not value or value.startswith((INLINE, *REMOTE)):
         return value
-    return str(folder / Path(value.removeprefix("file://")).expanduser())
+    # Unlike Path.expanduser, os.path's leaves the name of a home that there is not as it is.
+    return str(folder / os.path.expanduser(value.removeprefix("file://")))

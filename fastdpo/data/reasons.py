@@ -30,8 +30,8 @@ DROP_REMEDIES = {
     "no_prompt": "give the prompt in a column of its own, or begin chosen and rejected with the same messages",
     "no_answer": "name the roles as chat templates know them: system, user, assistant, tool",
     "not_text": "only text can be trained on, and images in prompts where the model takes them; remove these rows",
-    "images_do_not_fit": "name as many images as the prompt has parts of the type image, or none of these parts; and "
-    "see that the chat template writes one for each, and that no text holds the token that stands for an image",
+    "images_do_not_fit": "name as many images as the prompt has parts of the type image, or marks <image>, or none of "
+    "these; and see that the chat template writes one for each, and that no text holds the token that stands for one",
     "image_unreadable": "see that the files are there, beside the data file or at the path given, and are images",
     "answer_left_out": "what would be scored is not what the row says; use a chat template that renders it "
     "(--chat_template_path)",

@@ -72,6 +72,8 @@ class VisionRowTokenizer(RowTokenizer):
         self._processor = processor
         self._image_token: str | None = getattr(processor, "image_token", None)
         self._image_ids = image_token_ids(processor)
+        # What a prompt may not have yet: some processors put another token where they find the image's.
+        self._expanded_ids = self._image_ids - {self._tokenizer.convert_tokens_to_ids(self._image_token or "")}
 
     def new_tokens(self) -> VisionTokens:
         return VisionTokens()
@@ -123,7 +125,8 @@ class VisionRowTokenizer(RowTokenizer):
         count = len(tokens.pictures)
         places = tokens.text.count(self._image_token) if self._image_token is not None else count
         # Where a text holds the token itself, the model would look for an image there.
-        if places != count or not self._image_ids.isdisjoint((*tokens.chosen, *tokens.rejected)):
+        is_free = self._image_ids.isdisjoint((*tokens.chosen, *tokens.rejected))
+        if places != count or not is_free or not self._expanded_ids.isdisjoint(tokens.prompt):
             tokens.drop = "images_do_not_fit"
             return
         if not count:

@@ -90,9 +90,11 @@ def _with_another_token(batch: dict[str, Any], columns: Tensor, others: Tensor) 
 
 
 def _with_other_pixels(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with its images turned to their negatives."""
+    """The batch with other images: their negatives, and no pixel that is its own."""
     turned = {
-        name: -value if isinstance(value, Tensor) and value.is_floating_point() else value
+        name: torch.where(value == 0, torch.ones_like(value), -value)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
         for name, value in batch["vision"].items()
     }
     return {**batch, "vision": turned}

@@ -20,7 +20,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from fastdpo.data.collator import PreferenceCollator
-from fastdpo.data.columns import may_have_images
+from fastdpo.data.columns import any_may_have_images
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.terms import has_references
 from fastdpo.model.auto_class import has_vision
@@ -138,7 +138,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         set_seed(args.seed)  # a new adapter is random
         later = _weights_come_later(args)
         has_reference_columns = has_references(columns_of(train_dataset))
-        images = may_have_images(train_dataset)
+        images = any_may_have_images(train_dataset, eval_dataset)
         asks_reference = args.loss_options.takes_reference and not has_reference_columns
         policy, ref_model = make_models(
             model,

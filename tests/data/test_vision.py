@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from tiny_vision import VISION_FAMILIES, make_image, make_processor, vision_rows
+from tokenizers.processors import TemplateProcessing
 from toy_data import assistant, text_rows, user, write_jsonl
 
 from fastdpo.data import load_preferences, prepare
@@ -239,11 +240,12 @@ def test_images_that_cannot_be_read_are_dropped_with_a_word(
     (tmp_path / "text.png").write_text("no image")
     names = ("good.png", "torn.png", "text.png", "lost.png")
     rows = [row(images=[str(tmp_path / name)]) for name in names]
+    rows.insert(3, row(images=["data:image/png;base64,\u00e9"]))
     found, summary = prepare(Dataset.from_list(rows), llava, max_length=None)
     assert len(found) == 1
-    assert summary.dropped == {"image_unreadable": 3}
+    assert summary.dropped == {"image_unreadable": 4}
     assert summary.first_rows["image_unreadable"] == [1, 2, 3]
-    assert "row 3: an image cannot be read" in caplog.text and "lost.png" in caplog.text
+    assert "row 4: an image cannot be read" in caplog.text and "lost.png" in caplog.text
 
 
 def test_an_image_in_an_answer_is_dropped(llava: Any) -> None:
@@ -334,3 +336,87 @@ def test_empty_columns_are_no_images(llava: Any) -> None:
     assert may_have_images(Dataset.from_list([*rows, row(images=["a.png"])]))
     parts = [user([{"type": "image"}])]  # type: ignore[arg-type]
     assert may_have_images(Dataset.from_list([row(prompt=parts)]))
+
+
+@pytest.mark.parametrize("kept_as", ["json", "structs"])
+def test_images_of_late_rows_are_known(tmp_path: Path, llava: Any, kept_as: str) -> None:
+    """However many rows come before the first one with an image, a file that changed is read anew."""
+    texts = [row(prompt=[user([{"type": "text", "text": f"Why {i}?"}])]) for i in range(130)]  # type: ignore[arg-type]
+    parts = [{"type": "image", "path": str(tmp_path / "a.png")}, {"type": "text", "text": "What is it?"}]
+    rows = [*texts, row(prompt=[user(parts)])]  # type: ignore[arg-type]
+    digests = []
+    for seed in (0, 1):
+        (tmp_path / "a.png").write_bytes(png(make_image(seed, (16, 16 + seed))))
+        if kept_as == "json":
+            dataset = load_preferences(str(write_jsonl(tmp_path / "p.jsonl", rows)))
+        else:
+            dataset = dataset_of(rows)
+        assert may_have_images(dataset)
+        assert not may_have_images(dataset.select(range(130)))
+        digests.append(prepare(dataset, llava)[0][DIGEST_COLUMN][-1])
+    assert digests[0] != digests[1]
+
+
+def test_paths_of_every_spelling_are_beside_the_file(tmp_path: Path, llava: Any) -> None:
+    """``image_url`` too, as a string or an object; and a name that begins like a home that nobody has."""
+    (tmp_path / "~a.png").write_bytes(png(make_image(0)))
+    which: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": "~a.png"}},
+        {"type": "image_url", "image_url": "~a.png"},
+        {"type": "input_image", "image_url": "~a.png"},
+        {"type": "image", "image": {"url": "~a.png"}},
+        {"type": "image", "image": {"path": "~a.png"}},
+    ]
+    rows = [row(prompt=[user([part, {"type": "text", "text": "What?"}])]) for part in which]  # type: ignore[arg-type]
+    path = write_jsonl(tmp_path / "p.jsonl", [row(images=["~a.png"]), *rows])
+    found, summary = prepare(load_preferences(str(path)), llava)
+    assert (len(found), summary.dropped) == (6, {})
+    assert len(set(found[DIGEST_COLUMN])) == 1
+
+
+def test_marks_have_a_place_in_parts_of_text_too() -> None:
+    """As often as there are images: there the images stand; otherwise it is not known where."""
+    qwen = make_processor("qwen2_5_vl")  # to which the mark is text
+    texts = ["A <image> and", "<image>?"]
+    in_parts = [user([{"type": "text", "text": text} for text in texts])]  # type: ignore[arg-type]
+    images = [make_image(0), make_image(1)]
+    expected = prepared([row(images=images, prompt=[user("".join(texts))])], qwen)[0]
+    found, summary = prepare(
+        dataset_of([row(images=images, prompt=in_parts), row(images=images[:1], prompt=in_parts)]),
+        qwen,
+        max_length=None,
+    )
+    assert found[TEXT_COLUMN] == [expected[TEXT_COLUMN]] and "<image>" not in expected[TEXT_COLUMN]
+    assert expected[TEXT_COLUMN].count("<|image_pad|>") == 2
+    assert summary.dropped == {"images_do_not_fit": 1}
+
+
+def test_a_text_with_the_token_of_an_expanded_image_is_dropped() -> None:
+    gemma = make_processor("gemma3")  # whose images begin as another token
+    written = [user("What is <image_soft_token>?")]
+    for images in ([], [make_image(0)]):
+        assert dropped([row(images=images, prompt=written)], gemma) == {"images_do_not_fit": 1}
+
+
+def test_images_are_upright(llava: Any) -> None:
+    image, exif = make_image(2, (16, 32)), Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", exif=exif)
+    found = prepared([row(images=[{"bytes": buffer.getvalue(), "path": None}])], llava)[0]
+    upright = prepared([row(images=[image.transpose(Image.Transpose.ROTATE_270)])], llava)[0]
+    one, other = (VisionCollator(llava, pad_token_id=0)([rows])["vision"]["pixel_values"] for rows in (found, upright))
+    assert torch.equal(one, other)
+
+
+def test_the_tokenizers_first_token_stays_in_front_of_images() -> None:
+    gemma = make_processor("gemma3")
+    first = [("<s>", gemma.tokenizer.bos_token_id)]
+    gemma.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=first)
+    given = row(images=[make_image(0)], prompt="<start_of_image>Which?", chosen=" A cat.", rejected=" A dog.")
+    found = prepared([given], gemma)[0]
+    own = gemma(text=[given["prompt"]], images=[given["images"]], add_special_tokens=False)["input_ids"][0]
+    assert found["prompt_ids"] == [gemma.tokenizer.bos_token_id, *own]
+    batch = VisionCollator(gemma, pad_token_id=0)([found])
+    ids = torch.tensor(gemma.image_token_ids)
+    assert torch.equal(batch["vision"]["token_type_ids"] == 1, torch.isin(batch["input_ids"], ids))

@@ -155,3 +155,11 @@ def test_a_model_that_does_not_look_is_refused() -> None:
     batch = VisionCollator(processor, pad_token_id=0)([rows[0]])
     with pytest.raises(NotImplementedError, match=r"Blind .* does not look at images"):
         check_images(scorer_of(model), batch, CPU, torch.float32)
+
+
+def test_a_black_image_is_looked_at() -> None:
+    """Where pixels are not normalised, its negative is the same image."""
+    processor, rows = prepared("llava")
+    batch = VisionCollator(processor, pad_token_id=0)([rows[0]])
+    batch["vision"]["pixel_values"].zero_()
+    check_images(scorer_of(make_vision_model("llava")), batch, CPU, torch.float32)

@@ -17,6 +17,7 @@ from transformers import LlavaForConditionalGeneration
 from fastdpo.data.files import DataError
 from fastdpo.ref_cache import RefCacheError
 from fastdpo.trainer import DPOTrainer
+from fastdpo.trainer import trainer as trainer_module
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 
@@ -161,6 +162,25 @@ def test_images_are_evaluated_on_too(tmp_path: Path, model: Any, processor: Any)
     first = trainer_of(tmp_path / "a", model, processor, rows=text, eval_dataset=Dataset.from_list(rows))
     second = trainer_of(tmp_path / "b", model, processor, rows=rows, eval_dataset=Dataset.from_list(rows))
     assert first.evaluate()["eval_logps/chosen"] == pytest.approx(second.evaluate()["eval_logps/chosen"], rel=1e-6)
+
+
+def test_a_model_is_loaded_for_the_images_of_an_evaluation(
+    tmp_path: Path, model: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some models have a class for text alone, too."""
+    loaded_for = []
+
+    def spy(*args: Any, images: bool, **kwargs: Any) -> Any:
+        loaded_for.append(images)
+        return make_models(*args, images=images, **kwargs)
+
+    make_models = trainer_module.make_models
+    monkeypatch.setattr(trainer_module, "make_models", spy)
+    rows = vision_rows(4)
+    text = [{**row, "images": []} for row in rows]
+    for evaluated in (None, Dataset.from_list(rows), {"a": Dataset.from_list(text), "b": Dataset.from_list(rows)}):
+        trainer_of(tmp_path, model, processor, rows=text, eval_dataset=evaluated)
+    assert loaded_for == [False, True, True]
 
 
 def test_text_alone_is_packed(tmp_path: Path, model: Any, processor: Any) -> None:
