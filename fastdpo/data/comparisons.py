@@ -99,7 +99,7 @@ def of_pair(row: dict[str, Any], where: str) -> Compared:
     weight = row.get("weight")
     if weight is None:
         return Compared([(0, 1)], None, None, [])
-    (number,) = _numbers([weight], "weight", 1, where) or ()
+    number = (_numbers([weight], "weight", 1, where) or [0.0])[0]
     _check_weight(number, f"{where}, weight")
     if number == 0:
         return Compared([], None, None, [NO_WEIGHT])
