@@ -16,9 +16,10 @@ from fastdpo.errors import InputError
 
 # What a write fails with for want of room, or of a sound disk; anything else is a fault of another kind.
 _ERRNOS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS))
-# safetensors and tokenizers tell the number in words; torch's writer of archives tells nothing but that it failed.
+# safetensors and tokenizers tell the number in words; torch's writer of archives tells nothing but that it failed, and
+# where that is in its last bytes, C++'s streams do.
 _OS_ERROR = re.compile(r"os error (\d+)")
-_TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|file write failed|iostream|ios_base")
 
 
 class NotWrittenError(InputError):

@@ -64,6 +64,19 @@ def test_a_failed_write_is_known_whoever_wrote(writer: str, small_files: None, t
     assert why_not_written(caught.value)
 
 
+def test_a_failed_write_of_torch_is_known_at_any_byte(small_files: None, tmp_path: Path) -> None:
+    """Near the limit, what fails is the last bytes, which wait in a buffer until the file is closed."""
+    written = []
+    for size in range(48_000, 50_100, 50):
+        try:
+            torch.save(torch.zeros(size, dtype=torch.uint8), tmp_path / "a.pt")
+        except RuntimeError as error:
+            assert why_not_written(error), (size, error)
+        else:
+            written.append(size)
+    assert 5 < len(written) < 37  # of 42
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS])
 def test_the_cause_is_found_under_other_errors(number: int) -> None:
     try:
