@@ -19,7 +19,7 @@ import pytest
 import torch
 from campaign import DAMAGES, Arena, Fault, Outcome, damage
 from safetensors.torch import load_file
-from toy_data import text_rows, write_jsonl
+from toy_data import group_rows, text_rows, write_jsonl
 
 from fastdpo.ref_cache.files import COMPLETIONS, LOGPS, MANIFEST
 from fastdpo.trainer.checkpoints import find_checkpoints, find_torn
@@ -77,9 +77,28 @@ def words(model: Path, pairs: Path) -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="module")
+def words_of_groups(
+    words: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[str]]:
+    """Of a run on rows of several answers: the flag that comes last counts."""
+    groups = write_jsonl(tmp_path_factory.mktemp("data") / "groups.jsonl", group_rows(8))
+    return lambda folder, *more: words(folder, "--dataset_name", str(groups), "--weight_by_score", *more)
+
+
+@pytest.fixture(scope="module")
 def unbroken(arena: Arena, words: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_unbroken(arena, words, tmp_path_factory.mktemp("unbroken"))
+
+
+@pytest.fixture(scope="module")
+def unbroken_of_groups(
+    arena: Arena, words_of_groups: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return run_unbroken(arena, words_of_groups, tmp_path_factory.mktemp("unbroken_of_groups"))
+
+
+def run_unbroken(arena: Arena, words: Callable[..., list[str]], folder: Path) -> Path:
     """A run from start to end, with its writes in ``writes.txt``, and its seconds in ``seconds.txt``."""
-    folder = tmp_path_factory.mktemp("unbroken")
     began = time.perf_counter()
     outcome = arena.run(words(folder), folder, Fault("count"))
     assert outcome.code == 0, outcome.said
@@ -164,19 +183,18 @@ def random_fault(chance: random.Random, written: Counter[str], seconds: float, f
     return kind, Fault("kill", chance.randint(1, max(1, most)), WRITTEN[kind])
 
 
+@pytest.mark.parametrize("of", ["", "_of_groups"], ids=["pairs", "groups"])
 def test_killed_runs_end_as_the_unbroken_one(
-    arena: Arena,
-    unbroken: Path,
-    words: Callable[..., list[str]],
-    seed: int,
-    tmp_path: Path,
-    pytestconfig: pytest.Config,
+    of: str, arena: Arena, seed: int, tmp_path: Path, pytestconfig: pytest.Config, request: pytest.FixtureRequest
 ) -> None:
+    """On rows of pairs, and of several answers: half of the kills each."""
+    words, unbroken = (request.getfixturevalue(name + of) for name in ("words", "unbroken"))
+    least = pytestconfig.getoption("--campaign-kills") // 2
     chance, written = random.Random(seed), writes_of(unbroken)
     seconds = float((unbroken / "seconds.txt").read_text())
     kills: Counter[str] = Counter()
     ended, in_a_row, folder = 0, 0, tmp_path / "0"
-    while sum(kills.values()) < pytestconfig.getoption("--campaign-kills") or in_a_row:
+    while sum(kills.values()) < least or in_a_row:
         # Six kills at most before a run may end.
         kind, fault = random_fault(chance, written, seconds, folder) if in_a_row < 6 else ("", None)
         outcome = arena.run(words(folder), folder, fault)
@@ -190,7 +208,7 @@ def test_killed_runs_end_as_the_unbroken_one(
         shutil.rmtree(folder)
         ended, in_a_row = ended + 1, 0
         folder = tmp_path / str(ended)
-    tell("killed", kills)
+    tell(f"killed{of.replace('_', ' ')}", kills)
     print(f"runs that ended as the unbroken one: {ended}")
 
 

@@ -72,6 +72,16 @@ def text_rows(count: int = 12) -> list[dict[str, Any]]:
     ]
 
 
+def group_rows(count: int) -> list[dict[str, Any]]:
+    """Prompts with 2 to 5 answers and their scores, in no order of how good they are, and without ties."""
+    rows = []
+    for i in range(count):
+        answers = [f" {SENTENCES[(i + j) % len(SENTENCES)]} {j}" for j in range(2 + i % 4)]
+        scores = [(3 * j + i) % len(answers) + 0.5 * j for j in range(len(answers))]
+        rows.append({"prompt": f"{SENTENCES[i % len(SENTENCES)]} {i}:", "completions": answers, "scores": scores})
+    return rows
+
+
 def chat_rows(count: int = 12) -> list[dict[str, Any]]:
     """Explicit prompt, message lists; every third has a conversation behind it."""
     rows = []

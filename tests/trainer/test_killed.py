@@ -12,7 +12,7 @@ import pytest
 import torch
 from kills import CHECKPOINT_WRITERS, Moment, run_process
 from safetensors.torch import load_file
-from toy_data import text_rows, write_jsonl
+from toy_data import group_rows, text_rows, write_jsonl
 
 from fastdpo.ref_cache.files import LOGPS, MANIFEST, PARTS
 from fastdpo.trainer.checkpoints import find_checkpoints
@@ -127,6 +127,36 @@ def test_three_kills_leave_the_unbroken_run(
         assert len(find_checkpoints(tmp_path / "run")) < len(find_checkpoints(unbroken / "run"))
     assert run_process(going_on(words, tmp_path / "run"), log) == 0, log.read_text()
     assert_same_run(tmp_path, unbroken)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--weight_by_score", "--max_tokens_per_batch", "200"),
+        pytest.param(("--loss_type", "plackett_luce"), marks=pytest.mark.slow),
+        pytest.param(("--pairs", "adjacent", "--packing", "padded"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_kills_of_a_run_on_several_answers_leave_the_unbroken_run(
+    more: tuple[str, ...], model: Path, tmp_path: Path
+) -> None:
+    """While the reference's log-probabilities are written, a checkpoint is, and between two of them."""
+    groups, whole, killed = (
+        write_jsonl(tmp_path / "groups.jsonl", group_rows(16)),
+        tmp_path / "whole",
+        tmp_path / "killed",
+    )
+    for folder in (whole, killed):
+        folder.mkdir()
+    assert run_process(train_words(model, groups, whole, *more), whole / "log") == 0, (whole / "log").read_text()
+    words, log = train_words(model, groups, killed, *more), killed / "log"
+    for moment in (Moment("cache", 5), Moment("optimizer", 2), Moment("step", 2)):
+        code = run_process(going_on(words, killed / "run"), log, moment)
+        assert code == -signal.SIGKILL, (moment, log.read_text())
+    assert find_checkpoints(killed / "run")
+    assert run_process(going_on(words, killed / "run"), log) == 0, log.read_text()
+    assert_same_run(killed, whole)
 
 
 @pytest.mark.parametrize(
