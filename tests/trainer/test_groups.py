@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import warnings
@@ -14,7 +15,9 @@ import torch
 from broken_runs import differences, run
 from datasets import Dataset
 from float64 import KeepFloat64
+from tiny_families import make_family
 from tiny_models import make_model
+from token_trees import pairs_in
 from torch import Tensor
 from toy_data import SENTENCES, make_tokenizer, text_rows
 from trainer_runs import METRICS, GradientRecorder, config, make_trainer
@@ -62,9 +65,10 @@ def train(folder: Path, rows: list[dict[str, Any]], **options: Any) -> dict[str,
         "max_grad_norm": 0.0,
         "gradient_checkpointing": False,
     }
-    models = {"model": make_model("qwen3", seed=1, dtype=torch.float64)}
+    make = options.pop("make", functools.partial(make_model, "qwen3", dtype=torch.float64))
+    models = {"model": make(seed=1)}
     if options.pop("has_reference", True):
-        models["ref_model"] = make_model("qwen3", seed=2, dtype=torch.float64)
+        models["ref_model"] = make(seed=2)
     with KeepFloat64(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="policy and reference do not agree")
         trainer = make_trainer(
@@ -88,14 +92,16 @@ def train(folder: Path, rows: list[dict[str, Any]], **options: Any) -> dict[str,
 
 
 def assert_same(
-    got: dict[str, Any], expected: dict[str, Any], *, but: set[str] = frozenset(), rtol: float = 1e-11
+    got: dict[str, Any], expected: dict[str, Any], *, but: set[str] = frozenset(), rtol: float = 1e-12
 ) -> None:
+    # Where all cancels, as in a key's bias under softmax, rounding errors are left.
+    least = 1e-14 * max(gradient.norm() for gradient in expected["gradients"].values())
     for name, gradient in expected["gradients"].items():
-        assert (got["gradients"][name] - gradient).norm() <= rtol * gradient.norm(), name
+        assert (got["gradients"][name] - gradient).norm() <= rtol * gradient.norm() + least, name
     for name in {*METRICS, "loss"} - but:
         logged = FLOAT32 if name == "loss" else rtol
         assert got["log"][name] == pytest.approx(expected["log"][name], rel=logged), name
-        assert got["metrics"][f"eval_{name}"] == pytest.approx(expected["metrics"][f"eval_{name}"], rel=1e-9), name
+        assert got["metrics"][f"eval_{name}"] == pytest.approx(expected["metrics"][f"eval_{name}"], rel=1e-12), name
 
 
 @pytest.mark.parametrize(
@@ -125,6 +131,39 @@ def test_groups_are_their_pairs(tmp_path: Path, options: dict[str, Any]) -> None
     assert {*ours["log"]} >= RANKED and not {*theirs["log"]} & RANKED
     counts = ours["log"]["pairs_per_second"], theirs["log"]["pairs_per_second"]
     assert min(counts) > 0
+
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_oss")
+ANSWERS = [[20, 21, 22, 23, 24], [20, 21, 22], [20], [30, 31], [20, 21, 22], [40, 41, 42, 43], [50]]
+
+
+def id_groups() -> Dataset:
+    """2 to 7 answers: equal ones, ones that others begin with, and from three on one in no pair."""
+    rows = []
+    for size in range(2, len(ANSWERS) + 1):
+        pairs = [[0, 1]] if size == 2 else [*([i, i + 1] for i in range(size - 2)), [size - 2, 0]]
+        row = {"prompt_ids": [7, 8, 9, *[10 + size] * (1 + size % 3)], "completion_ids": ANSWERS[:size]}
+        rows.append(row | {"pairs": pairs, "pair_weights": [0.5 + i for i in range(len(pairs))]})
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [name if name == "gemma2" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+)
+def test_groups_are_their_pairs_in_every_family(tmp_path: Path, family: str) -> None:
+    """In micro-batches of rows that have other numbers of pairs, and windows that are shorter than the rows."""
+    groups = id_groups()
+    pairs = Dataset.from_list([pair for row in groups for pair in pairs_in(row)])
+    # A load-balancing loss is not of pairs, and counts what is laid out.
+    of_family = {"router_aux_loss_coef": 0.0} if family == "gpt_oss" else {}
+    how = {"make": functools.partial(make_family, family, length=6, trained=True, dtype=torch.float64, **of_family)}
+    own = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    ours = train(tmp_path, [], dataset=groups, eval_dataset=groups, **own, **how)
+    own = {"per_device_train_batch_size": len(pairs), "packing": "padded"}
+    theirs = train(tmp_path, [], dataset=pairs, eval_dataset=pairs, **own, **how)
+    assert len(pairs) == 21 and ours["trainer"].data_collator.layout == "shared"
+    assert_same(ours, theirs)
 
 
 def test_the_collator_without_parts(tmp_path: Path) -> None:
@@ -183,10 +222,10 @@ def test_plackett_luce(tmp_path: Path, options: dict[str, Any]) -> None:
     assert ours["log"]["loss"] == pytest.approx(loss, rel=FLOAT32)
     assert ours["start"]["eval_loss"] == pytest.approx(loss, rel=1e-12)
     for name, gradient in gradients.items():
-        assert (ours["gradients"][name] - gradient).norm() <= 1e-11 * gradient.norm(), name
+        assert (ours["gradients"][name] - gradient).norm() <= 1e-12 * gradient.norm(), name
     as_pairs = train(tmp_path, groups(), beta=0.5)
     for name in {*METRICS, *RANKED}:
-        assert ours["log"][name] == pytest.approx(as_pairs["log"][name], rel=1e-11), name
+        assert ours["log"][name] == pytest.approx(as_pairs["log"][name], rel=1e-12), name
 
 
 def test_plackett_luce_of_pairs_is_sigmoid(tmp_path: Path) -> None:
@@ -297,7 +336,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
             got["gradients"] = {key.removeprefix("module."): value for key, value in got["gradients"].items()}
             assert_same(got, expected)
             for metric in RANKED:
-                assert got["log"][metric] == pytest.approx(expected["log"][metric], rel=1e-11)
+                assert got["log"][metric] == pytest.approx(expected["log"][metric], rel=1e-12)
                 assert got["metrics"][f"eval_{metric}"] == pytest.approx(expected["metrics"][f"eval_{metric}"])
 
 
