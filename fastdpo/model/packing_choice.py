@@ -17,9 +17,9 @@ from fastdpo.model.packing_check import RowsCheck, check_rows
 from fastdpo.model.scoring import Scorer, are_alike
 
 _DESCRIPTIONS = {
-    "shared": "packed rows, each prompt once",
+    "shared": "packed rows, common beginnings once",
     "repeated": "packed rows, the prompt before each completion",
-    "padded": "padded rows, two a pair",
+    "padded": "padded rows, one for each completion",
 }
 
 

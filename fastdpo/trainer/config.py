@@ -176,8 +176,9 @@ class DPOConfig(TrainingArguments):
     packing: str = field(
         default="auto",
         metadata={
-            "help": "How pairs are laid out: shared (packed rows, each prompt once), repeated (packed rows, the prompt "
-            "before each completion), padded (two padded rows a pair); auto: the first that suits the model.",
+            "help": "How a batch is laid out: shared (packed rows, what sequences begin with in common once), repeated "
+            "(packed rows, the prompt before each completion), padded (a padded row for each completion); auto: the "
+            "first that suits the model.",
             "choices": list(PACKINGS),
         },
     )

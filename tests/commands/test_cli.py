@@ -174,7 +174,7 @@ def test_a_run_says_what_became_of_the_rows(unbroken: tuple[Path, Any]) -> None:
 
 def test_a_run_says_once_how_pairs_are_laid_out(unbroken: tuple[Path, Any]) -> None:
     _, done = unbroken
-    said = "Batches are laid out in packed rows, each prompt once (attention: sdpa)."
+    said = "Batches are laid out in packed rows, common beginnings once (attention: sdpa)."
     assert (done.stdout + done.stderr).count(said) == 1
 
 

@@ -18,7 +18,7 @@ STEPS = 50
 ATOL = 1e-4
 # What only we have. "auto" packs, as it does for whoever leaves the flag out.
 LAYOUTS = {"packed": [], "repeated": ["--packing", "repeated"], "padded": ["--packing", "padded"]}
-SAID = {"packed": "packed rows, each prompt once", "padded": "padded rows, two a pair"}
+SAID = {"packed": "packed rows, common beginnings once", "padded": "padded rows, one for each completion"}
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 

@@ -65,7 +65,7 @@ def test_other_models_fall_back_to_padded_rows(model_type, reason):
     (only,) = packing.reasons  # once, although two layouts were tried
     assert reason in only
     assert f"(model_type {model_type!r})" in only
-    assert str(packing) == f"padded rows, two a pair; {only}"
+    assert str(packing) == f"padded rows, one for each completion; {only}"
     with pytest.raises(NotImplementedError, match=f"packing is 'shared', but .*{reason}. Use packing='auto'"):
         choose(make_family(model_type), packing="shared")
 

@@ -98,7 +98,7 @@ def test_packed_rows_are_the_default(tmp_path, tokenizer, caplog):
         trainer = make_trainer(tmp_path, tokenizer)
     said = [record for record in caplog.records if "laid out" in record.message]
     assert [record.levelname for record in said] == ["INFO"]
-    assert said[0].message == "Batches are laid out in packed rows, each prompt once (attention: sdpa)."
+    assert said[0].message == "Batches are laid out in packed rows, common beginnings once (attention: sdpa)."
     assert trainer.packing.layout == "shared"
 
 
