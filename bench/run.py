@@ -3,6 +3,8 @@
     python bench/run.py --quick                       a look, under 3 minutes on 2 cores
     python bench/run.py --case small --json out.json  a table, and everything measured
     python bench/run.py --case small --plot out.png   time and memory over tokens and over the vocabulary
+    python bench/run.py --answers 4                   as many answers to a prompt, and every two of them a pair
+    python bench/run.py --sweep answers               time and memory over the answers to a prompt
 
 Every measurement runs in a process of its own, after a warm-up on the real shapes, with the peers in turn round after
 round; figures are medians over the rounds. docs/benchmarks/loss-layer.md tells the method and how to read the table.
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from common import machine
 from common.progress import Progress
-from loss_layer.cases import HEADS, Case, is_large, named_case
+from loss_layer.cases import HEADS, Case, is_large, named_case, pairs_of
 from loss_layer.peers import PEERS, load_peer_file
 from loss_layer.runner import Options, run_case
 from loss_layer.tables import LEGEND, case_table, sweep_tables
@@ -30,8 +32,11 @@ import fastdpo
 SWEEPS = {
     "tokens": (512, 1_024, 2_048, 4_096, 8_192),
     "vocabulary": (8_192, 16_384, 32_768, 65_536, 131_072),
+    "answers": (2, 3, 4, 6, 8),
 }
+BOTH = ("tokens", "vocabulary")
 SWEEP_LENGTH = 256
+PROMPTS = 2
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -39,6 +44,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     what = parser.add_argument_group("what is measured")
     what.add_argument("--case", default=None, help=f"{', '.join(HEADS)}, several with commas, or all (default: small)")
     what.add_argument("--pairs", type=int, help="pairs B; the batch has 2B rows")
+    what.add_argument("--answers", type=int, help="answers to a prompt: every two are a pair")
+    what.add_argument("--prompts", type=int, help=f"prompts, with --answers or --sweep answers (default: {PROMPTS})")
     what.add_argument("--length", type=int, help="tokens of a row")
     what.add_argument("--prompt_share", type=float, help="share of the positions that have no target, in [0, 1)")
     what.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
@@ -46,8 +53,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument("--cached", action="store_true", default=None, help="the reference is given as log-probabilities")
     what.add_argument("--peers", help="names with commas (default: all)")
     what.add_argument("--peer_file", help="a Python file that defines further peers")
-    what.add_argument("--sweep", choices=(*SWEEPS, "both"), help="tables over tokens, or the vocabulary, at fixed rest")
-    what.add_argument("--points", help="with --sweep tokens or vocabulary: its values, with commas")
+    what.add_argument(
+        "--sweep",
+        choices=(*SWEEPS, "both"),
+        help="tables over tokens, the vocabulary, or the answers to a prompt, at fixed rest; both: the first two",
+    )
+    what.add_argument("--points", help="with one --sweep: its values, with commas")
     how = parser.add_argument_group("how")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     how.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
@@ -80,18 +91,31 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 parser.error(f"{name} names {value!r}; it may name {', '.join(known)}")
     if args.prompt_share is not None and not 0 <= args.prompt_share < 1:
         parser.error(f"--prompt_share is {args.prompt_share}; it should be at least 0 and below 1")
-    for name in ("pairs", "length", "rounds", "threads"):
+    for name in ("pairs", "prompts", "length", "rounds", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}; it should be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
-    args.sweeps = list(SWEEPS) if args.sweep == "both" or (args.plot and not args.sweep) else [args.sweep]
+    args.sweeps = list(BOTH) if args.sweep == "both" or (args.plot and not args.sweep) else [args.sweep]
     args.sweeps = [axis for axis in args.sweeps if axis]
     if args.sweeps and len(args.cases) > 1:
         parser.error("a sweep starts from one case")
     if args.points and len(args.sweeps) != 1:
-        parser.error("--points belongs to --sweep tokens or --sweep vocabulary")
+        parser.error(f"--points belongs to one sweep: {', '.join(SWEEPS)}")
+    _check_answers(parser, args)
+
+
+def _check_answers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.answers is not None and args.answers < 2:
+        parser.error(f"--answers is {args.answers}; it should be at least 2")
+    if args.answers and args.sweeps:
+        parser.error("--answers is of a case; over the answers goes --sweep answers")
+    if args.answers or args.sweeps == ["answers"]:
+        if args.pairs is not None:
+            parser.error("--pairs is the number of prompts' pairs with several answers; give --prompts")
+    elif args.prompts is not None:
+        parser.error("--prompts counts prompts with --answers; without it, --pairs is what a batch has")
 
 
 def options_for(args: argparse.Namespace, case: Case) -> Options:
@@ -109,10 +133,17 @@ def options_for(args: argparse.Namespace, case: Case) -> Options:
 
 def make_case(name: str, args: argparse.Namespace) -> Case:
     flags = ("pairs", "length", "prompt_share", "dtype", "frozen", "cached")
-    return named_case(name, args.device, **{flag: getattr(args, flag) for flag in flags})
+    case = named_case(name, args.device, **{flag: getattr(args, flag) for flag in flags})
+    return with_answers(case, args.answers, args.prompts) if args.answers else case
 
 
-def sweep_cases(axis: str, case: Case, points: list[int], length: int | None) -> list[Case]:
+def with_answers(case: Case, answers: int, prompts: int | None) -> Case:
+    return dataclasses.replace(case, answers=answers, pairs=(prompts or PROMPTS) * pairs_of(answers))
+
+
+def sweep_cases(axis: str, case: Case, points: list[int], length: int | None, prompts: int | None = None) -> list[Case]:
+    if axis == "answers":
+        return [with_answers(case, point, prompts) for point in points]
     if axis == "vocabulary":
         return [dataclasses.replace(case, vocab_size=point) for point in points]
     length = length or SWEEP_LENGTH
@@ -149,7 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
         for axis in args.sweeps:
             points = [int(point) for point in args.points.split(",")] if args.points else list(SWEEPS[axis])
             found = report["sweeps"][axis] = []
-            for point, one in zip(points, sweep_cases(axis, case, points, args.length), strict=True):
+            cases = sweep_cases(axis, case, points, args.length, args.prompts)
+            for point, one in zip(points, cases, strict=True):
                 everything.append(measure(one, f"{point:,} {axis}", found))
             print(sweep_tables(axis, found), end="\n\n", flush=True)
         if args.plot:

@@ -2,7 +2,8 @@
 
     python bench/train.py --quick                      a look, some 2 minutes on 2 cores
     python bench/train.py --json out.json --plot out.png
-    python bench/train.py --answers 2,4,7              as many answers to a prompt, and every two of them a pair
+    python bench/train.py --answers 2,4,7              as many answers to a prompt, and every two of them a pair; with
+                                                       several numbers a table over them
     python bench/train.py --answers 4 --before FOLDER  beside another checkout of fastdpo, built
     python bench/train.py --show out.json              the tables of a run that was kept
 
@@ -25,7 +26,7 @@ from common.progress import Progress
 from end_to_end.arms import ARMS
 from end_to_end.cases import MODELS, TrainCase, named_cases, pairs_of
 from end_to_end.runner import Options, run_case
-from end_to_end.tables import LEGEND, PROFILE_LEGEND, all_tables, bars
+from end_to_end.tables import ANSWERS_LEGEND, LEGEND, PROFILE_LEGEND, all_tables, answers_tables, bars
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data/preferences_en.jsonl"
 _QUICK_ARMS = ("trl", "trl-best", "trl-best+head", "fastdpo-cached")
@@ -190,6 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(all_tables(found), end="\n\n")
     else:
         report = measure(args, sys.argv if arguments is None else ["bench/train.py", *arguments])
+    if over_answers := answers_tables(report["cases"]):
+        print(f"{over_answers}\n\n{ANSWERS_LEGEND}\n")
     print(f"{LEGEND}\n\n{PROFILE_LEGEND}")
     if args.plot:
         from end_to_end.plot import plot_cases

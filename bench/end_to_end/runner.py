@@ -12,8 +12,8 @@ from typing import Any
 
 from common.jobs import run_job
 from end_to_end.agreement import differences, disagreement, tolerance
-from end_to_end.arms import ARMS, Setting
-from end_to_end.cases import TrainCase
+from end_to_end.arms import ARMS, Arm, Setting
+from end_to_end.cases import TrainCase, pairs_of
 from end_to_end.data import (
     ORDERS,
     Row,
@@ -154,20 +154,58 @@ def _fail(entry: dict[str, Any], result: dict[str, Any]) -> None:
 
 
 def _tune(case: TrainCase, options: Options, arms: dict[str, Any], say: Say) -> None:
-    """Gives each arm its fastest setting, every one tried once in a short run. An arm has failed if all of its settings
-    have, or one computes something else."""
-    short = dataclasses.replace(case, steps=min(_TUNE_STEPS, case.steps))
-    with tempfile.TemporaryDirectory(prefix="fastdpo-bench-") as folder:
-        prepare(short, options.data, Path(folder))
-        runs = Runs(short, options, folder)
-        for name, entry in arms.items():
-            settings = ARMS[name].settings(case)
-            if len(settings) > 1:
-                entry["tried"] = []
-                for setting in settings:
+    """Gives each arm its fastest setting of those tried, each once in a short run. An arm has failed if all of its
+    settings have, or one computes something else.
+
+    Every setting is tried; with several answers, and so with many pairs, one option after another.
+    """
+    for short, names in _short_cases(case, arms):
+        with tempfile.TemporaryDirectory(prefix="fastdpo-bench-") as folder:
+            prepare(short, options.data, Path(folder))
+            runs = Runs(short, options, folder)
+            for name in names:
+                arm, entry = ARMS[name], arms[name]
+                if len(arm.settings(short)) == 1:
+                    continue
+                tried = entry["tried"] = []
+
+                def attempt(setting: Setting, name: str = name, tried: list[Any] = tried, runs: Runs = runs) -> None:
                     say(f"best setting of {name}: {setting}")
-                    entry["tried"].append({"setting": setting} | runs.run(name, setting))
+                    tried.append({"setting": setting, "pairs": runs.case.pairs} | runs.run(name, setting))
+
+                if case.answers > 2:
+                    _attempt_by_option(arm, short, attempt, tried)
+                else:
+                    for setting in arm.settings(short):
+                        attempt(setting)
                 _choose(entry)
+
+
+def _short_cases(case: TrainCase, arms: dict[str, Any]) -> list[tuple[TrainCase, list[str]]]:
+    """What settings are tried on, and the arms that try theirs on it.
+
+    With several answers TRL's, which take the longest by far, have one step of one prompt.
+    """
+    short = dataclasses.replace(case, steps=min(_TUNE_STEPS, case.steps))
+    if case.answers == 2:
+        return [(short, list(arms))]
+    one = dataclasses.replace(case, steps=1, pairs=pairs_of(case.answers))
+    of_trl = [name for name in arms if ARMS[name].library == "trl"]
+    return [(one, of_trl), (short, [name for name in arms if name not in of_trl])]
+
+
+def _attempt_by_option(arm: Arm, case: TrainCase, attempt: Callable[[Setting], None], tried: list[Any]) -> None:
+    """Each value of the last option, with the first ones of the others; then with the best of them those of the option
+    before it; and so on."""
+    settings = arm.settings(case)
+    best = settings[0]
+    for option in reversed(best):
+        for setting in settings:
+            others = {name: value for name, value in setting.items() if name != option}
+            if others.items() <= best.items() and all(one["setting"] != setting for one in tried):
+                attempt(setting)
+        worked = [one for one in tried if "failed" not in one]
+        best = min(worked, key=lambda one: one["seconds"])["setting"] if worked else best
 
 
 def _choose(entry: dict[str, Any]) -> None:

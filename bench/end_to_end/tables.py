@@ -17,6 +17,11 @@ PROFILE_LEGEND = """\
 Per optimiser step, from a run with hooks: tokens through the policy's and the reference's body, padding included and
 recomputed activations counted once; positions that the policy's head scores; seconds."""
 
+ANSWERS_LEGEND = """\
+Per optimiser step: pairs; tokens of their rows, two a pair; tokens through the policy's body and positions that its
+head scores, counted in the run with hooks; seconds; milliseconds for a token through the body; pairs a second."""
+_STEP = ("pairs", "of their rows", "through the body", "head positions", "s/step", "ms/token", "pairs/s")
+
 # what is shown -> arm, its peer, figure, bound
 _BARS: list[tuple[str, str, str, str, float]] = [
     ("pairs/s, TRL at its best", "fastdpo-cached", "trl-best", "speed_over", 2.0),
@@ -78,9 +83,38 @@ def tried_tables(found: dict[str, Any]) -> str:
             rows = [[f"{name}, tried once", "pairs/s", "MB"]]
             for one in tried:
                 memory = "-" if one["peak_bytes"] is None else f"{one['peak_bytes'] / 1e6:,.0f}"
-                rows.append([_setting(one["setting"]), f"{found['pairs'] / one['seconds']:.3g}", memory])
+                rows.append(
+                    [_setting(one["setting"]), f"{one.get('pairs', found['pairs']) / one['seconds']:.3g}", memory]
+                )
             parts.append(align(rows))
     return "\n\n".join(parts)
+
+
+def answers_tables(cases: list[dict[str, Any]]) -> str:
+    """Each arm's step over the answers to a prompt, with the tokens that it takes; none where there is one number of
+    answers alone."""
+    arms = dict.fromkeys((found["dtype"], name) for found in cases for name in found["arms"])
+    parts = []
+    for dtype, name in arms:
+        steps = [(found, _measured(found).get(name)) for found in cases if found["dtype"] == dtype]
+        rows = [_step(found, arm) for found, arm in steps if arm is not None]
+        if len({row[0] for row in rows}) > 1:
+            parts.append(align([[f"{name}, {dtype}", *_STEP], *rows]))
+    return "\n\n".join(parts)
+
+
+def _step(found: dict[str, Any], arm: dict[str, Any]) -> list[str]:
+    profile = arm.get("profile") or dict.fromkeys(COUNTS)
+    body, head = profile["policy_tokens"], profile["head_positions"]
+    return [
+        f"{found.get('answers', 2)} answers",
+        str(found["pairs"]),
+        f"{found['data']['sample']['tokens'] / (found['steps'] + found['warmup']):,.0f}",
+        *("-" if count is None else f"{count:,.0f}" for count in (body, head)),
+        f"{arm['seconds']:.3g}",
+        "-" if body is None else f"{arm['seconds'] * 1e3 / body:.3g}",
+        f"{arm['pairs_per_second']:.3g}",
+    ]
 
 
 def profile_table(found: dict[str, Any]) -> str:

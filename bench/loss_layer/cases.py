@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import combinations
 
 BETA = 0.1
 IGNORE_INDEX = -100
@@ -11,7 +12,11 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Case:
-    """One setting: B pairs, 2B rows of T tokens, a head of V x H."""
+    """One setting: B pairs, 2B rows of T tokens, a head of V x H.
+
+    With more than two ``answers`` to a prompt, the B pairs are all of each prompt's, and the rows are copies of fewer
+    sequences: of 4 answers and their 6 pairs 4, in place of 12.
+    """
 
     name: str
     hidden_size: int
@@ -24,21 +29,61 @@ class Case:
     frozen: bool
     cached: bool
     device: str
+    answers: int = 2
+
+    @property
+    def prompts(self) -> int:
+        return self.pairs // pairs_of(self.answers)
+
+    @property
+    def members(self) -> list[int]:
+        """[2B] the sequence that each row is, chosen first: the row itself, with two answers."""
+        if self.answers == 2:
+            return list(range(2 * self.pairs))
+        every = [
+            (prompt * self.answers + a, prompt * self.answers + b)
+            for prompt in range(self.prompts)
+            for a, b in combinations(range(self.answers), 2)
+        ]
+        return [pair[side] for side in (0, 1) for pair in every]
+
+    @property
+    def sequences(self) -> int:
+        return self.prompts * self.answers
 
     @property
     def tokens(self) -> int:
+        """Of the rows, as all other counts are where nothing else is said."""
         return 2 * self.pairs * self.length
 
     @property
     def prompt_lengths(self) -> list[int]:
-        """Per pair, the leading positions without a target: around prompt_share of the row, and not all the same."""
+        """Per prompt, the leading positions without a target: around prompt_share of the row, and not all the same."""
         spread = min(self.prompt_share, 1 - self.prompt_share) / 2
-        steps = [2 * i / (self.pairs - 1) - 1 if self.pairs > 1 else 0 for i in range(self.pairs)]
+        steps = [2 * i / (self.prompts - 1) - 1 if self.prompts > 1 else 0 for i in range(self.prompts)]
         return [min(round(self.length * (self.prompt_share + spread * step)), self.length - 1) for step in steps]
 
     @property
+    def sequence_prompts(self) -> list[int]:
+        """The prompt's length before each sequence: two halves with two answers, else prompt after prompt."""
+        if self.answers == 2:
+            return self.prompt_lengths * 2
+        return [length for length in self.prompt_lengths for _ in range(self.answers)]
+
+    @property
+    def row_prompts(self) -> list[int]:
+        """The same of each row."""
+        lengths = self.sequence_prompts
+        return [lengths[i] for i in self.members]
+
+    @property
     def scored_tokens(self) -> int:
-        return self.tokens - 2 * sum(self.prompt_lengths)
+        return self.tokens - sum(self.row_prompts)
+
+    @property
+    def distinct_scored_tokens(self) -> int:
+        """Of the sequences, each once."""
+        return self.sequences * self.length - sum(self.sequence_prompts)
 
     @property
     def products(self) -> int:
@@ -48,6 +93,11 @@ class Case:
     @property
     def flops(self) -> float:
         return 2.0 * self.products * self.scored_tokens * self.hidden_size * self.vocab_size
+
+
+def pairs_of(answers: int) -> int:
+    """How many pairs there are of so many answers to a prompt."""
+    return answers * (answers - 1) // 2
 
 
 # name -> hidden size, vocabulary, final-logit softcap

@@ -79,7 +79,8 @@ def work(job: Job) -> dict[str, Any]:
     problem = load_problem(folder / "problem.pt", job["device"])
     truth_file = folder / "truth.pt"
     truth = Truth(**torch.load(truth_file, map_location=job["device"])) if truth_file.exists() else None
-    return measure(PEERS[job["peer"]](**job["setting"]), problem, truth)
+    peer = PEERS[job["peer"]](**job["setting"])
+    return measure(peer, problem if peer.takes_pairs else problem.in_rows(), truth)
 
 
 if __name__ == "__main__":

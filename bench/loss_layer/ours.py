@@ -55,6 +55,7 @@ class FastDPO(Peer):
             ref_hidden=problem.ref_hidden,
             ref_weight=problem.ref_weight,
             ref_logps=problem.ref_logps,
+            pairs=problem.pairs,
             beta=BETA,
             ignore_index=IGNORE_INDEX,
             softcap=problem.case.softcap,
@@ -69,6 +70,17 @@ class FastDPO(Peer):
 
         logps = fastdpo.token_logps(problem.hidden, problem.weight, problem.targets, softcap=problem.case.softcap).logps
         return problem.scored(logps)
+
+
+class FastDPOPairs(FastDPO):
+    """Each answer once, and the pairs as indices."""
+
+    name = "fastdpo-pairs"
+    takes_pairs = True
+
+    @classmethod
+    def refuses(cls, case: Case) -> str | None:
+        return "no answer is of two pairs" if case.answers == 2 else None
 
 
 class FastDPOLeastMemory(FastDPO):

@@ -19,6 +19,7 @@ class Peer:
 
     name: ClassVar[str]
     package: ClassVar[str | None] = None  # the distribution that it needs
+    takes_pairs: ClassVar[bool] = False  # of sequences that may be of several pairs; otherwise it is given 2B rows
 
     def __init_subclass__(cls) -> None:
         if hasattr(cls, "name"):

@@ -1,4 +1,4 @@
-"""The figure of a sweep: time and memory over the number of tokens and over the vocabulary."""
+"""The figure of a sweep: time and memory over the tokens, over the vocabulary, or over the answers to a prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import FuncFormatter, NullLocator  # noqa: E402
 
-_KEYS = {"tokens": "tokens", "vocabulary": "vocab_size"}
+_KEYS = {"tokens": "tokens", "vocabulary": "vocab_size", "answers": "answers"}
+_LABELS = {
+    "tokens": "tokens in the batch",
+    "vocabulary": "vocabulary entries",
+    "answers": "answers to a prompt, every two of them a pair",
+}
 _FIGURES = {
     "forward and backward, ms": lambda entry: entry["seconds"] * 1e3,
     "peak memory, MB": lambda entry: (entry["peak_bytes"] or 0) / 1e6 or None,
@@ -29,9 +34,9 @@ def plot_sweeps(sweeps: dict[str, list[dict[str, Any]]], machine: str, file: Pat
                 if not (name == "floor" and "memory" in label):
                     _draw(panel, points, _KEYS[axis], name, number, figure_of)
             _label(panel, [point[_KEYS[axis]] for point in points], label)
-        fixed = f"V = {points[0]['vocab_size']:,}" if axis == "tokens" else f"{points[0]['tokens']:,} tokens"
+        fixed = f"{points[0]['tokens']:,} tokens" if axis == "vocabulary" else f"V = {points[0]['vocab_size']:,}"
         column[0].set_title(f"H = {points[0]['hidden_size']:,}, {fixed}, {points[0]['dtype']}", fontsize=10)
-        column[-1].set_xlabel({"tokens": "tokens in the batch", "vocabulary": "vocabulary entries"}[axis])
+        column[-1].set_xlabel(_LABELS[axis])
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.suptitle(f"The DPO loss from hidden states; memory beyond inputs and gradients\n{machine}", fontsize=11)
     figure.legend(handles, labels, loc="lower center", ncol=4, frameon=False, fontsize=9)

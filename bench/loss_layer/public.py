@@ -225,7 +225,7 @@ class QuACK(Peer):
                 problem.scored(hidden), weight, None, targets, reduction="none", inplace_backward=True
             )
             return -problem.sum_sequences(losses.float())
-        starts = [prompt // 8 * 8 for prompt in problem.case.prompt_lengths] * 2
+        starts = [prompt // 8 * 8 for prompt in problem.case.row_prompts]
         rows = zip(hidden, problem.targets, starts, strict=True)
         losses = [
             chunked_linear_cross_entropy(

@@ -55,6 +55,7 @@ def run_case(case: Case, options: Options, say: Say) -> dict[str, Any]:
     found: dict[str, Any] = dataclasses.asdict(case) | {
         "tokens": case.tokens,
         "scored_tokens": case.scored_tokens,
+        "distinct_scored_tokens": case.distinct_scored_tokens,
         "products": case.products,
         "flops": case.flops,
         "rounds": options.rounds,

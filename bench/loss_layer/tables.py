@@ -25,15 +25,21 @@ def case_table(found: dict[str, Any]) -> str:
 
 
 def sweep_tables(axis: str, points: list[dict[str, Any]]) -> str:
-    """Peers by points: time, time per token, memory; the axis is tokens or vocabulary."""
-    key = {"tokens": "tokens", "vocabulary": "vocab_size"}[axis]
+    """Peers by points: time, time per token, memory; the axis is tokens, vocabulary or answers."""
+    key = {"tokens": "tokens", "vocabulary": "vocab_size", "answers": "answers"}[axis]
     header = [axis, *(f"{point[key]:,}" for point in points)]
+    count, which = ("distinct_scored_tokens", ", each answer once") if axis == "answers" else ("tokens", "")
     figures = {
         "milliseconds": lambda point, entry: _number(entry["seconds"] * 1e3),
-        "microseconds per token": lambda point, entry: _number(entry["seconds"] * 1e6 / point["tokens"]),
+        f"microseconds per token{which}": lambda point, entry: _number(entry["seconds"] * 1e6 / point[count]),
         _MEMORY: lambda point, entry: _megabytes(entry["peak_bytes"]),
     }
     parts = [f"{_shape(points[0], without=key)}"]
+    if axis == "answers":
+        by = {"of the pairs' rows": "scored_tokens", "each answer once": "distinct_scored_tokens"}
+        rows = [["pairs", *(str(point["pairs"]) for point in points)]]
+        rows += [[name, *(f"{point[count]:,}" for point in points)] for name, count in by.items()]
+        parts.append(f"scored tokens\n{align([header, *rows])}")
     for title, figure in figures.items():
         rows = []
         for name in points[0]["peers"]:
@@ -64,6 +70,9 @@ def outputs_table(found: dict[str, Any]) -> str:
 
 def _title(found: dict[str, Any]) -> str:
     line = f"{found['name']}: {_shape(found)}"
+    if found.get("answers", 2) > 2:
+        once = f"{found['distinct_scored_tokens']:,} scored tokens with each answer once"
+        line += f"\n{found['answers']} answers to {_prompts(found)}, every two a pair: {once}"
     floor = found["peers"].get("floor", {})
     if "seconds" in floor:
         work, rate = found["flops"] / 1e9, found["flops"] / 1e9 / floor["seconds"]
@@ -75,7 +84,9 @@ def _shape(found: dict[str, Any], without: str = "") -> str:
     parts = [f"H {found['hidden_size']:,}"]
     if without != "vocab_size":
         parts.append(f"V {found['vocab_size']:,}")
-    if without != "tokens":
+    if without == "answers":
+        parts.append(f"{found['length']:,} tokens a row, all pairs of the answers to {_prompts(found)}")
+    elif without != "tokens":
         pairs = "1 pair" if found["pairs"] == 1 else f"{found['pairs']} pairs"
         parts.append(f"{found['tokens']:,} tokens in {pairs}, {found['scored_tokens']:,} scored")
     if found["softcap"] is not None:
@@ -83,6 +94,11 @@ def _shape(found: dict[str, Any], without: str = "") -> str:
     parts += [found["dtype"], "weight frozen" if found["frozen"] else "all trainable"]
     parts.append("reference cached" if found["cached"] else "reference computed")
     return ", ".join(parts)
+
+
+def _prompts(found: dict[str, Any]) -> str:
+    count = 2 * found["pairs"] // (found["answers"] * (found["answers"] - 1))
+    return "1 prompt" if count == 1 else f"each of {count} prompts"
 
 
 def _row(name: str, entry: dict[str, Any], with_errors: bool) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from loss_layer.cases import IGNORE_INDEX, Case
-from loss_layer.problem import Problem
+from loss_layer.problem import Problem, scored_positions
 from loss_layer.truth import sequence_logps
 from torch import Tensor
 
@@ -22,12 +22,12 @@ def make_tensors(case: Case) -> dict[str, Tensor | None]:
         return torch.randn(*shape, generator=generator)
 
     dtype = getattr(torch, case.dtype)
-    batch = (2 * case.pairs, case.length)
+    batch = (case.sequences, case.length)
     weight = normal(case.vocab_size, case.hidden_size).div_(math.sqrt(case.hidden_size))
     targets = torch.randint(0, case.vocab_size, batch, generator=generator)
     lean = torch.rand(*batch, 1, generator=generator) * 2 * math.log(case.vocab_size)
     hidden = normal(*batch, case.hidden_size) + lean * weight[targets]
-    for row, prompt in enumerate(case.prompt_lengths * 2):
+    for row, prompt in enumerate(case.sequence_prompts):
         targets[row, :prompt] = IGNORE_INDEX
     tensors = {"hidden": hidden.to(dtype), "weight": weight.to(dtype), "targets": targets}
     ref_hidden = (hidden + 0.05 * normal(*hidden.shape)).to(dtype)
@@ -36,10 +36,9 @@ def make_tensors(case: Case) -> dict[str, Tensor | None]:
 
 
 def make_problem(case: Case) -> Problem:
-    """The tensors on the case's device. A cached reference is computed here, in float64."""
+    """The tensors on the case's device, each answer once. A cached reference is computed here, in float64."""
     tensors = {name: tensor.to(case.device) for name, tensor in make_tensors(case).items()}
     hidden, weight = tensors["hidden"].requires_grad_(), tensors["weight"].requires_grad_(not case.frozen)
-    flat = tensors["targets"].flatten() != IGNORE_INDEX
     problem = Problem(
         case=case,
         hidden=hidden,
@@ -48,7 +47,8 @@ def make_problem(case: Case) -> Problem:
         ref_hidden=tensors["ref_hidden"],
         ref_weight=tensors["ref_weight"],
         ref_logps=None,
-        rows=None if flat.all() else flat.nonzero().squeeze(-1),
+        rows=scored_positions(tensors["targets"]),
+        pairs=None if case.answers == 2 else torch.tensor(case.members, device=case.device).view(2, -1).t(),
     )
     if case.cached:
         problem.ref_logps = sequence_logps(problem, problem.ref_hidden, problem.ref_weight).float()

@@ -22,7 +22,7 @@ _SAMPLED_ROWS = 512
 class Truth:
     loss: float
     token_logps: Tensor  # [scored] float64
-    sequence_logps: Tensor  # [2B]
+    sequence_logps: Tensor  # [2B], chosen first
     sampled_tokens: Tensor  # positions in [scored]
     grad_hidden: Tensor  # [sampled tokens, H]
     sampled_rows: Tensor  # rows of weight
@@ -62,7 +62,7 @@ def _token_logps(problem: Problem, hidden: Tensor, weight: Tensor) -> tuple[Tens
 
 
 def sequence_logps(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
-    """[2B] float64."""
+    """[S] float64."""
     return problem.sum_sequences(_token_logps(problem, hidden, weight)[0])
 
 
@@ -75,12 +75,13 @@ def compute_truth(problem: Problem, beta: float) -> Truth:
         ref_logps = sequence_logps(problem, problem.ref_hidden, problem.ref_weight)
     else:
         ref_logps = problem.ref_logps.double()
-    chosen, rejected = (logps - ref_logps).chunk(2)
+    chosen, rejected = (logps - ref_logps)[problem.members].chunk(2)
     margins = beta * (chosen - rejected)
 
-    # d loss / d logp of each scored token
+    # d loss / d logp of each scored token: the sum over the pairs that its sequence is of
     slopes = -beta * torch.sigmoid(-margins) / case.pairs
-    slopes = problem.scored(torch.cat([slopes, -slopes])[:, None].expand(problem.targets.shape))
+    slopes = torch.zeros_like(logps).index_add(0, problem.members, torch.cat([slopes, -slopes]))
+    slopes = problem.scored(slopes[:, None].expand(problem.targets.shape))
 
     hidden, targets = problem.scored(problem.hidden).double(), problem.scored(problem.targets)
     tokens = torch.linspace(0, len(targets) - 1, min(_SAMPLED_TOKENS, len(targets)), device=weight.device).long()
@@ -93,7 +94,7 @@ def compute_truth(problem: Problem, beta: float) -> Truth:
     return Truth(
         loss=-F.logsigmoid(margins).mean().item(),
         token_logps=token_logps,
-        sequence_logps=logps,
+        sequence_logps=logps[problem.members],
         sampled_tokens=tokens,
         grad_hidden=grad_hidden,
         sampled_rows=rows,
@@ -159,9 +160,11 @@ def errors(truth: Truth, problem: Problem, outcome: Outcome) -> dict[str, float 
     """
     by_token = outcome.token_logps is not None
     logps, exact = (
-        (outcome.token_logps, truth.token_logps) if by_token else (outcome.sequence_logps, truth.sequence_logps)
+        (outcome.token_logps, problem.copied(truth.token_logps))
+        if by_token
+        else (outcome.sequence_logps, truth.sequence_logps)
     )
-    grad_hidden = problem.scored(problem.hidden.grad)[truth.sampled_tokens]
+    grad_hidden = problem.summed_over_copies(problem.hidden.grad)[truth.sampled_tokens]
     found: dict[str, float | str | None] = {
         "logps": ((logps.double() - exact).abs() / (1 + exact.abs())).max().item(),
         "logps_of": "tokens" if by_token else "sequences",

@@ -35,7 +35,7 @@ from end_to_end.data import (
     sequence_lengths,
     train_tokenizer,
 )
-from end_to_end.tables import all_tables, bars
+from end_to_end.tables import all_tables, answers_tables, bars
 from trl.trainer import utils as trl_utils
 
 from fastdpo.data import prepare
@@ -372,6 +372,42 @@ def test_the_fastest_setting_that_works_is_kept(fake_jobs):
     assert len(arm["tried"]) == 6 and sum("failed" in one for one in arm["tried"]) == 2
     assert arm["setting"] == {"gradient_checkpointing": False, "per_device_train_batch_size": 4}
     assert "gradient_checkpointing True, per_device_train_batch_size 1" in all_tables(found)
+
+
+def test_trl_tries_its_settings_on_one_prompt_of_several_answers(fake_jobs):
+    """Option by option, and those that fail are not gone on with."""
+    case = tiny_case(answers=4, pairs=2 * pairs_of(4), steps=3)
+    how = options(tune=True, arms=["trl-best", "fastdpo-cached"], rounds=1)
+    found = train_runner.run_case(case, how, lambda _: None)
+    tried = found["arms"]["trl-best"]["tried"]
+    assert [
+        (one["setting"]["per_device_train_batch_size"], one["setting"]["gradient_checkpointing"]) for one in tried
+    ] == [
+        (3, False),
+        (2, False),
+        (1, False),
+        (3, True),
+    ]
+    assert "failed" in tried[1] and {one["pairs"] for one in tried} == {6}
+    asked = [(job["case"]["pairs"], job["case"]["steps"]) for job in fake_jobs if job["arm"] == "trl-best"]
+    assert asked == [(6, 1)] * 4 + [(12, 3)]
+    ours = [(job["case"]["pairs"], job["case"]["steps"]) for job in fake_jobs if job["arm"] == "fastdpo-cached"]
+    assert ours == [(12, 2)] * 3 + [(12, 3)]
+    assert found["arms"]["trl-best"]["setting"] == {"gradient_checkpointing": False, "per_device_train_batch_size": 3}
+    # The third try, in six seconds, made six pairs.
+    assert "gradient_checkpointing False, per_device_train_batch_size 1        1  400" in all_tables(found)
+
+
+def test_a_table_over_the_answers(fake_jobs):
+    how = options(arms=["fastdpo-cached"], rounds=1, profile=True)
+    cases = [train_runner.run_case(tiny_case(answers=k, pairs=2 * pairs_of(k)), how, lambda _: None) for k in (2, 3)]
+    first, *steps = answers_tables(cases).splitlines()
+    columns = ["pairs", "of their rows", "through the body", "head positions", "s/step", "ms/token", "pairs/s"]
+    assert " ".join(first.split()) == " ".join(["fastdpo-cached, float32", *columns])
+    assert [step.split()[:3] for step in steps] == [["2", "answers", "2"], ["3", "answers", "6"]]
+    rows = cases[1]["data"]["sample"]["tokens"] / 2
+    assert steps[1].split()[3:] == [f"{rows:,.0f}", "2,000", "2,000", "1.5", "0.75", "4"]
+    assert answers_tables(cases[:1]) == ""
 
 
 def test_an_arm_that_computes_something_else_has_no_figures(fake_jobs):

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from common import machine
 from loss_layer import runner
-from loss_layer.cases import BETA, HEADS, IGNORE_INDEX, Case, named_case
-from loss_layer.peers import PEERS
+from loss_layer.cases import BETA, HEADS, IGNORE_INDEX, Case, named_case, pairs_of
+from loss_layer.peers import PEERS, Peer
 from loss_layer.plot import plot_sweeps
 from loss_layer.problem import Problem
 from loss_layer.tables import case_table, sweep_tables
@@ -45,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cached": {"cached": True},
     "softcap": {"softcap": 5.0},
     "no prompt": {"prompt_share": 0.0},
+    "answers": {"answers": 3, "pairs": 6},
 }
 
 
@@ -121,9 +122,12 @@ def test_every_peer_computes_the_same(name, variant):
         pytest.skip(reason)
     if reason := PEERS[name].refuses(case):
         pytest.skip(f"{name} {reason}")
-    problem = make_problem(case)
+    problem = make_problem(case).in_rows()
     exact = exact_step(problem)
     assert exact.loss_bound < 1e-3, "a bound this loose would hide a mistake"
+    if PEERS[name].takes_pairs:
+        assert_pairs_are_their_rows(PEERS[name](), problem, exact)
+        return
     for setting in PEERS[name].settings(case):
         problem.clear_gradients()
         peer = PEERS[name](**setting)
@@ -142,14 +146,41 @@ def test_every_peer_computes_the_same(name, variant):
             assert_within("weight", problem.weight.grad, exact.gradients["weight"], exact.gradient_bounds["weight"])
 
 
+def assert_pairs_are_their_rows(peer: Peer, rows: Problem, exact: Exact) -> None:
+    """Of answers that are there once; the gradient of each is the sum over its copies."""
+    problem = rows.original
+    assert problem.targets.shape == (6, 12) and rows.targets.shape == (12, 12)
+    outcome = peer.run(problem)
+    assert abs(outcome.loss.item() - exact.loss) <= exact.loss_bound
+    assert_within("sequence_logps", outcome.sequence_logps, exact.logps, exact.logps_bound)
+    tokens = problem.sum_sequences(peer.token_logps(problem, outcome))[problem.members]
+    assert_within("token_logps", tokens, exact.logps, exact.logps_bound)
+    expected, bound = (over_copies(rows, of_rows["hidden"]) for of_rows in (exact.gradients, exact.gradient_bounds))
+    assert_within("hidden", problem.scored(problem.hidden.grad), expected, bound)
+    assert_within("weight", problem.weight.grad, exact.gradients["weight"], exact.gradient_bounds["weight"])
+
+
+def over_copies(rows: Problem, values: Tensor) -> Tensor:
+    """[scored, H] of the rows, summed by the sequence and the position that each is a copy of: [scored, H] of those."""
+    if rows.original is None:
+        return values
+    at = (rows.targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+    length, members = rows.case.length, torch.tensor(rows.case.members)
+    found = values.new_zeros(rows.case.sequences * length, values.shape[1])
+    found.index_add_(0, members[at // length] * length + at % length, values)
+    return rows.original.scored(found.view(-1, length, values.shape[1]))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_truth_is_autograds(variant, monkeypatch):
     monkeypatch.setattr("loss_layer.truth._CHUNK_BYTES", 8 * 72 * 7)  # several chunks, the last one short
     problem = make_problem(small_case(**VARIANTS[variant]))
-    truth, exact = compute_truth(problem, BETA), exact_step(problem)
+    rows = problem.in_rows()
+    truth, exact = compute_truth(problem, BETA), exact_step(rows)
     assert truth.loss == pytest.approx(exact.loss, rel=1e-12)
     torch.testing.assert_close(truth.sequence_logps, exact.logps, rtol=1e-12, atol=0)
-    torch.testing.assert_close(truth.grad_hidden, exact.gradients["hidden"][truth.sampled_tokens], rtol=1e-9, atol=0)
+    grad_hidden = over_copies(rows, exact.gradients["hidden"])[truth.sampled_tokens]
+    torch.testing.assert_close(truth.grad_hidden, grad_hidden, rtol=1e-9, atol=0)
     if problem.case.frozen:
         assert truth.grad_weight is None
     else:
@@ -157,9 +188,11 @@ def test_truth_is_autograds(variant, monkeypatch):
         torch.testing.assert_close(truth.grad_weight, expected, rtol=1e-9, atol=1e-15)
 
 
-def test_errors_are_seen():
-    problem = make_problem(small_case())
+@pytest.mark.parametrize("variant", ["no prompt", "answers"])
+def test_errors_are_seen(variant):
+    problem = make_problem(small_case(**VARIANTS[variant]))
     truth = compute_truth(problem, BETA)
+    problem = problem.in_rows()
     outcome = PEERS["full-logits"]().run(problem)
     right = errors(truth, problem, outcome)
     problem.hidden.grad *= 1.01
@@ -180,6 +213,23 @@ def test_prompts_take_their_share(name, share):
     case = named_case(name, "cuda", prompt_share=share)
     assert all(0 <= prompt < case.length for prompt in case.prompt_lengths)
     assert case.scored_tokens == pytest.approx(case.tokens * (1 - share), rel=0.03)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_rows_are_copies_of_answers(share):
+    case = small_case(answers=4, pairs=2 * pairs_of(4), prompt_share=share)
+    assert (case.prompts, case.sequences, case.tokens) == (2, 8, 24 * 12)
+    problem = make_problem(case)
+    rows = problem.in_rows()
+    assert len(rows.scored(rows.targets)) == case.scored_tokens
+    assert len(problem.scored(problem.targets)) == case.distinct_scored_tokens == case.scored_tokens / 3
+    chosen, rejected = torch.tensor(case.members).chunk(2)
+    assert {*zip(chosen.tolist(), rejected.tolist(), strict=True)} == {
+        (4 * prompt + a, 4 * prompt + b) for prompt in range(2) for a in range(4) for b in range(a + 1, 4)
+    }
+    for row, sequence in enumerate(case.members):
+        assert torch.equal(rows.hidden[row], problem.hidden[sequence])
+        assert (rows.targets[row] == IGNORE_INDEX).sum() == case.row_prompts[row]
 
 
 def test_inputs_are_a_trained_models(tmp_path):
@@ -297,9 +347,21 @@ def test_the_commit_that_results_name(tmp_path, monkeypatch):
 def test_wrong_flags_are_named():
     done = run_script("--peers", "fastdpo,slowdpo")
     assert done.returncode == 2 and "--peers names 'slowdpo'; it may name floor, fastdpo, " in done.stderr
-    for arguments in (["--case", "huge"], ["--prompt_share", "1"], ["--rounds", "0"], ["--points", "512"]):
+    of_answers = (["--answers", "1"], ["--answers", "4", "--pairs", "8"], ["--prompts", "2"])
+    of_sweeps = (["--points", "512"], ["--answers", "4", "--sweep", "tokens"], ["--sweep", "answers", "--pairs", "4"])
+    for arguments in (["--case", "huge"], ["--prompt_share", "1"], ["--rounds", "0"], *of_answers, *of_sweeps):
         with pytest.raises(SystemExit, match="2"):
             run.parse_arguments(arguments)
+
+
+def test_answers_change_a_case():
+    args = run.parse_arguments(["--case", "tiny", "--device", "cpu", "--answers", "4", "--prompts", "3"])
+    case = run.make_case("tiny", args)
+    assert (case.answers, case.pairs, case.sequences) == (4, 18, 12)
+    assert PEERS["fastdpo-pairs"].refuses(case) is None
+    assert PEERS["fastdpo-pairs"].refuses(named_case("tiny", "cpu")) == "no answer is of two pairs"
+    cases = run.sweep_cases("answers", named_case("tiny", "cpu"), [2, 3, 8], None)
+    assert [(one.answers, one.pairs) for one in cases] == [(2, 2), (3, 6), (8, 56)]
 
 
 @pytest.fixture
@@ -314,7 +376,8 @@ def fake_jobs(monkeypatch) -> list[tuple[str | None, dict[str, Any]]]:
         if setting.get("chunk_size") == 8_192:
             return {"failed": "RuntimeError: not this size"}
         slow = sum(name == peer for name, _ in asked)  # each round slower than the one before
-        return {"seconds": slow * {"floor": 1, "fastdpo": 2, "trl": 4}[peer], "peak_bytes": 10**6, "errors": None}
+        seconds = {"floor": 1, "fastdpo": 2, "trl": 4, "fastdpo-pairs": 1}[peer]
+        return {"seconds": slow * seconds, "peak_bytes": 10**6, "errors": None}
 
     monkeypatch.setattr(runner.Jobs, "run", answer)
     return asked
@@ -351,6 +414,28 @@ def test_sweeps_are_printed_and_drawn(fake_jobs, tmp_path):
     assert {point["tokens"] for point in sweeps["vocabulary"]} == {2_048}
     text = sweep_tables("tokens", sweeps["tokens"])
     assert "microseconds per token\ntokens     512  1,024\nfloor    1,953  1,953\n" in text
+    plot_sweeps(sweeps, "a machine", tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_over_answers(fake_jobs, tmp_path):
+    cases = run.sweep_cases("answers", named_case("small", "cpu"), [2, 4], None)
+    how = options(rounds=1, peers=["floor", "fastdpo", "fastdpo-pairs"])
+    sweeps = {"answers": [runner.run_case(one, how, lambda _: None) for one in cases]}
+    text = sweep_tables("answers", sweeps["answers"])
+    assert "small" not in text and "256 tokens a row, all pairs of the answers to each of 2 prompts" in text
+    assert text.split("\n\n")[1].splitlines() == [
+        "scored tokens",
+        "answers                 2      4",
+        "pairs                   2     12",
+        "of the pairs' rows  1,024  6,144",
+        "each answer once    1,024  2,048",
+    ]
+    assert "per token, each answer once\n" in text and "fastdpo-pairs: not measured: no answer is of two pairs" in text
+    assert "fastdpo-pairs      -  1,000" in text and "fastdpo-pairs      -    488" in text
+    said = "4 answers to each of 2 prompts, every two a pair: 2,048 scored tokens with each answer once"
+    table = case_table(sweeps["answers"][1])
+    assert "6,144 tokens in 12 pairs, 6,144 scored, float32" in table and said in table
     plot_sweeps(sweeps, "a machine", tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
