@@ -134,7 +134,8 @@ def _said(row: dict[str, Any], count: int, choice: Choice, where: str) -> Compar
     """The pairs that the row says itself."""
     if choice.pairs is not None:
         raise DataError(
-            f"{where}: it says its pairs itself, and pairs={choice.pairs!r} would choose others; leave it out."
+            f"{where}: it says its pairs itself, and pairs={choice.pairs!r} (--pairs) would choose others; do "
+            "without it."
         )
     given = row["pairs"]
     if not isinstance(given, list):

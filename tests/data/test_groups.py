@@ -343,7 +343,7 @@ def test_what_does_not_go_together() -> None:
             made(text_rows(2), **how)
     with pytest.raises(DataError, match="joins pairs, and these rows are groups"):
         made([ROW | {"ranks": [1, 2, 3, 4]}], group_by_prompt=True)
-    with pytest.raises(DataError, match="row 0: it says its pairs itself, and pairs='all' would choose others"):
+    with pytest.raises(DataError, match="row 0: it says its pairs itself, and pairs='all' \\(--pairs\\) would"):
         made([ROW | {"pairs": [[0, 1]]}], pairs="all")
     with pytest.raises(DataError, match="row 0: weight_by_score is on, and the row has no scores"):
         made([ROW | {"pairs": [[0, 1]]}], weight_by_score=True)
