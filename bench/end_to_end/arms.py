@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,24 @@ ARMS: dict[str, Arm] = {
         choices=_OUR_CHOICES,
     ),
 }
+
+
+def by_option(settings: list[Setting], tried: list[dict[str, Any]]) -> Iterator[Setting]:
+    """A few of all combinations: each value of the last option, with the first ones of the others; then, with the best
+    of them, those of the option before it; and so on.
+
+    Args:
+        settings: all of them, the usual one first.
+        tried: of those that were handed out, ``setting`` and ``seconds``, or ``failed``, as the caller enters them.
+    """
+    best = settings[0]
+    for option in reversed(best):
+        for setting in settings:
+            others = {name: value for name, value in setting.items() if name != option}
+            if others.items() <= best.items() and all(one["setting"] != setting for one in tried):
+                yield setting
+        worked = [one for one in tried if "failed" not in one]
+        best = min(worked, key=lambda one: one["seconds"])["setting"] if worked else best
 
 
 def make_trainer(

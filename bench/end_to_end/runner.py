@@ -12,7 +12,7 @@ from typing import Any
 
 from common.jobs import run_job
 from end_to_end.agreement import differences, disagreement, tolerance
-from end_to_end.arms import ARMS, Arm, Setting
+from end_to_end.arms import ARMS, Setting, by_option
 from end_to_end.cases import TrainCase, pairs_of
 from end_to_end.data import (
     ORDERS,
@@ -104,6 +104,7 @@ def prepare(case: TrainCase, data: Path | None, folder: Path) -> dict[str, Any]:
         "tokenizer": len(tokenizer),
         "all": describe(lengths, usable, case.max_length),
         "sample": describe(trained_lengths, list(range(len(trained))), case.max_length),
+        "counted": describe(trained_lengths, list(range(case.warmup * case.pairs, len(trained))), case.max_length),
     }
 
 
@@ -164,21 +165,13 @@ def _tune(case: TrainCase, options: Options, arms: dict[str, Any], say: Say) -> 
             prepare(short, options.data, Path(folder))
             runs = Runs(short, options, folder)
             for name in names:
-                arm, entry = ARMS[name], arms[name]
-                if len(arm.settings(short)) == 1:
-                    continue
-                tried = entry["tried"] = []
-
-                def attempt(setting: Setting, name: str = name, tried: list[Any] = tried, runs: Runs = runs) -> None:
-                    say(f"best setting of {name}: {setting}")
-                    tried.append({"setting": setting, "pairs": runs.case.pairs} | runs.run(name, setting))
-
-                if case.answers > 2:
-                    _attempt_by_option(arm, short, attempt, tried)
-                else:
-                    for setting in arm.settings(short):
-                        attempt(setting)
-                _choose(entry)
+                settings, entry = ARMS[name].settings(short), arms[name]
+                if len(settings) > 1:
+                    tried = entry["tried"] = []
+                    for setting in by_option(settings, tried) if case.answers > 2 else settings:
+                        say(f"best setting of {name}: {setting}")
+                        tried.append({"setting": setting, "pairs": short.pairs} | runs.run(name, setting))
+                    _choose(entry)
 
 
 def _short_cases(case: TrainCase, arms: dict[str, Any]) -> list[tuple[TrainCase, list[str]]]:
@@ -191,21 +184,8 @@ def _short_cases(case: TrainCase, arms: dict[str, Any]) -> list[tuple[TrainCase,
         return [(short, list(arms))]
     one = dataclasses.replace(case, steps=1, pairs=pairs_of(case.answers))
     of_trl = [name for name in arms if ARMS[name].library == "trl"]
-    return [(one, of_trl), (short, [name for name in arms if name not in of_trl])]
-
-
-def _attempt_by_option(arm: Arm, case: TrainCase, attempt: Callable[[Setting], None], tried: list[Any]) -> None:
-    """Each value of the last option, with the first ones of the others; then with the best of them those of the option
-    before it; and so on."""
-    settings = arm.settings(case)
-    best = settings[0]
-    for option in reversed(best):
-        for setting in settings:
-            others = {name: value for name, value in setting.items() if name != option}
-            if others.items() <= best.items() and all(one["setting"] != setting for one in tried):
-                attempt(setting)
-        worked = [one for one in tried if "failed" not in one]
-        best = min(worked, key=lambda one: one["seconds"])["setting"] if worked else best
+    others = [name for name in arms if name not in of_trl]
+    return [(some, names) for some, names in ((one, of_trl), (short, others)) if names]
 
 
 def _choose(entry: dict[str, Any]) -> None:

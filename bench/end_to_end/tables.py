@@ -93,9 +93,9 @@ def tried_tables(found: dict[str, Any]) -> str:
 def answers_tables(cases: list[dict[str, Any]]) -> str:
     """Each arm's step over the answers to a prompt, with the tokens that it takes; none where there is one number of
     answers alone."""
-    arms = dict.fromkeys((found["dtype"], name) for found in cases for name in found["arms"])
+    cases = [found for found in cases if "counted" in found["data"]]
     parts = []
-    for dtype, name in arms:
+    for dtype, name in dict.fromkeys((found["dtype"], name) for found in cases for name in found["arms"]):
         steps = [(found, _measured(found).get(name)) for found in cases if found["dtype"] == dtype]
         rows = [_step(found, arm) for found, arm in steps if arm is not None]
         if len({row[0] for row in rows}) > 1:
@@ -107,9 +107,9 @@ def _step(found: dict[str, Any], arm: dict[str, Any]) -> list[str]:
     profile = arm.get("profile") or dict.fromkeys(COUNTS)
     body, head = profile["policy_tokens"], profile["head_positions"]
     return [
-        f"{found.get('answers', 2)} answers",
+        f"{found['answers']} answers",
         str(found["pairs"]),
-        f"{found['data']['sample']['tokens'] / (found['steps'] + found['warmup']):,.0f}",
+        f"{found['data']['counted']['tokens'] / found['steps']:,.0f}",
         *("-" if count is None else f"{count:,.0f}" for count in (body, head)),
         f"{arm['seconds']:.3g}",
         "-" if body is None else f"{arm['seconds'] * 1e3 / body:.3g}",
@@ -173,7 +173,8 @@ def _heading(found: dict[str, Any]) -> str:
     ]
     if found.get("answers", 2) > 2:
         pairs = found["answers"] * (found["answers"] - 1) // 2
-        lines.append(f"a step has {found['pairs'] // pairs} prompts with {found['answers']} answers each")
+        prompts = found["pairs"] // pairs
+        lines.append(f"a step has {prompts} prompt{'s' * (prompts > 1)} with {found['answers']} answers each")
     if found.get("system_tokens"):
         lines.append(f"every prompt begins with the same system message of {found['system_tokens']} tokens")
     if losses:

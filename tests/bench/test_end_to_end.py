@@ -405,7 +405,9 @@ def test_a_table_over_the_answers(fake_jobs):
     columns = ["pairs", "of their rows", "through the body", "head positions", "s/step", "ms/token", "pairs/s"]
     assert " ".join(first.split()) == " ".join(["fastdpo-cached, float32", *columns])
     assert [step.split()[:3] for step in steps] == [["2", "answers", "2"], ["3", "answers", "6"]]
-    rows = cases[1]["data"]["sample"]["tokens"] / 2
+    data = cases[1]["data"]
+    assert data["counted"]["rows"] == 6 and data["sample"]["rows"] == 12
+    rows = data["counted"]["tokens"]
     assert steps[1].split()[3:] == [f"{rows:,.0f}", "2,000", "2,000", "1.5", "0.75", "4"]
     assert answers_tables(cases[:1]) == ""
 
