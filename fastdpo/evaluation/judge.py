@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 
@@ -177,16 +177,27 @@ def judge_contests(
 
 
 def _in_threads(tasks: Sequence[Callable[[], None]], workers: int, client: JudgeClient) -> None:
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(task) for task in tasks]
+    """Do all, or none that has not begun when one fails."""
+    failures: list[Exception] = []
+
+    def do(task: Callable[[], None]) -> None:
+        if failures:
+            return
         try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-        except BaseException:
+            task()
+        except Exception as error:
+            failures.append(error)
+            client.stop()
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            wait([pool.submit(do, task) for task in tasks])
+        except BaseException:  # Ctrl-C: what is being answered is waited for, and kept
             client.stop()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    if failures:
+        raise failures[0]
 
 
 def judge_figures(
