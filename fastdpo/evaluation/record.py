@@ -50,6 +50,7 @@ class EvaluationRecord:
 def write_results(record: EvaluationRecord, path: Path) -> None:
     """All figures, and what each model says of each pair, as JSON."""
     found = record.found
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(
         path,
         {

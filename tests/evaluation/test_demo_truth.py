@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,10 +34,10 @@ from fastdpo.trainer import DPOConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 
-RESAMPLES, PAIRS, BETA = 100, 150, 0.1
-CONFIG = replace(
-    DemoConfig(**QUICK), corpus_size=1500, vocab_size=512, base_steps=250, pairs=300, steps=20, eval_prompts=600,
-    learning_rate=3e-3,
+RESAMPLES, PAIRS, BETA = 300, 150, 0.1
+QUICK_DEMO = replace(DemoConfig(**QUICK), eval_prompts=1200)
+TINY_DEMO = replace(
+    QUICK_DEMO, corpus_size=1500, vocab_size=512, base_steps=250, pairs=300, steps=20, eval_prompts=600
 )  # fmt: skip
 
 
@@ -90,23 +89,25 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastdpo.evaluation.results.controlled_shares", lambda *_: None)
 
 
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    held_out = draw_prompts(CONFIG.eval_prompts, rng_for(CONFIG, "held-out prompts"))
-    prompts = draw_prompts(CONFIG.pairs, rng_for(CONFIG, "training prompts"), exclude=held_out)
-    base, tokenizer, _ = make_base_model(CONFIG, held_out=held_out)
-    pairs = sample_pairs(CONFIG, base, tokenizer, prompts)
-    first, _ = sample_texts(CONFIG, base, tokenizer, held_out, purpose="before")
-    second, _ = sample_texts(CONFIG, base, tokenizer, held_out, purpose="second")
+@pytest.fixture(scope="module", params=["tiny", pytest.param("quick", marks=pytest.mark.slow)])
+def pool(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    """Of the demo with --quick, or of a smaller one."""
+    config = QUICK_DEMO if request.param == "quick" else TINY_DEMO
+    held_out = draw_prompts(config.eval_prompts, rng_for(config, "held-out prompts"))
+    prompts = draw_prompts(config.pairs, rng_for(config, "training prompts"), exclude=held_out)
+    base, tokenizer, _ = make_base_model(config, held_out=held_out)
+    pairs = sample_pairs(config, base, tokenizer, prompts)
+    first, _ = sample_texts(config, base, tokenizer, held_out, purpose="before")
+    second, _ = sample_texts(config, base, tokenizer, held_out, purpose="second")
     ordered = label_pairs(first, second, rng=None)
-    aligned = align(CONFIG, base, tokenizer, pairs, ordered[:16]).model
-    after, _ = sample_texts(CONFIG, aligned, tokenizer, held_out[:300], purpose="after")
+    aligned = align(config, base, tokenizer, pairs, ordered[:16]).model
+    after, _ = sample_texts(config, aligned, tokenizer, held_out[:300], purpose="after")
     args = DPOConfig(str(tmp_path_factory.mktemp("out")), max_length=None, use_cpu=True, disable_tqdm=True)
     rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in ordered]
     read = read_held_out(Dataset.from_list(rows), tokenizer, args)
     kept = [ordered[int(row)] for row in read.pairs().rows]
     scorer = ModelScorer(args)
-    yield Pool(
+    return Pool(
         base=scorer.score(base, read, "base"),
         aligned=scorer.score(aligned, read, "aligned"),
         chances=np.array([1 / (1 + math.exp(p.rejected_reward - p.chosen_reward)) for p in kept]),
@@ -149,7 +150,10 @@ def test_intervals_cover_the_known_truth(pool: Pool) -> None:
         )
         for (name, value), estimate in zip(truth.items(), estimates, strict=True):
             held[name] += estimate.low <= value <= estimate.high
-    assert min(held.values()) >= 93, held
+    # 93 of 100 of all, and of none fewer than by three standard errors below 95 of 100: other machines round otherwise,
+    # and train other models.
+    assert sum(held.values()) >= 0.93 * RESAMPLES * len(held), held
+    assert min(held.values()) >= 0.912 * RESAMPLES, held
 
 
 def _margins(scores: PairScores) -> np.ndarray:
@@ -182,7 +186,7 @@ def test_models_that_are_equal_but_for_chance_do_not_differ(pool: Pool) -> None:
         found[0] += comparison.accuracy["likelihood"].test.p < 0.05
         found[1] += comparison.margin["likelihood"].test.p < 0.05
     # 5 % of tests find something where there is nothing: three standard errors. McNemar's, in whole numbers, fewer.
-    assert found[0] <= 5 and found[1] <= 11, found
+    assert found[0] <= 0.05 * RESAMPLES and found[1] <= 0.088 * RESAMPLES, found
 
 
 def _fields(scores: PairScores) -> list[np.ndarray]:
