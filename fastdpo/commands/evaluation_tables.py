@@ -35,8 +35,8 @@ def print_evaluation(record: EvaluationRecord, console: Console) -> None:
     console.print(table)
     if whole.comparisons:
         table = Table(title="Between models, on the same pairs", title_justify="left")
-        for heading in ("less", "measured by", "accuracy, points", "p", "margin", "p"):
-            table.add_column(heading, justify="left" if heading in ("less", "measured by") else "right")
+        for heading in ("difference", "measured by", "accuracy, points", "p", "margin", "p"):
+            table.add_column(heading, justify="left" if heading in ("difference", "measured by") else "right")
         for comparison in whole.comparisons:
             measure = name if name in comparison.accuracy else "likelihood"
             accuracy, margin = comparison.accuracy[measure], comparison.margin[measure]

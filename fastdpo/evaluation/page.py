@@ -15,7 +15,7 @@ from fastdpo.evaluation.results import SliceFigures
 from fastdpo.evaluation.run import JudgedContest
 from fastdpo.evaluation.scores import MEASURES
 from fastdpo.evaluation.statistics import Estimate
-from fastdpo.report.charts import Histogram
+from fastdpo.report.charts import Chart, Histogram
 from fastdpo.report.page import data_rows, show, templates
 from fastdpo.report.svg import common_edges, histogram, largest_share
 from fastdpo.trainer.whole_files import write_text_whole
@@ -38,10 +38,9 @@ def write_page(record: EvaluationRecord, path: Path) -> None:
             whole=whole,
             written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
             names=[model.label for model in found.models],
-            entries=[(model.label, colour_of(number)) for number, model in enumerate(found.models)],
             headlines=headlines(record),
             measures=[(name, _TITLES[name], words) for name, words in MEASURES.items() if _is_there(name, whole)],
-            pictures=[(_TITLES[name], _picture(record, name)) for name in MEASURES if _is_there(name, whole)],
+            pictures=[_picture(record, name) for name in MEASURES if _is_there(name, whole)],
             histograms=_histograms(record),
             titles=_TITLES,
             judged=[(each, _contests(each)) for each in found.judged],
@@ -131,7 +130,7 @@ def _is_there(measure: str, whole: SliceFigures) -> bool:
     return any(measure in figures.accuracy for figures in whole.models)
 
 
-def _picture(record: EvaluationRecord, measure: str) -> Any:
+def _picture(record: EvaluationRecord, measure: str) -> Chart:
     """Accuracies of all parts, and at equal lengths."""
     found = record.found
     have = [number for number, f in enumerate(found.figures.slices[0].models) if measure in f.accuracy]
@@ -143,8 +142,9 @@ def _picture(record: EvaluationRecord, measure: str) -> Any:
     for controlled in found.figures.length_control:
         if controlled.measure == measure:
             rows.insert(1, Row("all pairs, at equal lengths", "", controlled.accuracy))
-    names = [found.models[number].label for number in have]
-    return intervals(rows, [colour_of(number) for number in have], names, level=0.5)
+    names, colours = [found.models[number].label for number in have], [colour_of(number) for number in have]
+    svg = intervals(rows, colours, names, level=0.5)
+    return Chart(_TITLES[measure], "", svg, list(zip(names, colours, strict=True)))
 
 
 def _histograms(record: EvaluationRecord) -> list[Histogram]:

@@ -13,7 +13,7 @@ from fastdpo.evaluation.statistics import Estimate
 
 _WIDTH, _LABELS, _RIGHT, _TOP, _BOTTOM = 860, 320, 14, 6, 24
 _LINE, _BETWEEN = 13, 9
-_LONGEST_LABEL = 50
+_LONGEST_LABEL = 46
 
 
 @dataclass(frozen=True)

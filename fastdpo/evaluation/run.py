@@ -132,7 +132,13 @@ def evaluate(
     if prompts is not None and not prompts.rows:
         raise DataError("no prompt can be completed for the judge: all have images.")
     found = _score(models, weights, references, held_out, args, prompts, judging, images=images, say=say)
-    return _put_together(dataset, models, found, held_out, references, args, columns, how, prompts, judging, say)
+    # As they were asked for, where they were.
+    called = {weights_of(reference, args): reference} if reference else {}
+    called |= {of: name for name, of in weights.items()}
+    labels = {name: called.get(of, of.source) if of else "" for name, of in references.items()}
+    return _put_together(
+        dataset, models, found, held_out, references, labels, args, columns, how, prompts, judging, say
+    )
 
 
 @dataclass
@@ -204,6 +210,7 @@ def _put_together(
     found: _Found,
     held_out: dict[str, HeldOut],
     references: dict[str, Weights | None],
+    labels: dict[str, str],
     args: DPOConfig,
     columns: Sequence[str],
     how: Resampling,
@@ -222,7 +229,7 @@ def _put_together(
                 name,
                 found.scores[weights_of(name, args), key].at(shared[name]),
                 None if reference is None else found.scores[reference, key].at(shared[name]),
-                "" if reference is None else reference.source,
+                labels[name],
             )
         )
     first = evaluated[0].scores
