@@ -7,8 +7,9 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -67,7 +68,8 @@ def in_turn(
 ) -> Iterator[tuple[Weights, PreTrainedModel | PeftModel]]:
     """Each of these once, in evaluation mode, on the device; by base, the base itself first, and then its adapters.
 
-    A model is as it was given out until the next one is asked for. One base is in memory at a time.
+    A model is as it was given out until the next one is asked for. One base is in memory at a time; it is loaded anew
+    after an adapter that does not leave it as it was.
 
     Raises:
         ValueError, OSError: a model or adapter is not there, or cannot be read.
@@ -82,13 +84,31 @@ def in_turn(
             if weights.adapter is None:
                 yield weights, model
                 continue
+            embeddings = _embeddings(model)
             adapted = PeftModel.from_pretrained(model, weights.adapter, **hub_options_of(args))
             refuse_not_finite({f"the adapter {weights.adapter}": adapted})
             yield weights, adapted.to(args.device).eval().requires_grad_(False)
-            model = adapted.unload()
+            comes_back = leaves_its_base(adapted.peft_config["default"]) and _embeddings(model) == embeddings
+            model = adapted.unload() if comes_back else None
             del adapted
         model = None
         gc.collect()  # before the next one takes its place
+
+
+def leaves_its_base(config: PeftConfig) -> bool:
+    """Whether a base is what it was once this adapter is taken off: biases that it brought would stay, and so would the
+    residue of the weights that some kinds (PiSSA, OLoRA, CorDA …) are begun with."""
+    return (
+        config.peft_type == PeftType.LORA
+        and getattr(config, "bias", None) == "none"
+        and getattr(config, "init_lora_weights", None) in (True, False, "gaussian")
+        and getattr(config, "layer_replication", None) is None
+    )
+
+
+def _embeddings(model: PreTrainedModel) -> int:
+    embedding = cast(nn.Embedding, model.get_input_embeddings())
+    return int(embedding.weight.shape[0])
 
 
 def _load(name: str, args: DPOConfig, *, images: bool) -> PreTrainedModel:

@@ -11,9 +11,9 @@ from matplotlib.ticker import MaxNLocator
 
 from fastdpo.evaluation.statistics import Estimate
 
-_WIDTH, _LABELS, _RIGHT, _TOP, _BOTTOM = 860, 320, 14, 6, 24
+_WIDTH, _LABELS, _RIGHT, _TOP, _BOTTOM = 860, 330, 14, 6, 24
 _LINE, _BETWEEN = 13, 9
-_LONGEST_LABEL = 46
+_LONGEST_LABEL = 50
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def _quarters(lengths: np.ndarray) -> list[Slice]:
         if len(places):
             low, high = lengths[places].min(), lengths[places].max()
             tokens = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-            parts.append(Slice("mean length", f"{name}, {tokens} tokens", places))
+            parts.append(Slice("tokens an answer", f"{name}, {tokens}", places))
     return parts
 
 

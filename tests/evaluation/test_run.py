@@ -150,6 +150,32 @@ def test_a_base_is_loaded_once_and_comes_back(
         assert torch.equal(seen[weights], alone.eval()(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"init_lora_weights": "pissa", "use_dora": False}])
+def test_adapters_that_change_their_base_are_taken_off_with_it(options: dict[str, Any], tmp_path: Path) -> None:
+    base, paths = str(tmp_path / "base"), [str(tmp_path / name) for name in ("a", "b")]
+    make_model("qwen2").save_pretrained(base)  # which has biases
+    for path in paths:
+        config = LoraConfig(**({"r": 4, "target_modules": ["q_proj"]} | options))
+        adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        with torch.no_grad():
+            for name, parameter in adapter.named_parameters():
+                if name.endswith(".bias") or "lora_B" in name:
+                    parameter.add_(
+                        0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(path)))
+                    )
+        adapter.peft_config["default"].base_model_name_or_path = base
+        adapter.save_pretrained(path)
+    ids = torch.arange(1, 9)[None]
+    wanted = [Weights(base, paths[0]), Weights(base, paths[1]), Weights(base)]
+    seen = {w: m(input_ids=ids).logits for w, m in in_turn(wanted, args_of(tmp_path), images=False)}
+    for weights in wanted:
+        alone = AutoModelForCausalLM.from_pretrained(base)
+        if weights.adapter:
+            alone = PeftModel.from_pretrained(alone, weights.adapter)
+        assert torch.allclose(seen[weights], alone.eval()(input_ids=ids).logits, atol=1e-5)
+    assert not torch.allclose(seen[wanted[0]], seen[wanted[2]], atol=1e-2)
+
+
 def test_the_layout_and_the_batches_do_not_matter(folders: dict[str, str], tmp_path: Path) -> None:
     # Prompts that come again, and answers that do.
     rows = text_rows(4)

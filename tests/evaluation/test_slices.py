@@ -25,7 +25,7 @@ def test_each_kind_parts_the_pairs(rows: list[tuple[int, int, int]]) -> None:
     assert all(len(part.places) for part in parts)
     assert len(by(parts, "value")) <= 13
     lengths = (np.array(chosen) + np.array(rejected)) / 2
-    quarters = [part.places for part in parts if part.by == "mean length"]
+    quarters = [part.places for part in parts if part.by == "tokens an answer"]
     assert all(lengths[a].max() < lengths[b].min() for a, b in zip(quarters, quarters[1:], strict=False))
 
 
@@ -33,11 +33,11 @@ def test_which_answer_is_longer_and_quarters() -> None:
     parts = slices_of(np.array([5, 1, 3, 9]), np.array([1, 5, 3, 1]), {})
     assert by(parts, "the longer answer") == {"the chosen one": [0, 3], "the rejected one": [1], "neither": [2]}
     even = slices_of(np.arange(1, 9), np.arange(1, 9), {})
-    assert list(by(even, "mean length")) == [
-        "shortest quarter, 1 to 2 tokens",
-        "second quarter, 3 to 4 tokens",
-        "third quarter, 5 to 6 tokens",
-        "longest quarter, 7 to 8 tokens",
+    assert list(by(even, "tokens an answer")) == [
+        "shortest quarter, 1 to 2",
+        "second quarter, 3 to 4",
+        "third quarter, 5 to 6",
+        "longest quarter, 7 to 8",
     ]
 
 
