@@ -53,7 +53,7 @@ CONSTANTS = {
     "fastdpo.data": "REFERENCE_COLUMNS TOKEN_COLUMNS TRUNCATION_MODES",
 }
 MODULES = {"fastdpo": "data integrations logps loss model ref_cache report trainer"}
-COMMANDS = ("train", "check-data", "cache-ref", "compare", "chat", "demo", "info")
+COMMANDS = ("train", "check-data", "cache-ref", "eval", "compare", "chat", "demo", "info")
 BENCHMARKS = ("run", "train", "rlhf", "data", "outputs", "cuda_blocks")
 
 

@@ -29,7 +29,7 @@ example:
 """
 
 # For these, what is printed is beside the point: they go on when nobody reads it.
-_LEAVE_FILES = ("train", "cache-ref", "demo")
+_LEAVE_FILES = ("train", "cache-ref", "eval", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,6 +99,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_command(commands, "train", "train a model on preference pairs", _train)
     _add_command(commands, "check-data", "what training would make of a file of pairs, without training", _check_data)
     _add_command(commands, "cache-ref", "compute the reference's log-probabilities once, to disk", _cache_ref)
+    _add_command(commands, "eval", "whether a model is better, on held-out pairs, and how sure that is", _eval)
     _add_command(commands, "compare", "completions of several models side by side, for given prompts", _compare)
     _add_command(commands, "chat", "talk to a model, or to several side by side", _chat)
     _add_command(commands, "demo", "a whole run from nothing, to see what preference training does", _demo)
@@ -150,6 +151,20 @@ def _cache_ref_page() -> HelpPage:
     from fastdpo.commands.cache_ref import CacheRefParser
 
     return CacheRefParser().help_page()
+
+
+def _eval(argv: list[str]) -> int:
+    if print_help("eval", argv, _eval_page):
+        return 0
+    from fastdpo.commands.evaluate import run
+
+    return run(argv)
+
+
+def _eval_page() -> HelpPage:
+    from fastdpo.commands.evaluate import EvalParser
+
+    return EvalParser().help_page()
 
 
 def _compare(argv: list[str]) -> int:

@@ -12,6 +12,7 @@ from fastdpo.commands.flags import ScriptArguments
 from fastdpo.data.files import load_preferences, stream_preferences
 from fastdpo.data.json_text import UNREADABLE, what_is_wrong
 from fastdpo.data.mixture import Part, hold_out, load_mixture, stream_mixture
+from fastdpo.data.terms import DataError
 from fastdpo.errors import UsageError, bad_input
 
 Pairs: TypeAlias = datasets.Dataset | datasets.IterableDataset
@@ -46,6 +47,46 @@ def load_pairs(
             return train, held_out if evaluates else None
         # An evaluation looks at all of its pairs, each time: they are not streamed.
         return train, _load(script_args, script_args.dataset_test_split, groups) if evaluates else None
+
+
+def load_held_out(
+    script_args: ScriptArguments, *, seed: int, groups: bool, split_is_asked: bool
+) -> tuple[datasets.Dataset, str]:
+    """The pairs that a run would evaluate on, and which these are, in words.
+
+    Args:
+        script_args: the flags.
+        seed: of what is held out.
+        groups: whether several answers to a prompt stay one row.
+        split_is_asked: ``dataset_test_split`` was given. Otherwise a set without one is taken as a whole.
+
+    Raises:
+        UsageError: the flags do not go together, or the pairs cannot be used.
+    """
+    check_sources(script_args)
+    if script_args.is_streamed:
+        raise UsageError("an evaluation looks at all of its pairs; leave --dataset_streaming out.")
+    with bad_input():
+        if script_args.test_split_size is not None:
+            if script_args.datasets:
+                rows = load_mixture(parts_of(script_args.datasets), groups)
+            else:
+                rows = _load(script_args, script_args.dataset_train_split, groups)
+            _, held_out = hold_out(rows, script_args.test_split_size, seed)
+            return held_out, f"--test_split_size {script_args.test_split_size:g}, --seed {seed}"
+        split = script_args.dataset_test_split
+        try:
+            return _load(script_args, split, groups), f"split {split}"
+        except DataError:
+            if split_is_asked:
+                raise
+            try:
+                rows = _load(script_args, script_args.dataset_train_split, groups)
+            except DataError:
+                rows = None
+            if rows is None:
+                raise
+            return rows, f"split {script_args.dataset_train_split}, for there is no split {split}"
 
 
 def check_sources(script_args: ScriptArguments) -> None:

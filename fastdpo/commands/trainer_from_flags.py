@@ -54,13 +54,7 @@ def make_trainer(script_args: ScriptArguments, model_args: ModelArguments, train
     train_dataset, eval_dataset = load_pairs(
         script_args, evaluates=evaluates, seed=training_args.seed, groups=training_args.pairs is not None
     )
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        "trust_remote_code": training_args.trust_remote_code,
-        **_quantization_kwargs(model_args, training_args),
-    } | training_args.init_kwargs
+    training_args.model_init_kwargs = init_kwargs_of(model_args, training_args)
     model = _model_of(model_args)
     with bad_input(f"--model_name_or_path {model}"):
         tokenizer = load_processing_class(
@@ -78,6 +72,21 @@ def make_trainer(script_args: ScriptArguments, model_args: ModelArguments, train
             processing_class=tokenizer,
             peft_config=make_peft_config(model_args),
         )
+
+
+def init_kwargs_of(model_args: ModelArguments, training_args: DPOConfig) -> dict[str, Any]:
+    """What ``from_pretrained`` takes for the flags of a model.
+
+    Raises:
+        UsageError: flags of 4 and 8 bits that would have no effect, or contradict another.
+    """
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "trust_remote_code": training_args.trust_remote_code,
+        **_quantization_kwargs(model_args, training_args),
+    } | training_args.init_kwargs
 
 
 def make_peft_config(model_args: ModelArguments) -> LoraConfig | None:

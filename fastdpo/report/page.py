@@ -14,6 +14,7 @@ from fastdpo.data.reasons import DROP_REASONS, WARN_REASONS
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.work import GroupWork
 from fastdpo.report.charts import draw_curves, draw_histograms
+from fastdpo.report.evaluation_link import evaluation_link
 from fastdpo.report.picture import read_curve
 from fastdpo.report.record import RunRecord
 from fastdpo.trainer.whole_files import write_text_whole
@@ -26,26 +27,35 @@ def write_report(record: RunRecord, path: str | Path) -> Path:
 
     All text that comes from outside (prompts, completions, names, settings) is escaped.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+    page = (
+        templates()
+        .get_template("report.html.jinja")
+        .render(
+            record=record,
+            written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+            headlines=headlines(record),
+            evaluation=evaluation_link(Path(path).parent),
+            charts=draw_curves(record),
+            histograms=draw_histograms(record),
+            samples=_samples(record),
+            data=[data_rows(name, summary) for name, summary in record.summaries.items()],
+            show=show,
+        )
+    )
+    path = Path(path)
+    write_text_whole(path, page)
+    return path
+
+
+def templates(*more: Path) -> jinja2.Environment:
+    """The templates of pages: those of this room, and those in more folders. What they are given is escaped."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([_TEMPLATES, *more]),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    page = environment.get_template("report.html.jinja").render(
-        record=record,
-        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        headlines=headlines(record),
-        charts=draw_curves(record),
-        histograms=draw_histograms(record),
-        samples=_samples(record),
-        data=[_data_rows(name, summary) for name, summary in record.summaries.items()],
-        show=_show,
-    )
-    path = Path(path)
-    write_text_whole(path, page)
-    return path
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -122,7 +132,7 @@ def _samples(record: RunRecord) -> list[tuple[Any, Any]]:
     return [(old, None) for old in before] or [(None, new) for new in after]
 
 
-def _data_rows(
+def data_rows(
     name: str, summary: DataSummary
 ) -> tuple[str, list[tuple[str, str, str]], list[tuple[str, list[str]]], str]:
     """The name, (what, count, kind) a line, (what, token counts) a line, and what a step costs."""
@@ -162,7 +172,7 @@ def _data_rows(
     return name, rows, lengths, cost
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     """A setting as it would be typed."""
     if value is None:
         return "none"

@@ -16,11 +16,12 @@ import pytest
 from fastdpo.commands import quick_help
 from fastdpo.commands.cache_ref import CacheRefParser
 from fastdpo.commands.cli import main
+from fastdpo.commands.evaluate import EvalParser
 from fastdpo.commands.flags import TrainParser
 from fastdpo.commands.help_page import FlagHelp, HelpPage
 from fastdpo.errors import UsageError
 
-PARSERS: dict[str, Callable[[], TrainParser]] = {"train": TrainParser, "cache-ref": CacheRefParser}
+PARSERS: dict[str, Callable[[], TrainParser]] = {"train": TrainParser, "cache-ref": CacheRefParser, "eval": EvalParser}
 COMMANDS = [*PARSERS, "check-data", "compare", "chat", "demo", "info"]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "numpy", "pandas", "matplotlib", "bitsandbytes")
 
@@ -150,7 +151,7 @@ def test_another_source_makes_it_anew(
 
 def test_the_sources_are_those_that_the_flags_come_from() -> None:
     files = set(quick_help._source_files())
-    for made in (TrainParser, CacheRefParser, *CacheRefParser.dataclasses):
+    for made in (TrainParser, CacheRefParser, EvalParser, *CacheRefParser.dataclasses, *EvalParser.dataclasses):
         for cls in made.__mro__:
             if cls.__module__.split(".")[0] in ("fastdpo", "transformers"):
                 assert Path(str(sys.modules[cls.__module__].__file__)) in files, cls
@@ -214,7 +215,7 @@ def test_a_page_comes_back_from_json_as_it_was() -> None:
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
 def test_nothing_heavy_is_imported(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(words) == 0  # for train and cache-ref: the page is there
+    assert main(words) == 0  # for those of PARSERS: the page is there
     said = capsys.readouterr().out
     code = (
         "import sys; from fastdpo.commands.cli import main; code = main(sys.argv[1:]); "

@@ -1,0 +1,182 @@
+"""Asks a chat model over HTTP, by the protocol that OpenAI's servers, vLLM, llama.cpp, SGLang and Ollama share."""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import json
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastdpo.errors import InputError
+from fastdpo.trainer.secrets import redacted, remember_secrets
+
+_PATH = "/chat/completions"
+# Judges that think before they answer take minutes.
+_TIMEOUT = 600.0
+_ATTEMPTS, _FIRST_WAIT, _LONGEST_WAIT = 8, 1.0, 60.0
+# What another attempt may mend: time-outs, conflicts, too many requests, and the server's own trouble.
+_PASSING = frozenset((408, 409, 425, 429, *range(500, 600)))
+_SHOWN = 300
+
+
+class JudgeError(InputError):
+    """A judge that cannot be asked, or does not answer; the message says what to do."""
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """The key is for the address that was given, and urllib would send it on to wherever that points."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+@dataclass
+class JudgeClient:
+    """One model at one address.
+
+    Args:
+        url: such as ``http://localhost:8000/v1``, or with ``/chat/completions`` behind it.
+        model: the name that the server knows it by.
+        key: sent as a bearer token; None for none. It is in no message and in no file.
+        temperature: of its answers; None to leave that to the server.
+        sleep: waits so many seconds; by default until :meth:`stop`, at most.
+
+    Raises:
+        JudgeError: the address is none.
+    """
+
+    url: str
+    model: str
+    key: str | None = field(default=None, repr=False)
+    temperature: float | None = 0.0
+    sleep: Callable[[float], object] | None = None
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise JudgeError(
+                f"--judge_url {redacted(self.url)}: needed an address such as http://localhost:8000/v1 or "
+                "https://api.openai.com/v1"
+            )
+        if parts.username or parts.password or parts.query:
+            raise JudgeError(
+                f"--judge_url {redacted(self.url)}: leave user, password and query out; a key is read from the "
+                "environment (--judge_key_env)"
+            )
+        if self.key and not (self.key.isascii() and self.key.isprintable()):
+            raise JudgeError("the judge's key holds characters that no HTTP header can; look for a line break in it")
+        if self.key:
+            remember_secrets({"token": self.key})
+        address = self.url.rstrip("/")
+        self._address = address if address.endswith(_PATH) else address + _PATH
+        self._opener = urllib.request.build_opener(_NoRedirects)
+        self._gives_up = threading.Event()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What an answer depends on beside the messages."""
+        return {"address": self._address, "model": self.model, "temperature": self.temperature}
+
+    def stop(self) -> None:
+        """Have all that wait for another attempt give up."""
+        self._gives_up.set()
+
+    def ask(self, messages: list[dict[str, str]]) -> str:
+        """What the judge answers.
+
+        Tried again, up to eight times, after 1, 2, 4, … seconds (as long as the server asks for, up to a minute), where
+        the connection fails, or the server is busy or in trouble.
+
+        Raises:
+            JudgeError: it refuses, or does not answer, or with something else than an answer.
+        """
+        trouble = ""
+        for attempt in range(_ATTEMPTS):
+            if self._gives_up.is_set():
+                break
+            wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt) * random.uniform(0.8, 1.2)
+            try:
+                return _content(self._post(messages))
+            except urllib.error.HTTPError as error:
+                said = _said_by(error)
+                if error.code not in _PASSING:
+                    raise JudgeError(f"the judge at {self._address} answers {error.code}: {said}") from None
+                trouble = f"{error.code}: {said}"
+                asked = _seconds(error.headers.get("Retry-After"))
+                wait = wait if asked is None else min(_LONGEST_WAIT, max(wait, asked))
+            except (OSError, http.client.HTTPException, _NoAnswerError) as error:
+                trouble = str(redacted(str(getattr(error, "reason", None) or error or type(error).__name__)))
+            if attempt + 1 < _ATTEMPTS:
+                (self.sleep or self._gives_up.wait)(wait)
+        raise JudgeError(
+            f"the judge at {self._address} has not answered in {_ATTEMPTS} attempts ({trouble}). What it has answered "
+            "is kept; the same command goes on from there"
+        )
+
+    def _post(self, messages: list[dict[str, str]]) -> bytes:
+        body: dict[str, Any] = {"model": self.model, "messages": messages}
+        if self.temperature is not None:
+            body["temperature"] = self.temperature
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "fastdpo"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(self._address, json.dumps(body).encode(), headers, method="POST")
+        with self._opener.open(request, timeout=_TIMEOUT) as answer:
+            read: bytes = answer.read()
+            return read
+
+
+class _NoAnswerError(Exception):
+    """What came is no answer of this protocol."""
+
+
+def _content(body: bytes) -> str:
+    try:
+        message = json.loads(body)["choices"][0]["message"]
+        content = message["content"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise _NoAnswerError(f"no chat completion came back: {_short(body)}") from None
+    if not isinstance(content, str):
+        raise _NoAnswerError("the answer has no text")
+    return content
+
+
+def _said_by(error: urllib.error.HTTPError) -> str:
+    try:
+        body = error.read()
+    except (OSError, http.client.HTTPException):
+        body = b""
+    if 300 <= error.code < 400:
+        return f"it points to {redacted(error.headers.get('Location') or 'another address')}; give that one"
+    try:
+        said = json.loads(body)["error"]
+        return _short((said["message"] if isinstance(said, dict) else said).encode())
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return _short(body) or str(error.reason)
+
+
+def _short(body: bytes) -> str:
+    text = " ".join(str(redacted(body.decode("utf-8", "replace"))).split())
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+
+
+def _seconds(said: str | None) -> float | None:
+    """What Retry-After says: seconds, or a date."""
+    if said is None:
+        return None
+    try:
+        return max(0.0, float(said))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None
