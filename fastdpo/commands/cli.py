@@ -29,7 +29,7 @@ example:
 """
 
 # For these, what is printed is beside the point: they go on when nobody reads it.
-_LEAVE_FILES = ("train", "cache-ref", "demo")
+_LEAVE_FILES = ("train", "cache-ref", "merge", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,6 +101,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_command(commands, "cache-ref", "compute the reference's log-probabilities once, to disk", _cache_ref)
     _add_command(commands, "compare", "completions of several models side by side, for given prompts", _compare)
     _add_command(commands, "chat", "talk to a model, or to several side by side", _chat)
+    _add_command(commands, "merge", "an adapter and its base become one model, for others to load", _merge)
     _add_command(commands, "demo", "a whole run from nothing, to see what preference training does", _demo)
     _add_command(commands, "info", "what was built and is used here; with --check, whether it computes right", _info)
     return parser
@@ -166,6 +167,15 @@ def _chat(argv: list[str]) -> int:
 
     args = make_chat_parser().parse_args(argv)
     from fastdpo.commands.chat import run
+
+    return run(args)
+
+
+def _merge(argv: list[str]) -> int:
+    from fastdpo.commands.merge_flags import make_parser
+
+    args = make_parser().parse_args(argv)
+    from fastdpo.commands.merge import run
 
     return run(args)
 

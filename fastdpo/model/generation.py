@@ -157,7 +157,7 @@ def complete(
     if highest >= rows:
         raise ValueError(
             f"a prompt has the token {tokenizer.convert_ids_to_tokens(highest)!r}, whose id is {highest}, and the "
-            f"model has embeddings for {rows} (0 to {rows - 1}): the tokenizer is another model's, or tokens were added to it"
+            f"model has embeddings for {rows} (0 to {rows - 1}): the tokenizer is another model's, or was added to"
         )
     ends = _end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id
