@@ -17,6 +17,7 @@ from fastdpo.data.vision import tokenizer_in
 from fastdpo.errors import UsageError, bad_input
 from fastdpo.export.card import write_card
 from fastdpo.export.folder import check_new, check_room, new_folder, write_model
+from fastdpo.export.gguf_file import check_gguf, write_gguf
 from fastdpo.export.live import Source, dtype_on_disk, source_of
 from fastdpo.export.merged_model import MergedModel, make_merged
 from fastdpo.model.vision import load_processing_class
@@ -54,6 +55,9 @@ def run(args: argparse.Namespace) -> int:
                     f"{source.base} is no adapter, so there is nothing to merge: --gguf alone takes a model."
                 )
             check_new(folder, overwrite=args.overwrite_output_dir, others=(*source.adapters, source.base))
+        gguf = Path(args.gguf) if args.gguf else None
+        if gguf is not None:
+            check_gguf(gguf, overwrite=args.overwrite_output_dir)
         dtype = _dtype(args, source)
         tokenizer = _tokenizer(args, source, console)
         _say_what(source, console)
@@ -65,6 +69,10 @@ def run(args: argparse.Namespace) -> int:
             check_room=lambda model: _check_rooms(model, folder, dtype),
         )
         _say_difference(merged, console)
+        if gguf is not None:
+            kind = args.gguf_type or "f16"
+            apart = write_gguf(merged, gguf, tokenizer_in(tokenizer), kind)
+            console.print(f"Written to {gguf} in {kind}, read back: {apart} from the live model.")
         if folder is not None:
             _write_folder(args, folder, merged, dtype, tokenizer, console)
     return 0
