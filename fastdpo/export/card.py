@@ -33,7 +33,7 @@ def write_card(part: Path, name: str, merged: MergedModel, dtype: torch.dtype, a
     adapters = " and ".join(code_span(adapter) for adapter in source.adapters)
     quantized = dict(source.quantization)
     how = (
-        f", whose weights are those of its 4 bits ({quantized.get('bnb_4bit_quant_type', 'nf4')})" if quantized else ""
+        f", whose weights are those that it has in 4 bits ({quantized.get('bnb_4bit_quant_type', 'nf4')})" if quantized else ""
     )
     lines = [
         f"# {in_markdown(name)}",

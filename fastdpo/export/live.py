@@ -21,8 +21,8 @@ from fastdpo.model.adapters import is_adapter, put_on
 from fastdpo.model.auto_class import auto_class_of
 from fastdpo.model.quantization import keep_as_trained, make_quantization_config
 from fastdpo.trainer.manifest import name_some, read_manifest
+from fastdpo.trainer.resume_settings import QUANTIZATION
 
-QUANTIZATION = "base_quantization"  # of a manifest's settings
 _OF_VISION = ("language_model.", "vision", "visual")
 
 
@@ -38,7 +38,7 @@ class Source:
         adapters: names of adapters of one base, whose sum is merged; empty for a model by itself.
         base: the name of the base, or of the model.
         revision: of the base on the Hub.
-        quantization: how the base's weights are quantised, as :func:`quantization_of` has it; empty for not.
+        quantization: of the base, as ``fastdpo.model.quantization.quantization_of`` tells it; empty for none.
         images: the base is loaded as a model that takes images.
     """
 
@@ -105,12 +105,6 @@ def source_of(
         tuple(quantization.items()),
         images=any(word in key for key in shapes for word in _OF_VISION),
     )
-
-
-def quantization_of(config: Any) -> dict[str, Any]:
-    """Of a ``quantization_config``, what has to be known to quantise a base again; empty for None and other kinds."""
-    names = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
-    return {name: getattr(config, name) for name in names if getattr(config, name, None)}
 
 
 def _recorded(name: str) -> dict[str, Any]:

@@ -38,6 +38,12 @@ def make_quantization_config(
     )
 
 
+def quantization_of(config: Any) -> dict[str, Any]:
+    """Of a ``quantization_config``, what has to be known to quantise a base again; empty for None and other kinds."""
+    names = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+    return {name: getattr(config, name) for name in names if getattr(config, name, None)}
+
+
 def refuse_quantized_alone() -> NoReturn:
     """ValueError: quantised weights would have to be trained themselves."""
     raise ValueError(
