@@ -32,9 +32,8 @@ def write_card(part: Path, name: str, merged: MergedModel, dtype: torch.dtype, a
         known |= {"base_model": source.base, "base_model_relation": "finetune"}
     adapters = " and ".join(code_span(adapter) for adapter in source.adapters)
     quantized = dict(source.quantization)
-    how = (
-        f", whose weights are those that it has in 4 bits ({quantized.get('bnb_4bit_quant_type', 'nf4')})" if quantized else ""
-    )
+    kind = quantized.get("bnb_4bit_quant_type", "nf4")
+    how = f", whose weights are those that it has in 4 bits ({kind})" if quantized else ""
     lines = [
         f"# {in_markdown(name)}",
         f"The adapter {adapters} merged into {code_span(source.base)}{how} by fastdpo {version('fastdpo')}.",
