@@ -18,6 +18,7 @@ from fastdpo.errors import UsageError, bad_input
 from fastdpo.export.card import write_card
 from fastdpo.export.folder import check_new, check_room, new_folder, write_model
 from fastdpo.export.gguf_file import check_gguf, write_gguf
+from fastdpo.export.likeness import Kept
 from fastdpo.export.live import Source, dtype_on_disk, source_of
 from fastdpo.export.merged_model import MergedModel, make_merged
 from fastdpo.model.vision import load_processing_class
@@ -70,9 +71,10 @@ def run(args: argparse.Namespace) -> int:
         )
         _say_difference(merged, console)
         if gguf is not None:
+            assert tokenizer is not None  # or _tokenizer raises
             kind = args.gguf_type or "f16"
-            apart = write_gguf(merged, gguf, tokenizer_in(tokenizer), kind)
-            console.print(f"Written to {gguf} in {kind}, read back: {apart} from the live model.")
+            apart, kept = write_gguf(merged, gguf, tokenizer_in(tokenizer), kind)
+            console.print(f"Written to {gguf} in {kind}, read back: {apart} from the live model.{_said(kept)}")
         if folder is not None:
             _write_folder(args, folder, merged, dtype, tokenizer, console)
     return 0
@@ -152,7 +154,7 @@ def _write_folder(
     console: SafeConsole,
 ) -> None:
     with new_folder(folder) as part:
-        apart = write_model(
+        apart, kept = write_model(
             merged,
             part,
             dtype,
@@ -161,6 +163,9 @@ def _write_folder(
             trust_remote_code=args.trust_remote_code,
         )
         write_card(part, folder.resolve().name, merged, dtype, apart)
-    console.print(
-        f"Written to {folder} in {str(dtype).removeprefix('torch.')}, read back: {apart} from the live adapter."
-    )
+    kind = str(dtype).removeprefix("torch.")
+    console.print(f"Written to {folder} in {kind}, read back: {apart} from the live adapter.{_said(kept)}")
+
+
+def _said(kept: Kept | None) -> str:
+    return "" if kept is None else f" Of what the adapter does, {kept} is kept."

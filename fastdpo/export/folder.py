@@ -7,13 +7,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from fastdpo.export.likeness import Difference, difference, logps_of
+from fastdpo.export.likeness import Difference, Kept, difference, logps_of
 from fastdpo.export.live import MergeError
 from fastdpo.export.merged_model import MergedModel
 from fastdpo.export.merging import store_as
@@ -26,17 +26,6 @@ from fastdpo.trainer.manifest import name_some
 # Beside the weights: tokenizer, configuration, card.
 _BESIDE = 50_000_000
 _LOCK = ".held"
-# The part of what an adapter does that rounding its sums to 16 bits may take.
-_MOST_LOST = 0.5
-
-
-@dataclass(frozen=True)
-class Written:
-    """A folder that was written, and how far the model in it is from the live one; by rounding alone if at all."""
-
-    folder: Path
-    dtype: torch.dtype
-    apart: Difference
 
 
 def check_new(folder: Path, *, overwrite: bool, others: tuple[str, ...] = ()) -> None:
@@ -68,9 +57,9 @@ def check_new(folder: Path, *, overwrite: bool, others: tuple[str, ...] = ()) ->
 def check_room(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Raises NotWrittenError where the disk has no room for the model in ``dtype``."""
     seen = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
-    # Two for embeddings that may have to become two.
-    embedding = model.get_input_embeddings()
-    needed = (sum(seen.values()) + embedding.weight.numel()) * dtype.itemsize + _BESIDE  # type: ignore[operator, union-attr]
+    # Once more the embeddings, which may have to become two.
+    rows = cast(torch.nn.Embedding, model.get_input_embeddings()).weight.numel()
+    needed = (sum(seen.values()) + rows) * dtype.itemsize + _BESIDE
     if (free := free_bytes(folder)) < needed:
         raise NotWrittenError(
             f"{folder} was not begun: the model takes {size_in_words(needed)}, and {size_in_words(free)} are free there"
@@ -129,7 +118,7 @@ def write_model(
     *,
     max_shard_size: str = "5GB",
     trust_remote_code: bool = False,
-) -> Difference:
+) -> tuple[Difference, Kept | None]:
     """Write a merged model, which is rounded to ``dtype``, and compare what is read back.
 
     Args:
@@ -141,7 +130,8 @@ def write_model(
         trust_remote_code: as for ``from_pretrained``.
 
     Returns:
-        How far the stored model's log-probabilities, computed in float32, are from the live model's.
+        How far the stored model's log-probabilities, computed in float32, are from the live model's; and, where it is
+        rounded, what is kept of the adapter.
 
     Raises:
         MergeError: what is read back is not what was written, or rounding takes too much of what the adapter does.
@@ -152,8 +142,8 @@ def write_model(
     model.save_pretrained(part, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(part)
-    kind = type(model)
-    model.to("meta")  # its memory is free, whoever else has it
+    kind: Any = type(model)
+    cast(torch.nn.Module, model).to("meta")  # its memory is free, whoever else has it
     gc.collect()
     loaded = kind.from_pretrained(part, dtype="auto", trust_remote_code=trust_remote_code).eval()
     found = WeightDigests().of(loaded)
@@ -162,15 +152,10 @@ def write_model(
             f"transformers reads back something else than what it wrote of a {kind.__name__} ({name_some(wrong)}); "
             "nothing was kept"
         )
-    apart = difference(merged.logps, logps_of(loaded.float(), merged.rows)[0])
-    rounds = dtype != torch.float32
-    effect = merged.effect
-    if not rounds and not apart.largest <= merged.tolerance and effect is not None:
+    logps = logps_of(loaded.float(), merged.rows)[0]
+    apart = difference(merged.logps, logps)
+    if dtype != torch.float32:
+        return apart, merged.check_kept(logps, str(dtype).removeprefix("torch."), "Give --dtype float32")
+    if not apart.largest <= merged.tolerance:
         raise MergeError(f"the model that was written is another than the live one: {apart}; nothing was kept")
-    if rounds and effect is not None and effect.rms > 0 and not apart.rms <= _MOST_LOST * effect.rms:
-        raise MergeError(
-            f"rounded to {str(dtype).removeprefix('torch.')}, log-probabilities of tokens are {apart} from the live "
-            f"model's, and all that the adapter does is {effect}: it would be lost in the rounding; nothing was kept. "
-            "Give --dtype float32"
-        )
-    return apart
+    return apart, None

@@ -72,7 +72,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
         "vocab_size": config.vocab_size,
     }
     if architecture.startswith("gemma"):
-        values["attention.sliding_window"] = window
+        values["attention.sliding_window"] = int(window or 0)
         for key, name in (("attn_logit_softcapping", "attn_logit_softcapping"), ("final_logit_softcapping",) * 2):
             if getattr(config, name, None) is not None:
                 values[key] = float(getattr(config, name))
@@ -157,6 +157,6 @@ def _frequency_factors(model: PreTrainedModel) -> Tensor | None:
     rope = model.config.rope_parameters
     if rope.get("rope_type", "default") != "llama3":
         return None
-    used: Tensor = model.model.rotary_emb.inv_freq.detach().float().cpu()
-    plain = rope["rope_theta"] ** (-torch.arange(0, used.numel(), dtype=torch.float64) / used.numel())
-    return (plain / used.double()).float()
+    used: Tensor = model.model.rotary_emb.inv_freq.detach().double().cpu()
+    powers = -torch.arange(used.numel(), dtype=torch.float64) / used.numel()
+    return torch.pow(float(rope["rope_theta"]), powers).div(used).float()

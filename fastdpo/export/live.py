@@ -211,7 +211,7 @@ def put_adapters_on(base: PreTrainedModel, names: Sequence[str]) -> PeftModel:
 
 
 def _refuse_unplaced(model: PeftModel, name: str, own: str) -> None:
-    result = set_peft_model_state_dict(model, load_peft_weights(name, device="cpu"), adapter_name=own)
+    result: Any = set_peft_model_state_dict(model, load_peft_weights(name, device="cpu"), adapter_name=own)
     # What PEFT writes a second time: of modules in modules_to_save whose rows were resized, and of tied embeddings.
     twice = (".original_module.", ".modules_to_save.", ".token_adapter.")
     unplaced = [key for key in result.unexpected_keys if not any(word in key for word in twice)]

@@ -63,7 +63,7 @@ def _part_what_differs(model: PeftModel) -> None:
     for module in list(model.modules()):
         if not (everywhere or isinstance(module, BaseTunerLayer)):
             continue
-        base = cast(nn.Module, module.get_base_layer()) if isinstance(module, BaseTunerLayer) else module
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         for name, parameter in list(base._parameters.items()):
             if parameter is not None and owners.get(id(parameter), 0) > 1:
                 base.register_parameter(name, nn.Parameter(parameter.detach().clone(), requires_grad=False))

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
+
+from fastdpo.model.language_model import embedding_rows, language_model
 
 _PREFIX = "base_model.model."
 # What PEFT calls a weight of all rows, after the name of its module.
@@ -89,6 +91,30 @@ def resize_as_adapter(model: PreTrainedModel, name: str, config: PeftConfig, **h
                 weight: Tensor = module.weight  # type: ignore[assignment]  # an embedding's, or a linear layer's
                 weight[before:] = weight[:before].mean(0)
     return rows
+
+
+def unsaved_rows(model: PeftModel) -> list[str]:
+    """Names of the embeddings that were resized, and whose new rows PEFT does not save with the adapter.
+
+    Empty where the base's own size is not known.
+    """
+    config = model.peft_config[model.active_adapter]
+    base, now = config.base_model_name_or_path, embedding_rows(model)
+    try:
+        before = (
+            AutoConfig.from_pretrained(base, revision=config.revision).get_text_config().vocab_size if base else now
+        )
+    except (OSError, ValueError):
+        return []
+    if now <= before:
+        return []
+    saved = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+    shapes = {key.removeprefix(_PREFIX): tuple(tensor.shape) for key, tensor in saved.items()}
+    lm = language_model(model)
+    embeddings = _embeddings_of(lm, shapes, getattr(config, "trainable_token_indices", None) or ())
+    lost = [embedding.name for embedding in embeddings if not embedding.holds(range(before, now))]
+    is_tied = bool(lm.config.get_text_config().tie_word_embeddings)
+    return [] if is_tied and len(lost) < len(embeddings) else lost
 
 
 def adapter_shapes(name: str, **hub: Any) -> dict[str, tuple[int, ...]]:

@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdpo.model.adapters import base_of_adapter, load_tokenizer, put_on
 from fastdpo.model.auto_class import auto_class_of
-from fastdpo.model.language_model import language_model
+from fastdpo.model.language_model import embedding_rows, language_model
 
 Prompt = str | list[dict[str, Any]]
 
@@ -152,7 +152,7 @@ def complete(
             f"a prompt and {drawing.max_new_tokens} new tokens are {longest} tokens, and the model's positions reach "
             f"to {limit}; shorten the prompt or max_new_tokens"
         )
-    rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+    rows = embedding_rows(model)
     highest = max((max(prompt) for prompt in prompts), default=0)
     if highest >= rows:
         raise ValueError(

@@ -57,7 +57,7 @@ def test_what_is_read_back_says_the_same(name: str, tmp_path: Path) -> None:
     model_type, options = MODELS[name]
     model = merged(tmp_path, model_type, **options)
     assert model.effect is not None and model.effect.largest > 1e-2
-    apart = write_gguf(model, tmp_path / "m.gguf", make_tokenizer(), "f32")
+    apart, _ = write_gguf(model, tmp_path / "m.gguf", make_tokenizer(), "f32")
     print(f"{name:20} {apart.largest:.1e}")
     assert apart.largest <= 1e-5
     assert [path.name for path in tmp_path.glob("*.gguf")] == ["m.gguf"]
@@ -72,7 +72,8 @@ def test_types(kind: str, tmp_path: Path) -> None:
     model = merged(tmp_path, "qwen2", intermediate_size=64)
     sizes = {}
     for each in (kind, "f32"):
-        apart = write_gguf(model, tmp_path / f"{each}.gguf", make_tokenizer(), each)
+        apart, kept = write_gguf(model, tmp_path / f"{each}.gguf", make_tokenizer(), each)
+        assert kept is None or kept.share == pytest.approx(1, abs=0.1)
         sizes[each] = sum(tensor.data.nbytes for tensor in gguf.GGUFReader(tmp_path / f"{each}.gguf").tensors)
     bits = {"f16": 16, "bf16": 16, "q8_0": 8.5}[kind]
     assert sizes[kind] == pytest.approx(sizes["f32"] * bits / 32, rel=0.05)  # vectors stay as they are
@@ -93,10 +94,11 @@ def test_rows_that_are_no_blocks_and_values_out_of_reach(tmp_path: Path) -> None
 
 
 def test_an_adapter_that_rounding_would_lose(tmp_path: Path) -> None:
-    model = merged(tmp_path, "qwen2", intermediate_size=64)
-    small = MergedModel(**{**vars(model), "effect": type(model.apart)(1e-4, 1e-5)})
-    with pytest.raises(MergeError, match="it would be lost in the rounding.*--gguf_type f32"):
-        write_gguf(small, tmp_path / "m.gguf", make_tokenizer(), "q8_0")
+    base = make_base(tmp_path / "base", "qwen2", dtype=torch.bfloat16)
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], lora_alpha=1e-4)
+    model = make_merged(source_of([str(adapter)]))
+    with pytest.raises(MergeError, match=r"in bf16, -?\d+ ± \d+ % is kept .*--gguf_type f32"):
+        write_gguf(model, tmp_path / "m.gguf", make_tokenizer(), "bf16")
     assert not list(tmp_path.glob("*.gguf"))
 
 

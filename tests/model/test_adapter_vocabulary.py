@@ -18,6 +18,7 @@ from fastdpo.commands.cli import main
 from fastdpo.model.adapters import load_adapter
 from fastdpo.model.generation import load_for_generation
 from fastdpo.trainer import DPOTrainer
+from fastdpo.trainer.weights import UnsavableError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 SIZE, NEW = len(make_tokenizer()), 2
@@ -109,3 +110,14 @@ def test_what_the_trainer_saved_is_compared_and_trained_further(
     again = ["--model_name_or_path", str(out), "--dataset_name", pairs, "--output_dir", str(tmp_path / "again")]
     assert main(["train", *again, *more]) == 0, capsys.readouterr().err
     assert load_adapter(str(tmp_path / "again")).get_output_embeddings().weight.shape[0] == SIZE + NEW
+
+
+@pytest.mark.parametrize("kind", ["head", "both saved", "tokens and head"])
+def test_a_run_whose_adapter_would_lose_its_rows_is_not_begun(kind: str, tmp_path: Path) -> None:
+    model = resized(tmp_path / "base", tied=False, **KINDS[kind])
+    arguments = {"args": config(tmp_path / "run"), "train_dataset": Dataset.from_list(text_rows(4))}
+    if kind == "head":
+        with pytest.raises(UnsavableError, match="does not save the new rows of model.embed_tokens with this adapter"):
+            DPOTrainer(model, processing_class=longer_tokenizer(), **arguments)
+    else:
+        DPOTrainer(model, processing_class=longer_tokenizer(), **arguments)
