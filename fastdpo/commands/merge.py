@@ -168,4 +168,8 @@ def _write_folder(
 
 
 def _said(kept: Kept | None) -> str:
-    return "" if kept is None else f" Of what the adapter does, {kept} is kept."
+    if kept is None:
+        return ""
+    if kept.is_unclear:
+        return " What is kept of the adapter cannot be told beside that noise of rounding."
+    return f" Of what the adapter does, {kept} is kept."

@@ -23,9 +23,9 @@ from fastdpo.trainer.digests import WeightDigests, flush_to_disk
 from fastdpo.trainer.disk import NotWrittenError, free_bytes, size_in_words, why_not_written
 from fastdpo.trainer.manifest import name_some
 
+_ADVICE = "Give --dtype float16, whose steps are an eighth of bfloat16's, or float32; or serve the adapter by itself"
 # Beside the weights: tokenizer, configuration, card.
 _BESIDE = 50_000_000
-_LOCK = ".held"
 
 
 def check_new(folder: Path, *, overwrite: bool, others: tuple[str, ...] = ()) -> None:
@@ -155,7 +155,7 @@ def write_model(
     logps = logps_of(loaded.float(), merged.rows)[0]
     apart = difference(merged.logps, logps)
     if dtype != torch.float32:
-        return apart, merged.check_kept(logps, str(dtype).removeprefix("torch."), "Give --dtype float32")
+        return apart, merged.check_kept(logps, str(dtype).removeprefix("torch."), _ADVICE)
     if not apart.largest <= merged.tolerance:
         raise MergeError(f"the model that was written is another than the live one: {apart}; nothing was kept")
     return apart, None

@@ -209,7 +209,7 @@ def _compare(
     logps, largest = logps_of(loaded.eval(), merged.rows)
     apart = difference(merged.logps, logps)
     if kind != "f32":
-        return apart, merged.check_kept(logps, kind, "Give --gguf_type f32, or one with smaller steps")
+        return apart, merged.check_kept(logps, kind, "Give --gguf_type f16 or f32; or serve the adapter by itself")
     allowed = tolerance(merged.model, largest)
     if not apart.largest <= allowed:
         raise MergeError(

@@ -85,6 +85,11 @@ class Kept:
         """Whether less than half is kept, beyond doubt."""
         return self.share + 2 * self.error < 0.5
 
+    @property
+    def is_unclear(self) -> bool:
+        """Whether the noise of rounding is too much to tell."""
+        return self.error > 0.25
+
     def __str__(self) -> str:
         return f"{100 * self.share:.0f} ± {100 * self.error:.0f} %"
 

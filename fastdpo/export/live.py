@@ -188,6 +188,7 @@ def put_adapters_on(base: PreTrainedModel, names: Sequence[str]) -> PeftModel:
         MergeError: a tensor of an adapter has no place in the model, or one that the model needs is missing.
     """
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied embeddings, which are seen to
         warnings.filterwarnings("error", message="(?s).*Found missing adapter keys")
         try:
             model = put_on(base, names[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, cast
 
 import torch
@@ -32,7 +33,9 @@ def merge(model: PeftModel, *, tied: bool) -> PreTrainedModel:
         raise MergeError(f"adapters of the kind {name} cannot be merged")
     _part_what_differs(model)
     try:
-        merged = cast(PreTrainedModel, cast(Any, model.base_model).merge_and_unload(safe_merge=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tied embeddings, which are seen to here
+            merged = cast(PreTrainedModel, cast(Any, model.base_model).merge_and_unload(safe_merge=True))
     except (NotImplementedError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise MergeError(f"the adapter ({name}) cannot be merged: {' '.join(str(error).split())}") from error
     if tied:

@@ -205,10 +205,7 @@ def test_rounding_that_would_lose_the_adapter(
     small = {name: t * 1e-5 if "lora_B" in name else t for name, t in load_file(file).items()}
     save_file(small, file, metadata={"format": "pt"})
     assert merge(adapter, "--output_dir", tmp_path / "m") == 2
-    assert (
-        "% is kept of what the adapter does: its changes of weights are smaller than the steps of bfloat16"
-        in capsys.readouterr().err
-    )
+    assert "% is kept of what the adapter does: its changes of weights are smaller" in capsys.readouterr().err
     assert left_in(tmp_path) == ["adapter"]
     assert merge(adapter, "--output_dir", tmp_path / "m", "--dtype", "float32") == 0
 
