@@ -20,6 +20,7 @@ from fastdpo.data.templates import read_template
 from fastdpo.data.terms import is_prepared
 from fastdpo.data.view import legend, show_row, worst_rows
 from fastdpo.data.vision import tokenizer_in
+from fastdpo.data.vocabulary import check_padding
 from fastdpo.errors import UsageError, bad_input
 from fastdpo.model.vision import load_processing_class
 
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
             revision=args.model_revision,
             trust_remote_code=args.trust_remote_code,
         )
+    vocab_size = _vocab_size(args)
     with bad_input():
         if args.chat_template_path:
             processing_class.chat_template = read_template(args.chat_template_path)
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             score=args.score,
             end_token=args.end_token,
             template_date=args.template_date,
-            vocab_size=_vocab_size(args),
+            vocab_size=vocab_size,
             pairs=args.pairs,
             weight_by_score=args.weight_by_score,
             group_by_prompt=args.group_by_prompt,
@@ -89,6 +91,10 @@ def run(args: argparse.Namespace) -> int:
             _say_what_was_fixed(args.fix, write_fixed(undecoded(dataset), tokenised, kept, Path(args.fix)), console)
     if not len(kept):
         raise UsageError(nothing_left_message(summary))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is not None:
+        with bad_input():
+            check_padding(pad, vocab_size, tokenizer)
     if args.strict and summary.doubts():
         raise UsageError(strict_message(summary))
     doubtful = f", {sum(summary.warned.values())} doubts" if summary.warned else ""

@@ -29,7 +29,7 @@ example:
 """
 
 # For these, what is printed is beside the point: they go on when nobody reads it.
-_LEAVE_FILES = ("train", "cache-ref", "eval", "demo")
+_LEAVE_FILES = ("train", "cache-ref", "eval", "merge", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,6 +102,8 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_command(commands, "eval", "whether a model is better, on held-out pairs, and how sure that is", _eval)
     _add_command(commands, "compare", "completions of several models side by side, for given prompts", _compare)
     _add_command(commands, "chat", "talk to a model, or to several side by side", _chat)
+    _add_command(commands, "merge", "an adapter and its base become one model, for others to load", _merge)
+    _add_command(commands, "export", "whether vLLM and llama.cpp take an adapter as it is", _export)
     _add_command(commands, "demo", "a whole run from nothing, to see what preference training does", _demo)
     _add_command(commands, "info", "what was built and is used here; with --check, whether it computes right", _info)
     return parser
@@ -181,6 +183,24 @@ def _chat(argv: list[str]) -> int:
 
     args = make_chat_parser().parse_args(argv)
     from fastdpo.commands.chat import run
+
+    return run(args)
+
+
+def _merge(argv: list[str]) -> int:
+    from fastdpo.commands.merge_flags import make_parser
+
+    args = make_parser().parse_args(argv)
+    from fastdpo.commands.merge import run
+
+    return run(args)
+
+
+def _export(argv: list[str]) -> int:
+    from fastdpo.commands.export_flags import make_parser
+
+    args = make_parser().parse_args(argv)
+    from fastdpo.commands.export import run
 
     return run(args)
 

@@ -35,6 +35,7 @@ from fastdpo.trainer.hub import UploadError, is_pushed, is_run_record, note_push
 from fastdpo.trainer.manifest import damage_in, read_manifest, write_manifest
 from fastdpo.trainer.model_card import CARD_FILE
 from fastdpo.trainer.progress import OneLineProgress, format_metrics
+from fastdpo.trainer.resume_settings import settings_of
 from fastdpo.trainer.run_lock import only_run_in
 from fastdpo.trainer.trainer import DPOTrainer
 
@@ -240,7 +241,7 @@ def _finish(
         trainer.save_state()
         trainer.create_model_card(dataset_name=label_of(script_args))
         if report is not None:
-            _note_results(output_dir)  # before the report, which tells that nothing is left to be done
+            _note_results(trainer.args)  # before the report, which tells that nothing is left to be done
     if report is not None:
         report.write(metrics["train_runtime"], look=not stop.asked)
         what = "adapter and tokenizer" if isinstance(trainer.model, PeftModel) else "model and tokenizer"
@@ -269,14 +270,15 @@ def _finish(
                 "--resume_from_checkpoint auto makes up for it."
             ) from error
         if report is not None:
-            _note_results(output_dir)
+            _note_results(trainer.args)
             note_push(trainer.args)
 
 
-def _note_results(output_dir: Path) -> None:
+def _note_results(args: DPOConfig) -> None:
     """Take digests of the model or adapter and its tokenizer; of a card, which people go on writing, none."""
-    names = [path.name for path in output_dir.iterdir() if path.is_file()]
-    write_manifest(output_dir, [name for name in names if name != CARD_FILE and not is_run_record(name)])
+    names = [path.name for path in args.folder.iterdir() if path.is_file()]
+    names = [name for name in names if name != CARD_FILE and not is_run_record(name)]
+    write_manifest(args.folder, names, settings=settings_of(args))
 
 
 def _say_how_to_resume(argv: list[str], output_dir: Path) -> None:

@@ -41,13 +41,37 @@ def check_vocabulary(
         first += table.num_rows
 
 
+def check_padding(pad_id: int, vocab_size: int | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """
+    Args:
+        pad_id: what batches are padded with.
+        vocab_size, tokenizer: as for :func:`check_vocabulary`.
+
+    Raises:
+        DataError: the model has no embedding for it, so that it is looked up in vain wherever a row is padded.
+    """
+    if vocab_size is None or 0 <= pad_id < vocab_size:
+        return
+    end = None if tokenizer is None else tokenizer.eos_token_id
+    other = f" ({tokenizer.eos_token!r}, say)" if tokenizer is not None and end is not None and end < vocab_size else ""
+    raise DataError(
+        f"batches would be padded with the token{_said(pad_id, tokenizer)} of id {pad_id}, and the model has "
+        f"embeddings for {vocab_size} (0 to {vocab_size - 1}). Give --pad_token (pad_token) one that it has{other}, or "
+        "give the model an embedding for this one (resize_token_embeddings) and save it."
+    )
+
+
+def _said(token: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """The token as the tokenizer writes it, after a space; empty where it has none."""
+    is_known = tokenizer is not None and 0 <= token < len(tokenizer)
+    return f" {tokenizer.convert_ids_to_tokens(token)!r}" if is_known and tokenizer is not None else ""
+
+
 def _refuse(
     rows: list[list[int]], first: int, name: str, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
     number, token = next((i, t) for i, ids in enumerate(rows, first) for t in ids if not 0 <= t < vocab_size)
-    said = (
-        "" if tokenizer is None or not 0 <= token < len(tokenizer) else f" {tokenizer.convert_ids_to_tokens(token)!r}"
-    )
+    said = _said(token, tokenizer)
     raise DataError(
         f"row {number}, {name.removesuffix('_ids')}: the token{said} has the id {token}, and the model has embeddings "
         f"for {vocab_size} (0 to {vocab_size - 1}). The tokenizer is another model's, or tokens were added to it: give "

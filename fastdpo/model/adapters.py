@@ -10,9 +10,10 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
+from fastdpo.model.adapter_vocabulary import resize_as_adapter
 from fastdpo.model.auto_class import auto_class_of
 from fastdpo.model.scoring import evaluating
 
@@ -20,8 +21,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 HAS_ADAPTER = (
     "peft_config is given, but model has an adapter already; leave peft_config out (--use_peft) to train that one "
-    "further, or merge it into its base first, and train a new one on the result: AutoPeftModelForCausalLM."
-    "from_pretrained(adapter).merge_and_unload().save_pretrained(folder)"
+    "further, or merge it into its base first (fastdpo merge), and train a new one on the result"
 )
 
 
@@ -76,7 +76,7 @@ def load_adapter(name: str, *, revision: str | None = None, images: bool = False
     if is_adapter(base, revision=config.revision, **hub):
         raise ValueError(
             f"the adapter {name} was trained on {base}, which is an adapter too; merge that one into its base first "
-            "(merge_and_unload), save the result, and write its folder into base_model_name_or_path"
+            f"(fastdpo merge {base} --output_dir FOLDER), and write the folder into base_model_name_or_path"
         )
     try:
         # By itself, from_pretrained of an adapter's name loads both, and leaves nothing to train.
@@ -84,7 +84,17 @@ def load_adapter(name: str, *, revision: str | None = None, images: bool = False
         model = auto_class_of(base, images=images, **base_kwargs).from_pretrained(base, **base_kwargs)
     except (OSError, HFValidationError) as error:  # the latter, for a folder that is not there
         raise OSError(f"the adapter {name} was trained on {base}, which cannot be loaded: {error}") from error
-    return PeftModel.from_pretrained(model, name, revision=revision, is_trainable=True, **hub)
+    return put_on(model, name, revision=revision, is_trainable=True, **hub)
+
+
+def put_on(model: PreTrainedModel, name: str, *, is_trainable: bool = False, **hub: Any) -> PeftModel:
+    """The adapter ``name`` on its base, which gets as many embeddings as the adapter was trained with.
+
+    Raises:
+        ValueError: it was trained with embeddings that it does not hold.
+    """
+    resize_as_adapter(model, name, PeftConfig.from_pretrained(name, **hub), **hub)
+    return PeftModel.from_pretrained(model, name, is_trainable=is_trainable, **hub)
 
 
 def load_tokenizer(

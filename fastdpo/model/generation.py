@@ -12,9 +12,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastdpo.model.adapters import base_of_adapter, load_tokenizer
+from fastdpo.model.adapters import base_of_adapter, load_tokenizer, put_on
 from fastdpo.model.auto_class import auto_class_of
-from fastdpo.model.language_model import language_model
+from fastdpo.model.language_model import embedding_rows, language_model
 
 Prompt = str | list[dict[str, Any]]
 
@@ -92,7 +92,7 @@ def load_for_generation(
     model: Any = auto_class.from_pretrained(base or name, dtype=dtype, **options)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     if base is not None:
-        model = PeftModel.from_pretrained(model, name)
+        model = put_on(model, name)
     if device is None:
         device = str(torch.accelerator.current_accelerator() or "cpu")
     return LoadedModel(name, model.to(device).eval(), tokenizer, base)
@@ -140,7 +140,8 @@ def complete(
 
     Raises:
         NotImplementedError: the model cannot generate.
-        ValueError: prompt and completion together would be longer than the model's positions reach.
+        ValueError: prompt and completion together would be longer than the model's positions reach, or a prompt has a
+            token that the model has no embedding for.
     """
     if not model.can_generate():
         raise NotImplementedError(f"{type(model).__name__} cannot generate texts")
@@ -151,8 +152,17 @@ def complete(
             f"a prompt and {drawing.max_new_tokens} new tokens are {longest} tokens, and the model's positions reach "
             f"to {limit}; shorten the prompt or max_new_tokens"
         )
+    rows = embedding_rows(model)
+    highest = max((max(prompt) for prompt in prompts), default=0)
+    if highest >= rows:
+        raise ValueError(
+            f"a prompt has the token {tokenizer.convert_ids_to_tokens(highest)!r}, whose id is {highest}, and the "
+            f"model has embeddings for {rows} (0 to {rows - 1}): the tokenizer is another model's, or was added to"
+        )
     ends = _end_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    pad = tokenizer.pad_token_id
+    if pad is None or pad >= rows:  # attention_mask hides it, whichever it is
+        pad = next(iter(ends), 0)
     config = _generation_config(drawing, ends, pad)
     generate = cast(Callable[..., Tensor], model.generate)
     texts: list[Text] = []

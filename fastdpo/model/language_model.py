@@ -6,6 +6,7 @@ import inspect
 from typing import cast
 
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 # What a drafter's forward takes from the model that it drafts for.
@@ -15,6 +16,12 @@ _OF_ANOTHER_MODEL = "shared_kv_states"
 def language_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """``model`` itself, or what is inside of it, with the adapters' layers in their places."""
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def embedding_rows(model: PreTrainedModel | PeftModel) -> int:
+    """For how many tokens the model has embeddings."""
+    embedding = cast(nn.Embedding, model.get_input_embeddings())
+    return embedding.weight.shape[0]
 
 
 def described(lm: PreTrainedModel) -> str:

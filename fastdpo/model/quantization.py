@@ -38,6 +38,12 @@ def make_quantization_config(
     )
 
 
+def quantization_of(config: Any) -> dict[str, Any]:
+    """Of a ``quantization_config``, what has to be known to quantise a base again; empty for None and other kinds."""
+    names = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+    return {name: getattr(config, name) for name in names if getattr(config, name, None)}
+
+
 def refuse_quantized_alone() -> NoReturn:
     """ValueError: quantised weights would have to be trained themselves."""
     raise ValueError(
@@ -72,12 +78,13 @@ def make_trainable(model: Any, *, has_adapter: bool, device: torch.device, is_sh
             "bitsandbytes' 8-bit layers compute one thing in training and another in evaluation on a CPU, so that "
             "policy and reference would not agree; use 4 bits (load_in_4bit) there, or a GPU"
         )
-    for module in model.modules():
-        _keep_as_trained(module)
+    keep_as_trained(model)
 
 
-def _keep_as_trained(layer: nn.Module) -> None:
+def keep_as_trained(model: nn.Module) -> None:
+    """Have 4-bit layers compute in evaluation what they compute in training."""
     # On CPUs with AVX512-BF16, a 4-bit layer's first evaluation lays its weight out anew, for a product that has no
     # gradient, and leaves it so.
-    if hasattr(layer, "support_avx512bf16_for_cpu"):
-        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # of a class that we do not import
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # of a class that we do not import

@@ -21,7 +21,7 @@ from fastdpo.data.templates import read_template
 from fastdpo.data.terms import DIGEST_COLUMN, TOKEN_COLUMNS, DataError, is_prepared
 from fastdpo.data.vision import tokenizer_in
 from fastdpo.data.vision_collator import VisionCollator
-from fastdpo.data.vocabulary import check_vocabulary
+from fastdpo.data.vocabulary import check_padding, check_vocabulary
 from fastdpo.model.language_model import language_model
 from fastdpo.model.vision import load_processing_class
 from fastdpo.trainer.config import DPOConfig
@@ -192,11 +192,16 @@ class DatasetPreparer:
 def make_collator(
     model: PreTrainedModel | PeftModel, tokenizer: ProcessingClass | None, args: DPOConfig
 ) -> PreferenceCollator:
-    """What makes padded batches of rows, as the settings have it."""
+    """What makes padded batches of rows, as the settings have it.
+
+    Raises:
+        ValueError: what to pad with is not known, or the model has no embedding for it.
+    """
+    known = tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
+    pad_id = pad_token_id(model, known, args.pad_token)
+    check_padding(pad_id, language_model(model).config.get_text_config().vocab_size, known)
     return PreferenceCollator(
-        pad_token_id=pad_token_id(
-            model, tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer, args.pad_token
-        ),
+        pad_token_id=pad_id,
         max_length=args.max_length,
         truncation_mode=args.truncation_mode,
         pad_to_multiple_of=args.pad_to_multiple_of,

@@ -122,9 +122,9 @@ def write_model_card(
     data: Any = card.data  # the kind with a model's fields, of the two that it may be
     data.library_name = data.library_name or ("peft" if isinstance(facts.model, PeftModel) else "transformers")
     data.pipeline_tag = data.pipeline_tag or "text-generation"
-    if _is_hub_id(facts.base):
+    if is_hub_id(facts.base):
         data.base_model = facts.base
-    if dataset_name and _is_hub_id(dataset_name):
+    if dataset_name and is_hub_id(dataset_name):
         data.datasets = sorted({*(data.datasets or ()), dataset_name})
     tags = [tags] if isinstance(tags, str) else list(tags or ())
     data.tags = sorted({*(data.tags or ()), *tags, *TAGS})
@@ -152,7 +152,7 @@ def _merged(text: str, ours: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether ``name`` could be a repository on the Hub, and is nothing on this machine."""
     try:
         validate_repo_id(name)
@@ -206,7 +206,7 @@ def _settings(facts: CardFacts, loss: str) -> dict[str, Any]:
 
 
 def _linked(name: str, kind: str) -> str:
-    if _is_hub_id(name):
+    if is_hub_id(name):
         return f"[{name}](https://huggingface.co/{kind}{name})"
     return code_span(Path(name).name)  # where it lay on somebody's machine is nobody's business
 

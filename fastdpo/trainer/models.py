@@ -65,7 +65,7 @@ def make_models(
             if name and peft_config is None:
                 raise NotImplementedError(
                     f"{name} is an adapter, whose reference would be a copy of it, which is not supported with "
-                    "FSDP or DeepSpeed ZeRO-3 yet. Merge it into its base (merge_and_unload), and give peft_config"
+                    "FSDP or DeepSpeed ZeRO-3 yet. Merge it into its base (fastdpo merge), and give peft_config"
                 )
         elif not adapters_are_neutral(policy):
             ref_model = copy_of_what_is_trained(policy)

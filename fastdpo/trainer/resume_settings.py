@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fastdpo.errors import InputError
 from fastdpo.loss.options import LossOptions
+from fastdpo.model.quantization import quantization_of
 from fastdpo.trainer.config import DPOConfig
 
 # Which rows come at which step: with ignore_data_skip, which starts at the beginning of the rows, they may differ.
@@ -22,6 +23,8 @@ ORDER = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last",
 # What the optimiser's state is a state of.
 OPTIMIZER = ("optim", "optim_args")
 # How rows become tokens: they may differ, as long as no row is gone or new.
+# How the base of an adapter is quantised, for whoever merges it.
+QUANTIZATION = "base_quantization"
 TOKENS = (
     "max_length",
     "truncation_mode",
@@ -67,13 +70,15 @@ _FROM_NOW_ON = (
     "router_aux_loss_coef",
     "neftune_noise_alpha",
     "precompute_ref_log_probs",
+    QUANTIZATION,
 )
 
 
 def settings_of(args: DPOConfig) -> dict[str, Any]:
     """Those that a resume looks at, as JSON has them."""
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    derived = {"pairs_per_step": pairs, "processes": args.world_size}
+    derived: dict[str, Any] = {"pairs_per_step": pairs, "processes": args.world_size}
+    derived[QUANTIZATION] = quantization_of(args.init_kwargs.get("quantization_config"))
     names = dict.fromkeys((*ORDER, *OPTIMIZER, *_FROM_NOW_ON))
     return {name: _plain(derived[name] if name in derived else getattr(args, name, None)) for name in names}
 

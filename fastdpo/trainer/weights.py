@@ -24,6 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from fastdpo.errors import InputError
+from fastdpo.model.adapter_vocabulary import unsaved_rows
 from fastdpo.model.adapters import has_transformers_adapter
 from fastdpo.trainer.digests import WeightDigests, saved_tensors, tensor_digest
 from fastdpo.trainer.disk import why_not_written
@@ -98,6 +99,13 @@ def check_comes_back(model: PreTrainedModel | PeftModel, folder: Path) -> None:
                 f"{name_some(unsaved)} would be trained, but PEFT does not save that with the adapter, so that no "
                 "checkpoint could bring it back. Name the module in modules_to_save (--lora_modules_to_save), or turn "
                 "requires_grad off"
+            )
+        if lost := unsaved_rows(model):
+            raise UnsavableError(
+                f"the model's embeddings were resized, and PEFT does not save the new rows of {name_some(lost)} with "
+                "this adapter, so that nothing could bring them back. Save the resized model by itself "
+                "(save_pretrained), and train on that; or name both embeddings in modules_to_save "
+                "(--lora_modules_to_save)"
             )
         return
     if has_transformers_adapter(model):

@@ -22,7 +22,7 @@ from fastdpo.commands.help_page import FlagHelp, HelpPage
 from fastdpo.errors import UsageError
 
 PARSERS: dict[str, Callable[[], TrainParser]] = {"train": TrainParser, "cache-ref": CacheRefParser, "eval": EvalParser}
-COMMANDS = [*PARSERS, "check-data", "compare", "chat", "demo", "info"]
+COMMANDS = [*PARSERS, "check-data", "compare", "chat", "merge", "export", "demo", "info"]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "numpy", "pandas", "matplotlib", "bitsandbytes")
 
 

@@ -111,7 +111,8 @@ def known_flags() -> set[str]:
         return original(self, args, namespace)
 
     needed = {"check-data": ["a", "--model_name_or_path", "a"], "compare": ["--model", "a"], "chat": ["--model", "a"]}
-    for command in ("train", "cache-ref", "eval", "check-data", "compare", "chat", "demo", "info"):
+    needed |= {"merge": ["a"], "export": ["a"]}
+    for command in ("train", "cache-ref", "eval", "check-data", "compare", "chat", "merge", "export", "demo", "info"):
         parsers.append(read_by_fastdpo([command, *needed.get(command, [])]).parser)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
