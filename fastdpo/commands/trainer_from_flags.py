@@ -52,7 +52,7 @@ def make_trainer(script_args: ScriptArguments, model_args: ModelArguments, train
     # The pairs first: they are read in a second, where a model may take minutes to load.
     evaluates = training_args.eval_strategy != "no"
     train_dataset, eval_dataset = load_pairs(
-        script_args, evaluates=evaluates, seed=training_args.seed, groups=training_args.pairs is not None
+        script_args, evaluates=evaluates, seed=training_args.seed, groups=training_args.keeps_groups
     )
     training_args.model_init_kwargs = init_kwargs_of(model_args, training_args)
     model = _model_of(model_args)

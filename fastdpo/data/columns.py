@@ -14,7 +14,7 @@ from fastdpo.data.formats.names import PROMPT_NAMES, missing_columns_message
 from fastdpo.data.image_parts import has_images
 from fastdpo.data.images import IMAGE_COLUMNS, column_images, has_image_parts
 from fastdpo.data.reading.exact import Exact
-from fastdpo.data.terms import WEIGHT_COLUMN, DataError
+from fastdpo.data.terms import REFERENCE_COLUMNS, WEIGHT_COLUMN, DataError
 
 _DECODED = (datasets.Image, datasets.Audio, datasets.Video)
 _MEDIA = (*IMAGE_COLUMNS, "video", "videos", "audio", "audios")
@@ -108,6 +108,26 @@ def with_weights(dataset: datasets.Dataset) -> datasets.Dataset:
             f"{LEAST_WEIGHT:g} to {MOST_WEIGHT:g}."
         )
     return dataset.cast_column(WEIGHT_COLUMN, datasets.Value("float64"))
+
+
+def check_references(dataset: datasets.Dataset) -> None:
+    """Raise DataError unless pairs that bring the reference's log-probabilities have both, and numbers in every row."""
+    given = [name for name in REFERENCE_COLUMNS if name in dataset.column_names]
+    if len(given) == 1:
+        (other,) = {*REFERENCE_COLUMNS} - {*given}
+        raise DataError(f"the rows have a column {given[0]!r} and none {other!r}; they should have both, or neither.")
+    for name in given:
+        column = dataset.data.column(name)
+        if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+            raise DataError(
+                f"column {name!r} has type {dataset.features[name]}; it should hold numbers: the reference's "
+                "log-probability of each completion, in nats. Without both columns a reference model is asked."
+            )
+        if column.null_count:
+            raise DataError(
+                f"row {column.is_null().to_pylist().index(True)}, {name}: it is null; it should be a number. Without "
+                "both columns a reference model is asked."
+            )
 
 
 def may_have_images(dataset: datasets.Dataset | datasets.IterableDataset) -> bool:

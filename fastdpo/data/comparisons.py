@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastdpo.data.terms import DataError, type_name
@@ -42,14 +42,16 @@ class Compared:
     Attributes:
         pairs: places of chosen and rejected ones.
         weights: of the pairs; None where all count the same.
-        scores: of the answers, the greater the better; None where the row has pairs alone.
+        scores: of the answers, the greater the better; None where the row has pairs alone, or such as say otherwise.
         left_out: why pairs were not made, a reason each.
+        doubts: reasons to look at the row.
     """
 
     pairs: list[tuple[int, int]]
     weights: list[float] | None
     scores: list[float] | None
     left_out: list[str]
+    doubts: list[str] = field(default_factory=list)
 
 
 def compared(row: dict[str, Any], count: int, choice: Choice, where: str) -> Compared:
@@ -71,6 +73,8 @@ def compared(row: dict[str, Any], count: int, choice: Choice, where: str) -> Com
     if row.get("pairs") is not None:
         found = _said(row, count, choice, where)
         found.scores = scores
+        if scores and not choice.weight_by_score and any(scores[a] < scores[b] for a, b in found.pairs):
+            found.scores, found.doubts = None, ["scores_disagree"]
     elif scores is None:
         raise DataError(f"{where}: it has none of ranks, scores and pairs, by which one answer is better than another.")
     else:

@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from fastdpo.data.columns import with_weights
+from fastdpo.data.columns import check_references, with_weights
 from fastdpo.data.comparisons import LEAST_WEIGHT, MOST_WEIGHT
 from fastdpo.data.terms import GROUP_COLUMNS, GROUP_TOKEN_COLUMNS, WEIGHT_COLUMN, DataError
 
@@ -25,6 +25,7 @@ def check_tokens(tokenised: datasets.Dataset) -> None:
     if not set(GROUP_TOKEN_COLUMNS) <= set(tokenised.column_names):
         if 0 in (with_weights(tokenised)[WEIGHT_COLUMN] if WEIGHT_COLUMN in tokenised.column_names else ()):
             raise DataError("a row has the weight 0; leave such rows out.")
+        check_references(tokenised)
         return
     names = [name for name in (*GROUP_TOKEN_COLUMNS, *GROUP_COLUMNS) if name in tokenised.column_names]
     number = 0

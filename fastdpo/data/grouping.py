@@ -93,6 +93,10 @@ def first_pair(row: dict[str, Any]) -> dict[str, Any]:
     return pair
 
 
+def _is_same(one: float, other: float) -> bool:
+    return one == other or (one != one and other != other)
+
+
 def joined(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One group of the rows of pairs that have one prompt.
 
@@ -109,7 +113,7 @@ def joined(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             place = known.setdefault(answer, len(known))
             places.append(place)
             said = pair.get(f"ref_{side}_logps")
-            if said is not None and references.setdefault(place, said) != said:
+            if said is not None and not _is_same(references.setdefault(place, said), said):
                 raise DataError(
                     f"group_by_prompt: one answer has two reference log-probabilities, {references[place]:g} and "
                     f"{said:g}; it should have one, the same in all of its pairs."

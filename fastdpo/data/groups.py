@@ -67,7 +67,7 @@ def tokenize_groups(
             group.drop = read
             continue
         completions, said = read
-        group.left_out = said.left_out
+        group.left_out, group.warn = said.left_out, list(said.doubts)
         if not said.pairs:
             group.drop = "no_weight" if NO_WEIGHT in said.left_out else "all_ties" if said.left_out else "no_pairs"
             continue
@@ -89,6 +89,11 @@ def _read(row: dict[str, Any], choice: Choice, where: str) -> tuple[list[Any], C
         return [row.get("chosen"), row.get("rejected")], of_pair(row, where)
     if not isinstance(completions, list):
         raise DataError(f"{where}, completions: needed a list of answers, found {type_name(completions)}.")
+    if row.get("chosen") is not None or row.get("rejected") is not None:
+        raise DataError(
+            f"{where}: it has 'completions' beside 'chosen' and 'rejected', and is a group or a pair; remove the "
+            "columns of the other."
+        )
     if len(completions) < 2:
         return "one_answer"
     return completions, compared(row, len(completions), choice, where)

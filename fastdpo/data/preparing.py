@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.account import account, nothing_left_message, strict_message
-from fastdpo.data.columns import check_choice, check_columns, may_have_images, with_weights
+from fastdpo.data.columns import check_choice, check_columns, check_references, may_have_images, with_weights
 from fastdpo.data.comparisons import Choice
 from fastdpo.data.group_account import describe_groups
 from fastdpo.data.group_preparing import examine_groups, without_fate
@@ -223,6 +223,7 @@ def examine(
         return _described(found, dataset, GROUP_FIELDS)
 
     dataset = with_weights(dataset)
+    check_references(dataset)
     carried = [name for name in (WEIGHT_COLUMN, *REFERENCE_COLUMNS) if name in dataset.column_names]
     lists = dict.fromkeys((*TOKEN_COLUMNS, *MASK_COLUMNS), datasets.List(datasets.Value("int32")))
     with naming_files(dataset):

@@ -70,6 +70,7 @@ WARN_REASONS = {
     "not_decoded": "the tokens do not decode to the text",
     "duplicate": "the same pair as a row before it",
     "contradicted": "the opposite of a row before it, or of a pair of its own",
+    "scores_disagree": "one of its pairs prefers an answer that its scores or ranks say is worse",
 }
 WARN_EXPLANATIONS = {
     "identical": "such a pair says nothing about preference",
@@ -103,6 +104,7 @@ WARN_EXPLANATIONS = {
     "not_decoded": "the tokenizer leaves out or changes some of it; look at the row",
     "duplicate": "it counts twice",
     "contradicted": "one prefers what the other rejects, and they cancel",
+    "scores_disagree": "the pairs are what counts; check which of the two is right",
 }
 # What was put right, and what is worth knowing; sound, and no matter for --strict.
 NOTES = {

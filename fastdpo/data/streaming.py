@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -34,6 +35,7 @@ def prepare_stream(
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     *,
     strict: bool = False,
+    groups: bool = False,
     **how: Any,
 ) -> datasets.IterableDataset:
     """What :func:`fastdpo.data.prepare` makes of rows, made as they are needed.
@@ -47,6 +49,7 @@ def prepare_stream(
             (``rows.shuffle(seed=…, buffer_size=…)``) or in their own order.
         tokenizer: what they are tokenised with: a tokenizer, or a processor, whose images are not supported.
         strict: whether a row that is dropped or doubtful is an error.
+        groups: whether several ranked or scored answers to a prompt stay one row, as where ``pairs`` is given.
         how: what ``prepare`` takes beside these (``max_length``, ``truncation_mode``, …).
 
     Returns:
@@ -62,7 +65,7 @@ def prepare_stream(
         batched=True,
         batch_size=CHUNK,
         remove_columns=["row"],
-        fn_kwargs={"tokenizer": tokenizer, "strict": strict, "how": how},
+        fn_kwargs={"tokenizer": tokenizer, "strict": strict, "seen": _Seen(groups), "how": how},
     )
 
 
@@ -84,10 +87,35 @@ def _in_one_column(row: dict[str, Any]) -> dict[str, Any]:
     return {"row": row}
 
 
+@dataclass
+class _Seen:
+    """What is known of a stream's rows.
+
+    Attributes:
+        keeps_groups: whether several answers to a prompt stay one row.
+        groups: whether there have been any groups.
+    """
+
+    keeps_groups: bool
+    groups: bool = False
+
+    def choice_of(self, chunk: datasets.Dataset, how: dict[str, Any]) -> dict[str, Any]:
+        """``how`` without the choice of pairs, where a chunk of pairs alone comes after groups."""
+        self.groups = self.groups or "completions" in chunk.column_names
+        if not self.groups or "completions" in chunk.column_names:
+            return how
+        return {name: value for name, value in how.items() if name not in ("pairs", "weight_by_score")}
+
+
 def _tokenize(
-    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase | ProcessorMixin, strict: bool, how: dict[str, Any]
+    batch: dict[str, list[Any]],
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    strict: bool,
+    seen: _Seen,
+    how: dict[str, Any],
 ) -> dict[str, list[Any]]:
-    chunk = chunk_of(rows_as_pairs(batch["row"], groups=how.get("pairs") is not None))
+    chunk = chunk_of(rows_as_pairs(batch["row"], groups=seen.keeps_groups or how.get("pairs") is not None))
+    how = seen.choice_of(chunk, how)
     chunk.info.description = "a stream"  # whose rows are pairs by now
     with _quiet(), _showing_rows(chunk):
         tokenised, kept, summary = examine(chunk, tokenizer, **how)

@@ -88,12 +88,17 @@ def count_sequences(part: dict[str, Any]) -> int:
 
 def count_weight(batch: dict[str, Any], *, of_rankings: bool = False) -> float:
     """What the pairs of a batch, or of a micro-batch, count: their weights, or one each; or, its rankings one each."""
-    total = 0.0
-    for part in micro_batches(batch):
-        if of_rankings and "rankings" in part:
-            total += len(part["rankings"])
-        else:
-            total += float(part["pair_weights"].sum()) if "pair_weights" in part else len(pairs_of(part))
+    return sum(_weight_of(part, of_rankings=of_rankings) for part in micro_batches(batch))
+
+
+def _weight_of(part: dict[str, Any], *, of_rankings: bool) -> float:
+    weights = part.get("pair_weights")
+    if not (of_rankings and "rankings" in part):
+        return float(len(pairs_of(part)) if weights is None else weights.sum())
+    total = float(len(part["rankings"]))
+    if total < len(part["rows"]):  # others are pairs, which are rankings of two
+        is_pair = ~torch.isin(part["pair_rows"], part["ranking_rows"])
+        total += float((is_pair if weights is None else weights[is_pair]).sum())
     return total
 
 

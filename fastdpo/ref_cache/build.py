@@ -191,6 +191,8 @@ class ReferenceBuilder:
 
         def score(batch: np.ndarray) -> tuple[Tensor, Tensor]:
             columns = dataset[batch.tolist()]
+            if completions.are_groups:
+                columns["pairs"] = [completions.scored_with(row) for row in batch.tolist()]
             return self._score([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
 
         def keep() -> None:

@@ -28,7 +28,8 @@ class Completions:
         digests: uint8 [C, 16], rising.
         places: int64, places in ``digests``: those of the first row's completions, then of the second's, …
         bounds: int64 [B + 1], each row's bounds in ``places``.
-        pairs: int64 [P, 2], of all rows' pairs one after another, which of their row's completions they compare.
+        pairs: int64 [P, 2], of all rows' pairs one after another, which of their row's completions they compare; a
+            completion that is in none is put beside another one, to be scored with it.
         pair_bounds: int64 [B + 1], each row's bounds in ``pairs``.
         are_groups: whether the rows are groups; otherwise they are pairs.
     """
@@ -66,7 +67,7 @@ class Completions:
         at = 0
         for row in rows.tolist():
             begin = self.bounds[row]
-            for pair in self.pairs[self.pair_bounds[row] : self.pair_bounds[row + 1]].tolist():
+            for pair in self.scored_with(row):
                 for side, values in zip(pair, (chosen, rejected), strict=True):
                     place = int(self.places[begin + side])
                     if self.owners[place] == row:
@@ -83,6 +84,11 @@ class Completions:
             return dataset
         parts = np.split(values, self.bounds[1:-1])
         return dataset.add_column(GROUP_COLUMNS[-1], [part.tolist() for part in parts])
+
+    def scored_with(self, row: int) -> list[list[int]]:
+        """The pairs of a row that its completions are scored with."""
+        pairs: list[list[int]] = self.pairs[self.pair_bounds[row] : self.pair_bounds[row + 1]].tolist()
+        return pairs
 
     def first_row_of(self, completions: list[int]) -> int:
         """The first row that has any of them."""
@@ -131,7 +137,9 @@ def _rows(dataset: Dataset, are_groups: bool) -> Iterator[tuple[list[int], list[
             row: dict[str, Any] = dict(zip(batch, values, strict=True))
             if are_groups:
                 masks = row.get("completion_mask") or [[]] * len(row["completion_ids"])
-                answers, pairs = list(zip(row["completion_ids"], masks, strict=True)), row["pairs"]
+                answers = list(zip(row["completion_ids"], masks, strict=True))
+                compared = {i for pair in row["pairs"] for i in pair}
+                pairs = row["pairs"] + [[i, int(i == 0)] for i in range(len(answers)) if i not in compared]
             else:
                 answers = [(row[f"{side}_ids"], row.get(f"{side}_mask") or []) for side in _SIDES]
                 pairs = [[0, 1]]

@@ -233,6 +233,11 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 f"{name} is on, and {options.described} is a loss of rankings, not of pairs; leave one of them out"
             )
+        if options.of_rankings and self.pairs not in (None, "all"):
+            raise ValueError(
+                f"pairs is {self.pairs!r}, and {options.described} is a loss of rankings, of all answers of a row; "
+                "leave it out"
+            )
         if self.max_tokens_per_batch is not None and (options.couples_pairs or self.sft_reduction == "batch"):
             what = f"loss_type {', '.join(self.loss_type)}" if options.couples_pairs else "sft_reduction='batch'"
             raise ValueError(
@@ -306,6 +311,11 @@ class DPOConfig(TrainingArguments):
     def init_kwargs(self) -> dict[str, Any]:
         """``model_init_kwargs``, which are no text any more once this object is made; empty for none."""
         return dict(cast(dict[str, Any], self.model_init_kwargs or {}))
+
+    @property
+    def keeps_groups(self) -> bool:
+        """Whether several answers to a prompt stay one row, of whatever format they are."""
+        return self.pairs is not None or self.loss_options.of_rankings
 
     @property
     def loss_options(self) -> LossOptions:

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.given_tokens import check_tokens
+from fastdpo.data.images import undecoded
 from fastdpo.data.preparing import prepare
-from fastdpo.data.streaming import columns_of_stream, prepare_stream
+from fastdpo.data.reading.given import as_pairs
+from fastdpo.data.streaming import CHUNK, columns_of_stream, prepare_stream
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.templates import read_template
 from fastdpo.data.terms import DIGEST_COLUMN, TOKEN_COLUMNS, DataError, is_prepared
@@ -34,6 +36,11 @@ EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 TrainDataset: TypeAlias = Dataset | IterableDataset
 ProcessingClass: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 
+_WEIGHTED = "the {} dataset has weights of pairs, and loss_type plackett_luce is of rankings; leave them out."
+_UNRANKED = (
+    "the {} dataset says which answers are better by pairs, or with ties, and loss_type plackett_luce needs an order "
+    "of all answers of a row: 'ranks' or 'scores' without ties."
+)
 _LOOKED_AT = 16  # rows among which one with images is chosen to look at the model with
 
 
@@ -102,9 +109,14 @@ class DatasetPreparer:
             end_token=args.end_token,
             template_date=args.template_date,
             vocab_size=self._vocab_size,
+            groups=args.keeps_groups,
             **_grouping(args),
         )
-        return rows.filter(_is_ranked) if args.loss_options.of_rankings else rows
+        if args.loss_options.of_rankings:
+            rows = rows.filter(_IsRanked())
+            if next(iter(rows), None) is None:
+                raise DataError(_UNRANKED.format("train"))
+        return rows
 
     def prepare(self, dataset: Dataset, name: str) -> Dataset:
         """``dataset``, tokenised.
@@ -129,6 +141,7 @@ class DatasetPreparer:
         args = self._args
         tokenizer = self._some_tokenizer()
         with args.main_process_first(desc=f"tokenizing the {name} dataset"):
+            dataset = as_pairs(undecoded(dataset), groups=args.keeps_groups)
             dataset, self.summaries[name] = prepare(
                 dataset,
                 tokenizer,
@@ -141,7 +154,7 @@ class DatasetPreparer:
                 end_token=args.end_token,
                 template_date=args.template_date,
                 vocab_size=self._vocab_size,
-                **_grouping(args),
+                **_grouping(args, of=None if name == "train" else dataset),
             )
         return dataset
 
@@ -208,9 +221,13 @@ def make_collator(
     )
 
 
-def _grouping(args: DPOConfig) -> dict[str, Any]:
-    """What ``prepare`` takes of groups of answers."""
-    names = ("pairs", "weight_by_score", "group_by_prompt")
+def _grouping(args: DPOConfig, of: Dataset | None = None) -> dict[str, Any]:
+    """What ``prepare`` takes of groups of answers; with ``of`` what has a meaning for rows to evaluate on.
+
+    Of the rows to train on all of it must have one.
+    """
+    of_groups, of_pairs = ("pairs", "weight_by_score"), ("group_by_prompt",)
+    names = (*of_groups, *of_pairs) if of is None else of_groups if "completions" in of.column_names else of_pairs
     return {name: getattr(args, name) for name in names}
 
 
@@ -233,14 +250,9 @@ def ranked(rows: Dataset, name: str) -> Dataset:
     if "completion_ids" not in rows.column_names:
         return rows
     if "pair_weights" in rows.column_names:
-        raise DataError(
-            f"the {name} dataset has weights of pairs, and loss_type plackett_luce is of rankings; leave them out."
-        )
+        raise DataError(_WEIGHTED.format(name))
     if "ranks" not in rows.column_names:
-        raise DataError(
-            f"the {name} dataset says which answers are better by pairs, or with ties, and loss_type plackett_luce "
-            "needs an order of all answers of a row: 'ranks' or 'scores' without ties."
-        )
+        raise DataError(_UNRANKED.format(name))
     kept = np.flatnonzero([bool(ranks) for ranks in rows["ranks"]])
     if len(kept) < len(rows):
         logger.warning(
@@ -255,8 +267,33 @@ def ranked(rows: Dataset, name: str) -> Dataset:
     return rows.select(kept)
 
 
-def _is_ranked(row: dict[str, Any]) -> bool:
-    return "completion_ids" not in row or bool(row["ranks"])
+class _IsRanked:
+    """Whether a loss of rankings can be of a row that comes from a stream: see :func:`ranked`."""
+
+    def __init__(self) -> None:
+        self._kept = self._left_out = 0
+
+    def __call__(self, row: dict[str, Any]) -> bool:
+        """
+        Raises:
+            DataError: a group has weights; or the first thousand rows have no order, of which one would be a chance.
+        """
+        if "completion_ids" not in row:
+            return True
+        if any(weight != 1 for weight in row["pair_weights"]):
+            raise DataError(_WEIGHTED.format("train"))
+        if row["ranks"]:
+            self._kept += 1
+            return True
+        self._left_out += 1
+        if self._left_out == 1:
+            logger.warning(
+                "Rows of the stream in which two answers are as good, or that have no ranks, are left out: loss_type "
+                "plackett_luce needs an order of all answers."
+            )
+        if not self._kept and self._left_out == CHUNK:
+            raise DataError(_UNRANKED.format("train"))
+        return False
 
 
 def is_tokenised(dataset: TrainDataset) -> bool:

@@ -103,14 +103,22 @@ class BatchLosses:
     def _of_rankings(
         self, scores: SequenceScores, ref_sums: Tensor | None, inputs: dict[str, Any], weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The losses of a micro-batch's rankings, and what they count, [P] each; a pair is a ranking of two."""
-        rankings = inputs.get("rankings", scores.pairs)
-        losses = RankingLosses(self._options, scores.lengths, ref_sums, rankings)(scores.sums, {})
+        """The losses of a micro-batch's rankings, and what they count, [P] each.
+
+        A pair is a ranking of two, also where other rows are groups.
+        """
+
+        def losses_of(rankings: Tensor) -> Tensor:
+            return RankingLosses(self._options, scores.lengths, ref_sums, rankings)(scores.sums, {})
+
         if "rankings" not in inputs:
-            return losses * weights, weights
+            return losses_of(scores.pairs) * weights, weights
+        losses, counts = torch.zeros_like(weights), torch.zeros_like(weights)
+        if len(inputs["rankings"]) < len(inputs["rows"]):
+            counts = weights.where(~torch.isin(inputs["pair_rows"], inputs["ranking_rows"]), 0)
+            losses = losses_of(scores.pairs) * counts
         first = _first_pairs(inputs)
-        counts = torch.zeros_like(weights).index_fill(0, first, 1.0)
-        return torch.zeros_like(weights).index_copy(0, first, losses), counts
+        return losses.index_copy(0, first, losses_of(inputs["rankings"])), counts.index_fill(0, first, 1.0)
 
 
 def _first_pairs(inputs: dict[str, Any]) -> Tensor:

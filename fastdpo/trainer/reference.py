@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.terms import REFERENCE_COLUMNS
-from fastdpo.logps.wide import widened
+from fastdpo.logps.wide import wide_dtype, widened
 from fastdpo.loss.pair_losses import combine_segments
 from fastdpo.model.adapters import adapters_are_neutral
 from fastdpo.model.head import FusedHead
@@ -237,12 +237,13 @@ class Reference:
 
 
 def _of_sequences(inputs: dict[str, Any]) -> Tensor:
-    """[S, 1] from what a micro-batch's columns say of its rankings, or, where it has pairs alone, of these."""
+    """[S, 1] from what a micro-batch's columns say of its pairs and of its rankings."""
+    pairs = pairs_of(inputs)
+    sums = torch.zeros(count_sequences(inputs), dtype=wide_dtype(pairs.device), device=pairs.device)
+    if REFERENCE_COLUMNS[0] in inputs:
+        said = torch.cat([inputs[name] for name in REFERENCE_COLUMNS])
+        sums = sums.index_copy(0, pairs.t().flatten(), said.to(sums.dtype))
     if "ref_ranked_logps" in inputs:
         is_there = inputs["rankings"] >= 0
-        places, said = inputs["rankings"][is_there], inputs["ref_ranked_logps"][is_there]
-    else:
-        places = pairs_of(inputs).t().flatten()
-        said = torch.cat([inputs[name] for name in REFERENCE_COLUMNS])
-    values = widened(said)
-    return values.new_zeros(count_sequences(inputs)).index_copy(0, places, values).unsqueeze(1)
+        sums = sums.index_copy(0, inputs["rankings"][is_there], inputs["ref_ranked_logps"][is_there].to(sums.dtype))
+    return sums.unsqueeze(1)

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from toy_data import make_tokenizer
 
 from fastdpo.data.given_tokens import check_tokens
+from fastdpo.data.preparing import prepare
 from fastdpo.data.terms import DataError
 
 GROUP = {"prompt_ids": [5, 6], "completion_ids": [[8, 9], [10, 11], [12]], "pairs": [[0, 1], [0, 2]]}
@@ -54,3 +56,33 @@ def test_pairs() -> None:
     for weight, message in ((-1.0, "row 0, weight: it is -1.0"), (0.0, "weight 0"), (float("nan"), "it is nan")):
         with pytest.raises(DataError, match=message):
             check_tokens(Dataset.from_list([pair | {"weight": weight}]))
+
+
+PAIR = {"prompt": "Say:", "chosen": " yes", "rejected": " no"}
+TOKENS = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]}
+
+
+@pytest.mark.parametrize("row", [PAIR, TOKENS], ids=["text", "tokens"])
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"ref_chosen_logps": -1.0, "ref_rejected_logps": None}, "row 1, ref_rejected_logps: it is null"),
+        ({"ref_chosen_logps": "-1", "ref_rejected_logps": "-2"}, "column 'ref_chosen_logps' has type"),
+        ({"ref_chosen_logps": -1.0}, "the rows have a column 'ref_chosen_logps' and none 'ref_rejected_logps'"),
+    ],
+)
+def test_the_reference_in_columns(row: dict[str, Any], said: dict[str, Any], message: str) -> None:
+    """What is not there is said before a batch is made of it."""
+    good = row | dict.fromkeys(said, next(iter(said.values())))
+    rows = Dataset.from_list([good, row | said])
+    with pytest.raises(DataError, match=re.escape(message)):
+        check_tokens(rows) if row is TOKENS else prepare(rows, make_tokenizer())
+
+
+def test_a_reference_that_is_no_number_is_one_of_an_answer() -> None:
+    """And not two, when pairs are joined: a run says on which row its loss is none."""
+    rows = Dataset.from_list(
+        [PAIR | {"ref_chosen_logps": float("nan"), "ref_rejected_logps": -float(i)} for i in (1, 1)]
+    )
+    groups, _ = prepare(rows, make_tokenizer(), group_by_prompt=True)
+    assert [str(number) for number in groups[0]["ref_completion_logps"]] == ["nan", "-1.0"]

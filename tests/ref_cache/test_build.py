@@ -223,6 +223,17 @@ def test_each_distinct_completion_is_kept_once_and_rows_that_add_none_are_not_co
     assert sum(scored) == 4  # of five pairs: the third is of two that the first and the second have
 
 
+def test_an_answer_in_no_pair_has_its_number(tmp_path: Path) -> None:
+    """A ranking is of it, too; also where another row, which has it in a pair, comes later."""
+    rows = [{"prompt_ids": [1, 2], "completion_ids": [[3], [4, 5], [6], [9]], "pairs": [[1, 2]]}, group_rows()[1]]
+    rows[1].pop("completion_mask")
+    groups = Dataset.from_list(rows)
+    built = builder(tmp_path, score_all).with_columns(groups, "train", 1)
+    every = [row | {"pairs": [[i, i] for i in range(len(row["completion_ids"]))]} for row in rows]
+    assert built["ref_completion_logps"][:] == [score_all([row])[0].tolist() for row in every]
+    assert builder(tmp_path, never).with_columns(groups, "train", 1)[:] == built[:]
+
+
 def test_where_a_number_depends_on_its_pair_it_is_kept_with_it(tmp_path: Path) -> None:
     pairs = as_pairs(group_rows())
     assert len(completions_of(pairs, by_pair=True).digests) == 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastdpo.data.formats.base import Sample
+from fastdpo.data.terms import type_name
 
 _NEEDS_PAIRS = "DPO learns from two answers to one prompt, of which one is preferred"
 
@@ -15,6 +16,11 @@ def what_else(sample: Sample) -> str | None:
         return (
             f"unpaired rows with a label, as KTO and BCO take them: one answer a row, and whether it is good. "
             f"{_NEEDS_PAIRS}; join two rows of a prompt, or train with KTO"
+        )
+    if sample.has("prompt", "completions") and any(sample.has(name) for name in ("ranks", "scores", "pairs")):
+        return (
+            f"answers to a prompt whose 'completions' are {type_name(sample['completions'])}, and should be a list: "
+            "files of JSON and Parquet hold such lists, tables of text do not"
         )
     if sample.has("prompt", "completions") and not sample.has("labels"):
         return (

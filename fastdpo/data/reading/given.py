@@ -40,8 +40,12 @@ def rows_as_pairs(rows: list[dict[str, Any]], groups: bool = False) -> list[dict
 
 
 def _are_pairs(rows: list[dict[str, Any]], groups: bool) -> bool:
+    """Whether rows are pairs, or groups, or some the one and some the other, as they should be."""
+    kinds: list[list[dict[str, Any]]] = [[], []]
+    for row in rows:
+        kinds[row.get("completions") is None and row.get("chosen") is not None].append(row)
     try:
-        return _converted(rows, groups) == rows
+        return all(_converted(kind, groups) == kind for kind in kinds if kind)
     except DataError as error:
         if "--format" not in str(error) and "--columns" not in str(error):
             raise
