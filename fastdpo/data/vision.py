@@ -70,7 +70,8 @@ class VisionRowTokenizer(RowTokenizer):
     def __init__(self, processor: ProcessorMixin, preparation: Preparation, implicit: bool) -> None:
         super().__init__(tokenizer_in(processor), preparation, implicit)
         self._processor = processor
-        self._image_token: str | None = getattr(processor, "image_token", None)
+        placeholder = getattr(processor, "image_placeholder_token", None)  # of the few where it is another
+        self._image_token: str | None = placeholder or getattr(processor, "image_token", None)
         self._image_ids = image_token_ids(processor)
         # What a prompt may not have yet: some processors put another token where they find the image's.
         self._expanded_ids = self._image_ids - {self._tokenizer.convert_tokens_to_ids(self._image_token or "")}

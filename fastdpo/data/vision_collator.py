@@ -15,8 +15,9 @@ from fastdpo.data.images import as_images, column_images
 from fastdpo.data.sequences import TokenSequence
 from fastdpo.data.terms import DIGEST_COLUMN, PART_COLUMN, TEXT_COLUMN, DataError
 
-# Of what processors return, what has an entry for each token; completions are text, which is 0 in all of these.
-_PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
+# Of what processors return, what has an entry for each token (token_type_ids, mm_token_type_ids, moe_mm_token_type_ids)
+# ends so; completions are text, which is 0 in all of these.
+_PER_TOKEN = "token_type_ids"
 _FROM_IDS = ("input_ids", "attention_mask")
 # What has one, and is made in another way for each token.
 _NOT_SUPPORTED = ("cross_attention_mask", "aspect_ratio_ids", "aspect_ratio_mask")
@@ -49,6 +50,9 @@ class VisionCollator(PreferenceCollator):
                 "(--truncation_mode keep_start), or max_length=None"
             )
         self.processor = processor
+        # Some make this only when they are asked, and say that their models need it.
+        kind = "mm_token_type_ids"
+        self._asked = {f"return_{kind}": True} if kind in processor.model_input_names else {}
 
     def pad(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
         """NotImplementedError: sequences alone do not say which images belong to them."""
@@ -72,7 +76,7 @@ class VisionCollator(PreferenceCollator):
                     f"{type(self.processor).__name__} returns {name}, which is not supported; the model cannot be "
                     "trained on images"
                 )
-            if name in _PER_TOKEN:
+            if name.endswith(_PER_TOKEN):
                 vision[name] = self._per_token(name, rows, pictured, made, batch["input_ids"])
             elif name not in _FROM_IDS and pictured:
                 vision[name] = torch.cat([value, value]) if isinstance(value, Tensor) else [*value, *value]
@@ -87,6 +91,7 @@ class VisionCollator(PreferenceCollator):
                 padding_side="right",
                 return_tensors="pt",
                 add_special_tokens=False,
+                **self._asked,
             )
         )
 

@@ -211,6 +211,31 @@ class FusedHead:
         model_output.logits = None
         return logps, scoring.result, model_output
 
+    def check_width(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, **model_kwargs: Any
+    ) -> None:
+        """See, by one forward, that every token of ``input_ids`` [B, T] has its own hidden state, and nothing else has.
+
+        Some models put the hidden states of images before those of the text, and a column is another one then.
+
+        Raises:
+            NotImplementedError: it is not so.
+        """
+        self.inspect_once(model)
+        assert self._transform is not None
+        first = input_ids.new_zeros(1)
+        scoring = Scoring(
+            name=self._name,
+            targets=torch.full_like(input_ids[:, :1], IGNORE_INDEX),
+            columns=first,
+            width=input_ids.shape[1],
+            only_columns=False,
+            outputs=(),
+            transform=self._transform,
+        )
+        with self._arm(scoring):
+            self._run(model, input_ids, attention_mask, **model_kwargs)
+
     @property
     def lm(self) -> PreTrainedModel:
         """The language model that the head was made for."""

@@ -22,11 +22,12 @@ _SHARE = 0.25
 
 
 def check_images(scorer: Scorer, batch: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
-    """See that a model can be run on a batch with images, looks at these, and does not look at later text.
+    """See that a model can be run on a batch with images, and looks at these, each sequence at its own, and not at
+    later text.
 
     Args:
         scorer: the model, under the autocast that it is to run in.
-        batch: of :class:`fastdpo.data.VisionCollator`, on the device; a pair or few.
+        batch: of :class:`fastdpo.data.VisionCollator`, on the device; a pair or few, all with images.
         device: where it runs.
         dtype: what it computes in.
 
@@ -39,6 +40,7 @@ def check_images(scorer: Scorer, batch: dict[str, Any], device: torch.device, dt
     early, middle = _without(scored, last), _without(_without(scored, last), first)
     with torch.no_grad(), evaluating(scorer.root):
         scorer.head.inspect_once(scorer.root)
+        scorer.head.check_width(scorer.root, batch["input_ids"], batch["attention_mask"], **batch["vision"])
         with in_float32(scorer.model, device, dtype) as seen_in:
             before = _logps(scorer, batch)
             if torch.equal(_logps(scorer, _with_other_pixels(batch)), before):
@@ -46,15 +48,23 @@ def check_images(scorer: Scorer, batch: dict[str, Any], device: torch.device, dt
                     f"{name} does not look at images: what it says is the same, to the last bit, whatever they show. "
                     "Its class may be one for text alone; use one that takes images"
                 )
+            rejected = len(scored) // 2
+            others = _most(_logps(scorer, _rejected_of(batch)) - before[rejected:], scored[rejected:])
             leak = _most(_logps(scorer, _with_another_token(batch, last, first)) - before, early)
-            if leak == 0:
+            if leak == others == 0:
                 return
             with moved_by_last_place(scorer.lm):
                 moved = _logps(scorer, batch) - before
-            allowed = at_most_rounding(float(before.abs().max()), moved, seen_in)
+            rounding = allowed = at_most_rounding(float(before.abs().max()), moved, seen_in)
             if middle.any():
                 effect = _most(_logps(scorer, _with_another_token(batch, first, last)) - before, middle)
                 allowed = min(allowed, _SHARE * effect)
+    if others > rounding:
+        raise NotImplementedError(
+            f"{name} lets what it says of a sequence depend on the images of others in its batch: log-probabilities of "
+            f"a rejected answer moved by {others:.2g} nats when the chosen one was not beside it. It cannot be trained "
+            "on images"
+        )
     if leak > allowed:
         raise NotImplementedError(
             f"{name} sees the future where images are: log-probabilities moved by {leak:.2g} nats when only a later "
@@ -87,6 +97,13 @@ def _with_another_token(batch: dict[str, Any], columns: Tensor, others: Tensor) 
     here, there = ids[rows, columns], ids[rows, others]
     ids[rows, columns] = torch.where(here == there, here ^ 1, there)
     return {**batch, "input_ids": ids}
+
+
+def _rejected_of(batch: dict[str, Any]) -> dict[str, Any]:
+    """The rejected sequences alone: the second half of whatever the batch has."""
+    vision = {name: value[len(value) // 2 :] for name, value in batch["vision"].items()}
+    tokens = ("input_ids", "attention_mask", "completion_mask")
+    return {**{name: batch[name][len(batch[name]) // 2 :] for name in tokens}, "vision": vision}
 
 
 def _with_other_pixels(batch: dict[str, Any]) -> dict[str, Any]:

@@ -153,6 +153,10 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
             refuse_not_finite({"the model": policy, "the reference model": ref_model})
         fix_frequencies_of((policy, ref_model), args)
         settle_checkpointing(policy, args)
+        # What cannot be trained is refused before rows are prepared, which may take long.
+        self._policy = Scorer(policy, policy, FusedHead(policy))
+        if not later:
+            self._policy.head.inspect(policy)
         source = model if isinstance(model, str) else language_model(policy).config._name_or_path
         self._preparer = DatasetPreparer(
             source,
@@ -174,9 +178,6 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         if data_collator is None:
             padded = self._preparer.collator(cast(PreferenceCollator, padded))
 
-        self._policy = Scorer(policy, policy, FusedHead(policy))
-        if not later:
-            self._policy.head.inspect(policy)
         super().__init__(
             model=policy,
             args=args,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
 from pathlib import Path
@@ -121,6 +122,39 @@ def test_batches_hold_what_the_processor_makes(family: str) -> None:
     # What stands for an image is in the prompt, and not scored.
     scored = batch["input_ids"][batch["completion_mask"].bool()]
     assert not torch.isin(scored, torch.tensor(sorted(processor.image_token_ids))).any()
+
+
+def test_whatever_processors_say_of_tokens_is_laid_out_as_tokens_are() -> None:
+    processor = make_processor("qwen2_5_vl")
+    found = [*prepared(vision_rows(2), processor)]
+    expected = VisionCollator(processor, pad_token_id=0)(found)["vision"]["mm_token_type_ids"]
+
+    class Another(type(processor)):  # type: ignore[misc]
+        """Says more of each token, and says what is usual only when asked, as those of some models do."""
+
+        def __call__(self, *args: Any, return_mm_token_type_ids: bool = False, **options: Any) -> Any:
+            out = super().__call__(*args, **options)
+            out["moe_mm_token_type_ids"] = 2 * out["mm_token_type_ids"]
+            if not return_mm_token_type_ids:
+                del out["mm_token_type_ids"]
+            return out
+
+    processor.__class__ = Another
+    vision = VisionCollator(processor, pad_token_id=0)(found)["vision"]
+    assert expected.any()
+    assert torch.equal(vision["mm_token_type_ids"], expected)
+    assert torch.equal(vision["moe_mm_token_type_ids"], 2 * expected)
+
+
+def test_a_place_may_have_another_name_than_the_images_token(llava: Any) -> None:
+    processor = copy.copy(llava)
+    processor.chat_template = llava.chat_template.replace("<image>", "<<picture>>")
+
+    def call(self: Any, text: list[str], **options: Any) -> Any:
+        return llava(text=[one.replace("<<picture>>", "<image>") for one in text], **options)
+
+    processor.__class__ = type("Another", (type(llava),), {"__call__": call, "image_placeholder_token": "<<picture>>"})
+    assert [*prepared(vision_rows(3), processor)["prompt_ids"]] == [*prepared(vision_rows(3), llava)["prompt_ids"]]
 
 
 def forms(tmp_path: Path) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_vision import VISION_FAMILIES, make_image, make_processor, make_vision_model, vision_rows
 from transformers import LlavaForConditionalGeneration
+from vision_processors import PROCESSED, with_processor
 
 from fastdpo.data import prepare
 from fastdpo.data.collator import PreferenceCollator
@@ -26,16 +27,32 @@ pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 TOLERANCE = 60 * 6 * 4 * torch.finfo(torch.float32).eps
 CPU = torch.device("cpu")
 MESSAGE = {"role": Value("string"), "content": Value("string")}
+ALL_FAMILIES = [
+    *VISION_FAMILIES,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in PROCESSED if name not in VISION_FAMILIES),
+]
 MESSAGES = {side: List(MESSAGE) for side in ("prompt", "chosen", "rejected")}
 
 
 def prepared(family: str) -> tuple[Any, Dataset]:
     """Rows with one image, with none, with two, of different sizes, in no order of length."""
-    processor, rows = make_processor(family), vision_rows(6)
+    processor, rows = with_processor(family)[0], vision_rows(6)
     for i in (1, 4):
         rows[i]["images"] = []
     rows[2]["images"] = [*rows[2]["images"], make_image(50, (32, 12))]
     return processor, prepare(Dataset.from_list(rows), processor, max_length=None)[0]
+
+
+def model_of(family: str) -> Any:
+    """Whose images matter to what it says."""
+    model = with_processor(family)[1]()
+    if family not in VISION_FAMILIES:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(std=1.5 / parameter[0].numel() ** 0.5)
+            model.get_output_embeddings().weight.normal_(std=0.3)
+    return model
 
 
 def scorer_of(model: Any) -> Scorer:
@@ -49,10 +66,10 @@ def sums(scorer: Scorer, batch: dict[str, Any]) -> torch.Tensor:
     return found.sums[found.pairs.t()].squeeze(-1)
 
 
-@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_rows_do_not_depend_on_their_batch(family: str) -> None:
     processor, rows = prepared(family)
-    scorer, collator = scorer_of(make_vision_model(family)), VisionCollator(processor, pad_token_id=0)
+    scorer, collator = scorer_of(model_of(family)), VisionCollator(processor, pad_token_id=0)
     whole = sums(scorer, collator([rows[i] for i in range(6)]))
     # One after another: what a model keeps of a batch must not reach the next.
     alone = torch.cat([sums(scorer, collator([rows[i]])) for i in range(6)], dim=1)
@@ -68,12 +85,12 @@ def test_rows_do_not_depend_on_their_batch(family: str) -> None:
         assert other[:, 1:] == pytest.approx(whole[:, 1:], abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_log_probabilities_are_those_of_the_models_logits(family: str) -> None:
     """Of the class's own: Gemma 3's for images has no softcap, whatever its configuration says."""
     processor, rows = prepared(family)
     softcap = {"final_logit_softcapping": 3.0} if family == "gemma3" else {}
-    model = make_vision_model(family, **softcap)
+    model = make_vision_model(family, **softcap) if softcap else model_of(family)
     batch = VisionCollator(processor, pad_token_id=0)([rows[i] for i in range(3)])
     ids, mask = batch["input_ids"], batch["completion_mask"].bool()
     with torch.no_grad():
@@ -85,11 +102,27 @@ def test_log_probabilities_are_those_of_the_models_logits(family: str) -> None:
     assert out.logps[out.mask] == pytest.approx(expected[out.mask], abs=1e-5)
 
 
-@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_images_whose_tokens_see_each_other_are_no_fault(family: str) -> None:
     processor, rows = prepared(family)
     batch = VisionCollator(processor, pad_token_id=0)([rows[2]])
-    check_images(scorer_of(make_vision_model(family)), batch, CPU, torch.float32)
+    check_images(scorer_of(model_of(family)), batch, CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        # Columns of the text are no columns of what comes out.
+        ("git", r"GitForCausalLM .* gives its output embedding a tensor of shape \(2, \d+, 32\)"),
+        # It counts images over the whole batch.
+        ("hunyuan_vl", r"HunYuanVLForConditionalGeneration .* depend on the images of others in its batch"),
+    ],
+)
+def test_what_images_make_wrong_is_refused(family: str, why: str) -> None:
+    processor, rows = prepared(family)
+    batch = VisionCollator(processor, pad_token_id=0)([rows[0]])
+    with pytest.raises(NotImplementedError, match=why):
+        check_images(scorer_of(model_of(family)), batch, CPU, torch.float32)
 
 
 def test_text_that_sees_the_future_is_refused() -> None:

@@ -78,7 +78,14 @@ _SIZES = {
         mamba_n_groups n_groups mamba_ngroups n_group topk_group num_blocks n_shared_experts
     """,
 }
-_SIZES_BY_NAME = {name: value for value, names in _SIZES.items() for name in names.split()}
+
+
+def by_name(sizes: dict[int, str]) -> dict[str, int]:
+    """name -> size, of size -> names."""
+    return {name: value for value, names in sizes.items() for name in names.split()}
+
+
+SIZES = by_name(_SIZES)
 
 # Numbers that count tokens, and so may make a layer change with a position in the row.
 _LENGTHS = """
@@ -99,7 +106,7 @@ _SPARSE = {
     "indexer_budget": 64,
     "indexer_compress_ratio": 4,
 }
-_OWN: dict[str, dict[str, Any]] = {
+OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
     "bamba": {"mamba_d_head": 16, "attn_layer_indices": [1]},
     "cohere_compass_text": {
@@ -163,25 +170,26 @@ _OWN: dict[str, dict[str, Any]] = {
 def tiny_config(model_type: str, *, length: int = 64, **overrides: Any) -> PreTrainedConfig:
     """The configuration; ``length`` is what every window, chunk and floor is."""
     make = CONFIG_MAPPING[model_type]
-    options = _shrunk(make().to_dict(), length)
-    return make(**_merged(_merged(options, _OWN.get(model_type, {})), overrides))
+    options = shrunk(make().to_dict(), length)
+    return make(**merged(merged(options, OWN.get(model_type, {})), overrides))
 
 
-def _merged(options: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+def merged(options: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """The options with the others in their place, inside of dictionaries too; without what is :data:`REMOVED`."""
     both = {**options, **others}
     for name in options.keys() & others.keys():
         if isinstance(options[name], dict) and isinstance(others[name], dict):
-            both[name] = _merged(options[name], others[name])
+            both[name] = merged(options[name], others[name])
     return {name: value for name, value in both.items() if value is not REMOVED}
 
 
-def _shrunk(default: dict[str, Any], length: int) -> dict[str, Any]:
-    """What of a configuration is to be another than by default."""
+def shrunk(default: dict[str, Any], length: int, sizes: dict[str, Any] = SIZES) -> dict[str, Any]:
+    """What of a configuration is to be another than by default; ``sizes`` is what numbers of some names are made."""
     options: dict[str, Any] = _layers(default)
     for name, value in default.items():
         if isinstance(value, dict):
             if "model_type" in value:
-                options[name] = {"model_type": value["model_type"], **_shrunk(value, length)}
+                options[name] = {"model_type": value["model_type"], **shrunk(value, length, sizes)}
         elif isinstance(value, bool):
             if name == "use_sliding_window":
                 options[name] = True
@@ -189,10 +197,10 @@ def _shrunk(default: dict[str, Any], length: int) -> dict[str, Any]:
             options[name] = ("pad_token_id", "bos_token_id", "eos_token_id").index(name)
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= VOCABULARY:
             options[name] = VOCABULARY - 1
-        elif name in _SIZES_BY_NAME and isinstance(value, int):
-            options.setdefault(name, _SIZES_BY_NAME[name])
+        elif name in sizes and isinstance(value, type(sizes[name])):
+            options.setdefault(name, sizes[name])
             if name == "num_key_value_heads" and "kv_lora_rank" in default:
-                options[name] = _SIZES_BY_NAME["num_attention_heads"]  # latent attention has as many
+                options[name] = sizes["num_attention_heads"]  # latent attention has as many
         elif name in LENGTHS and isinstance(value, int):
             options[name] = length
     return options

@@ -42,7 +42,7 @@ _SPECIAL_TOKENS = {
     "idefics3": ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
     + [f"<row_{i}_col_{j}>" for i in range(1, 4) for j in range(1, 4)],
 }
-_TEMPLATE = (
+TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
     "{% if part.type == 'image' %}PLACEHOLDER{% elif part.type == 'text' %}{{ part.text }}{% endif %}"
@@ -111,7 +111,7 @@ def make_vision_tokenizer(family: str) -> PreTrainedTokenizerFast:
 def make_processor(family: str) -> ProcessorMixin:
     """A processor for images of 16 pixels, with patches of 4."""
     tokenizer = make_vision_tokenizer(family)
-    template = _TEMPLATE.replace("PLACEHOLDER", _PLACEHOLDERS[family])
+    template = TEMPLATE.replace("PLACEHOLDER", _PLACEHOLDERS[family])
     if family == "llava":
         images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
         return LlavaProcessor(

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 from tiny_families import make_family
+from tiny_vision_families import make_vision_family
 from toy_data import make_tokenizer
 from trainer_runs import make_trainer
+from transformers import T5Config, T5ForConditionalGeneration
 
 from fastdpo.trainer import DPOTrainer
+from fastdpo.trainer.datasets import DatasetPreparer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 
@@ -26,6 +29,22 @@ def trainer(tmp_path: Path, model_type: str, model: dict[str, Any] | None = None
 def test_a_model_that_sees_the_future_is_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(NotImplementedError, match="'bert'.* sees the future.*is_decoder=True"):
         trainer(tmp_path, "bert")
+
+
+@pytest.mark.parametrize("model_type", ["t5", "pi0"])  # an encoder-decoder; one without words or a vocabulary
+def test_what_is_not_supported_is_refused_before_rows_are_prepared(tmp_path, monkeypatch, model_type):
+    def prepare_to_train(self, rows):
+        raise AssertionError("rows are prepared for a model that is not supported")
+
+    monkeypatch.setattr(DatasetPreparer, "prepare_to_train", prepare_to_train)
+    if model_type == "t5":
+        model = T5ForConditionalGeneration(
+            T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=1, vocab_size=64)
+        )
+    else:
+        model = make_vision_family(model_type)
+    with pytest.raises(NotImplementedError, match=rf"\(model_type '{model_type}'\)"):
+        make_trainer(tmp_path, TOKENIZER, model=model)
 
 
 @pytest.mark.parametrize("model_type", ["llama4_text", "doge"])
