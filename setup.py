@@ -41,14 +41,15 @@ class BuildNative(build_ext):
     def run(self) -> None:
         folder = ROOT / "build/native"
         build = NativeBuild(folder, portable=self.torches is not None)
-        torches = [torch_tree.running()]
+        torch = torch_tree.running()
+        trees = {torch.version: torch}
         if self.torches is not None:
-            torches = [torch_tree.fetched(release, ROOT / "build") for release in self.torches.split(",")]
-        cpu = {tree.version: build.cpu_library(tree) for tree in torches}
+            trees = {release: torch_tree.of_release(release, ROOT / "build") for release in self.torches.split(",")}
+        cpu = {release: build.cpu_library(tree) for release, tree in trees.items()}
         libraries = list(cpu.values())
         toolkit = find_toolkit()
         if toolkit is not None:
-            libraries.append(build.cuda_library(toolkit, torch_tree.running()))
+            libraries.append(build.cuda_library(toolkit, torch))
         build.run(toolkit)
         in_place = self.inplace or self.editable_mode
         destination = ROOT / "fastdpo" if in_place else Path(self.build_lib) / "fastdpo"

@@ -2,10 +2,10 @@
 
     python -m building.check python3.12:2.14.1 python3.11:2.13.0+cpu
 
-makes for each of these an environment with that torch, installs the wheel of dist/ and times it, and then, with nothing
-but the environment's own programs on PATH: asks `fastdpo info` which library was taken, runs `fastdpo demo --quick`, and
-the losses' and the primitive's tests against their oracles. An environment is deleted once it has passed, and kept
-otherwise, or with --keep.
+makes for each of these an environment with that torch, installs the wheel of dist/ and times it, and then, with
+nothing but the environment's own programs on PATH: asks `fastdpo info` which library was taken, runs
+`fastdpo demo --quick`, and the losses' and the primitive's tests against their oracles. An environment is deleted once
+it has passed, and kept otherwise, or with --keep.
 """
 
 from __future__ import annotations

@@ -35,8 +35,11 @@ def running() -> TorchTree:
     return TorchTree(torch.__version__, tuple(map(Path, include_paths())), torch._C._GLIBCXX_USE_CXX11_ABI)
 
 
-def fetched(release: str, folder: Path) -> TorchTree:
-    """A release's headers, in ``folder``, where they are kept; of its wheel for this Python, which is not installed."""
+def of_release(release: str, folder: Path) -> TorchTree:
+    """A release's headers: the running torch's if it is that one, for whatever device (they are the same); or those of
+    its wheel for this Python, which is not installed. They are kept in ``folder``."""
+    if (torch := running()).version.split("+")[0] == release:
+        return torch
     headers = folder / f"torch-{release}" / "torch/include"
     if not headers.is_dir():
         print(f"fastdpo: fetching torch {release} for its headers", flush=True)
