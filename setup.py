@@ -10,6 +10,7 @@ is installed. The wheel serves every Python, since nothing that is compiled has 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -24,27 +25,19 @@ sys.path.insert(0, str(ROOT))  # an isolated build does not have it there
 from building import torch_tree  # noqa: E402
 from building.libraries import NativeBuild  # noqa: E402
 from building.toolkit import cuda_archs, find_toolkit, level1_fact  # noqa: E402
+from building.torch_tree import RELEASES_WANTED  # noqa: E402
 
 
 class BuildNative(build_ext):
     """setuptools' build_ext, with ninja for a compiler."""
 
-    user_options = [
-        *build_ext.user_options,
-        ("torches=", None, "releases of torch to build CPU libraries for, with commas; the installed one without it"),
-    ]
-
-    def initialize_options(self) -> None:
-        super().initialize_options()
-        self.torches = None
-
     def run(self) -> None:
-        folder = ROOT / "build/native"
-        build = NativeBuild(folder, portable=self.torches is not None)
+        releases = os.environ.get(RELEASES_WANTED)
+        build = NativeBuild(ROOT / "build/native", portable=releases is not None)
         torch = torch_tree.running()
         trees = {torch.version: torch}
-        if self.torches is not None:
-            trees = {release: torch_tree.of_release(release, ROOT / "build") for release in self.torches.split(",")}
+        if releases is not None:
+            trees = {release: torch_tree.of_release(release, ROOT / "build") for release in releases.split(",")}
         cpu = {release: build.cpu_library(tree) for release, tree in trees.items()}
         libraries = list(cpu.values())
         toolkit = find_toolkit()
@@ -62,7 +55,7 @@ class BuildNative(build_ext):
             shutil.copy2(library, destination / library.name)
         facts = {
             "cpu": {version: library.name for version, library in cpu.items()},
-            "wheel": self.torches is not None,
+            "wheel": releases is not None,
             "cuda_archs": cuda_archs(toolkit) if toolkit else [],
             "nvcc": toolkit.version if toolkit else None,
             "cuda_level1": level1_fact(toolkit),

@@ -34,16 +34,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m building.check", description=__doc__)
     parser.add_argument("checks", nargs="+", metavar="PYTHON:TORCH", help="such as python3.12:2.14.1")
     parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="the folder that the wheel is in")
-    parser.add_argument("--environments", type=Path, help="the folder to make them in, gigabytes each")
+    parser.add_argument(
+        "--environments", type=Path, help="the folder to make them in, gigabytes each; those there are used"
+    )
     parser.add_argument("--keep", action="store_true", help="leave the environments there")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="files below tests/, and what else pytest takes")
     args = parser.parse_args()
     wheels = list(args.dist.glob("fastdpo-*.whl"))
     if len(wheels) != 1:
         sys.exit(f"{args.dist} should hold one wheel of fastdpo, of `make wheel`, and holds {len(wheels)}")
+    environments = args.environments or Path(tempfile.mkdtemp(prefix="fastdpo-wheel-"))
     for check in args.checks:
         python, torch = check.split(":")
-        folder = Path(tempfile.mkdtemp(prefix="fastdpo-wheel-", dir=args.environments))
+        folder = environments / f"{Path(python).name}-torch{torch}"
+        folder.mkdir(parents=True, exist_ok=True)
         print(f"== {check}, in {folder}", flush=True)
         _check(folder, python, torch, wheels[0].resolve(), args.tests)
         if not args.keep:
@@ -52,11 +56,12 @@ def main() -> None:
 
 def _check(folder: Path, python: str, torch: str, wheel: Path, tests: Sequence[str]) -> None:
     own = folder / "venv"
-    subprocess.run([python, "-m", "venv", own], check=True)
+    if not own.exists():
+        subprocess.run([python, "-m", "venv", own], check=True)
     seconds = {"torch": _pip(own, f"torch=={torch}")}
     # For themselves: what is timed then is the wheel alone.
     seconds["other packages"] = _pip(own, *_requirements(wheel), *TEST_PACKAGES)
-    seconds["the wheel"] = _pip(own, str(wheel))
+    seconds["the wheel"] = _pip(own, "--force-reinstall", "--no-deps", str(wheel))
     said = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     print(f"installed: {said}; the wheel is {wheel.stat().st_size / 1e6:.1f} MB", flush=True)
 

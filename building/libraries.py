@@ -88,11 +88,12 @@ class NativeBuild:
         return self.file.edge("link", self.linked / name, objects, after=first, flags=" ".join([*flags, named]))
 
     def _stub(self, soname: str) -> Path:
-        empty = self.folder / "empty.cpp"
-        if not empty.is_file():  # a new one would have everything linked again
-            empty.write_text("")
-        flags = f"-Wl,-soname,{soname} -nostdlib"
-        return self._once("link", self.folder / "stubs" / soname, empty, flags)
+        exported = glibc.OF_TORCH if self.stand_ins and soname == "libtorch_cpu.so" else ()
+        source, text = self.linked / f"{soname}.cpp", "".join(f'extern "C" void {name}() {{}}\n' for name in exported)
+        if not source.is_file() or source.read_text() != text:  # a new one would have everything linked again
+            source.write_text(text)
+        flags = f"-fPIC -Wl,-soname,{soname} -nostdlib"
+        return self._once("link", self.linked / "stubs" / soname, source, flags)
 
     def _once(self, rule: str, target: Path, source: Path, flags: str) -> Path:
         """An edge that several libraries share."""
@@ -164,12 +165,12 @@ class NativeBuild:
         return self.link(CUDA_LIBRARY, [*binding, *kernels], needs, [cudart, "-Wl,--exclude-libs,ALL"])
 
     def run(self, toolkit: Toolkit | None = None) -> None:
-        self.file.run(self.folder, advice(toolkit))
+        self.file.run(self.folder, lambda waiting: advice(toolkit, waiting))
 
 
-def advice(toolkit: Toolkit | None) -> str | None:
-    """How to wait for less."""
-    if toolkit is None:
+def advice(toolkit: Toolkit | None, waiting: Sequence[str]) -> str | None:
+    """How to wait for less, where kernels are compiled for GPUs."""
+    if toolkit is None or not any(name.endswith(".cu") for name in waiting):
         return None
     archs = cuda_archs(toolkit)
     said = f"this takes some minutes, once: the kernels are compiled for compute capability {', '.join(archs)}"

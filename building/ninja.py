@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# How ninja begins a line about a step, which is what is looked for in its output.
+_STATUS = {"NINJA_STATUS": "[%f/%t] "}
 
 
 def ninja_path() -> str:
@@ -55,38 +57,37 @@ class NinjaFile:
         self.lines += [f"  {name} = {value}" for name, value in (shown | variables).items()]
         return output
 
-    def run(self, folder: Path, advice: str | None = None) -> None:
-        """Makes what is not there or older than its sources; ``advice`` is printed before, if that is anything."""
+    def run(self, folder: Path, advice: Callable[[list[str]], str | None] = lambda waiting: None) -> None:
+        """Makes what is not there or older than its sources. ``advice`` on what that is comes first, if any."""
         build_file = folder / "build.ninja"
         # ninja keeps its log in builddir.
         build_file.write_text("\n".join([f"builddir = {from_root(folder)}", *self.lines]) + "\n")
         jobs = os.environ.get("MAX_JOBS")
         command = [ninja_path(), "-f", str(build_file), *(["-j", jobs] if jobs else [])]
-        waiting = _count(command)
-        if waiting == 0:
+        waiting = _waiting(command)
+        if not waiting:
             return
-        _say(f"{waiting} files to make; a line for each that is done")
-        if advice:
-            _say(advice)
+        _say(f"{len(waiting)} files to make; a line for each that is done")
+        if said := advice(waiting):
+            _say(said)
         begin = time.monotonic()
         if _run(command) != 0:
             sys.exit("fastdpo: the build failed; the compiler's words are above")
-        _say(f"made {waiting} files in {time.monotonic() - begin:.0f} s")
+        _say(f"made {len(waiting)} files in {time.monotonic() - begin:.0f} s")
 
 
-def _count(command: list[str]) -> int:
-    """How many steps there are to do."""
-    dry = subprocess.run([*command, "-n"], cwd=ROOT, capture_output=True, text=True)
-    totals = re.findall(r"^\[\d+/(\d+)\]", dry.stdout, re.M)
+def _waiting(command: list[str]) -> list[str]:
+    """What there is to do, as it is shown."""
+    dry = subprocess.run([*command, "-n"], cwd=ROOT, env=os.environ | _STATUS, capture_output=True, text=True)
+    steps = re.findall(r"^\[\d+/\d+\] (.+)$", dry.stdout, re.M)
     # A file that ninja cannot make sense of is for the real run to tell of.
-    return int(totals[-1]) if totals else int(dry.returncode != 0)
+    return steps or (["build.ninja"] if dry.returncode != 0 else [])
 
 
 def _run(command: list[str]) -> int:
     """Hands on what ninja says line by line. To a pipe it writes a line a step, once the step is done."""
     begin = time.monotonic()
-    status = {"NINJA_STATUS": "[%f/%t] "}
-    with subprocess.Popen(command, cwd=ROOT, env=os.environ | status, stdout=subprocess.PIPE, text=True) as ninja:
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | _STATUS, stdout=subprocess.PIPE, text=True) as ninja:
         for line in ninja.stdout:
             done = re.match(r"\[\d+/\d+\] ", line) is not None
             print(f"fastdpo: {line.rstrip()}, {time.monotonic() - begin:.0f} s\n" if done else line, end="", flush=True)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 # The releases that the wheel has a CPU library for. A library serves all patch releases, which keep the headers.
 RELEASES = ("2.11.0", "2.12.0", "2.13.0", "2.14.0")
+# Where building/wheel.py tells setup.py of them, with commas: setuptools forgets a command's options on its way.
+RELEASES_WANTED = "FASTDPO_WHEEL_TORCHES"
 
 
 class TorchTree(NamedTuple):

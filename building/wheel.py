@@ -7,6 +7,7 @@ libraries are named and not brought along: they are the running torch's.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -31,9 +32,10 @@ def main() -> None:
         sys.exit("fastdpo: there is no nvcc (CUDA_HOME, PATH): the wheel would have no CUDA library")
     folder = ROOT / "build/wheel"
     shutil.rmtree(folder, ignore_errors=True)  # whatever lies in there comes into the wheel
-    command = [sys.executable, "setup.py", "-q", "build", f"--build-base={folder}"]
-    command += ["build_ext", f"--torches={args.torches}", "bdist_wheel", f"--dist-dir={folder}"]
-    subprocess.run(command, cwd=ROOT, check=True)
+    # Not through pip, which would keep what is said meanwhile to itself; setuptools warns of that.
+    command = [sys.executable, "-W", "ignore", "setup.py", "-q", "build", f"--build-base={folder}", "bdist_wheel"]
+    environment = os.environ | {torch_tree.RELEASES_WANTED: args.torches}
+    subprocess.run([*command, f"--dist-dir={folder}"], cwd=ROOT, env=environment, check=True)
     (made,) = folder.glob("*.whl")
     wheel = repaired(made, args.out)
     # The names of the machine's folders, in the forms in which they could have come in.

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 import fastdpo
-from building import glibc
+from building import glibc, libraries
 from building.contents import local_paths, members
 from building.libraries import NativeBuild
 from building.ninja import ROOT
-from building.toolkit import Toolkit
+from building.toolkit import Toolkit, cuda_archs
 from building.torch_tree import running
 
 PACKAGE = Path(fastdpo.__file__).parent
@@ -78,6 +78,7 @@ def test_the_functions_of_an_earlier_glibc_are_taken(tmp_path: Path) -> None:
     symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     asked = {tuple(map(int, version.split("."))) for version in re.findall(r"@GLIBC_([\d.]+)", symbols)}
     assert asked and max(asked) <= glibc.GLIBC
+    assert re.search(r"UND exp@GLIBC", symbols)  # not left open
     # And they are the real library's when it is loaded.
     code = (
         "import ctypes, sys; ctypes.CDLL('libstdc++.so.6', mode=ctypes.RTLD_GLOBAL); f = ctypes.CDLL(sys.argv[1]).f; "
@@ -87,12 +88,18 @@ def test_the_functions_of_an_earlier_glibc_are_taken(tmp_path: Path) -> None:
     assert done.stdout.strip() == "2.718281828459045"
 
 
-def test_which_version_of_a_function_is_taken() -> None:
-    line = "   12: 0000000000001000    7 FUNC    GLOBAL DEFAULT   15 {}"
+def test_which_version_of_a_symbol_is_taken() -> None:
+    line = "   12: 0000000000001000    7 {}    GLOBAL DEFAULT   15 {}"
     names = ["dlopen@@GLIBC_2.34", "dlopen@GLIBC_2.2.5", "dlopen@GLIBC_2.30", "exp@@GLIBC_2.27", "exp@GLIBC_2.2.5"]
-    names += ["arc4random@@GLIBC_2.36", "pow@GLIBC_2.2.5", "pow@GLIBC_2.10", "pow@@GLIBC_2.29"]
-    symbols = "\n".join(line.format(name) for name in names)
-    assert glibc.earlier_versions(symbols) == {"dlopen": "GLIBC_2.2.5", "pow": "GLIBC_2.10"}
+    names += ["arc4random@@GLIBC_2.36", "pow@GLIBC_2.2.5", "pow@GLIBC_2.10", "pow@@GLIBC_2.29", "gone@GLIBC_2.2.5"]
+    symbols = [line.format("FUNC", name) for name in names] + [line.format("OBJECT", "stderr@@GLIBC_2.2.5")]
+    assert glibc.versions_to_take("\n".join(symbols)) == {
+        "dlopen": "GLIBC_2.2.5",
+        "exp": "GLIBC_2.27",
+        "arc4random": "GLIBC_2.36",  # there was none before
+        "pow": "GLIBC_2.10",
+        "stderr": "GLIBC_2.2.5",
+    }
 
 
 def test_what_a_compiler_says_of_headers_is_read(tmp_path: Path) -> None:
@@ -103,3 +110,21 @@ def test_what_a_compiler_says_of_headers_is_read(tmp_path: Path) -> None:
     rules = "\n".join(build.file.lines).split("rule ")[1:]
     compiling = {rule.split("\n")[0]: "depfile = $out.d" in rule for rule in rules if " -c $in" in rule}
     assert compiling == {"cxx": True, "nvcc": True}
+
+
+def test_who_waits_for_kernels_is_told_how_to_wait_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    cuda_archs.cache_clear()
+    toolkit = Toolkit("nvcc", "13.0", Path("/toolkit"))
+    waiting = ["csrc/cpu/isa.cpp", "csrc/cuda/row_kernel.cu"]
+    for gpus, said in (
+        ([], "set TORCH_CUDA_ARCH_LIST=9.0 (an H100's, say)"),
+        (["8.9"], "set TORCH_CUDA_ARCH_LIST='8.9'"),
+    ):
+        monkeypatch.setattr(libraries, "own_gpus", lambda gpus=gpus: gpus)
+        assert libraries.advice(toolkit, waiting).endswith(f"for your own GPU alone, {said}")
+    assert libraries.advice(toolkit, waiting[:1]) is None and libraries.advice(None, waiting) is None
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.9")
+    cuda_archs.cache_clear()
+    assert libraries.advice(toolkit, waiting).endswith("compiled for compute capability 8.9")
+    cuda_archs.cache_clear()

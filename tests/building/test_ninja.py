@@ -26,10 +26,10 @@ def build(folder: Path, *, command: str = "cp $in $out") -> NinjaFile:
 
 
 def test_a_line_for_each_file_and_the_time_of_all(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    build(tmp_path).run(tmp_path, "this takes a moment")
+    build(tmp_path).run(tmp_path, lambda waiting: f"this takes a moment, as for {Path(waiting[0]).name}")
     first, advice, *lines, last = capfd.readouterr().out.splitlines()
     assert first == "fastdpo: 4 files to make; a line for each that is done"
-    assert advice == "fastdpo: this takes a moment"
+    assert advice == "fastdpo: this takes a moment, as for a.cpp"
     found = [re.fullmatch(r"fastdpo: \[(\d)/4\] (.+), \d+ s", line).groups() for line in lines]
     assert [number for number, _ in found] == ["1", "2", "3", "4"]
     assert {Path(name).name for _, name in found} == {"a.cpp", "b.cpp", "c d.cpp", "library.so"}
@@ -39,10 +39,10 @@ def test_a_line_for_each_file_and_the_time_of_all(tmp_path: Path, capfd: pytest.
 def test_what_is_there_is_not_made_again_and_nothing_is_said(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     build(tmp_path).run(tmp_path)
     capfd.readouterr()
-    build(tmp_path).run(tmp_path, "this takes a moment")
+    build(tmp_path).run(tmp_path, lambda _: "this takes a moment")
     assert capfd.readouterr() == ("", "")
     (tmp_path / "b.cpp").write_text("another text")
-    build(tmp_path).run(tmp_path, "this takes a moment")
+    build(tmp_path).run(tmp_path, lambda _: "this takes a moment")
     said = capfd.readouterr().out
     assert "2 files to make" in said and "b.cpp" in said and "a.cpp" not in said
     assert (tmp_path / "library.so").read_text() == "a.cppanother textc d.cpp"
