@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 # torch comes first and pinned: whatever depends on a bare torch would bring another build of it.
 TORCH ?= torch==2.13.0
-BUILD_TOOLS = setuptools wheel ninja pybind11
+BUILD_TOOLS = 'setuptools>=77' 'ninja>=1.11'
 # Test files that run at a time; a file stays together, for what its tests share.
 WORKERS ?= 2
 PYTEST_FLAGS ?=
@@ -23,7 +23,7 @@ HEADERS := $(VENV)/headers/installed
 endif
 endif
 
-.PHONY: help demo test lint docs venv build clean
+.PHONY: help demo test lint docs venv build wheel wheel-check clean
 
 help:
 	@echo "make demo    train a small language model, then improve it with DPO; no download, under 5 minutes"
@@ -31,6 +31,8 @@ help:
 	@echo "make lint    formatting, lint, types and the direction of imports, as a change must have them"
 	@echo "make docs    the documentation, into site/; a broken link is an error"
 	@echo "make venv    make .venv with all that is needed, and build"
+	@echo "make wheel   the wheel, into dist/: every Python, a CPU library for each torch that is supported, the CUDA library"
+	@echo "make wheel-check  install that wheel in environments without a compiler, and run the demo and the loss's tests"
 	@echo "make clean   remove what was built"
 	@echo "VENV=none    use the active environment instead of .venv; PYTHON=... names its interpreter"
 
@@ -56,12 +58,16 @@ venv: build
 else
 venv: $(VENV)/installed build
 
+# Compiled before it is installed, because pip keeps what is said meanwhile to itself.
 $(VENV)/installed: pyproject.toml
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "fastdpo: making $(VENV): first torch and the tools are installed, then the kernels are compiled (some minutes on"
+	@echo "fastdpo: two cores, once; with a line for each file), then the other packages are installed"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q '$(TORCH)'
 	$(VENV)/bin/python -m pip install -q $(BUILD_TOOLS)
-	$(VENV)/bin/python -m pip install --no-build-isolation -e '.[test,lint]'
-	touch $@
+	$(VENV)/bin/python setup.py -q build_ext --inplace
+	$(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[test,lint,wheel]'
+	@touch $@
 
 build: $(VENV)/installed
 
@@ -74,7 +80,18 @@ endif
 
 # Quick when nothing changed: ninja compiles what is newer than its object alone.
 build:
-	$(RUN) -m pip install -q --no-build-isolation --no-deps -e .
+	@$(RUN) setup.py -q build_ext --inplace
+	@$(RUN) -m pip install -q --no-build-isolation --no-deps -e .
+
+# Level 1 is in it, for which CUTLASS's headers are needed: beside the packages, as above. TORCHES="2.13.0" makes a
+# wheel with a CPU library for that one alone.
+WHEEL_FLAGS = $(if $(TORCHES),--torches "$(TORCHES)")
+wheel: venv $(HEADERS)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHONPATH="$(CURDIR)/$(VENV)/headers" $(RUN) -m building.wheel $(WHEEL_FLAGS)
+
+# CHECKS is a list of python:torch, such as "python3.12:2.14.1 python3.11:2.13.0+cpu"; takes gigabytes and minutes.
+wheel-check:
+	$(RUN) -m building.check $(CHECKS)
 
 clean:
-	rm -rf build site fastdpo/*.so fastdpo/_build.json *.egg-info
+	rm -rf build dist site fastdpo/*.so fastdpo/_build.json *.egg-info

@@ -10,7 +10,6 @@ a compiled graph, takes the device's path.
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import torch
 
 from fastdpo.logps.check_cases import Ops
 from fastdpo.logps.cuda_devices import CudaDevices
-from fastdpo.logps.native import CUDA_LIBRARY, FACTS, PORTABLE
+from fastdpo.logps.native import CUDA_LIBRARY, FACTS, PORTABLE, cpu_products
 from fastdpo.logps.portable import token_logps_forward
 from fastdpo.logps.portable_backward import token_logps_backward
 from fastdpo.logps.self_check import Gate
@@ -85,7 +84,8 @@ def build_info() -> dict[str, Any]:
     """How fastdpo was built and what of it is in use here.
 
     Returns:
-        A dict with ``version``, ``compiler``, ``torch_built_against``, ``torch_running``, ``cpu_path``
+        A dict with ``version``, ``compiler``, ``torch_built_against``, ``torch_running``, ``cpu_libraries`` (the
+        releases of torch that there is a CPU library for), ``cpu_library`` (the one in use, or None), ``cpu_path``
         (``avx512_bf16``, ``avx512``, ``avx2`` or ``plain``, chosen for this processor, or ``portable``, plain PyTorch;
         or what the environment variable FASTDPO_CPU_PATH says), ``cpu_products`` (per dtype of the inputs: the fused
         kernels with operands of which type, ``at::mm in chunks``, or ``torch.mm in chunks``), the CUDA library's
@@ -97,12 +97,14 @@ def build_info() -> dict[str, Any]:
     facts = {name: value for name, value in FACTS.items() if not name.endswith("_reason")}
     products = dict.fromkeys(_DTYPES, "torch.mm in chunks")
     if FACTS["cpu_path"] != PORTABLE:
-        products = importlib.import_module("fastdpo._C").cpu_products()
+        products = cpu_products()
     outcomes = {} if CUDA_GATE is None else CUDA_GATE.outcomes()
     return facts | {"cpu_products": products, "paths": _paths(), "self_check": outcomes}
 
 
 def _paths() -> dict[str, str]:
-    cpu = f"portable: {FACTS['cpu_reason']}" if FACTS["cpu_reason"] else f"kernels for {FACTS['cpu_path']}"
+    cpu = f"kernels for {FACTS['cpu_path']}, of {FACTS['cpu_library']}"
+    if FACTS["cpu_reason"]:
+        cpu = f"portable: {FACTS['cpu_reason']}"
     cuda = f"portable: {FACTS['cuda_reason']}" if FACTS["cuda_reason"] else "kernels, where they pass the self-check"
     return {"cpu": cpu, "cuda": cuda, "mps, xpu, npu, …": "portable: fastdpo has kernels for cpu and cuda alone"}

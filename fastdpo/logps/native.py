@@ -6,10 +6,8 @@ Where no library can be loaded the ops are declared all the same; who computes t
 from __future__ import annotations
 
 import ctypes
-import importlib
 import json
 import os
-import platform
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FOLDER = Path(__file__).parents[1]  # the package, beside whose files the libraries are built
+from fastdpo.logps import builds
+
+_FOLDER = Path(__file__).parents[1]  # the package, beside whose files the libraries are
 CUDA_LIBRARY = _FOLDER / "fastdpo_cuda.so"
-_REBUILD = "pip install --no-build-isolation -e ."
 # What FASTDPO_CPU_PATH may be, besides PORTABLE: which kernels (csrc/cpu/isa.h).
 _CPU_PATHS = ("avx512_bf16", "avx512", "avx2", "plain")
 # What that and FASTDPO_CUDA_PATH may be, for plain PyTorch in the place of our kernels.
@@ -39,25 +38,6 @@ _SCHEMAS = (
 _declared = torch.library.Library("fastdpo", "FRAGMENT")
 
 
-def _read_build_file() -> dict[str, Any] | None:
-    """What the build wrote beside the libraries; None if nothing was built here."""
-    file = _FOLDER / "_build.json"
-    return json.loads(file.read_text()) if file.is_file() else None
-
-
-def _cpu_misfit(built: dict[str, Any] | None) -> str | None:
-    """Why the CPU library cannot be used here; None if it can."""
-    if built is None:
-        return f"fastdpo's compiled extension is missing: build it with `{_REBUILD}` in fastdpo's source folder."
-    if built["torch"] != torch.__version__ or not (_FOLDER / built["library"]).is_file():
-        return (
-            f"fastdpo was built for torch {built['torch']} and Python {built['python']}, but this is torch "
-            f"{torch.__version__} and Python {platform.python_version()}: rebuild it with `{_REBUILD}` in fastdpo's "
-            "source folder."
-        )
-    return None
-
-
 def _cuda_misfit() -> str | None:
     """Why the CUDA library cannot be used here; None if it can."""
     if torch.version.hip is not None:
@@ -65,36 +45,32 @@ def _cuda_misfit() -> str | None:
     if torch.version.cuda is None:
         return "this torch has no CUDA"
     if not CUDA_LIBRARY.is_file():
-        return f"fastdpo was built without nvcc: rebuild it where nvcc is, `{_REBUILD}`"
+        return f"fastdpo was built without nvcc: rebuild it where nvcc is, `{builds.REBUILD}`"
     return None
 
 
 def _load() -> dict[str, Any]:
     """Loads what fits and is wanted; returns its facts, and why a library is not in ``cpu_reason``, ``cuda_reason``."""
-    build_file = _read_build_file()
+    build = builds.read(_FOLDER)
     cpu_reason = _asked("FASTDPO_CPU_PATH", (*_CPU_PATHS, PORTABLE))
     cuda_reason = _asked("FASTDPO_CUDA_PATH", (PORTABLE,))
-    if cpu_reason is None and (cpu_reason := _cpu_misfit(build_file)) is not None:
-        _warn_of_portable("CPU", cpu_reason)
-    if cuda_reason is None and (cuda_reason := _cuda_misfit()) is not None and torch.version.cuda is not None:
-        _warn_of_portable("CUDA", cuda_reason)
 
-    facts: dict[str, Any] = dict.fromkeys(("version", "compiler", "torch_built_against"))
-    facts |= {"torch_running": torch.__version__, "cpu_path": PORTABLE, "cuda_library": "not built"}
-    facts |= {name: (build_file or {}).get(name) for name in ("cuda_archs", "nvcc", "cuda_level1")}
-    if CUDA_LIBRARY.is_file():
-        facts["cuda_library"] = f"built, not loaded: {cuda_reason}"
+    facts: dict[str, Any] = dict.fromkeys(("version", "compiler", "torch_built_against", "cpu_library"))
+    facts |= {"torch_running": torch.__version__, "cpu_path": PORTABLE, "cpu_libraries": list(build.cpu)}
+    facts |= {"cuda_library": "not built", **build.cuda}
     if cpu_reason is None:
-        built = importlib.import_module("fastdpo._C").build_facts()
-        facts |= {
-            "version": built["version"],
-            "compiler": built["compiler"],
-            "torch_built_against": built["torch"],
-            "cpu_path": built["cpu_path"],
-        }
+        told, cpu_reason = _load_cpu(build)
+        facts |= told
+        if cpu_reason is not None:
+            _warn_of_portable("CPU", cpu_reason)
     if cuda_reason is None:
-        facts |= _load_cuda(declare=cpu_reason is not None)
-    elif cpu_reason is not None:
+        told, cuda_reason = _load_cuda(declare=cpu_reason is not None)
+        facts |= told
+        if cuda_reason is not None and torch.version.cuda is not None:
+            _warn_of_portable("CUDA", cuda_reason)
+    if cuda_reason is not None and CUDA_LIBRARY.is_file():
+        facts["cuda_library"] = f"built, not loaded: {cuda_reason}"
+    if cpu_reason is not None and cuda_reason is not None:
         for schema in _SCHEMAS:
             _declared.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     return facts | {"cpu_reason": cpu_reason, "cuda_reason": cuda_reason}
@@ -112,22 +88,55 @@ def _warn_of_portable(tensors: str, reason: str) -> None:
     warnings.warn(f"{tensors} tensors go through plain PyTorch, which is right and slower: {reason}", stacklevel=4)
 
 
-def _load_cuda(*, declare: bool) -> dict[str, Any]:
-    """What the CUDA library says of itself; with ``declare``, has it declare the ops that the CPU library would."""
-    torch.ops.load_library(str(CUDA_LIBRARY))
-    library = ctypes.CDLL(str(CUDA_LIBRARY))
-    if declare and library.fastdpo_declare_ops():
+def _load_cpu(build: builds.Build) -> tuple[dict[str, Any], str | None]:
+    """What the CPU library for this torch says of itself; and why there is none in use, or None."""
+    library = build.cpu_library(torch.__version__)
+    if library is None:
+        return {}, build.cpu_misfit(torch.__version__)
+    if (refused := _refused(library)) is not None:
+        return {}, refused
+    built = _told(library, "fastdpo_cpu_build_facts")
+    if "error" in built:
+        raise RuntimeError(built["error"])
+    facts = {name: built[name] for name in ("version", "compiler", "cpu_path")}
+    return facts | {"torch_built_against": built["torch"], "cpu_library": library.name}, None
+
+
+def cpu_products() -> dict[str, str]:
+    """By dtype, how the CPU library makes its matrix products; it has to be loaded."""
+    return _told(_FOLDER / FACTS["cpu_library"], "fastdpo_cpu_products")
+
+
+def _told(library: Path, function: str) -> dict[str, Any]:
+    """The JSON that one of a library's functions returns."""
+    tell = getattr(ctypes.CDLL(str(library)), function)
+    tell.restype = ctypes.c_char_p
+    told: dict[str, Any] = json.loads(tell())
+    return told
+
+
+def _refused(library: Path) -> str | None:
+    """Loads a library; returns why it cannot be (a torch that was compiled otherwise than its release may lack what is
+    needed), or None."""
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"{library.name} cannot be loaded with torch {torch.__version__}: {error.__cause__ or error}"
+    return None
+
+
+def _load_cuda(*, declare: bool) -> tuple[dict[str, Any], str | None]:
+    """What the CUDA library says of itself, and why it is not in use, or None; with ``declare``, has it declare the ops
+    that the CPU library would."""
+    if (reason := _cuda_misfit() or _refused(CUDA_LIBRARY)) is not None:
+        return {}, reason
+    if declare and ctypes.CDLL(str(CUDA_LIBRARY)).fastdpo_declare_ops():
         raise ImportError(
-            f"torch {torch.__version__} refused the ops of {CUDA_LIBRARY.name}: rebuild it with `{_REBUILD}`"
+            f"torch {torch.__version__} refused the ops of {CUDA_LIBRARY.name}: rebuild it with `{builds.REBUILD}`"
         )
-    library.fastdpo_cuda_build_facts.restype = ctypes.c_char_p
-    built = json.loads(library.fastdpo_cuda_build_facts())
-    return {
-        "cuda_archs": built["archs"].split(),
-        "nvcc": built["nvcc"],
-        "cuda_level1": built["level1"],
-        "cuda_library": "loaded",
-    }
+    built = _told(CUDA_LIBRARY, "fastdpo_cuda_build_facts")
+    facts = {"cuda_archs": built["archs"].split(), "nvcc": built["nvcc"], "cuda_level1": built["level1"]}
+    return facts | {"cuda_library": "loaded"}, None
 
 
 def driver_misfit(nvcc: str, driver: int) -> str | None:
@@ -137,7 +146,7 @@ def driver_misfit(nvcc: str, driver: int) -> str | None:
     known = f"{driver // 1000}.{driver % 1000 // 10}"
     return (
         f"fastdpo was built with CUDA {nvcc}, and this machine's driver knows {known}: update the driver, or rebuild "
-        f"fastdpo with a toolkit that it knows (CUDA_HOME=…; {_REBUILD})"
+        f"fastdpo with a toolkit that it knows (CUDA_HOME=…; {builds.REBUILD})"
     )
 
 

@@ -9,8 +9,6 @@ again by ``--again FILE``.
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib.util
 import os
 import random
 import re
@@ -23,6 +21,11 @@ import fuzz_loop
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from building.libraries import flags_of  # noqa: E402
+from building.ninja import NinjaFile  # noqa: E402
+
 HERE = Path(__file__).resolve().parent / "ops"
 CLANGS = ("clang++", *(f"clang++-{version}" for version in range(22, 13, -1)))
 # Errors end the program. A class's type is torch's to tell, and torch is not built with the sanitizer.
@@ -49,19 +52,11 @@ def find_clang() -> str:
     )
 
 
-@functools.cache
-def setup_py():  # noqa: ANN201 (a module)
-    spec = importlib.util.spec_from_file_location("fastdpo_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def build(folder: Path) -> Path:
     """The program; ninja makes what is older than its source."""
     from torch.utils.cpp_extension import include_paths
 
-    clang, setup = find_clang(), setup_py()
+    clang = find_clang()
     folder.mkdir(parents=True, exist_ok=True)
     libraries = Path(torch.__file__).parent / "lib"
     common = (
@@ -69,13 +64,13 @@ def build(folder: Path) -> Path:
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)} "
         + " ".join(f"-isystem {path}" for path in include_paths())
     )
-    file = setup.NinjaFile()
+    file = NinjaFile()
     file.rule("cxx", [clang, "-MMD -MF $out.d $flags -c $in -o $out"], depfile=True)
     file.rule("link", [clang, "$in -o $out $flags"])
     tested = [s for s in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if s.name != "binding.cpp"]
     objects = []
     for source in [*tested, *sorted(HERE.glob("*.cpp"))]:
-        flags = [common, *setup.flags_of(source)]
+        flags = [common, *flags_of(source)]
         if source.name == "truth.cpp":  # extended precision takes most of the time, and reads no memory of the ops
             flags.append("-O2")
         else:
@@ -83,10 +78,7 @@ def build(folder: Path) -> Path:
         objects.append(file.edge("cxx", folder / f"{source.stem}.o", [source], flags=" ".join(flags)))
     link = f"-L{libraries} -ltorch -ltorch_cpu -lc10 -Wl,-rpath,{libraries} {SANITIZERS} -fsanitize=fuzzer"
     program = file.edge("link", folder / "ops_fuzzer", objects, flags=link)
-    ninja = folder / "build.ninja"
-    ninja.write_text("\n".join([f"builddir = {folder}", *file.lines]) + "\n")
-    jobs = os.environ.get("MAX_JOBS")
-    subprocess.run([setup.ninja_path(), "-f", str(ninja), *(["-j", jobs] if jobs else [])], check=True)
+    file.run(folder)
     return program
 
 

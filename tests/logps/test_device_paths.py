@@ -80,7 +80,7 @@ def test_the_kernels_are_back_where_the_portable_path_was_left() -> None:
 
 def test_build_info_says_which_path_and_why() -> None:
     info = build_info()
-    assert info["paths"]["cpu"] == f"kernels for {info['cpu_path']}"
+    assert info["paths"]["cpu"] == f"kernels for {info['cpu_path']}, of {info['cpu_library']}"
     if torch.version.cuda is None and torch.version.hip is None:
         assert info["paths"]["cuda"] == "portable: this torch has no CUDA"
     assert info["paths"]["mps, xpu, npu, …"].startswith("portable: fastdpo has kernels for cpu and cuda alone")

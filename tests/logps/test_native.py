@@ -14,6 +14,7 @@ import torch
 
 import fastdpo
 from fastdpo.logps import native as _native
+from fastdpo.logps.builds import minor
 
 PACKAGE = Path(fastdpo.__file__).parent
 
@@ -23,6 +24,8 @@ def test_build_info() -> None:
     assert info["version"] == fastdpo.__version__
     assert info["torch_running"] == torch.__version__
     assert info["torch_built_against"] == torch.__version__.split("+")[0]
+    assert info["cpu_library"] == f"fastdpo_cpu_torch{minor(torch.__version__)}.so"
+    assert torch.__version__ in info["cpu_libraries"]
     assert info["cpu_path"] in ("avx512_bf16", "avx512", "avx2", "plain")
     fused = info["cpu_path"] != "plain"
     assert info["cpu_products"]["float64"] == "at::mm in chunks"
@@ -75,20 +78,43 @@ def test_import_without_the_extension_says_how_to_build_it(copy: Path) -> None:
     )
 
 
-def test_import_under_another_torch_says_so_and_how_to_rebuild(copy: Path) -> None:
+def write_facts(copy: Path, **cpu: str) -> None:
     facts = json.loads((PACKAGE / "_build.json").read_text())
-    shutil.copy2(PACKAGE / facts["library"], copy)
-    (copy / "_build.json").write_text(json.dumps(facts | {"torch": "2.10.0"}))
+    (copy / "_build.json").write_text(json.dumps(facts | {"wheel": False, "cpu": cpu}))
+
+
+def own_library() -> Path:
+    facts = json.loads((PACKAGE / "_build.json").read_text())
+    return PACKAGE / facts["cpu"][torch.__version__]
+
+
+def test_import_under_another_torch_says_so_and_how_to_rebuild(copy: Path) -> None:
+    """Also where its library is there: it is not tried."""
+    shutil.copy2(own_library(), copy)
+    write_facts(copy, **{"2.10.0": own_library().name})
     message = said_at_import(copy)
     assert "built for torch 2.10.0" in message
     assert f"this is torch {torch.__version__}" in message
     assert "rebuild it with `pip install --no-build-isolation -e .`" in message
 
 
-def test_import_under_another_python_says_so(copy: Path) -> None:
-    facts = json.loads((PACKAGE / "_build.json").read_text())
-    (copy / "_build.json").write_text(json.dumps(facts | {"python": "3.9.1", "library": "_C.cpython-39.so"}))
-    assert "and Python 3.9.1, but this is" in said_at_import(copy)
+def test_the_library_of_this_torch_is_found_among_others(copy: Path) -> None:
+    shutil.copy2(own_library(), copy)
+    shutil.copy2(own_library(), copy / "other.so")
+    write_facts(copy, **{"2.10.0": "other.so", torch.__version__.split("+")[0]: own_library().name})
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import fastdpo; print(fastdpo.build_info()['cpu_library'])"
+    command = [sys.executable, "-W", "error", "-c", code, str(copy.parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.strip() == own_library().name, done.stderr
+
+
+def test_a_library_that_torch_does_not_take_is_done_without(copy: Path) -> None:
+    """A torch that was compiled otherwise than its release: the loader's words are handed on."""
+    (copy / "broken.so").write_bytes(b"no library")
+    write_facts(copy, **{torch.__version__: "broken.so"})
+    message = said_at_import(copy)
+    assert f"broken.so cannot be loaded with torch {torch.__version__}: " in message
+    assert "too short" in message or "invalid ELF header" in message
 
 
 def test_schemas_are_the_libraries() -> None:

@@ -44,7 +44,7 @@ def toolkit() -> Path:
 
 @functools.cache
 def cutlass() -> Path | None:
-    """CUTLASS's headers, of the installed package as for setup.py, or where `make test` has put them."""
+    """CUTLASS's headers, of the installed package as for building/, or where `make test` has put them."""
     package = importlib.util.find_spec("cutlass_library")
     folders = [Path(package.origin).parent] if package is not None and package.origin else []
     folders.append(Path(sys.prefix) / "headers" / "cutlass_library")
@@ -63,7 +63,7 @@ class Compiled:
 def compile_cu(
     source: Path, folder: Path, archs: tuple[str, ...] = ARCHS, cutlass_headers: Path | None = None
 ) -> Compiled:
-    """The flags are setup.py's; the object embeds PTX, which nobody reads, in place of machine code."""
+    """The flags are building/libraries.py's; the object embeds PTX, which nobody reads, in place of machine code."""
     gencode = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs]
     command = [nvcc(), "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", *gencode]
     headers = build.included(source)

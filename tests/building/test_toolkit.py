@@ -1,38 +1,34 @@
-"""What setup.py compiles for, from the toolkit and what the environment asks for."""
+"""What is compiled for, from the toolkit and what the environment asks for."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from building import toolkit
 
 ALL = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 
 
-@pytest.fixture
-def build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fastdpo_setup", Path(__file__).parents[1] / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(autouse=True)
+def _said_again() -> None:
+    toolkit.cuda_archs.cache_clear()
 
 
-def archs(build: ModuleType, version: str) -> tuple[str, ...]:
-    return build.cuda_archs(build.Toolkit("nvcc", version, Path("/toolkit")))
+def archs(version: str) -> tuple[str, ...]:
+    return toolkit.cuda_archs(toolkit.Toolkit("nvcc", version, Path("/toolkit")))
 
 
 @pytest.mark.parametrize(("version", "found"), [("13.0", ALL), ("12.8", ALL), ("12.6", ALL[:4]), ("12.0", ALL[:4])])
 def test_a_toolkit_compiles_for_what_it_knows(
-    build: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture,
     version: str,
     found: tuple[str, ...],
 ) -> None:
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert archs(build, version) == found
+    assert archs(version) == found
     said = capfd.readouterr().out
     assert ("10.0, 12.0 (with CUDA" in said) == (found != ALL)
 
@@ -48,7 +44,6 @@ def test_a_toolkit_compiles_for_what_it_knows(
     ],
 )
 def test_the_environment_cuts_the_list(
-    build: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture,
     asked: str,
@@ -56,7 +51,7 @@ def test_the_environment_cuts_the_list(
     left_out: str | None,
 ) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
-    assert archs(build, "13.0") == found
+    assert archs("13.0") == found
     said = capfd.readouterr().out
     assert said == (
         "" if left_out is None else f"fastdpo: no kernels for compute capability {left_out} (with CUDA 13.0)\n"
@@ -64,9 +59,9 @@ def test_the_environment_cuts_the_list(
 
 
 @pytest.mark.parametrize(("asked", "version"), [("7.5", "13.0"), ("12.0", "12.6"), ("8.0", "11.8")])
-def test_where_nothing_is_left(build: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str, version: str) -> None:
+def test_where_nothing_is_left(monkeypatch: pytest.MonkeyPatch, asked: str, version: str) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
     with pytest.raises(
         SystemExit, match=f"TORCH_CUDA_ARCH_LIST is '{asked}' and the toolkit CUDA {version}, which leaves"
     ):
-        archs(build, version)
+        archs(version)
