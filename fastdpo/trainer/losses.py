@@ -92,7 +92,7 @@ class BatchLosses:
             "rejected_logits": rejected_logits,
             "entropy": chosen_entropy + rejected_entropy,
             "chosen_top1": out.outputs["is_top1"].chunk(2)[0],
-            **_agreements(torch.cat((chosen_rewards, rejected_rewards)), inputs),
+            **_agreements(torch.cat((chosen_rewards, rejected_rewards)), inputs, by_pair=at_shorter),
         }
         if self.aux_loss_coef:
             losses = losses + self.aux_loss_coef * counts * out.model_output.aux_loss
@@ -126,18 +126,18 @@ def _first_pairs(inputs: dict[str, Any]) -> Tensor:
     return torch.searchsorted(inputs["pair_rows"], inputs["ranking_rows"])
 
 
-def _agreements(rewards: Tensor, inputs: dict[str, Any]) -> dict[str, Tensor]:
+def _agreements(rewards: Tensor, inputs: dict[str, Any], *, by_pair: bool) -> dict[str, Tensor]:
     """How far the rewards of pairs' sides, [2P], order answers as their rankings do; 0 where there are none.
 
     A ranking with an answer that is in no pair does not count. Processes add up what they have, and have to have the
-    same.
+    same. With ``by_pair`` a sequence's reward is another one in each of its pairs.
     """
     nothing = torch.zeros_like(rewards[: len(rewards) // 2])
     if "rankings" not in inputs:
         return dict.fromkeys(("rankings", "best_first", "kendall_tau"), nothing)
     rankings, sides = inputs["rankings"], inputs["pairs"].t().flatten()
     of_sequences = rewards.new_full((count_sequences(inputs),), float("nan")).index_copy(0, sides, rewards)
-    top1, tau = agreement(of_sequences, rankings)
+    top1, tau = _agreement_of_pairs(rewards, inputs) if by_pair else agreement(of_sequences, rankings)
     is_known = ((rankings < 0) | ~of_sequences[rankings.clamp(min=0)].isnan()).all(1)
     first = _first_pairs(inputs)
     found = {"rankings": torch.ones_like(tau), "best_first": top1, "kendall_tau": tau}
@@ -145,3 +145,21 @@ def _agreements(rewards: Tensor, inputs: dict[str, Any]) -> dict[str, Tensor]:
         name: nothing.index_copy(0, first, values.where(is_known, 0).to(nothing.dtype))
         for name, values in found.items()
     }
+
+
+def _agreement_of_pairs(rewards: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """As :func:`fastdpo.loss.ranking_losses.agreement`, of the pairs alone, whose sides have ``rewards`` [2P]."""
+    rankings, rows = inputs["rankings"], inputs["ranking_rows"]
+    ranking = torch.searchsorted(rows, inputs["pair_rows"]).clamp(max=len(rows) - 1)
+    is_ranked = rows[ranking] == inputs["pair_rows"]
+    sides = inputs["pairs"].unbind(1)
+    chosen, rejected = ((rankings[ranking] == side.unsqueeze(1)).to(torch.int8).argmax(1) for side in sides)
+    higher, lower = rewards.chunk(2)
+    steps = (higher - lower).sign() * (rejected - chosen).sign()  # 1 where the better one's is the higher
+
+    def in_rankings(values: Tensor) -> Tensor:
+        counts = torch.zeros(len(rankings), dtype=rewards.dtype, device=rewards.device)
+        return counts.index_add(0, ranking, (values * is_ranked).to(rewards.dtype))
+
+    is_beaten = ((chosen == 0) | (rejected == 0)) & (steps <= 0)
+    return (in_rankings(is_beaten) == 0).to(rewards.dtype), in_rankings(steps) / in_rankings(is_ranked)
