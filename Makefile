@@ -90,6 +90,7 @@ wheel: venv $(HEADERS)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHONPATH="$(CURDIR)/$(VENV)/headers" $(RUN) -m building.wheel $(WHEEL_FLAGS)
 
 # CHECKS is a list of python:torch, such as "python3.12:2.14.1 python3.11:2.13.0+cpu"; takes gigabytes and minutes.
+CHECKS ?= $(PYTHON):2.13.0
 wheel-check:
 	$(RUN) -m building.check $(CHECKS)
 
