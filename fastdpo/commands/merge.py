@@ -83,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
 def _check_flags(args: argparse.Namespace) -> None:
     if not args.output_dir and not args.gguf:
         raise UsageError("where to? --output_dir FOLDER, or --gguf FILE, or both.")
+    for flag, default in (("dtype", "auto"), ("max_shard_size", "5GB")):
+        if not args.output_dir and getattr(args, flag) != default:
+            raise UsageError(f"--{flag} would have no effect without --output_dir.")
     for flag, needed in (("gguf_type", "gguf"), ("rows", "dataset_name"), ("bnb_4bit_quant_type", "load_in_4bit")):
         if getattr(args, flag) is not None and not getattr(args, needed):
             raise UsageError(f"--{flag} would have no effect without --{needed}.")

@@ -139,6 +139,7 @@ def test_nothing_is_overwritten_unasked(
         (["--gguf", tmp_path / "m.gguf"], "exists; name another file"),
         (["--gguf", tmp_path / "m"], "is a folder; --gguf takes a file's name"),
         ([], "where to? --output_dir FOLDER, or --gguf FILE"),
+        (["--gguf", tmp_path / "n", "--dtype", "float32"], "--dtype would have no effect without --output_dir"),
         (["--output_dir", tmp_path / "n", "--rows", "2"], "--rows would have no effect without --dataset_name"),
     ):
         assert merge(folders["adapter"], *words) == 2

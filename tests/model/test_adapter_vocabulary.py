@@ -90,11 +90,10 @@ def test_fewer_rows_and_an_adapter_in_the_older_format(tmp_path: Path) -> None:
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_what_the_trainer_saved_is_compared_and_trained_further(
-    tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, tokenizer = resized(tmp_path / "base", tied=tied), longer_tokenizer()
+    model, tokenizer = resized(tmp_path / "base", tied=False), longer_tokenizer()
     rows = [row | {"chosen": row["chosen"] + "<|one|>"} for row in text_rows(4)]
     out = tmp_path / "adapter"
     trainer = DPOTrainer(
