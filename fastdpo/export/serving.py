@@ -1,7 +1,8 @@
 """What vLLM and llama.cpp make of an adapter as it is, told without them: what they refuse, and what they change.
 
 Read from parts of the sources of vLLM (``vllm/lora/peft_helper.py``, ``lora_model.py``, ``utils.py``,
-``vllm/config/lora.py``; the newest at commit 0306474e), and of llama.cpp's ``convert_lora_to_gguf.py`` at commit 0b03adaa.
+``vllm/config/lora.py``; the newest at commit 0306474e), and of llama.cpp's ``convert_lora_to_gguf.py`` at commit
+0b03adaa.
 """
 
 from __future__ import annotations
