@@ -7,7 +7,7 @@ import hashlib
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 from PIL import Image
@@ -59,15 +59,23 @@ def decode_image(data: bytes) -> Image.Image:
     """The image that a file's bytes are, upright, as ``datasets.Image`` decodes it.
 
     Raises:
-        UnreadableImageError: they are none.
+        UnreadableImageError: they are none, or its values do not fit the 8 bits that processors make of them.
     """
     try:
         with Image.open(io.BytesIO(data)) as probe:
             probe.verify()
         image: Image.Image = datasets.Image().decode_example({"bytes": data, "path": None})
-        return image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnreadableImageError(first_line(str(error))) from error
+    if image.mode == "F" or image.mode.startswith("I"):
+        low, high = cast(tuple[float, float], image.getextrema())
+        # PIL cuts at 0 and 255: grey values of 16 bits would all be white, and those from 0 to 1 black.
+        if image.mode == "F" or low < 0 or high > 255:
+            raise UnreadableImageError(
+                f"its values are from {low:g} to {high:g} (mode {image.mode}), which would be cut at 0 and 255; save "
+                "it with 8 bits a value"
+            )
+    return image
 
 
 def digest_of_images(images: Iterable[bytes]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -73,7 +74,7 @@ def prepared(rows: list[dict[str, Any]], processor: Any, **options: Any) -> Data
 def dropped(rows: list[dict[str, Any]], processor: Any) -> dict[str, int]:
     """Why rows are dropped, beside one that is not."""
     found, summary = prepare(dataset_of([row(images=[make_image(0)]), *rows]), processor, max_length=None)
-    assert len(found) == 1
+    assert len(found) == 1 + len(rows) - sum(summary.dropped.values())
     return summary.dropped
 
 
@@ -280,6 +281,27 @@ def test_images_that_cannot_be_read_are_dropped_with_a_word(
     assert summary.dropped == {"image_unreadable": 4}
     assert summary.first_rows["image_unreadable"] == [1, 2, 3]
     assert "row 4: an image cannot be read" in caplog.text and "lost.png" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "form", "is_cut"),
+    [
+        (np.linspace(0, 65535, 64).astype(np.uint16), "PNG", True),
+        (np.linspace(0, 65535, 64).astype(np.int32), "TIFF", True),
+        (np.linspace(-300, 255, 64).astype(np.int32), "TIFF", True),
+        (np.linspace(0, 1, 64).astype(np.float32), "TIFF", True),
+        (np.linspace(0, 255, 64).astype(np.uint16), "PNG", False),
+        (np.linspace(0, 255, 64).astype(np.uint8), "PNG", False),
+    ],
+)
+def test_values_that_would_be_cut_to_white_or_black_are_no_image(
+    values: Any, form: str, is_cut: bool, llava: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(values.reshape(8, 8)).save(buffer, format=form)
+    one = row(images=[{"bytes": buffer.getvalue(), "path": None}])
+    assert dropped([one], llava) == ({"image_unreadable": 1} if is_cut else {})
+    assert ("save it with 8 bits a value" in caplog.text) == is_cut
 
 
 def test_an_image_in_an_answer_is_dropped(llava: Any) -> None:

@@ -31,7 +31,7 @@ def run(
 ) -> DPOTrainer:
     """Four steps of two pairs, with a checkpoint after the second."""
     defaults = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_checkpointing": False}
-    others = {name: options.pop(name) for name in ("callbacks", "eval_dataset") if name in options}
+    others = {name: options.pop(name) for name in ("callbacks", "eval_dataset", "processing_class") if name in options}
     trainer = DPOTrainer(make_model(), args=config(folder, **(defaults | options)), train_dataset=rows, **others)
     trainer.train(resume_from_checkpoint=resume)
     return trainer

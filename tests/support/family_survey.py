@@ -143,6 +143,12 @@ def short(reason: str) -> str:
         return "needs kernels to keep sequences apart"
     if "carry a state from one sequence" in reason:
         return "carries a state from one sequence into the next"
+    if "cannot be run" in reason and "pixel_values" in reason:
+        return "cannot be run without an image"
+    if "mm_token_type_ids" in reason:
+        return "is not trained without mm_token_type_ids, which text alone has not"
+    if "does not bring it back (missing" in reason:
+        return "what transformers saves of it does not bring it back"
     if "cannot be run" in reason:
         return "cannot be trained in this version of transformers"
     for words in ("computes something else in packed rows", "sees the future", "lets one completion depend on another"):

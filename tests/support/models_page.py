@@ -6,13 +6,15 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import astuple, fields, replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import transformers
 from family_resume import resume
 from family_survey import MOST_TIMES, Family, survey
 from tiny_families import FAMILIES
+from tiny_vision_families import VISION_FAMILIES
+from vision_survey import VisionFamily, survey_vision
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -29,6 +31,9 @@ _HEADINGS = {
     "resume": "Resume",
     "notes": "Notes",
 }
+
+_VISION_HEADINGS = {"model_type": "Model type", "name": "Class", "images": "Images", "resume": "Resume"}
+_VISION = "## Vision-language models"
 
 _TEXT = """# Models
 
@@ -57,9 +62,22 @@ that packed rows in bfloat16 are at most {times} times as far from the truth as 
 
 """
 
+_VISION_TEXT = f"""
+{_VISION}
 
-def page(families: Iterable[Family]) -> str:
-    families = list(families)
+The {{count}} classes of transformers' image-text-to-text mapping, {{trains}} of which train. They learn from
+[pairs about images](guides/vision.md), and from text alone, as any other.
+
+- **Images**: yes, if it was trained here on pairs about images with a processor of its own class; or why that was not
+  tried, which does not say that it would fail: a run looks whether its model sees the images before it begins.
+- **Resume**: as above, with images where these were tried, else on text alone; every weight was moved before the
+  checkpoint, the vision tower's too (`pytest tests/trainer/test_resume_vision_families.py --run-slow`).
+
+"""
+
+
+def page(families: Iterable[Family], vision: Iterable[VisionFamily]) -> str:
+    families, vision = list(families), list(vision)
     layouts = Counter(family.layout for family in families if family.trains == "yes")
     text = _TEXT.format(
         version=transformers.__version__,
@@ -68,19 +86,34 @@ def page(families: Iterable[Family]) -> str:
         packed=layouts["shared"] + layouts["repeated"],
         times=MOST_TIMES,
     )
-    heads = [_HEADINGS[field.name] for field in fields(Family)]
-    return text + "\n".join([row(heads), row(["---"] * len(heads)), *map(family_row, families)]) + "\n"
+    trains = sum(family.resume == "bit for bit" for family in vision)
+    vision_text = _VISION_TEXT.format(count=len(vision), trains=trains)
+    return text + _table(_HEADINGS, families) + vision_text + _table(_VISION_HEADINGS, vision)
 
 
-def family_row(family: Family) -> str:
+def _table(headings: dict[str, str], families: Iterable[Family | VisionFamily]) -> str:
+    lines = [row([*headings.values()]), row(["---"] * len(headings)), *map(family_row, families)]
+    return "\n".join(lines) + "\n"
+
+
+def family_row(family: Family | VisionFamily) -> str:
     model_type, name, *cells = astuple(family)
     return row([f"`{model_type}`", f"`{name}`", *cells])
 
 
 def cells_of(text: str, model_type: str) -> dict[str, str]:
     """A family's row of the page: field of :class:`family_survey.Family` -> cell."""
+    return _cells_of(text.partition(_VISION)[0], model_type, _HEADINGS)
+
+
+def vision_cells_of(text: str, model_type: str) -> dict[str, str]:
+    """The same of a vision-language family: field of :class:`vision_survey.VisionFamily` -> cell."""
+    return _cells_of(text.partition(_VISION)[2], model_type, _VISION_HEADINGS)
+
+
+def _cells_of(text: str, model_type: str, headings: dict[str, str]) -> dict[str, str]:
     (line,) = (line for line in text.splitlines() if line.startswith(f"| `{model_type}` | "))
-    return dict(zip(_HEADINGS, line[2:-2].split(" | "), strict=True))
+    return dict(zip(headings, line[2:-2].split(" | "), strict=True))
 
 
 def row(cells: list[str]) -> str:
@@ -94,7 +127,8 @@ def main() -> None:
     for model_type in FAMILIES:
         found.append(replace(survey(model_type), resume=resume(model_type)))
         print(family_row(found[-1]), file=sys.stderr, flush=True)
-    PAGE.write_text(page(found), encoding="utf-8")
+    vision = [survey_vision(model_type) for model_type in VISION_FAMILIES]
+    PAGE.write_text(page(found, vision), encoding="utf-8")
 
 
 if __name__ == "__main__":
