@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastdpo.model.adapters import base_of_adapter
+from fastdpo.model.adapters import base_of_adapter, put_on
 from fastdpo.model.randomness import disable_dropout
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.finite_runs import refuse_not_finite
@@ -85,7 +85,7 @@ def in_turn(
                 yield weights, model
                 continue
             embeddings = _embeddings(model)
-            adapted = PeftModel.from_pretrained(model, weights.adapter, **hub_options_of(args))
+            adapted = put_on(model, weights.adapter, **hub_options_of(args))
             refuse_not_finite({f"the adapter {weights.adapter}": adapted})
             yield weights, adapted.to(args.device).eval().requires_grad_(False)
             comes_back = leaves_its_base(adapted.peft_config["default"]) and _embeddings(model) == embeddings
@@ -116,7 +116,7 @@ def _load(name: str, args: DPOConfig, *, images: bool) -> PreTrainedModel:
     if isinstance(model, PeftModel):
         raise ValueError(
             f"{name}, which an adapter was trained on, is an adapter too; merge that one into its base first "
-            "(merge_and_unload), save the result, and write its folder into base_model_name_or_path"
+            "(fastdpo merge), and write the folder into base_model_name_or_path"
         )
     refuse_not_finite({f"the model {name}": model})
     disable_dropout(model)

@@ -169,10 +169,10 @@ def _model_figures(
 
 
 def _estimates(
-    columns: dict[str, np.ndarray], clusters: np.ndarray, how: Resampling, *, shares: bool = False
+    columns: dict[str, np.ndarray], clusters: np.ndarray, how: Resampling, **of: bool
 ) -> dict[str, Estimate]:
     values = np.stack(list(columns.values()), axis=1)
-    return dict(zip(columns, mean_estimates(values, clusters, how, shares=shares), strict=True))
+    return dict(zip(columns, mean_estimates(values, clusters, how, **of), strict=True))
 
 
 def _comparison(
@@ -186,7 +186,13 @@ def _comparison(
     of_margins = [compare_means(values[name], clusters, how.seed) for name in names]
     return Comparison(
         pair,
-        dict(zip(names, map(Difference, _estimates(credits, clusters, how).values(), tests), strict=True)),
+        dict(
+            zip(
+                names,
+                map(Difference, _estimates(credits, clusters, how, differences=True).values(), tests),
+                strict=True,
+            )
+        ),
         dict(zip(names, map(Difference, _estimates(values, clusters, how).values(), of_margins), strict=True)),
     )
 

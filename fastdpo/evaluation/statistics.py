@@ -75,7 +75,7 @@ def drawn_weights(clusters: int, how: Resampling, columns: int = 1) -> Iterator[
 
 
 def mean_estimates(
-    values: np.ndarray, clusters: np.ndarray, how: Resampling, *, shares: bool = False
+    values: np.ndarray, clusters: np.ndarray, how: Resampling, *, shares: bool = False, differences: bool = False
 ) -> list[Estimate]:
     """Means with their bootstrap intervals, one for each column.
 
@@ -90,16 +90,22 @@ def mean_estimates(
         how: how often is drawn, for what level.
         shares: the values are between 0 and 1. Where all of a column are 0, or all 1, no sample differs from the
             others, and the other bound is the exact one of n equal answers (Clopper & Pearson 1934), n the prompts.
+        differences: the values are differences of such, between −1 and 1. Models that agree on nearly all pairs differ
+            on so few that samples of them vary too little. Two prompts are added to what is drawn from, one that either
+            model is right about alone, as Agresti & Min do (2005, "Simple improved confidence intervals for comparing
+            matched proportions"); the values themselves are without them.
     """
-    clusters = as_numbers(clusters)
+    clusters, value = as_numbers(clusters), values.mean(0)
+    if differences:
+        values = np.concatenate([values, np.full((1, values.shape[1]), 1.0), np.full((1, values.shape[1]), -1.0)])
+        clusters = np.append(clusters, clusters.max() + np.array([1, 2]))
     count = int(clusters.max()) + 1
     sizes = np.bincount(clusters, minlength=count).astype(np.float64)
     sums = np.stack([np.bincount(clusters, column, minlength=count) for column in values.T], axis=1)
-    means = sums.sum(0) / sizes.sum()
     drawn = (
         [(weights @ sums) / (weights @ sizes)[:, None] for weights in drawn_weights(count, how)] if count > 1 else []
     )
-    found = percentile_estimates(means, np.concatenate(drawn) if drawn else None, count, how.level)
+    found = percentile_estimates(value, np.concatenate(drawn) if drawn else None, count, how.level)
     return [_of_equal_answers(estimate, count, how.level) if shares else estimate for estimate in found]
 
 

@@ -56,6 +56,21 @@ def test_a_run_and_what_it_leaves(folder: Path, tmp_path: Path) -> None:
     assert len(start.samples) == 1 and "<image>" not in start.samples[0].prompt
 
 
+def test_an_evaluation_sees_what_a_training_sees(folder: Path, tmp_path: Path) -> None:
+    words = f"--model_name_or_path {folder}/model --dataset_name {folder}/pairs.jsonl --output_dir {tmp_path} --use_cpu"
+    trained = "--dataset_test_split train --max_steps 1 --eval_on_start --eval_strategy steps --report_to none"
+    trained += " --report_samples 0 --save_strategy no"
+    assert main(["train", *words.split(), *trained.split()]) == 0
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    start = next(line for line in state["log_history"] if "eval_loss" in line)
+    assert main(["eval", "--model", f"{folder}/model", *words.split(), "--resamples", "100"]) == 0
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["pairs"]["row"] == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    logps = found["slices"][0]["models"][0]["logps"]
+    for side in ("chosen", "rejected"):
+        assert logps[side]["value"] == pytest.approx(start[f"eval_logps/{side}"], rel=1e-5)
+
+
 def test_prompts_with_images_are_not_completed(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 2: the prompt has an image"):
         read_prompts(folder / "pairs.jsonl")

@@ -176,6 +176,21 @@ def test_adapters_that_change_their_base_are_taken_off_with_it(options: dict[str
     assert not torch.allclose(seen[wanted[0]], seen[wanted[2]], atol=1e-2)
 
 
+def test_an_adapter_with_more_embeddings_than_its_base(folders: dict[str, str], tmp_path: Path) -> None:
+    larger = AutoModelForCausalLM.from_pretrained(folders["base"])
+    larger.resize_token_embeddings(400)
+    saved = ["embed_tokens", "lm_head"]
+    adapter = get_peft_model(larger, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved))
+    adapter.peft_config["default"].base_model_name_or_path = folders["base"]
+    adapter.save_pretrained(tmp_path / "larger")
+    wanted = [Weights(folders["base"], str(tmp_path / "larger")), Weights(folders["base"], f"{folders['lora']}")]
+    sizes = {
+        w: m(input_ids=torch.arange(1, 9)[None]).logits.shape[-1]
+        for w, m in in_turn(wanted, args_of(tmp_path), images=False)
+    }
+    assert [sizes[weights] for weights in wanted] == [400, 384]
+
+
 def test_the_layout_and_the_batches_do_not_matter(folders: dict[str, str], tmp_path: Path) -> None:
     # Prompts that come again, and answers that do.
     rows = text_rows(4)

@@ -122,6 +122,20 @@ def test_intervals_hold_the_truth_as_often_as_they_say(share: float) -> None:
     assert held >= 0.91 * trials  # 95 % less three standard errors
 
 
+@pytest.mark.parametrize(("better", "worse"), [(0.0, 0.0), (0.02, 0.02), (0.05, 0.03)])
+def test_intervals_of_models_that_agree_on_nearly_all_hold_the_truth(better: float, worse: float) -> None:
+    rng = np.random.default_rng(7)
+    trials, held = 200, 0
+    for trial in range(trials):
+        draws = rng.random(60)
+        values = np.where(draws < better, 1.0, np.where(draws < better + worse, -1.0, 0.0))
+        (found,) = mean_estimates(values[:, None], np.arange(60), Resampling(200, seed=trial), differences=True)
+        assert found.value == values.mean()
+        assert values.any() or found.low < 0 < found.high  # nothing seen is not nothing
+        held += found.low <= better - worse <= found.high
+    assert held >= 0.91 * trials
+
+
 @pytest.mark.parametrize(("name", "value"), [("draws", 99), ("level", 1.0), ("level", 0.3)])
 def test_resampling_is_checked(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=str(value)):
