@@ -113,6 +113,21 @@ class DPOConfig(TrainingArguments):
         default=False, metadata={"help": "WPO: weigh pairs by how likely they are under the policy."}
     )
 
+    sync_ref_model: bool = field(
+        default=False,
+        metadata={"help": "TR-DPO: a reference that follows the policy, every ref_model_sync_steps steps."},
+    )
+    ref_model_mixup_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "sync_ref_model: how much of the policy the reference becomes, in (0, 1]. By default 0.6; 1 copies "
+            "it, and is what an adapter needs."
+        },
+    )
+    ref_model_sync_steps: int | None = field(
+        default=None, metadata={"help": "sync_ref_model: steps from one time to the next. By default 512."}
+    )
+
     max_length: int | None = field(
         default=1024,
         metadata={"help": "Most tokens of prompt and completion together; the rest is cut. None: no limit."},
@@ -267,6 +282,7 @@ class DPOConfig(TrainingArguments):
                 f"precompute_ref_batch_size is {self.precompute_ref_batch_size}, but precompute_ref_log_probs is off: "
                 "turn it on, or leave the batch size out"
             )
+        self._check_sync()
         if self.logging_nan_inf_filter:
             raise ValueError(
                 "logging_nan_inf_filter is on, which writes another number in the place of a loss that is NaN; leave "
@@ -290,6 +306,36 @@ class DPOConfig(TrainingArguments):
             self.activation_checkpointing = self.gradient_checkpointing is not False
         super().__post_init__()  # type: ignore[no-untyped-call]
         remember_secrets(vars(self))
+
+    def _check_sync(self) -> None:
+        idle = [name for name in ("ref_model_mixup_alpha", "ref_model_sync_steps") if getattr(self, name) is not None]
+        if idle and not self.sync_ref_model:
+            raise ValueError(
+                f"{idle[0]} is {getattr(self, idle[0])}, but sync_ref_model is off: leave it out, or turn it on"
+            )
+        if not 0 < self.mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha is {self.mixup_alpha}; it should be above 0 and at most 1")
+        if self.sync_steps < 1:
+            raise ValueError(f"ref_model_sync_steps is {self.sync_steps}; it should be at least 1")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError(
+                "sync_ref_model moves the reference, whose log-probabilities of the start precompute_ref_log_probs (or "
+                "ref_cache) keeps: leave one of them out"
+            )
+        if self.sync_ref_model and not self.loss_options.takes_reference:
+            raise ValueError(
+                f"sync_ref_model moves the reference, and {self.loss_options.described} has none: leave it out"
+            )
+
+    @property
+    def mixup_alpha(self) -> float:
+        """``ref_model_mixup_alpha``, or its default."""
+        return 0.6 if self.ref_model_mixup_alpha is None else self.ref_model_mixup_alpha
+
+    @property
+    def sync_steps(self) -> int:
+        """``ref_model_sync_steps``, or its default."""
+        return 512 if self.ref_model_sync_steps is None else self.ref_model_sync_steps
 
     def to_dict(self) -> dict[str, Any]:
         """As ``TrainingArguments``', for reporters; without the secrets in it, however deep they are."""
