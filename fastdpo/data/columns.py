@@ -14,7 +14,7 @@ from fastdpo.data.formats.names import PROMPT_NAMES, missing_columns_message
 from fastdpo.data.image_parts import has_images
 from fastdpo.data.images import IMAGE_COLUMNS, column_images, has_image_parts
 from fastdpo.data.reading.exact import Exact
-from fastdpo.data.terms import REFERENCE_COLUMNS, WEIGHT_COLUMN, DataError
+from fastdpo.data.terms import MARGIN_COLUMN, REFERENCE_COLUMNS, WEIGHT_COLUMN, DataError
 
 _DECODED = (datasets.Image, datasets.Audio, datasets.Video)
 _MEDIA = (*IMAGE_COLUMNS, "video", "videos", "audio", "audios")
@@ -128,6 +128,28 @@ def check_references(dataset: datasets.Dataset) -> None:
                 f"row {column.is_null().to_pylist().index(True)}, {name}: it is null; it should be a number. Without "
                 "both columns a reference model is asked."
             )
+
+
+def with_margins(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Pairs that each have a ``margin``, a finite number.
+
+    Raises:
+        DataError: a row has none, or there is no such column.
+    """
+    if MARGIN_COLUMN not in dataset.column_names:
+        raise DataError("margin_alpha (--margin_alpha) is given, and the rows have no column 'margin', which it is of.")
+    column = dataset.data.column(MARGIN_COLUMN)
+    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+        raise DataError(
+            f"column 'margin' has type {dataset.features[MARGIN_COLUMN]}; it should hold numbers, how much better each "
+            "pair's chosen completion is."
+        )
+    wrong = np.flatnonzero(~np.isfinite(column.to_numpy().astype(np.float64)))
+    if len(wrong):
+        said = column[int(wrong[0])].as_py()
+        words = "null" if said is None else said
+        raise DataError(f"row {wrong[0]}, margin: it is {words}; it should be a finite number.")
+    return dataset.cast_column(MARGIN_COLUMN, datasets.Value("float64"))
 
 
 def may_have_images(dataset: datasets.Dataset | datasets.IterableDataset) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
@@ -88,6 +89,25 @@ class DPOConfig(TrainingArguments):
     )
     discopop_tau: float | None = field(default=None, metadata={"help": "discopop: temperature. By default 0.05."})
     simpo_gamma: float | None = field(default=None, metadata={"help": "simpo: target margin. By default 0.5."})
+    dpop_lambda: float | None = field(
+        default=None, metadata={"help": "dpop: what falling below the reference costs the chosen. By default 50."}
+    )
+    beta_dpo_alpha: float | None = field(
+        default=None, metadata={"help": "beta_dpo: how far beta follows the batch's margin. By default 0.6."}
+    )
+    beta_dpo_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "beta_dpo: the margin at which beta is --beta. By default the moving average of batches' margins."
+        },
+    )
+    margin_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "ODPO: factor of the rows' column 'margin', which the margin of each pair is to exceed. By default "
+            "that column is left out."
+        },
+    )
     sft_weight: float | None = field(
         default=None,
         metadata={
@@ -259,6 +279,16 @@ class DPOConfig(TrainingArguments):
                 f"max_tokens_per_batch is {self.max_tokens_per_batch}, which takes a batch in parts, but with {what} a "
                 "pair's loss depends on the whole batch; leave one of them out"
             )
+        if "beta_dpo" in self.loss_type and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, but with loss_type beta_dpo every "
+                "pair's beta depends on the whole batch, which has to be taken at once: give a "
+                "per_device_train_batch_size of all of it (a LoRA adapter makes room for it), or more processes"
+            )
+        if self.margin_alpha is not None:
+            options.check_margins("margin_alpha")
+            if not math.isfinite(self.margin_alpha):
+                raise ValueError(f"margin_alpha is {self.margin_alpha}; it should be finite")
         if self.truncation_mode not in TRUNCATION_MODES:
             raise ValueError(
                 f"truncation_mode is {self.truncation_mode!r}; it should be one of {', '.join(TRUNCATION_MODES)}"

@@ -51,7 +51,7 @@ def make_models(
         images: the data has some.
 
     Raises:
-        ValueError: there is nothing that can be trained.
+        ValueError: there is nothing that can be trained, or it is a part of ``ref_model``.
         NotImplementedError: the model or its reference is not supported; the message names it.
     """
     name = model if isinstance(model, str) else None
@@ -59,6 +59,8 @@ def make_models(
     if peft_config is not None:
         policy = get_peft_model(policy, peft_config)
     check_trainable(policy, args, is_sharded=is_sharded)
+    if ref_model is not None:
+        _refuse_shared(policy, ref_model)
     if ref_model is None and needs_reference:
         outside = trained_outside_adapters(policy) if isinstance(policy, PeftModel) else []
         if not isinstance(policy, PeftModel):
@@ -86,6 +88,17 @@ def make_models(
         if ref_model is not None:
             disable_dropout(ref_model)
     return policy, ref_model
+
+
+def _refuse_shared(policy: PreTrainedModel | PeftModel, ref_model: PreTrainedModel | PeftModel) -> None:
+    """Raises ValueError where a reference that was given would be trained with the policy."""
+    trained = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
+    if shared := [name for name, parameter in ref_model.named_parameters() if id(parameter) in trained]:
+        raise ValueError(
+            f"ref_model holds weights of model that are trained ({name_some(shared)}), and would move with it: "
+            "get_peft_model puts its layers into the very model that it is given. Leave ref_model out (of a new "
+            "adapter it is the model without it), or load it once more"
+        )
 
 
 def load_model(name: str, args: DPOConfig, *, images: bool = False) -> PreTrainedModel | PeftModel:

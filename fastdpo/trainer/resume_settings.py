@@ -57,6 +57,7 @@ _FROM_NOW_ON = (
     *_IN_GROUPS,
     *(option.name for option in fields(LossOptions)),
     *TOKENS,
+    "margin_alpha",
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
     "max_grad_norm",

@@ -32,6 +32,7 @@ from fastdpo.model.packing_choice import Packing
 from fastdpo.model.scoring import Scorer, micro_batches, sums_of_rows
 from fastdpo.ref_cache.build import CachedSplit
 from fastdpo.trainer.arguments import check_arguments, check_distribution, find_unused_parameters
+from fastdpo.trainer.batch_beta import BatchBeta
 from fastdpo.trainer.batches import PairBatches
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.datasets import (
@@ -230,7 +231,18 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
             self._look.once()
         if type(self).evaluation_loop is DPOTrainer.evaluation_loop:  # another may have metrics of its own
             check_best_metric(args, eval_dataset, has_router_loss=bool(self._look.aux_loss_coef))
-        self._losses = BatchLosses(self._policy, self._reference, args.loss_options, self._look.aux_loss_coef)
+        self._batch_beta: BatchBeta | None = None
+        if "beta_dpo" in args.loss_type:
+            self._batch_beta = BatchBeta(self.accelerator, args.beta_dpo_threshold)
+            self.add_callback(self._batch_beta)
+        self._losses = BatchLosses(
+            self._policy,
+            self._reference,
+            args.loss_options,
+            self._look.aux_loss_coef,
+            args.margin_alpha,
+            self._batch_beta,
+        )
         self._layout = BatchLayout(
             self._policy,
             self._reference,
@@ -396,9 +408,11 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
     # ----------------------------------------------------------------------------------------------------------------
 
     def save_beside(self, checkpoint: Path) -> None:
-        """As :meth:`fastdpo.trainer.resumable.ResumableRuns.save_beside`: the reference, where it follows the policy."""
+        """Writes what moves with the run to a checkpoint: a reference that follows the policy, beta-DPO's M_0."""
         if self._moving is not None:
             self._moving.save(checkpoint)
+        if self._batch_beta is not None:
+            self._batch_beta.save(checkpoint)
 
     def bytes_beside(self) -> int:
         """The reference's weights, where it follows the policy."""
@@ -408,6 +422,8 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         """What :meth:`save_beside` wrote."""
         if self._moving is not None:
             self._moving.load(checkpoint)
+        if self._batch_beta is not None:
+            self._batch_beta.load(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As ``Trainer``'s; where FSDP shards the model, whole weights also if checkpoints hold shards."""

@@ -100,6 +100,18 @@ def test_the_same_from_a_cache_and_from_a_checkpoint(tmp_path: Path) -> None:
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+def test_a_reference_that_is_trained_with_the_policy_is_refused(tmp_path: Path) -> None:
+    base = make_model("llama", 96)
+    model = get_peft_model(base, LoraConfig(r=4, **LORA))
+    with pytest.raises(
+        ValueError, match=r"ref_model holds weights of model that are trained .*lora_A.*Leave ref_model out"
+    ):
+        DPOTrainer(model, ref_model=base, args=config(tmp_path), train_dataset=ROWS)
+    tied = make_model("llama", 96)
+    tied.lm_head.weight = base.lm_head.weight  # which is frozen
+    DPOTrainer(model, ref_model=tied, args=config(tmp_path), train_dataset=ROWS)
+
+
 def test_where_no_copy_can_be_made_it_is_refused(tmp_path: Path) -> None:
     args = config(tmp_path)
     with pytest.raises(NotImplementedError, match=r"k_proj\.bias.* trained outside the adapter.*bias='none'"):
