@@ -139,7 +139,7 @@ def check_trainable(model: PreTrainedModel | PeftModel, args: DPOConfig, *, is_s
             how = "load it by AutoPeftModelForCausalLM.from_pretrained(adapter, is_trainable=True), or give its name"
         raise ValueError(f"no parameter of model requires a gradient, so there is nothing to train; {how}")
     halves = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
-    if halves and not args.deepspeed:  # which trains float32 copies of them
+    if halves and getattr(args, "deepspeed_plugin", None) is None:  # which trains float32 copies of them
         raise ValueError(
             f"{name_some(halves)} would be trained in float16, which rounds small steps away and squares of gradients "
             "to 0, so that steps of any size come of them. Load the weights in float32 (--dtype float32), with bf16 or "
