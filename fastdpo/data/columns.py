@@ -166,7 +166,8 @@ def may_have_images(dataset: datasets.Dataset | datasets.IterableDataset) -> boo
 def any_may_have_images(*given: datasets.Dataset | datasets.IterableDataset | dict[str, Any] | None) -> bool:
     """Whether any of these datasets has, also in a dict; see :func:`may_have_images`."""
     found = [dataset for one in given for dataset in (one.values() if isinstance(one, dict) else (one,))]
-    return any(may_have_images(dataset) for dataset in found if dataset is not None)
+    known = (datasets.Dataset, datasets.IterableDataset)  # whatever else is refused by name, later
+    return any(may_have_images(dataset) for dataset in found if isinstance(dataset, known))
 
 
 def holds_something(dataset: datasets.Dataset, name: str) -> bool:
