@@ -190,6 +190,8 @@ def _start_report(
 
 def _say_what_it_trains_on(trainer: DPOTrainer, output_dir: Path) -> None:
     say_what_was_prepared(trainer)
+    if trainer.endings is not None and trainer.endings.words:
+        console.print(trainer.endings.words)
     if not trainer.packing.reasons:  # a layout that something stood in the way of was announced with the reason
         console.print(f"Batches are laid out in {trainer.packing}.")
     output_dir.mkdir(parents=True, exist_ok=True)

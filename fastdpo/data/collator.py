@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastdpo.data.sequences import Cut, RowSequences, TokenSequence, sequences_of, together
-from fastdpo.data.terms import REFERENCE_COLUMNS, WEIGHT_COLUMN
+from fastdpo.data.terms import MARGIN_COLUMN, REFERENCE_COLUMNS, WEIGHT_COLUMN
 from fastdpo.data.truncation import check_truncation, cut
 
 
@@ -20,6 +20,7 @@ def comparisons(batch: RowSequences, rows: torch.Tensor) -> dict[str, Any]:
     - ``pairs``: int64 [P, 2], the (chosen, rejected) of each pair, as places among the sequences.
     - ``pair_rows``: int64 [P], which row each pair belongs to.
     - ``pair_weights``: float64 [P], where any is not 1.
+    - ``pair_margins``: float64 [P], where the rows have margins.
     - ``sequence_tokens``: the tokens of all rows' sequences, each with its prompt.
     - ``pair_tokens``: the scored tokens of both sides of all pairs.
     - ``ref_chosen_logps``, ``ref_rejected_logps``: float64 [P], when the rows have them.
@@ -41,6 +42,8 @@ def comparisons(batch: RowSequences, rows: torch.Tensor) -> dict[str, Any]:
     }
     if any(weight != 1 for weight in batch.weights):
         found["pair_weights"] = torch.tensor(batch.weights, dtype=torch.float64)
+    if batch.margins:
+        found["pair_margins"] = torch.tensor(batch.margins, dtype=torch.float64)
     for name, values in zip(REFERENCE_COLUMNS, zip(*batch.references, strict=True), strict=False):
         found[name] = torch.tensor(values, dtype=torch.float64)
     if batch.rankings:
@@ -66,7 +69,7 @@ class PreferenceCollator:
     - ``input_ids``, ``attention_mask``, ``completion_mask``: int64 [2B, T]. ``completion_mask`` is 1 on the tokens of
       the completion, and 0 on prompt and padding.
     - ``ref_chosen_logps``, ``ref_rejected_logps``: float64 [B], when the rows have them.
-    - ``pair_weights``: float64 [B], when the rows have weights.
+    - ``pair_weights``: float64 [B], when the rows have weights; ``pair_margins`` likewise.
 
     Of rows of which any is a group, the tensors have a row for each of its S answers, and beside them is what
     :func:`comparisons` says.
@@ -118,6 +121,8 @@ class PreferenceCollator:
         if any(weight is not None for weight in weights):
             said = [1.0 if weight is None else weight for weight in weights]
             batch["pair_weights"] = torch.tensor(said, dtype=torch.float64)
+        if rows[0].get(MARGIN_COLUMN) is not None:
+            batch["pair_margins"] = torch.tensor([row[MARGIN_COLUMN] for row in rows], dtype=torch.float64)
         return batch
 
     def pad(self, sequences: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from fastdpo.data.formats.names import PROMPT_NAMES, missing_columns_message
 from fastdpo.data.image_parts import has_images
 from fastdpo.data.images import IMAGE_COLUMNS, column_images, has_image_parts
 from fastdpo.data.reading.exact import Exact
-from fastdpo.data.terms import REFERENCE_COLUMNS, WEIGHT_COLUMN, DataError
+from fastdpo.data.terms import MARGIN_COLUMN, REFERENCE_COLUMNS, WEIGHT_COLUMN, DataError
 
 _DECODED = (datasets.Image, datasets.Audio, datasets.Video)
 _MEDIA = (*IMAGE_COLUMNS, "video", "videos", "audio", "audios")
@@ -130,6 +130,28 @@ def check_references(dataset: datasets.Dataset) -> None:
             )
 
 
+def with_margins(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Pairs that each have a ``margin``, a finite number.
+
+    Raises:
+        DataError: a row has none, or there is no such column.
+    """
+    if MARGIN_COLUMN not in dataset.column_names:
+        raise DataError("margin_alpha (--margin_alpha) is given, and the rows have no column 'margin', which it is of.")
+    column = dataset.data.column(MARGIN_COLUMN)
+    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+        raise DataError(
+            f"column 'margin' has type {dataset.features[MARGIN_COLUMN]}; it should hold numbers, how much better each "
+            "pair's chosen completion is."
+        )
+    wrong = np.flatnonzero(~np.isfinite(column.to_numpy().astype(np.float64)))
+    if len(wrong):
+        said = column[int(wrong[0])].as_py()
+        words = "null" if said is None else said
+        raise DataError(f"row {wrong[0]}, margin: it is {words}; it should be a finite number.")
+    return dataset.cast_column(MARGIN_COLUMN, datasets.Value("float64"))
+
+
 def may_have_images(dataset: datasets.Dataset | datasets.IterableDataset) -> bool:
     """Whether any row has images, in its columns or in its messages; of a stream, whether the first one has."""
     if isinstance(dataset, datasets.Dataset):
@@ -144,7 +166,8 @@ def may_have_images(dataset: datasets.Dataset | datasets.IterableDataset) -> boo
 def any_may_have_images(*given: datasets.Dataset | datasets.IterableDataset | dict[str, Any] | None) -> bool:
     """Whether any of these datasets has, also in a dict; see :func:`may_have_images`."""
     found = [dataset for one in given for dataset in (one.values() if isinstance(one, dict) else (one,))]
-    return any(may_have_images(dataset) for dataset in found if dataset is not None)
+    known = (datasets.Dataset, datasets.IterableDataset)  # whatever else is refused by name, later
+    return any(may_have_images(dataset) for dataset in found if isinstance(dataset, known))
 
 
 def holds_something(dataset: datasets.Dataset, name: str) -> bool:

@@ -19,7 +19,14 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.account import account, nothing_left_message, strict_message
-from fastdpo.data.columns import check_choice, check_columns, check_references, may_have_images, with_weights
+from fastdpo.data.columns import (
+    check_choice,
+    check_columns,
+    check_references,
+    may_have_images,
+    with_margins,
+    with_weights,
+)
 from fastdpo.data.comparisons import Choice
 from fastdpo.data.group_account import describe_groups
 from fastdpo.data.group_preparing import examine_groups, without_fate
@@ -37,6 +44,7 @@ from fastdpo.data.templates import writes_date
 from fastdpo.data.terms import (
     DIGEST_COLUMN,
     GROUP_FIELDS,
+    MARGIN_COLUMN,
     PART_COLUMN,
     REFERENCE_COLUMNS,
     TEXT_COLUMN,
@@ -73,6 +81,7 @@ def prepare(
     pairs: str | None = None,
     weight_by_score: bool = False,
     group_by_prompt: bool = False,
+    margins: bool = False,
 ) -> tuple[datasets.Dataset, DataSummary]:
     """Tokenise preference rows once, drop those that cannot teach anything, and account for all of them.
 
@@ -108,6 +117,7 @@ def prepare(
         weight_by_score: count each of these pairs as much as its scores (or ranks) differ.
         group_by_prompt: join pairs whose prompts have the same tokens to groups, in which an answer, known by its
             tokens, stands once.
+        margins: keep the column ``margin``, what the margin of each pair is to exceed; not of groups.
 
     Returns:
         A dataset with ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (lists of int), and the columns ``weight``,
@@ -139,6 +149,7 @@ def prepare(
         pairs=pairs,
         weight_by_score=weight_by_score,
         group_by_prompt=group_by_prompt,
+        margins=margins,
     )
     if not len(kept):
         raise DataError(nothing_left_message(summary))
@@ -175,6 +186,7 @@ def examine(
     pairs: str | None = None,
     weight_by_score: bool = False,
     group_by_prompt: bool = False,
+    margins: bool = False,
 ) -> tuple[datasets.Dataset, np.ndarray, DataSummary]:
     """What :func:`prepare` does, with the rows that it drops still there.
 
@@ -205,6 +217,11 @@ def examine(
         )
     check_columns(dataset, images=processor is not None)
     check_choice(choice, are_groups=are_groups, group_by_prompt=group_by_prompt)
+    if margins and (are_groups or group_by_prompt):
+        raise DataError(
+            "margin_alpha (--margin_alpha) is of a column of pairs, and the rows are groups of answers, whose pairs "
+            "have none; leave it out, or make pairs of them (leave --pairs and --group_by_prompt out)."
+        )
     preparation = _preparation(tokenizer_in(tokenizer), score, end_token, template_date)
     if are_groups:
         found = examine_groups(
@@ -224,7 +241,9 @@ def examine(
 
     dataset = with_weights(dataset)
     check_references(dataset)
-    carried = [name for name in (WEIGHT_COLUMN, *REFERENCE_COLUMNS) if name in dataset.column_names]
+    dataset = with_margins(dataset) if margins else dataset
+    kept_as_said = (WEIGHT_COLUMN, *((MARGIN_COLUMN,) if margins else ()), *REFERENCE_COLUMNS)
+    carried = [name for name in kept_as_said if name in dataset.column_names]
     lists = dict.fromkeys((*TOKEN_COLUMNS, *MASK_COLUMNS), datasets.List(datasets.Value("int32")))
     with naming_files(dataset):
         tokenised = dataset.map(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fastdpo.data.terms import REFERENCE_COLUMNS
+from fastdpo.data.terms import MARGIN_COLUMN, REFERENCE_COLUMNS
 from fastdpo.data.truncation import cut
 
 
@@ -37,6 +37,7 @@ class RowSequences(NamedTuple):
         sequences: S of them.
         pairs: P times (chosen, rejected), as places in ``sequences``.
         weights: of the pairs.
+        margins: what the pairs' margins are to exceed; empty where rows say nothing of it.
         rankings: of each row that has ranks, the places of its completions, the best first.
         ranking_rows: which row each ranking belongs to.
         references: the reference's log-probabilities of each pair's (chosen, rejected); empty where rows have none.
@@ -48,6 +49,7 @@ class RowSequences(NamedTuple):
     sequences: list[TokenSequence]
     pairs: list[tuple[int, int]]
     weights: list[float]
+    margins: list[float]
     rankings: list[list[int]]
     ranking_rows: list[int]
     references: list[tuple[float, float]]
@@ -86,8 +88,9 @@ def sequences_of(row: dict[str, Any], cut_to: Cut) -> RowSequences:
 
     Args:
         row: ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``, and if need be ``chosen_mask``, ``rejected_mask``,
-            ``weight``, ``ref_chosen_logps`` and ``ref_rejected_logps``; or ``prompt_ids``, ``completion_ids`` and
-            ``pairs``, and if need be ``completion_mask``, ``pair_weights``, ``ranks`` and ``ref_completion_logps``.
+            ``weight``, ``margin``, ``ref_chosen_logps`` and ``ref_rejected_logps``; or ``prompt_ids``,
+            ``completion_ids`` and ``pairs``, and if need be ``completion_mask``, ``pair_weights``, ``ranks`` and
+            ``ref_completion_logps``.
         cut_to: how long sequences may be.
 
     Raises:
@@ -99,7 +102,8 @@ def sequences_of(row: dict[str, Any], cut_to: Cut) -> RowSequences:
         weight = row.get("weight")
         tokens = sum(len(side.ids) for side in sides)
         weights = [1.0 if weight is None else weight]
-        return RowSequences(sides, [(0, 1)], weights, [], [], references, [], tokens, [0])
+        margins = [row[MARGIN_COLUMN]] if row.get(MARGIN_COLUMN) is not None else []
+        return RowSequences(sides, [(0, 1)], weights, margins, [], [], references, [], tokens, [0])
     masks, ranks = row.get("completion_mask"), row.get("ranks")
     in_pairs = {i for pair in row["pairs"] for i in pair}
     places: dict[int, int] = {}
@@ -116,6 +120,7 @@ def sequences_of(row: dict[str, Any], cut_to: Cut) -> RowSequences:
         sequences=sequences,
         pairs=[(places[chosen], places[rejected]) for chosen, rejected in row["pairs"]],
         weights=list(row.get("pair_weights") or [1.0] * len(row["pairs"])),
+        margins=[],
         rankings=[[places[i] for i in ranking]] if ranks else [],
         ranking_rows=[0] if ranks else [],
         references=[(said[chosen], said[rejected]) for chosen, rejected in row["pairs"]] if said else [],
@@ -145,6 +150,7 @@ def together(rows: Sequence[RowSequences], *, distinct: bool) -> RowSequences:
         sequences=sequences,
         pairs=[(at[chosen], at[rejected]) for row, at in each for chosen, rejected in row.pairs],
         weights=[weight for row in rows for weight in row.weights],
+        margins=[margin for row in rows for margin in row.margins],
         rankings=[[at[i] for i in ranking] for row, at in each for ranking in row.rankings],
         ranking_rows=[i for i, row in enumerate(rows) for _ in row.rankings],
         references=[pair for row in rows for pair in row.references],

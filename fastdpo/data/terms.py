@@ -12,6 +12,8 @@ TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 GROUP_TOKEN_COLUMNS = ("prompt_ids", "completion_ids", "pairs")
 # What tokenised rows may have beside these.
 WEIGHT_COLUMN = "weight"
+# What a pair's margin is to exceed; used where it is asked for alone.
+MARGIN_COLUMN = "margin"
 GROUP_COLUMNS = ("completion_mask", "pair_weights", "ranks", "ref_completion_logps")
 # What rows may have beside the reference's log-probabilities; other columns are left out, and named in the summary.
 USED_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", WEIGHT_COLUMN)

@@ -31,6 +31,7 @@ def preference_loss(
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
     pair_weights: Tensor | None = None,
+    margins: Tensor | None = None,
     **options: Unpack[LossKeywords],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses and rewards of B pairs from sequence log-probabilities.
@@ -52,6 +53,8 @@ def preference_loss(
         pair_weights: [B], factors of the pairs' losses, without a gradient (WPO's, say). Where they say what each pair
             counts, the loss is losses.sum() / pair_weights.sum(). ``aot`` and ``aot_unpaired`` count each pair as often
             in their quantiles, and a pair's loss is the one of the quantiles that it takes up.
+
+        margins: [B], what each pair's margin is to exceed; see :func:`fastdpo.dpo_loss`.
 
     Returns:
         (losses, chosen_rewards, rejected_rewards), each [B], of the log-probabilities' dtype (float32 for 16-bit
@@ -95,7 +98,10 @@ def preference_loss(
     if o.needs_tokens and (chosen_lengths is None or rejected_lengths is None):
         hint = ", or ipo_reduction='sum'" if o.loss_types == ("ipo",) else ""
         raise ValueError(f"{o.described} takes means over tokens: give chosen_lengths and rejected_lengths{hint}")
+    if margins is not None:
+        o.check_margins("margins")
     beside = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths, "pair_weights": pair_weights}
+    beside |= {"margins": margins}
     refuse_not_dense(**tensors, **beside)
     for name, value in {**tensors, **beside}.items():
         if value is not None and value.shape != policy_chosen_logps.shape:
@@ -123,6 +129,7 @@ def preference_loss(
         rejected_tokens=rejected_lengths,
         batch_tokens=None if chosen_lengths is None else chosen_lengths.to(nll.dtype).mean(),
         weights=None if pair_weights is None else pair_weights.detach().to(nll.dtype),
+        offsets=None if margins is None else margins.detach().to(nll.dtype),
     )
     losses = mixed_losses(pairs, o)
     if pair_weights is not None:

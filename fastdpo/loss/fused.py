@@ -31,7 +31,7 @@ from fastdpo.loss.pair_losses import PairLosses
 from fastdpo.loss.ranking_losses import RankingLosses
 from fastdpo.loss.reference import Reference, reference_sums
 from fastdpo.loss.sequences import Sequences, count_sequences
-from fastdpo.loss.units import Units, units_of
+from fastdpo.loss.units import Units, check_numbers, units_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -54,6 +54,7 @@ def dpo_loss(
     pairs: Tensor | None = None,
     rankings: Tensor | None = None,
     weights: Tensor | None = None,
+    margins: Tensor | None = None,
     beta: float = 0.1,
     loss_type: str | Sequence[str] = "sigmoid",
     label_smoothing: float = 0.0,
@@ -99,6 +100,9 @@ def dpo_loss(
             sum(weights * losses) / sum(weights), the mean over pairs where all are the same, and a pair of weight 0 is
             as if it were not there. Also ``sft_reduction="batch"`` counts a pair's tokens by its weight, and the losses
             that sort the batch, ``aot`` and ``aot_unpaired``, count it as often in their quantiles.
+        margins: [P], finite, of a floating dtype: what each pair's margin m is to exceed. m - margins stands in m's
+            place, as in ODPO (Amini et al. 2024, arXiv 2402.10571, eq. 8) and in TRL's reward models. For the losses
+            that are functions of a margin: sigmoid, sigmoid_norm, hinge, exo_pair, robust, discopop, dpop, simpo, cpo.
         beta, loss_type, label_smoothing, options: see :class:`fastdpo.LossOptions`.
         ignore_index, logit_scale, softcap, temperature: as in :func:`fastdpo.token_logps`.
         workspace: bytes that may be spent on computing less where ``weight`` (or ``bias``) needs a gradient; 0 will do.
@@ -155,7 +159,7 @@ def dpo_loss(
     if sequence_group is not None and o.ld_alpha is not None:
         raise NotImplementedError("ld_alpha counts a sequence's tokens from its start, which sequence_group divides")
     refuse_not_dense(hidden=hidden, weight=weight, targets=targets, bias=bias, cu_seqlens=cu_seqlens)
-    refuse_not_dense(pairs=pairs, rankings=rankings, weights=weights)
+    refuse_not_dense(pairs=pairs, rankings=rankings, weights=weights, margins=margins)
     refuse_not_dense(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_logps=ref_logps, ref_bias=ref_bias)
     refuse_sharded(hidden=hidden, targets=targets, ref_hidden=ref_hidden)
     vocabulary = vocabulary_of(weight, bias, low_rank, group)
@@ -193,10 +197,16 @@ def dpo_loss(
     ref_sums = reference_sums(o, ref_logps, sequences, targets, ignore_index)
     losses_of: PairLosses | RankingLosses
     if o.of_rankings:
+        if margins is not None:
+            o.check_margins("margins")
         assert units.members is not None
         losses_of = RankingLosses(o, sequences.lengths, ref_sums, units.members, allow_empty=allow_empty)
     else:
-        of_pairs = {"pairs": units.members, "weights": units.weights}
+        if margins is not None:
+            o.check_margins("margins")
+            check_numbers(margins, "margins", units.count, targets.device, look=look)
+            margins = widened(margins.detach())
+        of_pairs = {"pairs": units.members, "weights": units.weights, "margins": margins}
         losses_of = PairLosses(o, sequences.lengths, ref_sums, **of_pairs, allow_empty=allow_empty)
 
     asked = {*outputs, *(("log_sum_sq_probs",) if o.use_weighting else ())}

@@ -50,6 +50,7 @@ class DPOLossInputs(TypedDict, total=False):
     pairs: Tensor | None
     rankings: Tensor | None
     weights: Tensor | None
+    margins: Tensor | None
     low_rank: LowRankUpdate | Sequence[LowRankUpdate]
     group: dist.ProcessGroup | None
     sequence_group: dist.ProcessGroup | None

@@ -20,6 +20,7 @@ from torch import Tensor
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 _MAX_POWER = 80.0  # e^80 is within float32
+LEAST_BETA = 1e-3  # of beta_dpo
 
 
 class Pairs(NamedTuple):
@@ -36,11 +37,17 @@ class Pairs(NamedTuple):
     rejected_tokens: Tensor | None
     batch_tokens: Tensor | None  # mean of chosen_tokens over the whole batch, of which these pairs may be a part
     weights: Tensor | None = None  # what each counts in the batch, for losses that couple them; None for all the same
+    batch_margin: Tensor | None = None  # mean of beta (r_w - r_l) over a batch that these are a part of
+    offsets: Tensor | None = None  # what the margin is to exceed, pair by pair; None for 0
 
     def per_token(self, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
         """Of sums over completions the means over their scored tokens."""
         assert self.chosen_tokens is not None and self.rejected_tokens is not None, "needs_tokens is False"
         return chosen / self.chosen_tokens, rejected / self.rejected_tokens
+
+    def beyond(self, margin: Tensor) -> Tensor:
+        """How far a margin exceeds the pair's offset."""
+        return margin if self.offsets is None else margin - self.offsets
 
 
 class Rankings(NamedTuple):
@@ -51,7 +58,7 @@ class Rankings(NamedTuple):
 
 
 def _margin(p: Pairs, beta: float) -> Tensor:
-    return beta * (p.chosen - p.rejected)
+    return p.beyond(beta * (p.chosen - p.rejected))
 
 
 def _smoothed_logistic(margin: Tensor, label_smoothing: float) -> Tensor:
@@ -67,7 +74,7 @@ def _sigmoid(p: Pairs, *, beta: float, label_smoothing: float) -> Tensor:
 def _sigmoid_norm(p: Pairs, *, beta: float, label_smoothing: float) -> Tensor:
     """Length-normalised DPO (Lambert et al. 2024, Tülu 3, arXiv 2411.15124): DPO on log-ratios per token."""
     chosen, rejected = p.per_token(p.chosen, p.rejected)
-    return _smoothed_logistic(beta * (chosen - rejected), label_smoothing)
+    return _smoothed_logistic(p.beyond(beta * (chosen - rejected)), label_smoothing)
 
 
 def _hinge(p: Pairs, *, beta: float) -> Tensor:
@@ -173,6 +180,28 @@ def _discopop(p: Pairs, *, beta: float, discopop_tau: float = 0.05) -> Tensor:
     return torch.sigmoid(-modulation) * -F.logsigmoid(margin) + torch.exp(F.logsigmoid(modulation) - margin)
 
 
+def _dpop(p: Pairs, *, beta: float, dpop_lambda: float = 50.0) -> Tensor:
+    """DPO-Positive (Pal et al. 2024, Smaug, arXiv 2402.13228): DPO, where a chosen completion that is less likely than
+    under the reference costs lambda times as much as it lost."""
+    fallen = F.relu(-p.chosen)
+    return -F.logsigmoid(_margin(p, beta) - beta * dpop_lambda * fallen)
+
+
+def _beta_dpo(p: Pairs, *, beta: float, beta_dpo_alpha: float = 0.6, beta_dpo_threshold: float = 0.0) -> Tensor:
+    """beta-DPO (Wu et al. 2024, arXiv 2407.08639), its batch-level beta: DPO's loss with beta (1 + alpha (M - M_0)).
+
+    M is the batch's mean of beta (r_w - r_l), without a gradient, so that a pair's loss depends on the others. Never
+    below a thousandth, where the batch's margin would turn the preference around.
+    """
+    ratios = p.chosen - p.rejected
+    mean = p.batch_margin
+    if mean is None:
+        margins = beta * ratios.detach()
+        mean = margins.mean() if p.weights is None else (margins * p.weights).sum() / p.weights.sum()
+    of_batch = beta * (1 + beta_dpo_alpha * (mean - beta_dpo_threshold))
+    return -F.logsigmoid(of_batch.clamp(min=LEAST_BETA) * ratios)
+
+
 def _sft(p: Pairs, *, sft_reduction: str = "sequence") -> Tensor:
     """Negative log-likelihood of the chosen completion, per token."""
     tokens = p.batch_tokens if sft_reduction == "batch" else p.chosen_tokens
@@ -183,7 +212,7 @@ def _sft(p: Pairs, *, sft_reduction: str = "sequence") -> Tensor:
 def _simpo(p: Pairs, *, beta: float, label_smoothing: float, simpo_gamma: float = 0.5) -> Tensor:
     """SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6): mean log-probabilities as rewards, with a target margin."""
     chosen, rejected = p.per_token(p.chosen_logps, p.rejected_logps)
-    return _smoothed_logistic(beta * (chosen - rejected) - simpo_gamma, label_smoothing)
+    return _smoothed_logistic(p.beyond(beta * (chosen - rejected) - simpo_gamma), label_smoothing)
 
 
 def _orpo(p: Pairs, *, beta: float) -> Tensor:
@@ -200,7 +229,7 @@ def _orpo(p: Pairs, *, beta: float) -> Tensor:
 
 def _cpo(p: Pairs, *, beta: float, label_smoothing: float) -> Tensor:
     """CPO's preference term (Xu et al. 2024, arXiv 2401.08417, eq. 3): DPO with a uniform reference."""
-    return _smoothed_logistic(beta * (p.chosen_logps - p.rejected_logps), label_smoothing)
+    return _smoothed_logistic(p.beyond(beta * (p.chosen_logps - p.rejected_logps)), label_smoothing)
 
 
 def _plackett_luce(r: Rankings, *, beta: float) -> Tensor:
@@ -230,6 +259,7 @@ class Objective:
     needs_tokens: bool = False  # the numbers of scored tokens
     couples_pairs: bool = False  # a pair's loss depends on other pairs' log-probabilities
     of_rankings: bool = False  # of Rankings, not of Pairs
+    takes_margins: bool = False  # a function of a margin, which may be asked to exceed an offset
     means_as_rewards: bool = False  # rewards are those of log-probabilities per token
     sft_weight: float = 0.0  # of the negative log-likelihood that is part of it by definition
     arguments: tuple[str, ...] = field(init=False)  # the options that the function names
@@ -250,29 +280,40 @@ _SUMS = ("average_log_prob", *_ANY)
 _F = ("f_divergence_type", "f_alpha_divergence_coef")
 
 OBJECTIVES: dict[str, Objective] = {
-    "sigmoid": Objective(_sigmoid, (*_F, *_SUMS)),
-    "sigmoid_norm": Objective(_sigmoid_norm, (*_F, *_ANY), needs_tokens=True),
-    "hinge": Objective(_hinge, (*_F, *_SUMS)),
+    "sigmoid": Objective(_sigmoid, (*_F, *_SUMS), takes_margins=True),
+    "sigmoid_norm": Objective(_sigmoid_norm, (*_F, *_ANY), needs_tokens=True, takes_margins=True),
+    "hinge": Objective(_hinge, (*_F, *_SUMS), takes_margins=True),
     "ipo": Objective(_ipo, (*_F, *_ANY), needs_tokens=True),
-    "exo_pair": Objective(_exo_pair, (*_F, *_SUMS)),
+    "exo_pair": Objective(_exo_pair, (*_F, *_SUMS), takes_margins=True),
     "nca_pair": Objective(_nca_pair, _SUMS),
-    "robust": Objective(_robust, (*_F, *_SUMS)),
+    "robust": Objective(_robust, (*_F, *_SUMS), takes_margins=True),
     "bco_pair": Objective(_bco_pair, _SUMS),
     "sppo_hard": Objective(_sppo_hard, _SUMS),
     "aot": Objective(_aot, ("average_log_prob", *_LD, *_SFT), couples_pairs=True),
     "aot_unpaired": Objective(_aot_unpaired, ("average_log_prob", *_LD, *_SFT), couples_pairs=True),
     "apo_zero": Objective(_apo_zero, _SUMS),
     "apo_down": Objective(_apo_down, _SUMS),
-    "discopop": Objective(_discopop, (*_F, *_SUMS)),
+    "discopop": Objective(_discopop, (*_F, *_SUMS), takes_margins=True),
+    "dpop": Objective(_dpop, _SUMS, takes_margins=True),
+    "beta_dpo": Objective(_beta_dpo, ("average_log_prob", *_LD, *_SFT), couples_pairs=True),
     "sft": Objective(_sft, ("use_weighting",), needs_tokens=True),
     "simpo": Objective(
-        _simpo, ("use_weighting", *_SFT), takes_reference=False, needs_tokens=True, means_as_rewards=True
+        _simpo,
+        ("use_weighting", *_SFT),
+        takes_reference=False,
+        needs_tokens=True,
+        takes_margins=True,
+        means_as_rewards=True,
     ),
     "orpo": Objective(
         _orpo, ("use_weighting", *_SFT), takes_reference=False, needs_tokens=True, means_as_rewards=True, sft_weight=1.0
     ),
     "cpo": Objective(
-        _cpo, ("average_log_prob", "ld_alpha", "use_weighting", *_SFT), takes_reference=False, sft_weight=1.0
+        _cpo,
+        ("average_log_prob", "ld_alpha", "use_weighting", *_SFT),
+        takes_reference=False,
+        takes_margins=True,
+        sft_weight=1.0,
     ),
     "plackett_luce": Objective(_plackett_luce, (*_F, "average_log_prob"), of_rankings=True),
 }

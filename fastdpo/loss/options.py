@@ -26,6 +26,9 @@ class LossKeywords(TypedDict, total=False):
     f_alpha_divergence_coef: float | None
     discopop_tau: float | None
     simpo_gamma: float | None
+    dpop_lambda: float | None
+    beta_dpo_alpha: float | None
+    beta_dpo_threshold: float | None
     sft_weight: float | None
     sft_reduction: str | None
     average_log_prob: bool
@@ -55,6 +58,11 @@ class LossOptions:
             it. At 1 it is the reverse KL, at 0 the forward KL.
         discopop_tau: ``discopop``: temperature of the modulation, above 0 (default 0.05).
         simpo_gamma: ``simpo``: target margin of the rewards, at least 0 (default 0.5).
+        dpop_lambda: ``dpop``: what a chosen completion costs that fell below the reference, at least 0 (default 50, the
+            paper's).
+        beta_dpo_alpha: ``beta_dpo``: how far beta follows the batch's margin, at least 0 (default 0.6).
+        beta_dpo_threshold: ``beta_dpo``: M_0, the margin at which beta is beta (default 0). The trainer takes the
+            moving average of the batches' margins unless it is given.
         sft_weight: factor of the chosen completion's negative log-likelihood, added to the loss. Default: 1 with
             ``cpo`` and ``orpo``, which have the term in their papers, else 0. RPO (Pang et al. 2024, arXiv 2404.19733)
             is ``sigmoid`` with ``sft_weight`` alpha. With several losses, name ``sft`` among them instead.
@@ -70,7 +78,7 @@ class LossOptions:
         ld_reference: with ``ld_alpha``: ``both`` (default) weighs the reference's tokens as well, as TRL does and the
             paper writes it; ``policy`` leaves the reference's sums whole.
         use_weighting: WPO (Zhou et al. 2024, arXiv 2406.11827, eq. 2): each pair's loss is weighted by how likely both
-            completions are under the policy, without a gradient. Not with ``aot`` and ``aot_unpaired``.
+            completions are under the policy, without a gradient. Not with ``aot``, ``aot_unpaired`` and ``beta_dpo``.
 
     Raises:
         ValueError: an option out of range, or one that none of the losses defines; the message names those that are.
@@ -85,6 +93,9 @@ class LossOptions:
     f_alpha_divergence_coef: float | None = None
     discopop_tau: float | None = None
     simpo_gamma: float | None = None
+    dpop_lambda: float | None = None
+    beta_dpo_alpha: float | None = None
+    beta_dpo_threshold: float | None = None
     sft_weight: float | None = None
     sft_reduction: str | None = None
     average_log_prob: bool = False
@@ -122,6 +133,21 @@ class LossOptions:
     def couples_pairs(self) -> bool:
         """Whether a pair's loss depends on other pairs' log-probabilities."""
         return any(objective.couples_pairs for objective in self.objectives)
+
+    def check_margins(self, name: str) -> None:
+        """Raises ValueError unless every loss but sft, which has none, is a function of a margin.
+
+        Args:
+            name: of the argument that holds what margins are to exceed.
+        """
+        without = [loss for loss in self.loss_types if loss != "sft" and not OBJECTIVES[loss].takes_margins]
+        if without or self.loss_types == ("sft",):
+            takes = ", ".join(loss for loss, objective in OBJECTIVES.items() if objective.takes_margins)
+            of = ", ".join(map(repr, without or ["sft"]))
+            raise ValueError(
+                f"{name} is given, what the margin is to exceed, and loss_type {of} is no function of a margin; it is "
+                f"for {takes}"
+            )
 
     @property
     def of_rankings(self) -> bool:
@@ -185,6 +211,9 @@ class LossOptions:
             "f_alpha_divergence_coef": (float("-inf"), float("inf"), "a finite number"),
             "discopop_tau": (0.0, float("inf"), "above 0"),
             "simpo_gamma": (None, float("inf"), "at least 0"),
+            "dpop_lambda": (None, float("inf"), "at least 0"),
+            "beta_dpo_alpha": (None, float("inf"), "at least 0"),
+            "beta_dpo_threshold": (float("-inf"), float("inf"), "a finite number"),
             "sft_weight": (None, float("inf"), "at least 0"),
         }
         for name, (above, below, words) in ranges.items():

@@ -35,9 +35,13 @@ def losses(
     sft_weight: float | None = None,
     sft_reduction: str | None = None,
     use_weighting: bool = False,
+    margins: Sequence[Number] | None = None,
     **options: Any,
 ) -> list[Number]:
-    """The loss of each pair; of the losses that sort the batch, of each rank. Options as in LossOptions."""
+    """The loss of each pair; of the losses that sort the batch, of each rank. Options as in LossOptions.
+
+    ``margins``, one a pair, are what margins are to exceed (ODPO, Amini et al. 2024, arXiv 2402.10571).
+    """
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     factors = [1.0] * len(names) if loss_weights is None else loss_weights
     nll = _negative_log_likelihoods(chosen, sft_reduction or "sequence")
@@ -45,10 +49,12 @@ def losses(
     for name, factor in zip(names, factors, strict=True):
         if name == "sft":
             values = nll
-        elif name in _SORTED:
-            values = _SORTED[name](_pairs(chosen, rejected, beta, **options))
+        elif name in _OF_BATCH:
+            values = _OF_BATCH[name](_pairs(chosen, rejected, beta, **options))
         else:
-            values = [_PAIRWISE[name](pair) for pair in _pairs(chosen, rejected, beta, **options)]
+            offsets = [0.0] * len(chosen) if margins is None else margins
+            pairs = _pairs(chosen, rejected, beta, **options)
+            values = [_PAIRWISE[name](p._replace(offset=d)) for p, d in zip(pairs, offsets, strict=True)]
         # CPO's and ORPO's papers have the likelihood of the chosen completion in their loss.
         likelihood = sft_weight if sft_weight is not None else float(name in ("cpo", "orpo"))
         total = [t + factor * (v + likelihood * n) for t, v, n in zip(total, values, nll, strict=True)]
@@ -104,11 +110,12 @@ class _Pair(NamedTuple):
     rejected: _Scored
     beta: float
     options: dict[str, Any]
+    offset: Number = 0.0  # what the margin is to exceed
 
     @property
     def margin(self) -> Number:
-        """beta times the difference of the scores: the argument of DPO's sigmoid."""
-        return self.beta * (self.chosen.score - self.rejected.score)
+        """beta times the difference of the scores, beyond the offset: the argument of DPO's sigmoid."""
+        return self.beta * (self.chosen.score - self.rejected.score) - self.offset
 
     @property
     def rewards(self) -> tuple[Number, Number]:
@@ -189,7 +196,7 @@ def _sigmoid(p: _Pair) -> Number:
 def _sigmoid_norm(p: _Pair) -> Number:
     """Length-normalised DPO, Lambert et al. 2024 (arXiv 2411.15124)."""
     per_token = p.chosen.score / p.chosen.tokens - p.rejected.score / p.rejected.tokens
-    return _cross_entropy(p.beta * per_token, p.flipped)
+    return _cross_entropy(p.beta * per_token - p.offset, p.flipped)
 
 
 def _hinge(p: _Pair) -> Number:
@@ -259,7 +266,7 @@ def _simpo(p: _Pair) -> Number:
     """Meng et al. 2024 (arXiv 2405.14734): rewards per token, gamma apart."""
     gamma = p.options.get("simpo_gamma")
     gamma = 0.5 if gamma is None else gamma
-    return _cross_entropy(p.beta * p.chosen.mean - p.beta * p.rejected.mean - gamma, p.flipped)
+    return _cross_entropy(p.beta * p.chosen.mean - p.beta * p.rejected.mean - gamma - p.offset, p.flipped)
 
 
 def _orpo(p: _Pair) -> Number:
@@ -270,7 +277,16 @@ def _orpo(p: _Pair) -> Number:
 
 def _cpo(p: _Pair) -> Number:
     """Xu et al. 2024 (arXiv 2401.08417): DPO whose reference is uniform."""
-    return _cross_entropy(p.beta * p.chosen.policy - p.beta * p.rejected.policy, p.flipped)
+    return _cross_entropy(p.beta * p.chosen.policy - p.beta * p.rejected.policy - p.offset, p.flipped)
+
+
+def _dpop(p: _Pair) -> Number:
+    """Pal et al. 2024 (arXiv 2402.13228): beta times the ratios' difference less lambda max(0, log pi_ref / pi)."""
+    weight = p.options.get("dpop_lambda")
+    weight = 50.0 if weight is None else weight
+    log_fall = -p.chosen.ratio
+    fallen = log_fall if log_fall > 0 else 0 * log_fall
+    return -_log(_sigma(p.beta * (p.chosen.ratio - p.rejected.ratio - weight * fallen) - p.offset))
 
 
 _PAIRWISE = {
@@ -289,10 +305,11 @@ _PAIRWISE = {
     "simpo": _simpo,
     "orpo": _orpo,
     "cpo": _cpo,
+    "dpop": _dpop,
 }
 
 
-# Functions of the whole batch, Melnyk et al. 2024 (arXiv 2406.05882): quantile by quantile.
+# Functions of the whole batch. Those of Melnyk et al. 2024 (arXiv 2406.05882) go quantile by quantile.
 
 
 def _aot(pairs: list[_Pair]) -> list[Number]:
@@ -311,7 +328,17 @@ def _of_quantiles(p: _Pair, above: Iterable[Number], below: Iterable[Number]) ->
     return [_cross_entropy(p.beta * (a - b), p.flipped) for a, b in zip(above, below, strict=True)]
 
 
-_SORTED = {"aot": _aot, "aot_unpaired": _aot_unpaired}
+def _beta_dpo(pairs: list[_Pair]) -> list[Number]:
+    """Wu et al. 2024 (arXiv 2407.08639): DPO with the batch's own beta, a constant of at least a thousandth."""
+    first = pairs[0]
+    alpha, threshold = first.options.get("beta_dpo_alpha"), first.options.get("beta_dpo_threshold")
+    mean = _constant(_sum(p.margin for p in pairs)) / len(pairs)
+    beta = first.beta * (1 + (0.6 if alpha is None else alpha) * (mean - (threshold or 0.0)))
+    beta = beta if beta > 1e-3 else beta * 0 + 1e-3
+    return [-_log(_sigma(beta * (p.chosen.ratio - p.rejected.ratio))) for p in pairs]
+
+
+_OF_BATCH = {"aot": _aot, "aot_unpaired": _aot_unpaired, "beta_dpo": _beta_dpo}
 
 
 def _cross_entropy(logit: Number, flipped: float) -> Number:

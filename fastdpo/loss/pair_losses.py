@@ -72,6 +72,9 @@ class PairLosses:
             chosen, and the second rejected.
         weights: [P], what each pair counts in the batch, where its losses depend on each other or on the batch's
             tokens; None where all count the same. The losses are not multiplied by them.
+        batch_margin: [], the mean of beta times the log-ratios' difference over a batch that these pairs are a part
+            of, for the loss that asks; None where they are all of it.
+        margins: [P], what each pair's margin is to exceed; None for 0.
         allow_empty: whether sequences may have no scored token; their means are 0, as their sums are.
     """
 
@@ -83,11 +86,13 @@ class PairLosses:
         *,
         pairs: Tensor | None = None,
         weights: Tensor | None = None,
+        margins: Tensor | None = None,
+        batch_margin: Tensor | None = None,
         allow_empty: bool = False,
     ) -> None:
         self.options = options
         self._members = None if pairs is None else pairs.t().flatten()  # [2P], the chosen ones first
-        self._weights = weights
+        self._weights, self._margins, self._batch_margin = weights, margins, batch_margin
         lengths = self._of_members(lengths, self._members)
         self._tokens = lengths.sum(1)
         self._within = None
@@ -163,6 +168,8 @@ class PairLosses:
             rejected_tokens=rejected_tokens,
             batch_tokens=self._batch_tokens,
             weights=self._weights if self._weights is None or part is None else self._weights[part.units],
+            batch_margin=self._batch_margin,
+            offsets=self._margins if self._margins is None or part is None else self._margins[part.units],
         )
 
     @staticmethod

@@ -174,13 +174,22 @@ def _check_rankings(rankings: Sequence[Sequence[int]], given: Sequence[Sequence[
             raise ValueError(f"rankings[{r}] is {list(ranking)}; it should name each sequence once")
 
 
+def check_numbers(
+    numbers: Tensor, name: str, count: int, device: torch.device, *, look: bool, of: str = "pairs"
+) -> None:
+    """Raises unless there is one for each of ``count`` losses, and, where the host may look, each is finite."""
+    if numbers.shape != (count,):
+        raise ValueError(f"{name} has shape {tuple(numbers.shape)}; it should be ({count},), one for each of the {of}")
+    if not numbers.is_floating_point():
+        raise TypeError(f"{name} has dtype {numbers.dtype}; it should be a floating dtype")
+    if numbers.device != device:
+        raise ValueError(f"{name} is on {numbers.device}, targets on {device}; they should be on one device")
+    if look and not bool(numbers.isfinite().all()):
+        raise ValueError(f"{name} is {numbers.tolist()}; all should be finite")
+
+
 def _check_weights(weights: Tensor, count: int, of: str, device: torch.device, *, look: bool) -> None:
-    if weights.shape != (count,):
-        raise ValueError(f"weights has shape {tuple(weights.shape)}; it should be ({count},), one for each of the {of}")
-    if not weights.is_floating_point():
-        raise TypeError(f"weights has dtype {weights.dtype}; it should be a floating dtype")
-    if weights.device != device:
-        raise ValueError(f"weights is on {weights.device}, targets on {device}; they should be on one device")
+    check_numbers(weights, "weights", count, device, look=False, of=of)
     if not look:
         return
     values = weights.tolist()

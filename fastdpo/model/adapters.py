@@ -125,6 +125,28 @@ def copy_of_what_is_trained(model: Module) -> Module:
     return copy.deepcopy(model, memo)
 
 
+def trained_outside_adapters(model: PeftModel) -> list[str]:
+    """Names of the parameters that are trained and that the model computes with when its adapters are off, too.
+
+    They are biases (PEFT's ``bias="all"`` and the like), and whatever was unfrozen by hand: the model without its
+    adapters moves with them. Of modules_to_save and trainable tokens PEFT trains copies, which are off with the rest.
+    """
+    prefix = getattr(model.base_model, "prefix", None)
+
+    def is_of_adapter(part: str) -> bool:
+        return (
+            part == "modules_to_save"
+            or part.startswith("trainable_tokens_")
+            or bool(prefix and part.startswith(prefix))
+        )
+
+    return [
+        name
+        for name, parameter in model.get_base_model().named_parameters()
+        if parameter.requires_grad and not any(map(is_of_adapter, name.split(".")))
+    ]
+
+
 def adapters_are_neutral(model: PeftModel) -> bool:
     """Whether the model with its adapters computes what it computes without them, as with a new one it does."""
     ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size

@@ -159,7 +159,7 @@ def complete(
             f"a prompt has the token {tokenizer.convert_ids_to_tokens(highest)!r}, whose id is {highest}, and the "
             f"model has embeddings for {rows} (0 to {rows - 1}): the tokenizer is another model's, or was added to"
         )
-    ends = _end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id
     if pad is None or pad >= rows:  # attention_mask hides it, whichever it is
         pad = next(iter(ends), 0)
@@ -192,11 +192,15 @@ def _generation_config(drawing: Drawing, ends: set[int], pad: int) -> Generation
     )
 
 
-def _end_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """What ends a completion: the tokenizer's end token, and those that the model's own configuration names."""
-    named = model.generation_config.eos_token_id
-    named = named if isinstance(named, list) else [named]
-    return {token for token in (tokenizer.eos_token_id, *named) if token is not None}
+    return configured_ends(model) | ({tokenizer.eos_token_id} - {None})
+
+
+def configured_ends(model: PreTrainedModel | PeftModel) -> set[int]:
+    """What the model's own generation configuration ends a completion at; empty where it has none."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return {token for token in (named if isinstance(named, list) else [named]) if token is not None}
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from fastdpo.data.reasons import DROP_REASONS, WARN_REASONS
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.work import GroupWork
 from fastdpo.report.charts import draw_curves, draw_histograms
+from fastdpo.report.displacement import displacement_of
 from fastdpo.report.evaluation_link import evaluation_link
 from fastdpo.report.picture import read_curve
 from fastdpo.report.record import RunRecord
@@ -37,6 +38,7 @@ def write_report(record: RunRecord, path: str | Path) -> Path:
             evaluation=evaluation_link(Path(path).parent),
             charts=draw_curves(record),
             histograms=draw_histograms(record),
+            displacement=displacement_of(record),
             samples=_samples(record),
             data=[data_rows(name, summary) for name, summary in record.summaries.items()],
             show=show,
@@ -85,6 +87,10 @@ def headlines(record: RunRecord) -> list[tuple[str, str, str]]:
     if len(speeds):
         _, tokens = read_curve(log, "tokens_per_second")
         rate = f"{_median(tokens):,.0f} tokens/s; medians" if len(tokens) else "median"
+        if len(speeds) >= 8:
+            fourth = len(speeds) // 4
+            first, last = _median(speeds[: fourth + 1]), float(np.median(speeds[-fourth:]))
+            rate += f"; {first:.3g} in the first quarter, {last:.3g} in the last"
         found.append(("pairs a second", f"{_median(speeds):.3g}", rate))
     _, memory = read_curve(log, "peak_memory_gib")
     if len(memory):

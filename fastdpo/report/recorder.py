@@ -18,6 +18,10 @@ from fastdpo.report.snapshot_taker import SnapshotTaker, take_start
 from fastdpo.trainer.checkpoints import find_checkpoints
 from fastdpo.trainer.trainer import DPOTrainer
 
+_REFERENCE_MOVES = (
+    "The reference followed the policy (sync_ref_model): rewards are measured against what it was at each time, so "
+    "that they fall where it moved."
+)
 REPORT_FILE, PICTURE_FILE = "report.html", "training.png"
 
 
@@ -71,6 +75,10 @@ class RunReport:
         write_report(self._record(end, notes, seconds), self._output_dir / REPORT_FILE)
 
     def _notes(self) -> list[str]:
+        moves = [_REFERENCE_MOVES] if self._trainer.args.sync_ref_model else []
+        return moves + self._notes_of_start()
+
+    def _notes_of_start(self) -> list[str]:
         if self._resumed and self._start is None:
             return [
                 "This run was resumed, and what the policy was like at its start is not on record: the folder has no "

@@ -43,6 +43,8 @@ class Snapshot:
         step: the optimiser step after which it was taken.
         rows_of: the dataset the rows are of, in words.
         chosen_rewards, rejected_rewards: implicit rewards, one a row.
+        chosen_logps, rejected_logps: the policy's log-probabilities, one a row, in nats a completion.
+        rows: which rows these are, in words.
         samples: prompts with completions.
         no_rewards, no_samples: why there are none; empty where there are some.
         max_new_tokens: where the completions were cut.
@@ -54,6 +56,9 @@ class Snapshot:
     rows_of: str
     chosen_rewards: list[float] = field(default_factory=list)
     rejected_rewards: list[float] = field(default_factory=list)
+    chosen_logps: list[float] = field(default_factory=list)
+    rejected_logps: list[float] = field(default_factory=list)
+    rows: list[str] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     no_rewards: str = ""
     no_samples: str = ""

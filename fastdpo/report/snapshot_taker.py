@@ -28,6 +28,8 @@ from fastdpo.trainer.trainer import DPOTrainer
 _MOST_PAIRS, _MOST_SAMPLES, _MOST_NEW_TOKENS = 64, 4, 64
 # Shorter completions, cut for want of time, say nothing.
 _FEWEST_TOKENS = 8
+# Characters of a prompt by which a person knows its row: its end, for many begin alike.
+_WORDS = 80
 
 
 class SnapshotTaker:
@@ -43,7 +45,8 @@ class SnapshotTaker:
         dataset, self._rows_of = dataset_of(trainer)
         count = min(len(dataset), _MOST_PAIRS if size.pairs is None else size.pairs)
         # Rows for samples come from a choice of their own, which does not change with the number of pairs.
-        self._rows = [first_pair(dataset[i]) for i in evenly_ordered(spread(len(dataset), count))]
+        self._numbers = evenly_ordered(spread(len(dataset), count))
+        self._rows = [first_pair(dataset[i]) for i in self._numbers]
         self._samples = different_prompts(dataset, _MOST_SAMPLES if size.samples is None else size.samples)
         ids = [[row[name] for name in TOKEN_COLUMNS] for row in self._rows + self._samples]
         words = json.dumps([self._rows_of, asdict(size), ids])
@@ -91,7 +94,8 @@ class SnapshotTaker:
         if not self._rows:
             return {"no_rewards": "--report_pairs is 0"}
         trainer = self._trainer
-        sums: dict[str, list[float]] = {"chosen_reward": [], "rejected_reward": []}
+        names = ("chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp")
+        sums: dict[str, list[float]] = {name: [] for name in names}
         size = trainer.args.per_device_eval_batch_size
         rows = self._rows[: len(like.chosen_rewards)] if like and like.chosen_rewards else self._rows
         must = self._size.pairs is not None or rows is not self._rows
@@ -109,7 +113,17 @@ class SnapshotTaker:
             for name, values in sums.items():
                 values += per_pair[name].tolist()  # waits for the device, as a clock needs it
             budget.count(len(batch))
-        return {"chosen_rewards": sums["chosen_reward"], "rejected_rewards": sums["rejected_reward"]}
+        looked_at = zip(self._numbers, self._rows[: len(sums["chosen_reward"])], strict=False)
+        return {f"{name}s": values for name, values in sums.items()} | {
+            "rows": [self._row_in_words(number, row) for number, row in looked_at]
+        }
+
+    def _row_in_words(self, number: int, row: dict[str, Any]) -> str:
+        processing_class = self._trainer.processing_class
+        if processing_class is None:
+            return f"row {number}"
+        text = " ".join(str(tokenizer_in(processing_class).decode(row["prompt_ids"], skip_special_tokens=True)).split())
+        return f"row {number}: …{text[-_WORDS:]}" if len(text) > _WORDS else f"row {number}: {text}"
 
     def _take_samples(self, budget: LookBudget, like: Snapshot | None) -> dict[str, Any]:
         processing_class = self._trainer.processing_class

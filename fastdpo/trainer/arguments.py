@@ -85,6 +85,11 @@ def check_arguments(
             f"train_dataset has {said}, which are the reference; remove them, or leave out ref_model and "
             "precompute_ref_log_probs"
         )
+    if has_own and args.sync_ref_model:
+        raise ValueError(
+            f"train_dataset has {said}, which are the reference and stay as they are, but sync_ref_model moves it; "
+            "remove them, or leave sync_ref_model out"
+        )
     if not args.loss_options.takes_reference:
         named = {"ref_model": ref_model is not None, "precompute_ref_log_probs": args.precompute_ref_log_probs}
         named |= {"train_dataset has reference log-probabilities": has_own}
@@ -147,6 +152,11 @@ def check_distribution(
         raise NotImplementedError(
             f"max_tokens_per_batch is not supported with {kind}: its processes must run the model equally often. "
             "Use a smaller per_device_train_batch_size, with gradient_accumulation_steps"
+        )
+    if kind and args.sync_ref_model:
+        raise NotImplementedError(
+            f"sync_ref_model is not supported with {kind}: the reference's weights are in no one place, to be moved "
+            "and saved. Train on processes that each hold all of the model (DDP), or leave it out"
         )
     if kind and mixes_images:
         raise NotImplementedError(

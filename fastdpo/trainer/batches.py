@@ -13,7 +13,14 @@ from transformers import Trainer
 from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.images import IMAGE_COLUMNS
 from fastdpo.data.row_digests import MASK_COLUMNS
-from fastdpo.data.terms import GROUP_COLUMNS, GROUP_TOKEN_COLUMNS, REFERENCE_COLUMNS, VISION_COLUMNS, WEIGHT_COLUMN
+from fastdpo.data.terms import (
+    GROUP_COLUMNS,
+    GROUP_TOKEN_COLUMNS,
+    MARGIN_COLUMN,
+    REFERENCE_COLUMNS,
+    VISION_COLUMNS,
+    WEIGHT_COLUMN,
+)
 from fastdpo.logps.wide import wide_dtype
 from fastdpo.model.packing import PackedRow
 from fastdpo.model.scoring import count_tokens, count_weight, model_inputs
@@ -35,7 +42,8 @@ class PairBatches(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         # What Trainer keeps of the rows; its own guess is what the model's forward takes.
         of_pairs = (*TOKEN_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS, WEIGHT_COLUMN, *VISION_COLUMNS, *IMAGE_COLUMNS)
-        self._signature_columns = [*of_pairs, *GROUP_TOKEN_COLUMNS, *GROUP_COLUMNS]
+        margins = () if self.args.margin_alpha is None else (MARGIN_COLUMN,)
+        self._signature_columns = [*margins, *of_pairs, *GROUP_TOKEN_COLUMNS, *GROUP_COLUMNS]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
@@ -88,6 +89,25 @@ class DPOConfig(TrainingArguments):
     )
     discopop_tau: float | None = field(default=None, metadata={"help": "discopop: temperature. By default 0.05."})
     simpo_gamma: float | None = field(default=None, metadata={"help": "simpo: target margin. By default 0.5."})
+    dpop_lambda: float | None = field(
+        default=None, metadata={"help": "dpop: what falling below the reference costs the chosen. By default 50."}
+    )
+    beta_dpo_alpha: float | None = field(
+        default=None, metadata={"help": "beta_dpo: how far beta follows the batch's margin. By default 0.6."}
+    )
+    beta_dpo_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "beta_dpo: the margin at which beta is --beta. By default the moving average of batches' margins."
+        },
+    )
+    margin_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "ODPO: factor of the rows' column 'margin', which the margin of each pair is to exceed. By default "
+            "that column is left out."
+        },
+    )
     sft_weight: float | None = field(
         default=None,
         metadata={
@@ -111,6 +131,21 @@ class DPOConfig(TrainingArguments):
     )
     use_weighting: bool = field(
         default=False, metadata={"help": "WPO: weigh pairs by how likely they are under the policy."}
+    )
+
+    sync_ref_model: bool = field(
+        default=False,
+        metadata={"help": "TR-DPO: a reference that follows the policy, every ref_model_sync_steps steps."},
+    )
+    ref_model_mixup_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "sync_ref_model: how much of the policy the reference becomes, in (0, 1]. By default 0.6; 1 copies "
+            "it, and is what an adapter needs."
+        },
+    )
+    ref_model_sync_steps: int | None = field(
+        default=None, metadata={"help": "sync_ref_model: steps from one time to the next. By default 512."}
     )
 
     max_length: int | None = field(
@@ -244,6 +279,16 @@ class DPOConfig(TrainingArguments):
                 f"max_tokens_per_batch is {self.max_tokens_per_batch}, which takes a batch in parts, but with {what} a "
                 "pair's loss depends on the whole batch; leave one of them out"
             )
+        if "beta_dpo" in self.loss_type and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, but with loss_type beta_dpo every "
+                "pair's beta depends on the whole batch, which has to be taken at once: give a "
+                "per_device_train_batch_size of all of it (a LoRA adapter makes room for it), or more processes"
+            )
+        if self.margin_alpha is not None:
+            options.check_margins("margin_alpha")
+            if not math.isfinite(self.margin_alpha):
+                raise ValueError(f"margin_alpha is {self.margin_alpha}; it should be finite")
         if self.truncation_mode not in TRUNCATION_MODES:
             raise ValueError(
                 f"truncation_mode is {self.truncation_mode!r}; it should be one of {', '.join(TRUNCATION_MODES)}"
@@ -267,6 +312,7 @@ class DPOConfig(TrainingArguments):
                 f"precompute_ref_batch_size is {self.precompute_ref_batch_size}, but precompute_ref_log_probs is off: "
                 "turn it on, or leave the batch size out"
             )
+        self._check_sync()
         if self.logging_nan_inf_filter:
             raise ValueError(
                 "logging_nan_inf_filter is on, which writes another number in the place of a loss that is NaN; leave "
@@ -290,6 +336,36 @@ class DPOConfig(TrainingArguments):
             self.activation_checkpointing = self.gradient_checkpointing is not False
         super().__post_init__()  # type: ignore[no-untyped-call]
         remember_secrets(vars(self))
+
+    def _check_sync(self) -> None:
+        idle = [name for name in ("ref_model_mixup_alpha", "ref_model_sync_steps") if getattr(self, name) is not None]
+        if idle and not self.sync_ref_model:
+            raise ValueError(
+                f"{idle[0]} is {getattr(self, idle[0])}, but sync_ref_model is off: leave it out, or turn it on"
+            )
+        if not 0 < self.mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha is {self.mixup_alpha}; it should be above 0 and at most 1")
+        if self.sync_steps < 1:
+            raise ValueError(f"ref_model_sync_steps is {self.sync_steps}; it should be at least 1")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError(
+                "sync_ref_model moves the reference, whose log-probabilities of the start precompute_ref_log_probs (or "
+                "ref_cache) keeps: leave one of them out"
+            )
+        if self.sync_ref_model and not self.loss_options.takes_reference:
+            raise ValueError(
+                f"sync_ref_model moves the reference, and {self.loss_options.described} has none: leave it out"
+            )
+
+    @property
+    def mixup_alpha(self) -> float:
+        """``ref_model_mixup_alpha``, or its default."""
+        return 0.6 if self.ref_model_mixup_alpha is None else self.ref_model_mixup_alpha
+
+    @property
+    def sync_steps(self) -> int:
+        """``ref_model_sync_steps``, or its default."""
+        return 512 if self.ref_model_sync_steps is None else self.ref_model_sync_steps
 
     def to_dict(self) -> dict[str, Any]:
         """As ``TrainingArguments``', for reporters; without the secrets in it, however deep they are."""

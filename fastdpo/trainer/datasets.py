@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.collator import PreferenceCollator
+from fastdpo.data.columns import with_margins
 from fastdpo.data.given_tokens import check_tokens
 from fastdpo.data.images import undecoded
 from fastdpo.data.preparing import prepare
@@ -137,7 +138,7 @@ class DatasetPreparer:
             known = None if self.tokenizer is None else tokenizer_in(self.tokenizer)
             check_vocabulary(dataset, self._vocab_size, known)
             check_tokens(dataset)
-            return dataset
+            return dataset if self._args.margin_alpha is None else with_margins(dataset)
         args = self._args
         tokenizer = self._some_tokenizer()
         with args.main_process_first(desc=f"tokenizing the {name} dataset"):
@@ -222,18 +223,18 @@ def make_collator(
 
 
 def _grouping(args: DPOConfig, of: Dataset | None = None) -> dict[str, Any]:
-    """What ``prepare`` takes of groups of answers; with ``of`` what has a meaning for rows to evaluate on.
+    """What ``prepare`` takes of groups and pairs; with ``of`` what has a meaning for rows to evaluate on.
 
     Of the rows to train on all of it must have one.
     """
     of_groups, of_pairs = ("pairs", "weight_by_score"), ("group_by_prompt",)
     names = (*of_groups, *of_pairs) if of is None else of_groups if "completions" in of.column_names else of_pairs
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in names} | {"margins": args.margin_alpha is not None}
 
 
 def _refuse_grouping(args: DPOConfig, dataset: TrainDataset, name: str) -> None:
     """Raises ValueError where something is asked for that tokenised rows cannot get any more."""
-    asked = [option for option, value in _grouping(args).items() if value]
+    asked = [option for option, value in _grouping(args).items() if value and option != "margins"]
     if asked and is_tokenised(dataset):
         raise ValueError(
             f"{asked[0]} is given, but the {name} dataset holds token ids already; give it to fastdpo.data.prepare, "

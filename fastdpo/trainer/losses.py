@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from fastdpo.loss.options import LossOptions
 from fastdpo.loss.pair_losses import PairLosses
 from fastdpo.loss.ranking_losses import RankingLosses, agreement
 from fastdpo.model.scoring import Scorer, SequenceScores, count_sequences, in_pair_order, micro_batches
+from fastdpo.trainer.batch_beta import BatchBeta
 from fastdpo.trainer.reference import Reference
 
 # The per-token outputs of the policy that metrics are made of.
@@ -26,13 +28,24 @@ class BatchLosses:
         reference: what it is compared with.
         options: of the loss.
         aux_loss_coef: the weight of a mixture of experts' load-balancing loss; 0 for none.
+        margin_alpha: the factor of what margins are to exceed, which batches have as ``pair_margins``; None for 0.
+        batch_beta: of ``beta_dpo``; None for another loss.
 
     Attributes:
         aux_loss_coef: as above. Where the model can only be looked at once it is sharded, set then.
     """
 
-    def __init__(self, policy: Scorer, reference: Reference, options: LossOptions, aux_loss_coef: float) -> None:
-        self._policy, self._reference = policy, reference
+    def __init__(
+        self,
+        policy: Scorer,
+        reference: Reference,
+        options: LossOptions,
+        aux_loss_coef: float,
+        margin_alpha: float | None = None,
+        batch_beta: BatchBeta | None = None,
+    ) -> None:
+        self._batch_beta = batch_beta
+        self._policy, self._reference, self._margin_alpha = policy, reference, margin_alpha
         self._options, self.aux_loss_coef = options, aux_loss_coef
         # What metrics say of pairs is the same whatever the loss of rankings is.
         names = ("beta", "average_log_prob")
@@ -64,10 +77,14 @@ class BatchLosses:
             ref_sums = ref_sums.index_select(0, scores.pairs.t().flatten())
         given = inputs.get("pair_weights")
         weights = None if given is None else widened(given)
-        losses_of = PairLosses(self._pair_options, out.lengths, ref_sums, weights=weights)
+        margins = self._margins_in(inputs)
+        losses_of = PairLosses(self._pair_options, out.lengths, ref_sums, weights=weights, margins=margins)
         chosen_rewards, rejected_rewards = losses_of.rewards(out.sums)
         chosen, rejected = losses_of.logps(out.sums.detach()).chunk(2)
         counts = torch.ones_like(chosen) if weights is None else weights
+        if self._batch_beta is not None:
+            options, mean = self._with_beta(chosen_rewards - rejected_rewards, counts)
+            losses_of = PairLosses(options, out.lengths, ref_sums, weights=weights, batch_margin=mean)
         if self._options.of_rankings:
             losses, counts = self._of_rankings(scores, of_sequences, inputs, counts)
         else:
@@ -99,6 +116,22 @@ class BatchLosses:
             sums["aux_loss"] = out.model_output.aux_loss.expand_as(losses)
         sums["loss"] = losses
         return losses, {name: widened(values.detach()) for name, values in sums.items()}
+
+    def _with_beta(self, margins: Tensor, counts: Tensor) -> tuple[LossOptions, Tensor | None]:
+        """The options and the batch's margin with which ``beta_dpo`` trains; it evaluates with beta as it was given."""
+        assert self._batch_beta is not None
+        if not torch.is_grad_enabled():
+            return replace(self._pair_options, beta_dpo_alpha=0.0), None
+        mean = self._batch_beta.margin_of(margins, counts)
+        return replace(self._pair_options, beta_dpo_threshold=self._batch_beta.threshold), mean
+
+    def _margins_in(self, inputs: dict[str, Any]) -> Tensor | None:
+        """What the margins of a micro-batch's pairs are to exceed, [P]; None for 0."""
+        if self._margin_alpha is None:
+            return None
+        if "pair_margins" not in inputs:
+            raise ValueError("margin_alpha is given, and a batch has no pair_margins; its rows should have a 'margin'")
+        return self._margin_alpha * widened(inputs["pair_margins"])
 
     def _of_rankings(
         self, scores: SequenceScores, ref_sums: Tensor | None, inputs: dict[str, Any], weights: Tensor

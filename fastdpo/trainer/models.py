@@ -19,6 +19,7 @@ from fastdpo.model.adapters import (
     has_transformers_adapter,
     is_adapter,
     load_adapter,
+    trained_outside_adapters,
 )
 from fastdpo.model.auto_class import auto_class_of
 from fastdpo.model.language_model import described, language_model
@@ -26,6 +27,7 @@ from fastdpo.model.quantization import make_trainable
 from fastdpo.model.randomness import disable_dropout
 from fastdpo.model.rotary import fix_frequencies
 from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.manifest import name_some
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def make_models(
         images: the data has some.
 
     Raises:
-        ValueError: there is nothing that can be trained.
+        ValueError: there is nothing that can be trained, or it is a part of ``ref_model``.
         NotImplementedError: the model or its reference is not supported; the message names it.
     """
     name = model if isinstance(model, str) else None
@@ -57,23 +59,46 @@ def make_models(
     if peft_config is not None:
         policy = get_peft_model(policy, peft_config)
     check_trainable(policy, args, is_sharded=is_sharded)
+    if ref_model is not None:
+        _refuse_shared(policy, ref_model)
     if ref_model is None and needs_reference:
+        outside = trained_outside_adapters(policy) if isinstance(policy, PeftModel) else []
         if not isinstance(policy, PeftModel):
             ref_model = load_model(name, args, images=images) if name else copy.deepcopy(policy)
         elif is_sharded:
+            if args.sync_ref_model:
+                raise NotImplementedError("sync_ref_model with an adapter is not supported with FSDP or DeepSpeed")
+            if outside:
+                raise NotImplementedError(
+                    f"{name_some(outside)} would be trained outside the adapter, so that the model without its adapter "
+                    "would not stay the reference, and a copy is not supported with FSDP or DeepSpeed ZeRO-3. Leave "
+                    "them as they are (bias='none'), or, with FSDP2, give precompute_ref_log_probs"
+                )
             # Whether an adapter that was given is new cannot be seen yet: the check at the first step finds out.
             if name and peft_config is None:
                 raise NotImplementedError(
                     f"{name} is an adapter, whose reference would be a copy of it, which is not supported with "
                     "FSDP or DeepSpeed ZeRO-3 yet. Merge it into its base (fastdpo merge), and give peft_config"
                 )
-        elif not adapters_are_neutral(policy):
+        elif args.sync_ref_model or outside or not adapters_are_neutral(policy):
+            # What is trained outside the adapter would take the model without it along.
             ref_model = copy_of_what_is_trained(policy)
     if args.disable_dropout:
         disable_dropout(policy)
         if ref_model is not None:
             disable_dropout(ref_model)
     return policy, ref_model
+
+
+def _refuse_shared(policy: PreTrainedModel | PeftModel, ref_model: PreTrainedModel | PeftModel) -> None:
+    """Raises ValueError where a reference that was given would be trained with the policy."""
+    trained = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
+    if shared := [name for name, parameter in ref_model.named_parameters() if id(parameter) in trained]:
+        raise ValueError(
+            f"ref_model holds weights of model that are trained ({name_some(shared)}), and would move with it: "
+            "get_peft_model puts its layers into the very model that it is given. Leave ref_model out (of a new "
+            "adapter it is the model without it), or load it once more"
+        )
 
 
 def load_model(name: str, args: DPOConfig, *, images: bool = False) -> PreTrainedModel | PeftModel:
@@ -100,7 +125,8 @@ def check_trainable(model: PreTrainedModel | PeftModel, args: DPOConfig, *, is_s
     """Raises where the model, as it was given or loaded, has nothing that can be trained.
 
     Raises:
-        ValueError: nothing in it requires a gradient, or its weights are quantised and it has no adapter.
+        ValueError: nothing in it requires a gradient; its weights are quantised and it has no adapter; or what is
+            trained is float16.
         NotImplementedError: see :func:`fastdpo.model.quantization.make_trainable`.
     """
     has_adapter = isinstance(model, PeftModel) or has_transformers_adapter(model)
@@ -112,6 +138,13 @@ def check_trainable(model: PreTrainedModel | PeftModel, args: DPOConfig, *, is_s
         elif has_transformers_adapter(model):
             how = "load it by AutoPeftModelForCausalLM.from_pretrained(adapter, is_trainable=True), or give its name"
         raise ValueError(f"no parameter of model requires a gradient, so there is nothing to train; {how}")
+    halves = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if halves and getattr(args, "deepspeed_plugin", None) is None:  # which trains float32 copies of them
+        raise ValueError(
+            f"{name_some(halves)} would be trained in float16, which rounds small steps away and squares of gradients "
+            "to 0, so that steps of any size come of them. Load the weights in float32 (--dtype float32), with bf16 or "
+            "fp16 for layers that compute in 16 bits, or train an adapter (--use_peft), whose weights are float32"
+        )
 
 
 def fix_frequencies_of(models: Iterable[PreTrainedModel | PeftModel | None], args: DPOConfig) -> None:

@@ -23,6 +23,14 @@ _METRICS = {
     "rewards/top1": ("best_first", "rankings"),
     "rewards/kendall_tau": ("kendall_tau", "rankings"),
 }
+# Those that not every run has.
+ROUTER_METRICS = ("aux_loss",)
+RANKING_METRICS = ("rewards/top1", "rewards/kendall_tau")
+
+
+def metric_names() -> list[str]:
+    """The names in the log, without a prefix."""
+    return list(_METRICS)
 
 
 class PairSums:

@@ -105,6 +105,8 @@ class ResumableRuns(YieldingEvaluations):
         with writing_into(folder) if self.args.should_save else contextlib.nullcontext():
             with self._deferring():
                 super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                self.save_beside(folder)
             if self.args.world_size > 1:
                 torch.distributed.barrier()  # the other processes' files
             if self.args.should_save or self.is_fsdp_enabled:
@@ -125,6 +127,12 @@ class ResumableRuns(YieldingEvaluations):
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
+
+    def save_beside(self, checkpoint: Path) -> None:
+        """Write what a checkpoint holds beside the model and the optimiser, in the process that saves."""
+
+    def load_beside(self, checkpoint: Path) -> None:
+        """Take what :meth:`save_beside` wrote, in all processes, once the model is loaded."""
 
     @contextlib.contextmanager
     def _deferring(self) -> Iterator[None]:
@@ -175,6 +183,7 @@ class ResumableRuns(YieldingEvaluations):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        self.load_beside(Path(checkpoint))
         if self.is_deepspeed_enabled:
             self._compare_weights(Path(checkpoint))  # which were loaded together with the optimiser's state
         if self._changed:

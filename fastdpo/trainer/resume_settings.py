@@ -22,6 +22,8 @@ from fastdpo.trainer.config import DPOConfig
 ORDER = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "group_by_prompt", "pairs_per_step")
 # What the optimiser's state is a state of.
 OPTIMIZER = ("optim", "optim_args")
+# What the policy is compared with: a reference that followed the policy cannot be found again at its start.
+REFERENCE = ("sync_ref_model",)
 # How rows become tokens: they may differ, as long as no row is gone or new.
 # How the base of an adapter is quantised, for whoever merges it.
 QUANTIZATION = "base_quantization"
@@ -55,6 +57,9 @@ _FROM_NOW_ON = (
     *_IN_GROUPS,
     *(option.name for option in fields(LossOptions)),
     *TOKENS,
+    "margin_alpha",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
     "max_grad_norm",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -79,7 +84,7 @@ def settings_of(args: DPOConfig) -> dict[str, Any]:
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     derived: dict[str, Any] = {"pairs_per_step": pairs, "processes": args.world_size}
     derived[QUANTIZATION] = quantization_of(args.init_kwargs.get("quantization_config"))
-    names = dict.fromkeys((*ORDER, *OPTIMIZER, *_FROM_NOW_ON))
+    names = dict.fromkeys((*ORDER, *OPTIMIZER, *REFERENCE, *_FROM_NOW_ON))
     return {name: _plain(derived[name] if name in derived else getattr(args, name, None)) for name in names}
 
 
@@ -101,7 +106,8 @@ def compare_settings(
     """
     now = settings_of(args)
     differ = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
-    refused = [name for name in differ if name in OPTIMIZER or (name in ORDER and not args.ignore_data_skip)]
+    kept = (*OPTIMIZER, *REFERENCE)
+    refused = [name for name in differ if name in kept or (name in ORDER and not args.ignore_data_skip)]
     lines = [f"{name} was {_words(was)} and is {_words(value)}" for name, (was, value) in differ.items()]
     why = [f"{name} was {_words(differ[name][0])} and is {_words(differ[name][1])}" for name in refused]
     if rows_before and rows and rows_before != rows:
@@ -118,7 +124,7 @@ def compare_settings(
         raise InputError(
             f"the run that is to be resumed was another one: {'; '.join(why)}. Give what it had; or start a new run "
             "from the checkpoint's weights (--model_name_or_path CHECKPOINT)"
-            + ("" if set(refused) & set(OPTIMIZER) else "; or begin the rows anew (--ignore_data_skip)")
+            + ("" if set(refused) & set(kept) else "; or begin the rows anew (--ignore_data_skip)")
         )
     return lines
 

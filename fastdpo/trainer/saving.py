@@ -109,7 +109,12 @@ class CarefulSaves(Trainer):
         if last and int(last[0].name.rpartition("-")[2]) <= self.state.global_step:
             return folder_bytes(last[0])
         optimizer = None if self.args.save_only_model else self.optimizer
-        return checkpoint_bytes(cast(Module, self.model), optimizer, is_adapter=isinstance(self.model, PeftModel))
+        whole = checkpoint_bytes(cast(Module, self.model), optimizer, is_adapter=isinstance(self.model, PeftModel))
+        return whole + self.bytes_beside()
+
+    def bytes_beside(self) -> int:
+        """What a checkpoint holds beside the model and the optimiser."""
+        return 0
 
 
 class _RoomAtTheStart(TrainerCallback):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.columns import any_may_have_images
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.terms import has_references
+from fastdpo.data.vision import tokenizer_in
 from fastdpo.model.auto_class import has_vision
 from fastdpo.model.head import FusedHead
 from fastdpo.model.language_model import language_model
@@ -30,6 +32,7 @@ from fastdpo.model.packing_choice import Packing
 from fastdpo.model.scoring import Scorer, micro_batches, sums_of_rows
 from fastdpo.ref_cache.build import CachedSplit
 from fastdpo.trainer.arguments import check_arguments, check_distribution, find_unused_parameters
+from fastdpo.trainer.batch_beta import BatchBeta
 from fastdpo.trainer.batches import PairBatches
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.datasets import (
@@ -41,6 +44,7 @@ from fastdpo.trainer.datasets import (
     make_collator,
     most_sequences,
 )
+from fastdpo.trainer.endings import Endings, look_at_endings
 from fastdpo.trainer.finite_runs import FiniteRuns, refuse_not_finite
 from fastdpo.trainer.fsdp2 import keep_output_dtypes, whole_weights
 from fastdpo.trainer.hub import HubUploads
@@ -51,6 +55,8 @@ from fastdpo.trainer.memory_advice import advising, memory_advice
 from fastdpo.trainer.model_card import CardFacts, write_model_card
 from fastdpo.trainer.model_look import ModelLook
 from fastdpo.trainer.models import compute_dtype, fix_frequencies_of, make_models, settle_checkpointing
+from fastdpo.trainer.moving_reference import MovingReference
+from fastdpo.trainer.promises import check_best_metric, check_reporters
 from fastdpo.trainer.reference import Reference
 from fastdpo.trainer.resumable import ResumableRuns
 from fastdpo.trainer.saving import CarefulSaves
@@ -99,6 +105,8 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
     Attributes:
         data_summaries: what :func:`fastdpo.data.prepare` said about each dataset that it tokenised, by name.
         packing: the layout that was chosen, and why.
+        endings: in what completions end, and whether generation stops there; None without a tokenizer, and in all
+            processes but the main one.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be, or contradicts another.
@@ -134,6 +142,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
             name = model if isinstance(model, str) else model.config._name_or_path or model.config.model_type
             args = DPOConfig(f"{name.rstrip('/').split('/')[-1]}-DPO")
         check_arguments(model, ref_model, args, data_collator, train_dataset, processing_class, peft_config)
+        check_reporters(args)
         assert train_dataset is not None
         set_seed(args.seed)  # a new adapter is random
         later = _weights_come_later(args)
@@ -202,6 +211,12 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         self._start_is_checked = not args.loss_options.takes_reference
         self._policy.root = self.model
         self._reference = Reference(self._policy, ref_model, args, self.accelerator, in_columns=has_reference_columns)
+        self._moving: MovingReference | None = None
+        if args.sync_ref_model:
+            assert ref_model is not None  # what could stand in its place was refused
+            alpha, steps = args.mixup_alpha, args.sync_steps
+            self._moving = MovingReference(policy, ref_model, alpha=alpha, steps=steps)
+            self.add_callback(self._moving)
         # FSDP leaves the model where it was loaded until the training loop shards it.
         later = later or self.is_fsdp_enabled
         pictured = None if data_collator is not None else self._preparer.pictured
@@ -214,7 +229,20 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         )
         if not later:
             self._look.once()
-        self._losses = BatchLosses(self._policy, self._reference, args.loss_options, self._look.aux_loss_coef)
+        if type(self).evaluation_loop is DPOTrainer.evaluation_loop:  # another may have metrics of its own
+            check_best_metric(args, eval_dataset, has_router_loss=bool(self._look.aux_loss_coef))
+        self._batch_beta: BatchBeta | None = None
+        if "beta_dpo" in args.loss_type:
+            self._batch_beta = BatchBeta(self.accelerator, args.beta_dpo_threshold)
+            self.add_callback(self._batch_beta)
+        self._losses = BatchLosses(
+            self._policy,
+            self._reference,
+            args.loss_options,
+            self._look.aux_loss_coef,
+            args.margin_alpha,
+            self._batch_beta,
+        )
         self._layout = BatchLayout(
             self._policy,
             self._reference,
@@ -227,8 +255,22 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
             sequences_per_row=most_sequences(train_dataset, eval_dataset),
         )
         self.data_collator = self._layout.collator(padded)
+        self.endings = self._look_at_endings()
         if args.precompute_ref_log_probs:
             self._precompute_reference()
+
+    def _look_at_endings(self) -> Endings | None:
+        tokenizer = self._preparer.tokenizer
+        if tokenizer is None or not self.is_world_process_zero():
+            return None
+        found = look_at_endings(self.train_dataset, self.model, tokenizer_in(tokenizer))
+        made_here = bool(self.data_summaries) or isinstance(self.train_dataset, IterableDataset)
+        doubts = found.doubts(were_made_here=made_here, is_adapter=isinstance(self.model, PeftModel))
+        if doubts and self.args.strict:
+            raise ValueError("; ".join(doubts))
+        for doubt in doubts:
+            logger.warning("%s.", doubt)
+        return found
 
     @property
     def data_summaries(self) -> dict[str, DataSummary]:
@@ -364,6 +406,24 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
     # ----------------------------------------------------------------------------------------------------------------
     # What a run leaves
     # ----------------------------------------------------------------------------------------------------------------
+
+    def save_beside(self, checkpoint: Path) -> None:
+        """Writes what moves with the run to a checkpoint: a reference that follows the policy, beta-DPO's M_0."""
+        if self._moving is not None:
+            self._moving.save(checkpoint)
+        if self._batch_beta is not None:
+            self._batch_beta.save(checkpoint)
+
+    def bytes_beside(self) -> int:
+        """The reference's weights, where it follows the policy."""
+        return 0 if self._moving is None else self._moving.nbytes
+
+    def load_beside(self, checkpoint: Path) -> None:
+        """What :meth:`save_beside` wrote."""
+        if self._moving is not None:
+            self._moving.load(checkpoint)
+        if self._batch_beta is not None:
+            self._batch_beta.load(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As ``Trainer``'s; where FSDP shards the model, whole weights also if checkpoints hold shards."""

@@ -15,7 +15,17 @@ from grouped_losses import groups_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_batches import Batch, make_batch
-from loss_cases import LOSSES, MIX, SORTED, Tokens, expected_losses, expected_rewards, has_reference, loss_options
+from loss_cases import (
+    COUPLED,
+    LOSSES,
+    MIX,
+    REQUIRED,
+    Tokens,
+    expected_losses,
+    expected_rewards,
+    has_reference,
+    loss_options,
+)
 from oracle import assert_within, oracle
 from torch import Tensor
 
@@ -163,14 +173,14 @@ def assert_output(
 def test_gradcheck(name: str, grouped: bool) -> None:
     batch = make_batch(12, 3, 4, 3, 7, torch.float64)
     rows, leaves = batch.with_leaves()
-    options = {"loss_type": name} | ({"label_smoothing": 0.1} if name == "exo_pair" else {})
+    options = {"loss_type": name} | REQUIRED.get(name, {})
     arguments = {"ref_logps": batch.ref_logps()} if has_reference(options) else {}
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         inputs = replace(rows, hidden=hidden, weight=weight, bias=bias).policy()
         with groups_of(1 if grouped else 1 << 62):
             output = dpo_loss(**inputs, **arguments, **options, workspace=batch.room_for(2))
-        assert ("GroupedLoss" in type(output.loss.grad_fn).__name__) == (grouped and name not in SORTED)
+        assert ("GroupedLoss" in type(output.loss.grad_fn).__name__) == (grouped and name not in COUPLED)
         return output.loss
 
     assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)

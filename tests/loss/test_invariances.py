@@ -12,7 +12,7 @@ from grouped_losses import groups_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_batches import Batch, make_batch
-from loss_cases import LOSSES, SORTED, has_reference, loss_options
+from loss_cases import COUPLED, LOSSES, SORTED, has_reference, loss_options
 from torch import Tensor
 
 from fastdpo import DPOOutput, dpo_loss
@@ -36,7 +36,9 @@ def run(
 def stands_alone(options: dict[str, Any]) -> bool:
     """Whether a pair's loss is its own: not of those that sort, nor with a mean over the batch's tokens."""
     names = options["loss_type"]
-    return not {*SORTED} & {*([names] if isinstance(names, str) else names)} and options.get("sft_reduction") != "batch"
+    return (
+        not {*COUPLED} & {*([names] if isinstance(names, str) else names)} and options.get("sft_reduction") != "batch"
+    )
 
 
 BATCHES = st.builds(

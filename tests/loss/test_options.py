@@ -24,6 +24,9 @@ VALUES: dict[str, dict[str, Any]] = {
     "f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.2},
     "discopop_tau": {"discopop_tau": 0.5},
     "simpo_gamma": {"simpo_gamma": 0.2},
+    "dpop_lambda": {"dpop_lambda": 5.0},
+    "beta_dpo_alpha": {"beta_dpo_alpha": 0.2},
+    "beta_dpo_threshold": {"beta_dpo_threshold": 0.3},
     "sft_weight": {"sft_weight": 0.7},
     "sft_reduction": {"sft_weight": 0.7, "sft_reduction": "batch"},
     "average_log_prob": {"average_log_prob": True},
@@ -43,12 +46,15 @@ DEFINED = {
     "f_alpha_divergence_coef": OF_THE_MARGIN,
     "discopop_tau": {"discopop"},
     "simpo_gamma": {"simpo"},
+    "dpop_lambda": {"dpop"},
+    "beta_dpo_alpha": {"beta_dpo"},
+    "beta_dpo_threshold": {"beta_dpo"},
     "sft_weight": EVERY - {"sft"},
     "sft_reduction": EVERY,
     "average_log_prob": EVERY - {"ipo", "sigmoid_norm", "simpo", "orpo", "sft"},
     "ld_alpha": EVERY - {"simpo", "orpo", "sft"},
     "ld_reference": EVERY - {"simpo", "orpo", "sft", "cpo"},
-    "use_weighting": EVERY - AOT,
+    "use_weighting": EVERY - AOT - {"beta_dpo"},
 }
 TOKENS = make_tokens(2, 4, 6)
 
@@ -235,4 +241,4 @@ def test_what_a_loss_needs() -> None:
     assert not LossOptions(loss_type="cpo", sft_weight=0.0).needs_tokens
     assert LossOptions(loss_type="hinge", sft_weight=0.1).needs_tokens
     assert LossOptions(average_log_prob=True).needs_tokens
-    assert {name for name in LOSSES if LossOptions(**options_of(name)).couples_pairs} == AOT
+    assert {name for name in LOSSES if LossOptions(**options_of(name)).couples_pairs} == AOT | {"beta_dpo"}

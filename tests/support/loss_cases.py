@@ -18,6 +18,10 @@ LOSSES = tuple(name for name, objective in OBJECTIVES.items() if not objective.o
 MIX = "mix"
 # Losses whose mean is over ranks of the batch, not over pairs.
 SORTED = ("aot", "aot_unpaired")
+# Losses of a pair that depend on the others.
+COUPLED = (*SORTED, "beta_dpo")
+# What a loss needs for a test of its derivative: of exo_pair it must be given, and beta_dpo's beta has none.
+REQUIRED: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.1}, "beta_dpo": {"beta_dpo_alpha": 0.0}}
 
 # A value of each option that is not its default.
 VALUES: dict[str, Any] = {
@@ -27,6 +31,9 @@ VALUES: dict[str, Any] = {
     "f_alpha_divergence_coef": st.sampled_from([0.0, 0.3, 1.0, 1.5]),
     "discopop_tau": st.sampled_from([0.05, 0.5, 1.0]),
     "simpo_gamma": st.sampled_from([0.0, 0.3, 1.0]),
+    "dpop_lambda": st.sampled_from([0.0, 1.5, 50.0]),
+    "beta_dpo_alpha": st.sampled_from([0.0, 0.3, 1.0]),
+    "beta_dpo_threshold": st.sampled_from([-1.0, 0.0, 0.4]),
     "sft_weight": st.sampled_from([0.0, 0.5, 1.0, 2.0]),
     "sft_reduction": st.sampled_from(["sequence", "batch"]),
     "average_log_prob": st.just(True),
