@@ -60,13 +60,14 @@ def test_it_can_be_taken_again_and_not_twice(tmp_path: Path) -> None:
 
 
 FORKING = """
-import multiprocessing, sys, time
+import multiprocessing, os, sys, time
 from pathlib import Path
 from fastdpo.ref_cache.lock import held
+def work():  # by the time it runs, the child has let go
+    print(os.getpid(), flush=True)
+    time.sleep(120)
 with held(Path(sys.argv[1])):
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(120,))
-    child.start()
-    print(child.pid, flush=True)
+    multiprocessing.get_context("fork").Process(target=work).start()
     time.sleep(120)
 """
 
