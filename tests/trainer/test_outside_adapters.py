@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,19 @@ KINDS: dict[str, tuple[PeftConfig, bool]] = {
     "tokens": (LoraConfig(r=4, trainable_token_indices=[5, 6], **LORA), False),
     "norms": (LNTuningConfig(target_modules=["norm"], task_type="CAUSAL_LM"), False),
 }
+
+
+@pytest.fixture(autouse=True)
+def compilers() -> Iterator[None]:
+    """PEFT's BOFT looks for a compiler for CUDA, and where there is none leaves CC and CXX as it set them: to gcc, which
+    links C++ without its library, for all that is compiled afterwards."""
+    before = {name: os.environ.get(name) for name in ("CC", "CXX")}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def model_with(kind: str) -> Any:
