@@ -45,7 +45,7 @@ KINDS: dict[str, tuple[PeftConfig, bool]] = {
 
 @pytest.fixture(autouse=True)
 def compilers() -> Iterator[None]:
-    """PEFT's BOFT looks for a compiler for CUDA, and where there is none leaves CC and CXX as it set them: to gcc, which
+    """PEFT's BOFT looks for a compiler for CUDA, and where there is none leaves CC and CXX as it set them: to gcc, that
     links C++ without its library, for all that is compiled afterwards."""
     before = {name: os.environ.get(name) for name in ("CC", "CXX")}
     yield
