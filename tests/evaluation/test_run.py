@@ -176,6 +176,20 @@ def test_adapters_that_change_their_base_are_taken_off_with_it(options: dict[str
     assert not torch.allclose(seen[wanted[0]], seen[wanted[2]], atol=1e-2)
 
 
+def test_an_adapters_own_dropout_is_no_randomness_of_the_model(
+    folders: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"r": 4, "target_modules": ["q_proj"], "lora_dropout": 0.5, "init_lora_weights": False}
+    adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(folders["base"]), LoraConfig(**options))
+    adapter.peft_config["default"].base_model_name_or_path = folders["base"]
+    adapter.save_pretrained(tmp_path / "dropping")
+    TOKENIZER.save_pretrained(tmp_path / "dropping")
+    name = str(tmp_path / "dropping")
+    found = evaluate(Dataset.from_list(text_rows(4)), [name], None, args_of(tmp_path), how=HOW)
+    assert all("common beginnings once" in words for words in found.layouts.values()), found.layouts
+    assert "random" not in caplog.text
+
+
 def test_an_adapter_with_more_embeddings_than_its_base(folders: dict[str, str], tmp_path: Path) -> None:
     larger = AutoModelForCausalLM.from_pretrained(folders["base"])
     larger.resize_token_embeddings(400)
