@@ -230,6 +230,7 @@ class ResumableRuns(YieldingEvaluations):
             return
         logger.info("Loading the best model from %s (%s).", best, self.state.best_metric)
         self._load_from_checkpoint(best)
+        self.load_beside(Path(best))  # what moved with the model is what it was beside it
 
 
 @contextlib.contextmanager
