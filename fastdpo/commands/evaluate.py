@@ -184,7 +184,7 @@ def run(argv: list[str]) -> int:
     dataset, which = load_held_out(
         script_args,
         seed=training_args.seed,
-        groups=training_args.pairs is not None,
+        groups=training_args.keeps_groups,
         split_is_asked="dataset_test_split" in asked,
     )
     console.print(f"{len(dataset):,} rows: {label_of(script_args)}, {which}.")

@@ -114,14 +114,15 @@ def _tokenizer(
 
 
 def _rows(args: argparse.Namespace, tokenizer: Any) -> list[list[int]] | None:
-    """Token ids of the pairs that were given."""
+    """Token ids of the pairs, or groups of answers, that were given."""
     if not args.dataset_name:
         return None
     count = args.rows or _ROWS
     pairs = load_preferences(args.dataset_name)
     pairs = pairs.select(range(min(count, len(pairs))))
     found, _ = prepare(pairs, tokenizer_in(tokenizer), max_length=_MAX_LENGTH)
-    return [row["prompt_ids"] + row[side] for row in found for side in ("chosen_ids", "rejected_ids")]
+    answers = (row.get("completion_ids") or (row["chosen_ids"], row["rejected_ids"]) for row in found)
+    return [row["prompt_ids"] + ids for row, of_row in zip(found, answers, strict=True) for ids in of_row]
 
 
 def _check_rooms(model: PreTrainedModel, folder: Path | None, dtype: torch.dtype) -> None:

@@ -103,3 +103,16 @@ def _ids_and_starts(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 def rows_fingerprint(digests: np.ndarray) -> str:
     """sha256 over the digests of rows, in their order."""
     return hashlib.sha256(np.ascontiguousarray(digests).data).hexdigest()
+
+
+def numbers_fingerprint(dataset: Dataset, column: str) -> str | None:
+    """sha256 over a column of numbers, in their order; None where there is no such column."""
+    if column not in dataset.column_names:
+        return None
+    numbers = np.concatenate(
+        [
+            table.column(column).cast(pa.float64()).to_numpy()
+            for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000)
+        ]
+    )
+    return hashlib.sha256(numbers.data).hexdigest()

@@ -87,6 +87,7 @@ def in_turn(
             embeddings = _embeddings(model)
             adapted = put_on(model, weights.adapter, **hub_options_of(args))
             refuse_not_finite({f"the adapter {weights.adapter}": adapted})
+            disable_dropout(adapted)  # of its own: a model that looks random is laid out with care, and named
             yield weights, adapted.to(args.device).eval().requires_grad_(False)
             comes_back = leaves_its_base(adapted.peft_config["default"]) and _embeddings(model) == embeddings
             model = adapted.unload() if comes_back else None

@@ -143,7 +143,10 @@ def evaluate(
 
 @dataclass
 class _Found:
-    """What was scored, by weights and by what the rows were tokenised with; completions and layouts, by model."""
+    """What was scored, by weights and by what the rows were tokenised with; completions and layouts, by model.
+
+    A reference without embeddings for all tokens of the rows has no scores.
+    """
 
     scores: dict[tuple[Weights, int], PairScores] = field(default_factory=dict)
     texts: dict[Weights, list[Text]] = field(default_factory=dict)
@@ -180,10 +183,15 @@ def _score(
     scorer, found = ModelScorer(args), _Found()
     for each, model in in_turn(list(jobs), args, images=images):
         for key, rows in jobs[each].items():
-            scores = scorer.score(model, rows, _short(each.source))
+            try:
+                scores = scorer.score(model, rows, _short(each.source))
+            except DataError:  # tokens that it has no embeddings for, as the base of an adapter that brings some
+                if own.get(each) is rows:
+                    raise
+                continue
             _check_finite(scores, rows, each.source)
             found.scores[each, key] = scores
-        found.layouts[each] = scorer.layout
+            found.layouts[each] = scorer.layout
         if judging is not None and prompts is not None and each in own:
             say(f"Completing {len(prompts.rows)} prompts by {each.source} …")
             found.texts[each] = complete_prompts(model, own[each], prompts, judging.drawing)
@@ -223,13 +231,19 @@ def _put_together(
     evaluated = []
     for name in models:
         reference, key = references[name], id(held_out[name])
+        if reference is not None and (reference, key) not in found.scores:
+            notes.append(
+                f"{name} has no rewards: its reference, {labels[name]}, has no embeddings for some tokens of the rows. "
+                "(Those that a training's reference had for them are not saved with an adapter.)"
+            )
+            reference = None
         evaluated.append(
             Evaluated(
                 name,
                 name,
                 found.scores[weights_of(name, args), key].at(shared[name]),
                 None if reference is None else found.scores[reference, key].at(shared[name]),
-                labels[name],
+                "" if reference is None else labels[name],
             )
         )
     first = evaluated[0].scores

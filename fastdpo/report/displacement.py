@@ -79,7 +79,7 @@ def _advice(record: RunRecord) -> list[str]:
     if "dpop" not in losses:
         helps.append("--loss_type dpop, which charges for a chosen answer that falls below the reference")
     has_likelihood = settings.get("sft_weight") or {"sft", "cpo", "orpo"} & set(losses)
-    if not has_likelihood:
+    if not has_likelihood and "plackett_luce" not in losses:  # which stands alone
         helps.append("--sft_weight (0.1 to 1), which adds the chosen answers' own likelihood to the loss")
     helps += [
         "a higher --beta or a lower --learning_rate, which keep nearer to the reference",

@@ -18,7 +18,8 @@ _BEGIN, _END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 def evaluation_link(folder: Path) -> Markup:
     """What a report in ``folder`` says of the evaluation: where it is, or how to make one."""
     if (folder / EVALUATION_FILE).exists():
-        return _linked(EVALUATION_FILE)
+        # Of what was here before the run that this report is of, as a rule: nobody looks before a run is over.
+        return _linked(EVALUATION_FILE, "An evaluation from before this report was written, maybe of another model")
     words = Markup(
         '<p class="soft">Is it better, and how sure is that? <code>fastdpo eval --model {} --dataset_name …</code> '
         "says so of held-out pairs, and links its page here.</p>"
@@ -42,15 +43,15 @@ def link_report(report: Path, page: Path) -> bool:
         return False
     target = os.path.relpath(page.resolve(), report.resolve().parent).replace(os.sep, "/")
     place = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
-    linked, count = place.subn(lambda _: str(_linked(target)), text, count=1)
+    linked, count = place.subn(lambda _: str(_linked(target, "Evaluated")), text, count=1)
     if count and linked != text:
         write_text_whole(report, linked)
     return bool(count)
 
 
-def _linked(target: str) -> Markup:
-    link = Markup('<p>Evaluated on held-out pairs: <a href="{}">{}</a></p>').format(
-        quote(target, errors="surrogateescape"), _readable(Path(target))
+def _linked(target: str, words: str) -> Markup:
+    link = Markup('<p>{}: <a href="{}">{}</a></p>').format(
+        words, quote(target, errors="surrogateescape"), _readable(Path(target))
     )
     return _between(link)
 

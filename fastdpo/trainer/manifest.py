@@ -29,7 +29,8 @@ class Manifest:
         files: path in the folder -> its size in "bytes", and the "digests" of its parts.
         weights: name -> digest of each tensor of the live model, see :class:`fastdpo.trainer.digests.WeightDigests`.
         settings: those of the run that a resume has to know.
-        rows: how many rows it trained on, and their fingerprint; empty for a stream.
+        rows: how many rows it trained on, and the fingerprints of their tokens, weights and margins (None for none);
+            empty for a stream.
         evaluation_owed: one was due at its step, and left out because the run was told to stop.
         versions: of what wrote it.
     """

@@ -194,6 +194,9 @@ def _section(facts: CardFacts, name: str, dataset_name: str | None) -> str:
 def _settings(facts: CardFacts, loss: str) -> dict[str, Any]:
     args = facts.args
     settings = {"loss": loss, "loss_weights": args.loss_weights, "beta": args.beta, **_loss_options(args.loss_options)}
+    settings |= {"margin_alpha": args.margin_alpha}
+    if args.sync_ref_model:
+        settings |= {"sync_ref_model": f"alpha {args.mixup_alpha:g}, every {args.sync_steps} steps"}
     settings |= {setting: getattr(args, setting) for setting in _SETTINGS}
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     kind = "groups of answers" if facts.are_groups else "pairs"

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import logging as transformers_logging
 
-from fastdpo.data.row_digests import row_digests, rows_fingerprint
-from fastdpo.data.terms import is_prepared
+from fastdpo.data.row_digests import numbers_fingerprint, row_digests, rows_fingerprint
+from fastdpo.data.terms import MARGIN_COLUMN, WEIGHT_COLUMN, is_prepared
 from fastdpo.model.adapters import has_transformers_adapter
 from fastdpo.trainer.checkpoints import last_whole, refuse_damaged
 from fastdpo.trainer.config import DPOConfig
@@ -92,7 +92,12 @@ class ResumableRuns(YieldingEvaluations):
         if not isinstance(rows, Dataset) or not is_prepared(rows.column_names):
             return {}
         if self._rows is None:
-            self._rows = {"count": len(rows), "fingerprint": rows_fingerprint(row_digests(rows))}
+            self._rows = {
+                "count": len(rows),
+                "fingerprint": rows_fingerprint(row_digests(rows)),
+                "weights": numbers_fingerprint(rows, WEIGHT_COLUMN),
+                "margins": None if self.args.margin_alpha is None else numbers_fingerprint(rows, MARGIN_COLUMN),
+            }
         return self._rows
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -225,6 +230,7 @@ class ResumableRuns(YieldingEvaluations):
             return
         logger.info("Loading the best model from %s (%s).", best, self.state.best_metric)
         self._load_from_checkpoint(best)
+        self.load_beside(Path(best))  # what moved with the model is what it was beside it
 
 
 @contextlib.contextmanager

@@ -24,9 +24,9 @@ ORDER = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last",
 OPTIMIZER = ("optim", "optim_args")
 # What the policy is compared with: a reference that followed the policy cannot be found again at its start.
 REFERENCE = ("sync_ref_model",)
-# How rows become tokens: they may differ, as long as no row is gone or new.
 # How the base of an adapter is quantised, for whoever merges it.
 QUANTIZATION = "base_quantization"
+# How rows become tokens: they may differ, as long as no row is gone or new.
 TOKENS = (
     "max_length",
     "truncation_mode",
@@ -99,7 +99,7 @@ def compare_settings(
     Args:
         before, rows_before: of the checkpoint's manifest; empty for one that has none.
         args: the run's.
-        rows: how many rows are trained on, and their fingerprint.
+        rows: how many rows are trained on, and the fingerprints of their tokens, weights and margins.
 
     Raises:
         InputError: the runs do not fit together; the message says in what, and what to do.
@@ -110,10 +110,8 @@ def compare_settings(
     refused = [name for name in differ if name in kept or (name in ORDER and not args.ignore_data_skip)]
     lines = [f"{name} was {_words(was)} and is {_words(value)}" for name, (was, value) in differ.items()]
     why = [f"{name} was {_words(differ[name][0])} and is {_words(differ[name][1])}" for name in refused]
-    if rows_before and rows and rows_before != rows:
+    if words := _other_rows(rows_before, rows):
         same_count = rows_before.get("count") == rows.get("count")
-        words = f"it trained on {rows_before.get('count'):,} rows, and there are {rows.get('count'):,}"
-        words = "the rows are other ones, or in another order" if same_count else words
         if same_count and any(name in TOKENS for name in differ):
             pass  # the same rows, of other tokens
         elif args.ignore_data_skip:
@@ -127,6 +125,22 @@ def compare_settings(
             + ("" if set(refused) & set(kept) else "; or begin the rows anew (--ignore_data_skip)")
         )
     return lines
+
+
+def _other_rows(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What is otherwise with them; empty where nothing is, or where that cannot be told."""
+    if not before or not now:
+        return ""
+    if before.get("count") != now.get("count"):
+        return f"it trained on {before.get('count'):,} rows, and there are {now.get('count'):,}"
+    if before.get("fingerprint") != now.get("fingerprint"):
+        return "the rows are other ones, or in another order"
+    if "weights" in before and before["weights"] != now["weights"]:
+        return "the rows' weights are other ones"
+    # Whether margins are used at all is margin_alpha's business.
+    if None not in (before.get("margins"), now["margins"]) and before["margins"] != now["margins"]:
+        return "the rows' margins are other ones"
+    return ""
 
 
 def follow_settings(optimizer: Any, scheduler: Any, fresh: list[dict[str, Any]], changed: set[str]) -> None:

@@ -296,6 +296,21 @@ def test_bad_input(words: list[str], message: str, folders: dict[str, str], caps
     assert "fastdpo eval: error: " in error and message in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize(("words", "groups"), [([], False), (["--loss_type", "plackett_luce"], True)])
+def test_several_answers_stay_together_where_the_training_keeps_them(
+    words: list[str], groups: bool, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load(*args: Any, **options: Any) -> Any:
+        asked.append(options["groups"])
+        raise command.UsageError("that will do")
+
+    monkeypatch.setattr(command, "load_held_out", load)
+    assert main(["eval", "--dataset_name", folders["pairs.jsonl"], *ALWAYS, "--model", folders["base"], *words]) == 2
+    assert asked == [groups]
+
+
 def test_several_processes_are_refused(
     folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

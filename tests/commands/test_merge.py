@@ -10,7 +10,7 @@ import pytest
 import torch
 from made_adapters import make_adapter, make_base
 from safetensors import safe_open
-from toy_data import CHAT_TEMPLATE, make_tokenizer, text_rows, write_jsonl
+from toy_data import CHAT_TEMPLATE, group_rows, make_tokenizer, text_rows, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fastdpo.commands.cli import main
@@ -96,6 +96,12 @@ def test_compared_on_pairs(folders: dict[str, Path], tmp_path: Path, capsys: pyt
     tokenizer, first = make_tokenizer(), text_rows(1)[0]
     sides = [tokenizer(first["prompt"] + first[side]).input_ids + [2] for side in ("chosen", "rejected")]
     assert tokens[1] == sum(len(side) - 1 for side in sides) and tokens[0] > 3 * tokens[1]
+    (group,) = group_rows(2)[1:]
+    groups = write_jsonl(tmp_path / "groups.jsonl", [group])
+    assert merge(folders["adapter"], "--output_dir", tmp_path / "g", "--dataset_name", groups) == 0
+    sides = [tokenizer(group["prompt"] + answer).input_ids + [2] for answer in group["completions"]]
+    said = int(capsys.readouterr().out.split("log-probabilities of ")[1].split()[0])
+    assert len(sides) == 3 and said == sum(len(side) - 1 for side in sides)
 
 
 def test_the_run_tells_that_its_base_was_in_4_bits(

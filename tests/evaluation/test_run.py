@@ -15,6 +15,7 @@ from tiny_models import make_model
 from toy_data import chat_rows, make_tokenizer, text_rows
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from fastdpo.data.terms import DataError
 from fastdpo.evaluation import loading
 from fastdpo.evaluation.held_out import read_held_out
 from fastdpo.evaluation.loading import Weights, in_turn
@@ -176,6 +177,20 @@ def test_adapters_that_change_their_base_are_taken_off_with_it(options: dict[str
     assert not torch.allclose(seen[wanted[0]], seen[wanted[2]], atol=1e-2)
 
 
+def test_an_adapters_own_dropout_is_no_randomness_of_the_model(
+    folders: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"r": 4, "target_modules": ["q_proj"], "lora_dropout": 0.5, "init_lora_weights": False}
+    adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(folders["base"]), LoraConfig(**options))
+    adapter.peft_config["default"].base_model_name_or_path = folders["base"]
+    adapter.save_pretrained(tmp_path / "dropping")
+    TOKENIZER.save_pretrained(tmp_path / "dropping")
+    name = str(tmp_path / "dropping")
+    found = evaluate(Dataset.from_list(text_rows(4)), [name], None, args_of(tmp_path), how=HOW)
+    assert all("common beginnings once" in words for words in found.layouts.values()), found.layouts
+    assert "random" not in caplog.text
+
+
 def test_an_adapter_with_more_embeddings_than_its_base(folders: dict[str, str], tmp_path: Path) -> None:
     larger = AutoModelForCausalLM.from_pretrained(folders["base"])
     larger.resize_token_embeddings(400)
@@ -189,6 +204,32 @@ def test_an_adapter_with_more_embeddings_than_its_base(folders: dict[str, str], 
         for w, m in in_turn(wanted, args_of(tmp_path), images=False)
     }
     assert [sizes[weights] for weights in wanted] == [400, 384]
+
+
+def test_a_base_without_the_adapters_tokens_is_no_reference(folders: dict[str, str], tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    larger = AutoModelForCausalLM.from_pretrained(folders["base"])
+    larger.resize_token_embeddings(len(tokenizer))
+    saved = ["embed_tokens", "lm_head"]
+    adapter = get_peft_model(larger, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved))
+    adapter.peft_config["default"].base_model_name_or_path = folders["base"]
+    name = str(tmp_path / "larger")
+    adapter.save_pretrained(name)
+    tokenizer.save_pretrained(name)
+    plain = evaluate(Dataset.from_list(text_rows(4)), [name], None, args_of(tmp_path), how=HOW)
+    assert plain.models[0].reference is not None and not plain.notes
+    rows = Dataset.from_list([{**row, "chosen": "<new>" + row["chosen"]} for row in text_rows(4)])
+    for reference in (None, folders["base"]):
+        found = evaluate(rows, [name], reference, args_of(tmp_path), how=HOW)
+        assert set(found.models[0].margins(0.1)) == {"likelihood", "per_token"}
+        assert any("has no rewards: its reference" in note for note in found.notes)
+        assert list(found.layouts) == [name]
+    # A model itself has to know its tokens.
+    tokenizer.save_pretrained(tmp_path / "smaller")
+    make_model("llama").save_pretrained(tmp_path / "smaller")
+    with pytest.raises(DataError, match="the token '<new>' has the id 384"):
+        evaluate(rows, [str(tmp_path / "smaller")], None, args_of(tmp_path), how=HOW)
 
 
 def test_the_layout_and_the_batches_do_not_matter(folders: dict[str, str], tmp_path: Path) -> None:

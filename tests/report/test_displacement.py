@@ -45,6 +45,8 @@ def test_what_a_run_does_already_is_no_advice() -> None:
     looks = look(0, [-1.0], [-1.0]), look(9, [-3.0], [-9.0])
     found = displacement_of(record(*looks, loss="dpop", settings={"sft_weight": 0.5}))
     assert found is not None and not any("dpop" in words or "sft_weight" in words for words in found.advice)
+    found = displacement_of(record(*looks, loss="plackett_luce"))
+    assert found is not None and not any("sft_weight" in words for words in found.advice), "it would be refused"
 
 
 @pytest.mark.parametrize("end", [[-9.0, -19.5], [-10.05, -19.0]])

@@ -35,9 +35,12 @@ def test_it_says_how_and_then_where(tmp_path: Path) -> None:
     assert link_report(report, page) and report.read_text() == once
 
 
-def test_a_report_that_is_written_anew_keeps_the_link(tmp_path: Path) -> None:
-    (tmp_path / "evaluation.html").write_text("")
-    assert links(make_report(tmp_path)) == ["evaluation.html"]
+def test_a_report_that_is_written_anew_keeps_the_link_and_vouches_for_nothing(tmp_path: Path) -> None:
+    page = tmp_path / "evaluation.html"
+    page.write_text("")
+    report = make_report(tmp_path)
+    assert links(report) == ["evaluation.html"] and "maybe of another model" in report.read_text()
+    assert link_report(report, page) and "maybe of another model" not in report.read_text()
 
 
 @pytest.mark.parametrize("name", ["other", "a b&c", 'q"<i>', "ü"])

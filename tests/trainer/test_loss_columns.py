@@ -87,6 +87,26 @@ def test_margins_that_are_none(tmp_path: Path, rows: Dataset, options: dict[str,
         make_trainer(tmp_path, make_tokenizer(), train_dataset=rows, margin_alpha=1.0, **options)
 
 
+@pytest.mark.parametrize("column", ["margin", "weight"])
+def test_a_run_whose_rows_say_otherwise_is_not_gone_on_with(tmp_path: Path, column: str) -> None:
+    said = [0.5, 1.0, 2.0, 1.0, 1.5, 3.0, 0.5, 1.0]
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    alpha = {"margin_alpha": 0.7} if column == "margin" else {}
+    rows = ROWS.add_column(column, said)
+    unbroken = run(tmp_path, rows, **alpha, **options)
+    checkpoint = str(tmp_path / "checkpoint-2")
+    assert differences(run(tmp_path, rows, checkpoint, **alpha, **options), unbroken) == []
+    other = ROWS.add_column(column, [*said[:7], 1.25])
+    with pytest.raises(InputError, match=f"the rows' {column}s are other ones"):
+        run(tmp_path, other, checkpoint, **alpha, **options)
+    assert len(losses(run(tmp_path, other, checkpoint, ignore_data_skip=True, **alpha, **options))) == 4
+    if column == "margin":  # which are left out as freely as they are multiplied by something else
+        assert len(losses(run(tmp_path, rows, checkpoint, **options))) == 4
+    else:
+        with pytest.raises(InputError, match="the rows' weights are other ones"):
+            run(tmp_path, ROWS, checkpoint, **options)
+
+
 def test_losses_without_a_margin_refuse_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="margin_alpha is given.*loss_type 'ipo' is no function of a margin"):
         config(tmp_path, margin_alpha=1.0, loss_type="ipo")

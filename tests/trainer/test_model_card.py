@@ -58,8 +58,17 @@ def test_a_card_for_a_model(tmp_path: Path) -> None:
     assert "[some-lab/pairs](https://huggingface.co/datasets/some-lab/pairs)" in card.text
     assert "| loss | 0.6931 | " in card.text and "| held out, at the end |" in card.text
     assert "| pairs a step | 2 |" in card.text and "| beta | 0.25 |" in card.text
+    assert "margin_alpha" not in card.text and "sync_ref_model" not in card.text
     (code,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
     exec(code.replace('"my-model"', repr(str(tmp_path / "my-model"))), {"print": lambda text: None})
+
+
+def test_what_the_margin_was_to_exceed_and_where_the_reference_went(tmp_path: Path) -> None:
+    trainer = trained(tmp_path)
+    trainer.args.margin_alpha, trainer.args.sync_ref_model, trainer.args.ref_model_sync_steps = 0.5, True, 8
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "| margin_alpha | 0.5 |" in text and "| sync_ref_model | alpha 0.6, every 8 steps |" in text
 
 
 def test_what_lies_on_this_machine_is_no_hub_id(tmp_path: Path) -> None:

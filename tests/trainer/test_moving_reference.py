@@ -47,7 +47,7 @@ class Weights(TrainerCallback):
 def run(folder: Path, model: Any, resume: Any = None, **options: Any) -> DPOTrainer:
     defaults = {"max_steps": 5, "sync_ref_model": True, "gradient_checkpointing": False, "learning_rate": 1e-2}
     callbacks = options.pop("callbacks", None)
-    given = {name: options.pop(name) for name in ("ref_model", "train_dataset") if name in options}
+    given = {name: options.pop(name) for name in ("ref_model", "train_dataset", "eval_dataset") if name in options}
     args = config(folder, **(defaults | options))
     trainer = DPOTrainer(model, args=args, callbacks=callbacks, **({"train_dataset": ROWS} | given))
     trainer.train(resume_from_checkpoint=resume)
@@ -111,6 +111,16 @@ def test_a_resumed_run_has_the_reference_of_its_checkpoint(tmp_path: Path, make:
     (checkpoint / REFERENCE_FILE).write_bytes(b"")
     with pytest.raises(InputError, match=REFERENCE_FILE):
         run(tmp_path, make(), str(checkpoint), **options)
+
+
+def test_the_best_model_comes_with_its_reference(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 1, "max_steps": 2}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "logps/chosen", "greater_is_better": False}
+    trainer = run(tmp_path, llama(), eval_dataset=ROWS, loss_type=["sigmoid", "sft"], **options)
+    assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-1"
+    policy = dict(trainer.model.named_parameters())
+    assert all(torch.equal(p, policy[name]) for name, p in reference_of(trainer).items())
 
 
 def test_what_stands_still_cannot_follow(tmp_path: Path) -> None:
