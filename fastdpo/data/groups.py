@@ -12,7 +12,7 @@ from typing import Any
 
 from fastdpo.data.comparisons import NO_WEIGHT, Choice, Compared, compared, of_pair, ranks_or_order
 from fastdpo.data.encode import Ids
-from fastdpo.data.rows import common_prefix_length
+from fastdpo.data.rows import common_prefix_length, is_chat
 from fastdpo.data.terms import DataError, type_name
 from fastdpo.data.tokens import RowTokenizer, Tokens
 
@@ -74,6 +74,9 @@ def tokenize_groups(
             continue
         places = {}
         for i in sorted({i for pair in said.pairs for i in pair}):
+            name = f"completions[{i}]" if row.get("completions") is not None else ("chosen", "rejected")[i]
+            if completions[i] is not None and completions[i] == completions[i]:  # null, or NaN for it, has a reason
+                is_chat(completions[i], f"row {number}, {name}")  # which would call it the chosen one later
             places[i] = len(answers)
             answers.append({**row, "chosen": completions[i], "rejected": completions[i]})
             of.append(number)

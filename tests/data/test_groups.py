@@ -381,7 +381,11 @@ WRONG = [
         "row 0, weights[0] is 1e+308; it should be 0, or from 1e-37 to 1e+37",
     ),
     (ROW | {"ranks": [1, 2, 3, 4], "weight": 2.0}, "row 0: it has answers and a 'weight', which is a pair's"),
-    ({"prompt": "Say:", "completions": [[1], [2]], "ranks": [1, 2]}, "row 0, chosen: each message must be"),
+    ({"prompt": "Say:", "completions": [[1], [2]], "ranks": [1, 2]}, "row 0, completions[0]: each message must be"),
+    (
+        {"prompt": "Say:", "completions": [[user("Up")], [{"role": "user"}, {"say": "it"}]], "pairs": [[0, 1]]},
+        "row 0, completions[1]: each message must be",
+    ),
 ]
 
 
