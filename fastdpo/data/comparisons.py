@@ -134,6 +134,16 @@ def ranks_of(scores: Sequence[float] | None, answers: Sequence[int]) -> list[flo
     return [float(order.index(i)) for i in answers]
 
 
+def ranks_or_order(
+    scores: Sequence[float] | None, answers: Sequence[int], pairs: Sequence[tuple[int, int]]
+) -> list[float]:
+    """:func:`ranks_of`; or the order of two answers that one pair compares, of ``pairs``, places in ``answers``."""
+    ranks = ranks_of(scores, answers)
+    if not ranks and len(answers) == 2 and len(pairs) == 1:
+        return [float(i != pairs[0][0]) for i in range(2)]
+    return ranks
+
+
 def _said(row: dict[str, Any], count: int, choice: Choice, where: str) -> Compared:
     """The pairs that the row says itself."""
     if choice.pairs is not None:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from fastdpo.data.account import count_rows, dropped_rows, found_in_rows
+from fastdpo.data.group_limits import within_limit
 from fastdpo.data.reasons import DROP_REASONS, NOTES, WARN_REASONS
 from fastdpo.data.summary import DataSummary, GroupFacts, LengthStats
 from fastdpo.data.truncation import cut
@@ -36,8 +37,9 @@ class GroupLengths:
 
 def account_groups(
     tokenised: datasets.Dataset, max_length: int | None, truncation_mode: str, batch_size: int
-) -> tuple[np.ndarray, DataSummary]:
-    """The numbers of the rows that stay, and the summary of all; as :func:`fastdpo.data.account.account` of pairs.
+) -> tuple[datasets.Dataset, np.ndarray, DataSummary]:
+    """The rows without answers of which ``max_length`` leaves nothing, and as :func:`fastdpo.data.account.account` of
+    pairs the numbers of those that stay, and the summary of all.
 
     Args:
         tokenised: all rows, with a group's columns, ``drop``, ``warn`` and ``left_out``.
@@ -45,9 +47,11 @@ def account_groups(
         batch_size: groups a step, for the estimate of its cost.
     """
     dropped, stays = dropped_rows(tokenised)
-    if max_length is not None and truncation_mode == "keep_start":
-        dropped["prompt_too_long"] = np.flatnonzero(stays & (_before_scored(tokenised) >= max_length))
-        stays[dropped["prompt_too_long"]] = False
+    before = tokenised
+    if max_length is not None and truncation_mode == "keep_start":  # the other one leaves the end, which is scored
+        tokenised, lost = within_limit(tokenised, stays, max_length)
+        dropped["prompt_too_long"] = lost
+        stays[lost] = False
     kept = np.flatnonzero(stays)
     summary = DataSummary(len(tokenised), len(kept), max_length, truncation_mode)
     for reason, rows in dropped.items():
@@ -55,7 +59,7 @@ def account_groups(
     # A row that is too long counts in the lengths: these figures are what one chooses max_length by.
     measured = np.union1d(kept, dropped["prompt_too_long"])
     if len(measured):
-        of = lengths_of(tokenised.select(measured))
+        of = lengths_of(before.select(measured))
         longest = of.prompt + _most_in_groups(of.answers, of.group_of, len(of.prompt))
         named = {"prompt": of.prompt, "answer": of.answers, "longest": longest}
         summary.lengths = {name: LengthStats.of(lengths) for name, lengths in named.items()}
@@ -68,7 +72,7 @@ def account_groups(
     for reasons, counts in ((WARN_REASONS, summary.warned), (NOTES, summary.noted)):
         for reason in reasons:
             count_rows(summary, counts, reason, found.get(reason, ()))
-    return kept, summary
+    return tokenised, kept, summary
 
 
 def describe_groups(rows: datasets.Dataset, summary: DataSummary, batch_size: int, left_out: dict[str, int]) -> None:
@@ -112,15 +116,6 @@ def _most_in_groups(values: np.ndarray, group_of: np.ndarray, groups: int) -> np
     return most
 
 
-def _before_scored(tokenised: datasets.Dataset) -> np.ndarray:
-    """How many tokens stand before the first that counts, in the answer where these are more."""
-    before: np.ndarray = pc.list_value_length(tokenised.data.column("prompt_ids")).to_numpy().copy()
-    if "completion_mask" in tokenised.column_names:
-        for number, masks in enumerate(tokenised["completion_mask"]):
-            before[number] += max((mask.index(1) for mask in masks if mask), default=0)
-    return before
-
-
 def _identical_once_cut(rows: datasets.Dataset, limit: int | None, mode: str) -> list[int]:
     """Places of groups in which a pair's two sequences differ in what is cut alone."""
     if limit is None or not len(rows):
@@ -162,11 +157,14 @@ def _repeated(rows: datasets.Dataset) -> tuple[list[int], list[int]]:
 
 def _pair_hashes(row: dict[str, Any]) -> tuple[set[int], set[int]]:
     """Of a group's pairs, and of these the other way round: equal tokens that count alike have equal ones."""
-    prompt = hash(tuple(row["prompt_ids"]))
     masks = row.get("completion_mask") or [[]] * len(row["completion_ids"])
-    answers = [hash(_frozen(answer)) for answer in zip(row["completion_ids"], masks, strict=True)]
+    # Where the prompt ends is a matter of the group's other answers, too.
+    answers = [
+        hash(_frozen(cut(row["prompt_ids"], ids, None, "", mask)))
+        for ids, mask in zip(row["completion_ids"], masks, strict=True)
+    ]
     pairs = [(answers[chosen], answers[rejected]) for chosen, rejected in row["pairs"]]
-    return {hash((prompt, a, b)) for a, b in pairs}, {hash((prompt, b, a)) for a, b in pairs}
+    return {hash((a, b)) for a, b in pairs}, {hash((b, a)) for a, b in pairs}
 
 
 def _frozen(value: Any) -> Any:

@@ -81,7 +81,7 @@ def examine_groups(
         )
     empty = [name for name in _OPTIONAL if not _has_any(tokenised, name)]
     tokenised = tokenised.remove_columns(empty)
-    return tokenised, *account_groups(tokenised, max_length, truncation_mode, batch_size)
+    return account_groups(tokenised, max_length, truncation_mode, batch_size)
 
 
 def without_fate(tokenised: datasets.Dataset) -> datasets.Dataset:

@@ -10,8 +10,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastdpo.data.comparisons import NO_WEIGHT, Choice, Compared, compared, of_pair, ranks_of
+from fastdpo.data.comparisons import NO_WEIGHT, Choice, Compared, compared, of_pair, ranks_or_order
 from fastdpo.data.encode import Ids
+from fastdpo.data.rows import common_prefix_length, is_chat
 from fastdpo.data.terms import DataError, type_name
 from fastdpo.data.tokens import RowTokenizer, Tokens
 
@@ -73,6 +74,9 @@ def tokenize_groups(
             continue
         places = {}
         for i in sorted({i for pair in said.pairs for i in pair}):
+            name = f"completions[{i}]" if row.get("completions") is not None else ("chosen", "rejected")[i]
+            if completions[i] is not None and completions[i] == completions[i]:  # null, or NaN for it, has a reason
+                is_chat(completions[i], f"row {number}, {name}")  # which would call it the chosen one later
             places[i] = len(answers)
             answers.append({**row, "chosen": completions[i], "rejected": completions[i]})
             of.append(number)
@@ -104,16 +108,11 @@ def _fill(group: GroupTokens, said: Compared, tokens: dict[int, Tokens]) -> None
     kept = {i: each for i, each in tokens.items() if not each.drop}
     for each in kept.values():
         group.warn += [reason for reason in each.warn if reason not in (*_OF_ITSELF, *group.warn)]
-    if kept:
-        shortest = min((each.prompt for each in kept.values()), key=len)
-        group.prompt = shortest
     # Answers that are equal are one; the first that is in a pair stands for all.
     first: dict[tuple[Any, ...], int] = {}
     stands_for: dict[int, int] = {}
-    ids: dict[int, tuple[Ids, Ids]] = {}
     for i, each in kept.items():
-        ids[i] = _behind(each, len(group.prompt))
-        stands_for[i] = first.setdefault((tuple(ids[i][0]), tuple(ids[i][1])), i)
+        stands_for[i] = first.setdefault((tuple(each.prompt + each.chosen), tuple(each.chosen_mask)), i)
     weights = [1.0] * len(said.pairs) if said.weights is None else said.weights
     pairs = []
     for (chosen, rejected), weight in zip(said.pairs, weights, strict=True):
@@ -126,20 +125,36 @@ def _fill(group: GroupTokens, said: Compared, tokens: dict[int, Tokens]) -> None
             pairs.append((stands_for[chosen], stands_for[rejected], weight))
     if not pairs:
         group.drop = Counter(dropped.values()).most_common(1)[0][0] if dropped else "equal_answers"
-        group.prompt, group.warn = [], []
+        group.warn = []
         return
     answers = sorted({i for chosen, rejected, _ in pairs for i in (chosen, rejected)})
     place = {i: number for number, i in enumerate(answers)}
-    group.completions, group.masks = ([ids[i][part] for i in answers] for part in (0, 1))
     group.pairs = [(place[chosen], place[rejected]) for chosen, rejected, _ in pairs]
+    lay_out(group, [kept[i] for i in answers])
     group.weights = [] if said.weights is None else [weight for *_, weight in pairs]
-    group.ranks = ranks_of(said.scores, answers)
-    if not group.ranks and len(answers) == 2 and len(pairs) == 1:  # which is an order, too
-        group.ranks = [float(i != group.pairs[0][0]) for i in range(2)]
+    group.ranks = ranks_or_order(said.scores, answers, group.pairs)
 
 
-def _behind(tokens: Tokens, boundary: int) -> tuple[Ids, Ids]:
-    """Ids and mask of what follows the first ``boundary`` tokens, which may be fewer than the answer's own prompt."""
-    before = tokens.prompt[boundary:]
-    mask = [0] * len(before) + tokens.chosen_mask if tokens.chosen_mask else []
-    return before + tokens.chosen, mask
+def lay_out(group: GroupTokens, answers: list[Tokens]) -> None:
+    """Fill in the ids and masks: the group's prompt is what the prompts of all answers begin with.
+
+    An answer that merges with the end of the prompt has a shorter one than the others, to which those tokens are
+    context. A pair by itself scores them on both of its sides, so an answer all of whose pairs would be scored from
+    the same token is scored from it; any other one from where its own tokens leave the prompt: it has one mask.
+    """
+    prompts = [each.prompt for each in answers]
+    longest = max(prompts, key=len)
+    group.prompt = longest[: min(common_prefix_length(longest, prompt) for prompt in prompts)]
+    ends = [len(prompt) for prompt in prompts]
+    begins: list[set[int]] = [set() for _ in answers]
+    if all(longest[:end] == prompt for prompt, end in zip(prompts, ends, strict=True)):
+        for pair in group.pairs:
+            for i in pair:
+                begins[i].add(min(ends[j] for j in pair))
+    for each, end, found in zip(answers, ends, begins, strict=True):
+        begin = found.pop() if len(found) == 1 else end
+        whole = each.prompt + each.chosen
+        mask = [0] * end + each.chosen_mask if each.chosen_mask else [0] * begin + [1] * (len(whole) - begin)
+        mask = mask[len(group.prompt) :]
+        group.completions.append(whole[len(group.prompt) :])
+        group.masks.append([] if all(mask) and not each.chosen_mask else mask)

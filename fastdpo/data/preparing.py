@@ -92,7 +92,7 @@ def prepare(
 
     Nothing is cut here. ``PreferenceCollator`` cuts, because with ``keep_end`` the prompt that is left depends on the
     completion; give it the same ``max_length`` and ``truncation_mode``. Rows whose completion would not survive
-    that cut are dropped here, so no batch has an empty completion.
+    that cut are dropped here (answers of groups with their pairs), so no batch has an empty completion.
 
     Args:
         dataset: rows with ``chosen``, ``rejected`` and, unless these two begin with it, ``prompt``; or of any format

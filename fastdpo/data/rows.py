@@ -61,8 +61,8 @@ def read_row(row: dict[str, Any], implicit: bool, where: str, *, images: bool = 
     prompt: Any = None if implicit else row["prompt"]
     if any(value is None or value != value for value in (chosen, rejected, *(() if implicit else (prompt,)))):
         return "missing_value"  # null, or the NaN that some writers put for it
-    chat = _is_chat(chosen, f"{where}, chosen")
-    if chat != _is_chat(rejected, f"{where}, rejected"):
+    chat = is_chat(chosen, f"{where}, chosen")
+    if chat != is_chat(rejected, f"{where}, rejected"):
         raise DataError(f"{where}: one of chosen and rejected is a string, the other a message list; make them alike.")
     if chat:  # Arrow has every field in every message of a column, and templates are given none that is null
         chosen, rejected = _without_nulls(chosen), _without_nulls(rejected)
@@ -78,7 +78,7 @@ def read_row(row: dict[str, Any], implicit: bool, where: str, *, images: bool = 
         if isinstance(question, str) and question.strip() and not _say(prompt, question):
             warn.append("prompt_left_out:column 'prompt'")
     else:
-        if chat != _is_chat(prompt, f"{where}, prompt"):
+        if chat != is_chat(prompt, f"{where}, prompt"):
             raise DataError(f"{where}: the prompt is a message list but chosen and rejected are strings.")
         prompt = _without_nulls(prompt) if chat else prompt
         size = len(prompt)
@@ -149,7 +149,7 @@ def _up_to_the_last_answer(side: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return side[: last + 1]
 
 
-def _is_chat(value: Any, where: str) -> bool:
+def is_chat(value: Any, where: str) -> bool:
     """True for a message list, False for a string, DataError for anything else."""
     if isinstance(value, str):
         return False

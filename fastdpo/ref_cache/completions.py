@@ -147,6 +147,9 @@ def _rows(dataset: Dataset, are_groups: bool) -> Iterator[tuple[list[int], list[
 
 
 def _digest(prompt: list[int], ids: list[int], mask: list[int], images: str | None) -> bytes:
+    # What is not scored before all that is, is context, on whichever side of the prompt's end it stands.
+    context = mask.index(1) if 1 in mask else 0
+    prompt, ids, mask = prompt + ids[:context], ids[context:], mask[context:]
     digest = hashlib.blake2b(np.array([len(prompt), len(ids)], np.int64).data, digest_size=ROW_DIGEST_BYTES)
     for part in (prompt, ids):
         digest.update(np.array(part, np.int64).data)

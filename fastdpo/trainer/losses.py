@@ -85,7 +85,9 @@ class BatchLosses:
         if self._batch_beta is not None:
             options, mean = self._with_beta(chosen_rewards - rejected_rewards, counts)
             losses_of = PairLosses(options, out.lengths, ref_sums, weights=weights, batch_margin=mean)
+        answer_rewards = None
         if self._options.of_rankings:
+            answer_rewards = self._rewards_of_sequences(scores, of_sequences)
             losses, counts = self._of_rankings(scores, of_sequences, inputs, counts)
         else:
             losses = losses_of(out.sums, out.outputs)
@@ -109,7 +111,7 @@ class BatchLosses:
             "rejected_logits": rejected_logits,
             "entropy": chosen_entropy + rejected_entropy,
             "chosen_top1": out.outputs["is_top1"].chunk(2)[0],
-            **_agreements(torch.cat((chosen_rewards, rejected_rewards)), inputs, by_pair=at_shorter),
+            **_agreements(torch.cat((chosen_rewards, rejected_rewards)), inputs, answer_rewards, by_pair=at_shorter),
         }
         if self.aux_loss_coef:
             losses = losses + self.aux_loss_coef * counts * out.model_output.aux_loss
@@ -132,6 +134,11 @@ class BatchLosses:
         if "pair_margins" not in inputs:
             raise ValueError("margin_alpha is given, and a batch has no pair_margins; its rows should have a 'margin'")
         return self._margin_alpha * widened(inputs["pair_margins"])
+
+    def _rewards_of_sequences(self, scores: SequenceScores, ref_sums: Tensor | None) -> Tensor:
+        """[S], also of those that are in no pair, and in rankings alone: each beside itself."""
+        itself = torch.arange(len(scores.sums), device=scores.sums.device).unsqueeze(1).expand(-1, 2)
+        return PairLosses(self._pair_options, scores.lengths, ref_sums, pairs=itself).rewards(scores.sums)[0]
 
     def _of_rankings(
         self, scores: SequenceScores, ref_sums: Tensor | None, inputs: dict[str, Any], weights: Tensor
@@ -159,17 +166,20 @@ def _first_pairs(inputs: dict[str, Any]) -> Tensor:
     return torch.searchsorted(inputs["pair_rows"], inputs["ranking_rows"])
 
 
-def _agreements(rewards: Tensor, inputs: dict[str, Any], *, by_pair: bool) -> dict[str, Tensor]:
+def _agreements(
+    rewards: Tensor, inputs: dict[str, Any], of_sequences: Tensor | None, *, by_pair: bool
+) -> dict[str, Tensor]:
     """How far the rewards of pairs' sides, [2P], order answers as their rankings do; 0 where there are none.
 
-    A ranking with an answer that is in no pair does not count. Processes add up what they have, and have to have the
-    same. With ``by_pair`` a sequence's reward is another one in each of its pairs.
+    Without those of all sequences, [S], a ranking with an answer that is in no pair does not count. Processes add up
+    what they have, and have to have the same. With ``by_pair`` a sequence's reward is another one in each of its pairs.
     """
     nothing = torch.zeros_like(rewards[: len(rewards) // 2])
     if "rankings" not in inputs:
         return dict.fromkeys(("rankings", "best_first", "kendall_tau"), nothing)
     rankings, sides = inputs["rankings"], inputs["pairs"].t().flatten()
-    of_sequences = rewards.new_full((count_sequences(inputs),), float("nan")).index_copy(0, sides, rewards)
+    if of_sequences is None:
+        of_sequences = rewards.new_full((count_sequences(inputs),), float("nan")).index_copy(0, sides, rewards)
     top1, tau = _agreement_of_pairs(rewards, inputs) if by_pair else agreement(of_sequences, rankings)
     is_known = ((rankings < 0) | ~of_sequences[rankings.clamp(min=0)].isnan()).all(1)
     first = _first_pairs(inputs)

@@ -18,6 +18,10 @@ from toy_data import SENTENCES, assistant, make_tokenizer, text_rows, user, writ
 
 from fastdpo.data import DataError, examine, load_preferences, prepare, prepare_stream
 from fastdpo.data.comparisons import PAIRS, pairs_by, ranks_of
+from fastdpo.data.groups import GroupTokens, lay_out
+from fastdpo.data.rows import common_prefix_length
+from fastdpo.data.tokens import Tokens
+from fastdpo.data.truncation import cut
 
 pytestmark = pytest.mark.usefixtures("quiet_and_uncached")
 
@@ -198,6 +202,66 @@ def test_tools_turns_and_masks_go_the_way_of_pairs() -> None:
     assert 0 in group["completion_mask"][0]
 
 
+MERGING = ["y over", "id", "unk", "our", " x"]  # with some of the prompts below, and not with others
+
+
+@pytest.mark.parametrize("which", PAIRS)
+def test_an_answer_that_merges_with_the_prompt(which: str) -> None:
+    """It is scored as in its pairs by themselves; where these do not agree, from where it leaves the prompt."""
+    rows = [
+        {"prompt": prompt, "completions": MERGING, "scores": scores}
+        for prompt in ("The sk", "The harb", "The sky is")
+        for scores in ([5, 4, 3, 2, 1], [1, 2, 3, 4, 5], [3, 1, 5, 2, 4])
+    ]
+    kept, _ = made(rows, pairs=which)
+    merged = disagreeing = 0
+    for row, group in zip(rows, kept, strict=True):
+        pairs, _ = pairs_by(row["scores"], which)
+        alone, _ = made([{"prompt": row["prompt"], "chosen": MERGING[a], "rejected": MERGING[b]} for a, b in pairs])
+        used = sorted({i for pair in pairs for i in pair})
+        begin = TOKENIZER(row["prompt"])["input_ids"]
+        found: dict[int, list[Any]] = {i: [] for i in used}
+        for pair, ids in zip(pairs, alone, strict=True):
+            for i, side in zip(pair, ("chosen", "rejected"), strict=True):
+                found[i].append(cut(ids["prompt_ids"], ids[f"{side}_ids"], None, "keep_start"))
+        masks = group.get("completion_mask") or [[]] * len(used)
+        for i, ids, mask in zip(used, group["completion_ids"], masks, strict=True):
+            whole, scored = cut(group["prompt_ids"], ids, None, "keep_start", mask)
+            assert all(whole == theirs for theirs, _ in found[i])
+            own = common_prefix_length(begin, whole)
+            merged += own < len(begin)
+            if all(theirs == found[i][0][1] for _, theirs in found[i]):
+                assert scored == found[i][0][1]
+            else:
+                disagreeing += 1
+                assert scored == [0] * own + [1] * (len(whole) - own)
+    assert merged and (disagreeing or which == "best_worst")
+
+
+def test_an_answer_that_begins_with_another_turn() -> None:
+    """The beginning of an answer is context to those that begin with one."""
+    answers = [[assistant("Up.")], [assistant("Down.")], [user("More."), assistant("Left.")]]
+    row = {"prompt": [user("Count.")], "completions": answers, "ranks": [1, 2, 3]}
+    (group,), _ = made([row])
+    texts = []
+    for ids, mask in zip(group["completion_ids"], group["completion_mask"], strict=True):
+        assert TOKENIZER.decode(group["prompt_ids"]) == "<|user|>Count.<|end|>"
+        texts.append([TOKENIZER.decode([i for i, m in zip(ids, mask, strict=True) if m == side]) for side in (0, 1)])
+    assert texts == [
+        ["<|assistant|>", "Up.<|end|>"],
+        ["<|assistant|>", "Down.<|end|>"],
+        ["<|user|>More.<|end|><|assistant|>", "Left.<|end|>"],
+    ]
+
+
+def test_prompts_that_part() -> None:
+    """Were a prompt rendered otherwise beside another answer, each answer would keep its own as context."""
+    group = GroupTokens(pairs=[(0, 1)])
+    lay_out(group, [Tokens(prompt=[1, 2, 3], chosen=[9]), Tokens(prompt=[1, 5], chosen=[7, 8])])
+    assert (group.prompt, group.completions) == ([1], [[2, 3, 9], [5, 7, 8]])
+    assert group.masks == [[0, 0, 1], [0, 1, 1]]
+
+
 # ------------------------------------------------------------------------------------------- what is read
 
 RATINGS = zip("abcd", (3, 9, 3, 5), strict=True)
@@ -317,7 +381,11 @@ WRONG = [
         "row 0, weights[0] is 1e+308; it should be 0, or from 1e-37 to 1e+37",
     ),
     (ROW | {"ranks": [1, 2, 3, 4], "weight": 2.0}, "row 0: it has answers and a 'weight', which is a pair's"),
-    ({"prompt": "Say:", "completions": [[1], [2]], "ranks": [1, 2]}, "row 0, chosen: each message must be"),
+    ({"prompt": "Say:", "completions": [[1], [2]], "ranks": [1, 2]}, "row 0, completions[0]: each message must be"),
+    (
+        {"prompt": "Say:", "completions": [[user("Up")], [{"role": "user"}, {"say": "it"}]], "pairs": [[0, 1]]},
+        "row 0, completions[1]: each message must be",
+    ),
 ]
 
 

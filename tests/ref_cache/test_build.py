@@ -209,6 +209,26 @@ def test_a_cache_of_pairs_is_read_for_groups_and_the_other_way_round(tmp_path: P
     assert [len(row) for row in read["ref_completion_logps"]] == [3, 2, 2]
 
 
+def test_an_answer_is_the_same_wherever_its_group_ends_the_prompt(tmp_path: Path) -> None:
+    """One that merges with the prompt's end makes it shorter for all, and the others have a mask for what it was."""
+    pairs = Dataset.from_list([{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}])
+    groups = Dataset.from_list(
+        [
+            {
+                "prompt_ids": [1],
+                "completion_ids": [[2, 3, 4], [2, 5]],
+                "completion_mask": [[0, 1, 1], [0, 1]],
+                "pairs": [[0, 1]],
+            }
+        ]
+    )
+    by_pairs = builder(tmp_path, score_all).with_columns(pairs, "train", 2)
+    read = builder(tmp_path, never).with_columns(groups, "train", 2)
+    assert read["ref_completion_logps"][0] == list(logps(by_pairs)[0])
+    others = groups.remove_columns("completion_mask").add_column("completion_mask", [[[], [0, 1]]])
+    assert len({*map(bytes, completions_of(others).digests)} - {*map(bytes, completions_of(pairs).digests)}) == 1
+
+
 def test_each_distinct_completion_is_kept_once_and_rows_that_add_none_are_not_computed(tmp_path: Path) -> None:
     scored: list[int] = []
 

@@ -17,6 +17,36 @@ from fastdpo.trainer.pair_metrics import means_of
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def test_rankings_with_answers_that_are_in_no_pair(tmp_path: Path) -> None:
+    """The loss of rankings is of them as well, and so is what is logged of rankings: as where all pairs are named."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {"prompt_ids": [7, 8, 9 + i], "completion_ids": torch.randint(20, 60, (4, 3 + i), generator=generator).tolist()}
+        for i in range(6)
+    ]
+    kept = {"one": [[2, 0]], "all": [list(pair) for pair in combinations([2, 0, 3, 1], 2)]}
+    kinds = {
+        name: [row | {"pairs": pairs, "ranks": [1.0, 3.0, 0.0, 2.0]} for row in rows] for name, pairs in kept.items()
+    }
+    trainer = make_trainer(
+        tmp_path,
+        make_tokenizer(),
+        model=make_model("llama", seed=1),
+        ref_model=make_model("llama", seed=2),
+        train_dataset=Dataset.from_list(kinds["one"]),
+        loss_type="plackett_luce",
+    )
+    found = {}
+    for name, said in kinds.items():
+        batch = trainer._prepare_inputs(trainer.data_collator(said))
+        with torch.no_grad():
+            _, per_pair = trainer.pair_losses(trainer.model, batch)
+        found[name] = means_of({key: float(values.sum()) for key, values in per_pair.items()})
+    for metric in ("rewards/top1", "rewards/kendall_tau"):
+        assert found["one"][metric] == pytest.approx(found["all"][metric], rel=1e-5)
+    assert -1 < found["all"]["rewards/kendall_tau"] < 1
+
+
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("ld_alpha", [None, 0.2, 0.0])
 def test_rankings_agree_by_the_rewards_of_their_pairs(ld_alpha: float | None, order: int, tmp_path: Path) -> None:
