@@ -22,6 +22,7 @@ from fastdpo.export.likeness import Kept
 from fastdpo.export.live import Source, dtype_on_disk, source_of
 from fastdpo.export.merged_model import MergedModel, make_merged
 from fastdpo.model.vision import load_processing_class
+from fastdpo.ref_cache.fingerprints import tokenizer_fingerprint
 
 _ROWS = 4
 _MAX_LENGTH = 1024  # tokens of a row that is compared on
@@ -169,6 +170,22 @@ def _write_folder(
         write_card(part, folder.resolve().name, merged, dtype, apart)
     kind = str(dtype).removeprefix("torch.")
     console.print(f"Written to {folder} in {kind}, read back: {apart} from the live adapter.{_said(kept)}")
+    if tokenizer is not None:
+        _say_tokenizer(tokenizer_in(tokenizer), folder, merged.source.images, args.trust_remote_code, console)
+
+
+def _say_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, images: bool, trust_remote_code: bool, console: SafeConsole
+) -> None:
+    """Warns where the same files become another tokenizer: transformers goes by the model's type, which an adapter's
+    folder does not tell it."""
+    read = tokenizer_in(load_processing_class(str(folder), images=images, trust_remote_code=trust_remote_code))
+    if tokenizer_fingerprint(read) != tokenizer_fingerprint(tokenizer):
+        console.print(
+            f"Warning: the tokenizer in {folder} is loaded as {type(read).__name__}, by the model's type, and was "
+            f"{type(tokenizer).__name__}, with other rules: texts may become other tokens than in the training. "
+            "transformers.PreTrainedTokenizerFast.from_pretrained goes by tokenizer.json alone."
+        )
 
 
 def _said(kept: Kept | None) -> str:

@@ -11,11 +11,12 @@ import torch
 from made_adapters import make_adapter, make_base
 from safetensors import safe_open
 from toy_data import CHAT_TEMPLATE, group_rows, make_tokenizer, text_rows, write_jsonl
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from fastdpo.commands.cli import main
 from fastdpo.export import folder as export_folder
 from fastdpo.model.quantization import make_quantization_config
+from fastdpo.ref_cache.fingerprints import tokenizer_fingerprint
 from fastdpo.ref_cache.lock import held
 from fastdpo.trainer.manifest import write_manifest
 from fastdpo.trainer.resume_settings import settings_of
@@ -48,6 +49,22 @@ def dtypes_in(folder: Path) -> set[torch.dtype]:
 
 def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_tokenizer_that_would_be_another_one_is_warned_of(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same file, with the rules that transformers gives to every Qwen2; beside an adapter it has its own."""
+    base = make_base(tmp_path / "base", "qwen2")
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    make_tokenizer().save_pretrained(adapter)
+    assert merge(adapter, "--output_dir", tmp_path / "m") == 0
+    out = capsys.readouterr().out
+    assert "is loaded as Qwen2Tokenizer" in out and "texts may become other tokens" in out
+    advised = PreTrainedTokenizerFast.from_pretrained(tmp_path / "m")
+    assert tokenizer_fingerprint(advised) == tokenizer_fingerprint(AutoTokenizer.from_pretrained(adapter))
+    assert merge(folders["adapter"], "--output_dir", tmp_path / "other") == 0
+    assert "Warning" not in capsys.readouterr().out
 
 
 def test_a_folder_that_others_load(
