@@ -33,7 +33,18 @@ CALLS: dict[str, tuple[str, ...]] = {
     "--help": ("-m", "fastdpo", "--help"),
     **{
         f"{command} --help": ("-m", "fastdpo", command, "--help")
-        for command in ("train", "cache-ref", "check-data", "compare", "chat", "demo", "info")
+        for command in (
+            "train",
+            "cache-ref",
+            "check-data",
+            "eval",
+            "compare",
+            "chat",
+            "merge",
+            "export",
+            "demo",
+            "info",
+        )
     },
 }
 
