@@ -23,6 +23,7 @@ from fastdpo.evaluation.statistics import as_numbers
 from fastdpo.model.vision import load_processing_class
 from fastdpo.ref_cache.fingerprints import image_fingerprint, template_fingerprint, tokenizer_fingerprint
 from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.datasets import rendering
 from fastdpo.trainer.models import hub_options_of
 
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
@@ -96,14 +97,10 @@ def read_held_out(dataset: Dataset, processing_class: ProcessingClass, args: DPO
     tokenised, kept, summary = examine(
         dataset,
         processing_class,
-        max_length=args.max_length,
-        truncation_mode=args.truncation_mode,
         num_proc=args.dataset_num_proc,
         batch_size=args.per_device_eval_batch_size,
-        score=args.score,
-        end_token=args.end_token,
-        template_date=args.template_date,
         pairs=args.pairs,
+        **rendering(args),
     )
     if not len(kept):
         raise DataError(nothing_left_message(summary))

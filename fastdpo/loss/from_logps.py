@@ -53,7 +53,6 @@ def preference_loss(
         pair_weights: [B], factors of the pairs' losses, without a gradient (WPO's, say). Where they say what each pair
             counts, the loss is losses.sum() / pair_weights.sum(). ``aot`` and ``aot_unpaired`` count each pair as often
             in their quantiles, and a pair's loss is the one of the quantiles that it takes up.
-
         margins: [B], what each pair's margin is to exceed; see :func:`fastdpo.dpo_loss`.
 
     Returns:

@@ -103,14 +103,10 @@ class DatasetPreparer:
         rows = prepare_stream(
             dataset,
             self._some_tokenizer(),
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
             strict=args.strict,
-            score=args.score,
-            end_token=args.end_token,
-            template_date=args.template_date,
             vocab_size=self._vocab_size,
             groups=args.keeps_groups,
+            **rendering(args),
             **_grouping(args),
         )
         if args.loss_options.of_rankings:
@@ -146,15 +142,11 @@ class DatasetPreparer:
             dataset, self.summaries[name] = prepare(
                 dataset,
                 tokenizer,
-                max_length=args.max_length,
-                truncation_mode=args.truncation_mode,
                 num_proc=args.dataset_num_proc,
                 batch_size=args.per_device_train_batch_size,
                 strict=args.strict,
-                score=args.score,
-                end_token=args.end_token,
-                template_date=args.template_date,
                 vocab_size=self._vocab_size,
+                **rendering(args),
                 **_grouping(args, of=None if name == "train" else dataset),
             )
         return dataset
@@ -220,6 +212,12 @@ def make_collator(
         truncation_mode=args.truncation_mode,
         pad_to_multiple_of=args.pad_to_multiple_of,
     )
+
+
+def rendering(args: DPOConfig) -> dict[str, Any]:
+    """What all that prepares rows takes of a run's settings: how they become tokens, what counts, and the cut."""
+    names = ("max_length", "truncation_mode", "score", "end_token", "template_date")
+    return {name: getattr(args, name) for name in names}
 
 
 def _grouping(args: DPOConfig, of: Dataset | None = None) -> dict[str, Any]:
