@@ -5,7 +5,8 @@ VENV ?= .venv
 PYTHON ?= python3
 # torch comes first and pinned: whatever depends on a bare torch would bring another build of it.
 TORCH ?= torch==2.13.0
-BUILD_TOOLS = 'setuptools>=77' 'ninja>=1.11'
+# numpy, because torch warns where it is missing.
+BUILD_TOOLS = 'setuptools>=77' 'ninja>=1.11' numpy
 # Test files that run at a time; a file stays together, for what its tests share.
 WORKERS ?= 2
 PYTEST_FLAGS ?=
