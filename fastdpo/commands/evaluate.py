@@ -112,6 +112,9 @@ class EvalArguments:
                 raise ValueError(f"{name} is {getattr(self, name)}; it should be at least 1")
 
 
+_OF_JUDGE = (*(f.name for f in fields(EvalArguments) if f.name.startswith("judge")), "max_new_tokens", "temperature")
+
+
 class EvalParser(TrainParser):
     """The flags of ``fastdpo train``, so that its files serve as they are, and those of an evaluation."""
 
@@ -130,7 +133,6 @@ class EvalParser(TrainParser):
         return super().parse_known_args(args, namespace)
 
     def groups(self) -> dict[str, Sequence[str]]:
-        judge = [f.name for f in fields(EvalArguments) if f.name.startswith("judge")]
         return {
             "general": ["help", "help_all", "config"],
             "models": [
@@ -150,7 +152,7 @@ class EvalParser(TrainParser):
                 *("template_date", "strict", "dataset_num_proc"),
             ],
             "evaluation": ["output_dir", "beta", "slice_by", "resamples", "confidence", "seed"],
-            "judge": [*judge, "max_new_tokens", "temperature"],
+            "judge": _OF_JUDGE,
             "computing": [
                 *("per_device_eval_batch_size", "packing", "max_tokens_per_batch", "bf16", "fp16", "use_cpu"),
                 "disable_tqdm",
@@ -178,7 +180,7 @@ def run(argv: list[str]) -> int:
         raise UsageError("an evaluation runs in one process; start it without a launcher.")
     models, reference = _models(eval_args, model_args, training_args, asked)
     folder = _folder(models, training_args, asked)
-    judging = _judging(eval_args, training_args, folder)
+    judging = _judging(eval_args, training_args, folder, asked)
     with bad_input():
         how = Resampling(eval_args.resamples, eval_args.confidence, training_args.seed)
     dataset, which = load_held_out(
@@ -259,13 +261,19 @@ def _folder(models: Sequence[str], training_args: DPOConfig, asked: set[str]) ->
     return first if first.is_dir() else Path(_FOLDER)
 
 
-def _judging(eval_args: EvalArguments, training_args: DPOConfig, folder: Path) -> Judging | None:
+def _judging(eval_args: EvalArguments, training_args: DPOConfig, folder: Path, asked: set[str]) -> Judging | None:
     if eval_args.judge_url is None:
-        if eval_args.judge_model is not None:
-            raise UsageError("--judge_model would have no effect without --judge_url.")
+        for name in _OF_JUDGE:
+            if name in asked:
+                raise UsageError(f"--{name} would have no effect without --judge_url.")
         return None
     if not eval_args.judge_model:
         raise UsageError("--judge_model is needed with --judge_url: the name that the server knows the judge by.")
+    if "judge_key_env" in asked and not os.environ.get(eval_args.judge_key_env):
+        raise UsageError(
+            f"--judge_key_env {redacted(eval_args.judge_key_env)}: the environment has no such variable, or an empty "
+            "one. It takes a variable's name; the key itself belongs on no command line."
+        )
     temperature = eval_args.judge_temperature
     with bad_input():
         client = JudgeClient(

@@ -39,7 +39,17 @@ _QUESTION = """\
 
 Reason briefly if you like. End with one line: "Verdict: A", "Verdict: B", or, if neither is better, "Verdict: tie".
 """
-_VERDICT = re.compile(r"verdict\W{0,10}(?:answer\W{0,3})?(a|b|tie)\b", re.IGNORECASE)
+_VERDICT = re.compile(
+    r"""
+    verdict\W{0,10} (?:
+        (?:it\W?s\s+|it\s+is\s+)? (?:an?\s+)? (tie)\b
+        | (?:answer\W{0,3})? ([ab])\b
+          (?! \W{0,3}(?:and|or)\b | \W{0,3}[/=&] )     # both are none
+          (?-i: (?<!a) | (?!\s+\w) )                  # and neither is "a close one"
+    )
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
 _ALONE = re.compile(r"\W*(?:answer\W{0,3})?(a|b|tie)\W*", re.IGNORECASE)
 _FIRST_GETS = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
@@ -89,9 +99,10 @@ class JudgeFigures:
             differences in length are the same.
         longer: how often the first side's answer is the longer one.
         wins, ties, losses: contests by what the first side got: more than half, half, less.
-        consistent: the share of contests whose two verdicts say the same.
+        asked: how many of the contests the judge was asked about; in the others the answers are equal.
+        consistent: the share of those that it was asked about whose two verdicts say the same; None for none.
         first_favoured: how much more often the answer that was read first was preferred than the other one, as a share
-            of all verdicts: 0 for a judge that is not moved by the order, 1 for one that goes by nothing else.
+            of its verdicts: 0 for a judge that is not moved by the order, 1 for one that goes by nothing else.
     """
 
     sides: tuple[str, str]
@@ -105,8 +116,9 @@ class JudgeFigures:
     wins: int
     ties: int
     losses: int
-    consistent: float
-    first_favoured: float
+    asked: int
+    consistent: float | None
+    first_favoured: float | None
 
 
 def question(prompt: str, first: str, second: str) -> list[dict[str, str]]:
@@ -116,8 +128,12 @@ def question(prompt: str, first: str, second: str) -> list[dict[str, str]]:
 
 
 def read_verdict(reply: str) -> float | None:
-    """What the answer that was read first gets; None where the reply has no verdict."""
-    found = _VERDICT.findall(reply)
+    """What the answer that was read first gets; None where the reply has no verdict.
+
+    What a judge thinks before it replies, up to ``</think>``, is none.
+    """
+    reply = reply.rpartition("</think>")[2].partition("<think>")[0]
+    found = [match[match.lastindex or 0] for match in _VERDICT.finditer(reply)]
     if not found:
         alone = _ALONE.fullmatch(reply)
         found = [alone[1]] if alone else []
@@ -208,7 +224,8 @@ def judge_figures(
     lengths = np.array([c.first_tokens - c.second_tokens for c in contests], dtype=np.float64)
     places = np.arange(len(numbers))
     controlled = controlled_shares(credits[:, None], lengths[numbers], places, how, []) if len(numbers) else None
-    pairs = [(verdicts.first_read[i], verdicts.second_read[i]) for i in numbers]
+    asked = [i for i in numbers if contests[i].first != contests[i].second]
+    pairs = [(verdicts.first_read[i], verdicts.second_read[i]) for i in asked]
     wins, losses = int((credits > 0.5).sum()), int((credits < 0.5).sum())
     return JudgeFigures(
         sides=sides,
@@ -222,6 +239,7 @@ def judge_figures(
         wins=wins,
         ties=len(numbers) - wins - losses,
         losses=losses,
-        consistent=float(np.mean([a == b for a, b in pairs])) if pairs else 0.0,
-        first_favoured=float(np.mean([(a or 0.0) - (b or 0.0) for a, b in pairs])) if pairs else 0.0,
+        asked=len(asked),
+        consistent=float(np.mean([a == b for a, b in pairs])) if pairs else None,
+        first_favoured=float(np.mean([(a or 0.0) - (b or 0.0) for a, b in pairs])) if pairs else None,
     )

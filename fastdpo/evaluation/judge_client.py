@@ -139,14 +139,20 @@ class _NoAnswerError(Exception):
 
 
 def _content(body: bytes) -> str:
+    """The text of an answer; what a judge that refuses says instead."""
     try:
-        message = json.loads(body)["choices"][0]["message"]
-        content = message["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+        choice = json.loads(body)["choices"][0]
+        message = choice["message"]
+        content = message.get("content")
+        if isinstance(content, list):
+            content = "".join(part["text"] for part in content if part["type"] == "text")
+        reason = choice.get("finish_reason")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise _NoAnswerError(f"no chat completion came back: {_short(body)}") from None
-    if not isinstance(content, str):
-        raise _NoAnswerError("the answer has no text")
-    return content
+    for text in (content, message.get("refusal")):
+        if isinstance(text, str):
+            return text
+    raise _NoAnswerError(f"the answer has no text; finish_reason is {reason!r}")
 
 
 def _said_by(error: urllib.error.HTTPError) -> str:

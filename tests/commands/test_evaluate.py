@@ -283,6 +283,12 @@ def test_models_are_gathered_and_the_command_line_wins(tmp_path: Path) -> None:
         (["--model", "{base}", "--resamples", "3"], "resamples is 3; it should be at least 100"),
         (["--model", "{base}", "--confidence", "95"], "confidence is 95"),
         (["--model", "{base}", "--judge_model", "x"], "no effect without --judge_url"),
+        (["--model", "{base}", "--judge_prompts", "7"], "--judge_prompts would have no effect without --judge_url"),
+        (["--model", "{base}", "--temperature", "1"], "--temperature would have no effect without --judge_url"),
+        (
+            ["--model", "{base}", *judge_words("http://localhost:1/v1", "--judge_key_env", "NO_SUCH_KEY")],
+            "--judge_key_env NO_SUCH_KEY: the environment has no such variable, or an empty one",
+        ),
         (["--model", "{base}", "--judge_url", "http://localhost:1/v1"], "--judge_model is needed"),
         (["--model", "{base}", "--judge_url", "localhost", "--judge_model", "x"], "needed an address such as"),
         (["--model", "{base}", "--judge_workers", "0"], "judge_workers is 0; it should be at least 1"),

@@ -54,6 +54,20 @@ def by_length(prompt: str, a: str, b: str) -> str:
         ("A", 1.0),
         (" [B]. ", 0.0),
         ("Verdict: Apples", None),
+        ("Verdict: A, which is clearer.", 1.0),
+        ("Verdict: A is better than B", 1.0),
+        ("Verdict: **B** (A is longer)", 0.0),
+        ("Verdict: a tie.", 0.5),
+        ("**Verdict:** A tie", 0.5),
+        ("Verdict: it's a tie", 0.5),
+        ("Verdict: A and B are equally good", None),
+        ("Verdict: A/B", None),
+        ("Verdict: A or B?", None),
+        ("Verdict: A = B", None),
+        ("Verdict: B. The verdict: a close one.", 0.0),
+        ("<think>Is it Verdict: A? No.</think>\n\nVerdict: B", 0.0),
+        ("<think>Verdict: A, or is it", None),
+        ("<think>Verdict: A.</think> I cannot say.", None),
         ("Both are good.", None),
         ("A is better than B", None),
         ("", None),
@@ -81,6 +95,15 @@ def test_a_judge_that_goes_by_the_order_finds_nothing(tmp_path: Path) -> None:
     figures = judge_figures(("one", "two"), contests, verdicts, HOW)
     assert figures.win_rate.value == 0.5 and figures.test.p == 1.0 and figures.ties == 20
     assert figures.first_favoured == 1.0 and figures.consistent == 0.0
+
+
+def test_how_a_judge_judges_is_told_of_what_it_was_asked() -> None:
+    contests = [contest("one", "two", "p"), *(contest("same", "same", f"p{i}") for i in range(9))]
+    verdicts = Verdicts([1.0, *[0.5] * 9], [0.0, *[0.5] * 9])  # by the order alone, where it was asked
+    figures = judge_figures(("one", "two"), contests, verdicts, HOW)
+    assert (figures.consistent, figures.first_favoured, figures.ties, figures.asked) == (0.0, 1.0, 10, 1)
+    nobody = judge_figures(("one", "two"), contests[1:], Verdicts([0.5] * 9, [0.5] * 9), HOW)
+    assert (nobody.consistent, nobody.first_favoured, nobody.ties, nobody.asked) == (None, None, 9, 0)
 
 
 def test_replies_without_a_verdict_are_left_out(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import json
 import time
 from collections.abc import Iterator
 
@@ -55,6 +56,27 @@ def test_trouble_that_passes_is_waited_for(server: JudgeServer) -> None:
     assert client(server, waits).ask(ASKED) == "Verdict: ab"
     assert len(waits) == 6 and waits[2] == 17 and 35 < waits[3] <= 40 and waits[5] == 60
     assert 0.8 <= waits[0] <= 1.2 and 1.6 <= waits[1] <= 2.4 and 12.8 <= waits[4] <= 19.2
+
+
+@pytest.mark.parametrize(
+    ("message", "reply"),
+    [
+        ({"content": None, "refusal": "I cannot judge this."}, "I cannot judge this."),
+        ({"content": [{"type": "thinking", "text": "Hm"}, {"type": "text", "text": "Verdict: B"}]}, "Verdict: B"),
+        ({"content": ""}, ""),
+    ],
+)
+def test_answers_of_other_forms(server: JudgeServer, message: dict[str, object], reply: str) -> None:
+    """A judge that refuses one prompt has answered: it is left out, and the others are judged."""
+    server.failures.append((200, {}, json.dumps({"choices": [{"message": message}]})))
+    assert client(server).ask(ASKED) == reply and len(server.bodies) == 1
+
+
+def test_an_answer_without_text_says_why(server: JudgeServer) -> None:
+    body = json.dumps({"choices": [{"message": {"content": None}, "finish_reason": "length"}]})
+    server.failures += [(200, {}, body)] * 8
+    with pytest.raises(JudgeError, match=r"the answer has no text; finish_reason is 'length'"):
+        client(server).ask(ASKED)
 
 
 def test_it_gives_up(server: JudgeServer) -> None:
