@@ -25,6 +25,7 @@ from fastdpo.export.gguf_tokenizer import GGUFTokenizer, gguf_tokenizer
 from fastdpo.export.likeness import Difference, Kept, difference, logps_of, tolerance
 from fastdpo.export.live import MergeError
 from fastdpo.export.merged_model import MergedModel
+from fastdpo.model.generation import configured_ends
 from fastdpo.model.language_model import embedding_rows
 from fastdpo.ref_cache.durable import UNFINISHED
 from fastdpo.trainer.digests import flush_to_disk
@@ -154,8 +155,9 @@ def _add_tokenizer(writer: Any, words: GGUFTokenizer, model: PreTrainedModel) ->
     ):
         if name in words.ids:
             add(words.ids[name])
-    ends: Any = getattr(model.generation_config, "eos_token_id", None)
-    others = [end for end in (ends if isinstance(ends, list) else []) if end != words.ids.get("eos")]
+    others = sorted(configured_ends(model) - {words.ids.get("eos")})
+    if others and "eos" not in words.ids:  # or llama.cpp takes the end of another vocabulary
+        writer.add_eos_token_id(others.pop(0))
     if others:
         writer.add_eot_token_id(others[0])
     for name, value in words.flags.items():

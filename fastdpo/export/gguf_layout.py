@@ -21,7 +21,7 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
 }
-_SCALED = ("default", "linear", "llama3")
+_SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
         known = ", ".join(sorted(ARCHITECTURES))
         raise MergeError(f"--gguf has no mapping for models of the type {config.model_type!r}, only for {known}")
     for why in _unlike_llama_cpp(config, architecture):
-        raise MergeError(f"--gguf: the model {why}, which llama.cpp's {architecture} has not")
+        raise MergeError(f"--gguf: the model {why}, and llama.cpp's {architecture} computes otherwise")
     rope = config.rope_parameters
     rope = rope.get("full_attention", rope)
     heads = config.num_attention_heads
@@ -73,9 +73,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
     }
     if architecture.startswith("gemma"):
         values["attention.sliding_window"] = int(window or 0)
-        for key, name in (("attn_logit_softcapping", "attn_logit_softcapping"), ("final_logit_softcapping",) * 2):
-            if getattr(config, name, None) is not None:
-                values[key] = float(getattr(config, name))
+        values |= {name: float(getattr(config, name)) for name in _SOFTCAPS if getattr(config, name) is not None}
     if rope.get("rope_type", "default") == "linear":
         values["rope.scaling.factor"] = float(rope["factor"])
     return Layout(architecture, values)
@@ -84,10 +82,9 @@ def layout_of(model: PreTrainedModel) -> Layout:
 def _unlike_llama_cpp(config: Any, architecture: str) -> Iterator[str]:
     """What of a configuration llama.cpp does otherwise, in words."""
     rope = config.rope_parameters
-    kinds = {parameters.get("rope_type", "default") for parameters in rope.values()} if _is_nested(rope) else set()
-    kinds = kinds or {rope.get("rope_type", "default")}
-    if unknown := kinds - set(_SCALED):
-        yield f"has rotary frequencies of the kind {', '.join(sorted(unknown))}"
+    kind = rope.get("full_attention", rope).get("rope_type", "default")
+    if kind not in ("default", "linear", *(["llama3"] if architecture == "llama" else [])):
+        yield f"has rotary frequencies of the kind {kind}"
     if (rope.get("full_attention", rope).get("partial_rotary_factor") or 1) != 1:
         yield "turns a part of each head alone"
     is_gemma = architecture.startswith("gemma")
@@ -95,6 +92,8 @@ def _unlike_llama_cpp(config: Any, architecture: str) -> Iterator[str]:
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     if activation not in expected:
         yield f"has the activation {activation}"
+    if architecture != "llama" and getattr(config, "attention_bias", False):
+        yield "has biases in its attention"
     types = getattr(config, "layer_types", None) or []
     if not is_gemma:
         if config.model_type != "mistral" and "sliding_attention" in types:
@@ -109,14 +108,18 @@ def _unlike_llama_cpp(config: Any, architecture: str) -> Iterator[str]:
     ]
     if list(types) != pattern:
         yield f"has full attention in other layers than each {every}th"
-    if architecture == "gemma3" and rope["sliding_attention"]["rope_theta"] != 10_000:
-        yield f"has a rotary base of {rope['sliding_attention']['rope_theta']} in layers with a window"
+    if architecture == "gemma3":
+        local = rope["sliding_attention"]
+        if local["rope_theta"] != 10_000:
+            yield f"has a rotary base of {local['rope_theta']} in layers with a window"
+        if local.get("rope_type", "default") != "default":
+            yield f"has rotary frequencies of the kind {local['rope_type']} in layers with a window"
+    for name in _SOFTCAPS:  # Gemma 2 always has both there, and Gemma 3 never
+        value = getattr(config, name)
+        if (value is None) == (architecture == "gemma2"):
+            yield f"has no {name}" if value is None else f"has {name} {value}"
     if getattr(config, "use_bidirectional_attention", None):
         yield "sees tokens that come later"
-
-
-def _is_nested(rope: dict[str, Any]) -> bool:
-    return any(isinstance(value, dict) for value in rope.values())
 
 
 def tensors_of(model: PreTrainedModel, layout: Layout) -> Iterator[tuple[str, Tensor]]:

@@ -32,16 +32,18 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": False}),
     "llama, tied, biases": ("llama", {"tie_word_embeddings": True, "attention_bias": True}),
     "llama 3.1": ("llama", {"rope_parameters": LLAMA3_ROPE}),
-    "llama, linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}}),
+    "llama, linear": ("llama", {"rope_parameters": LINEAR_ROPE}),
     "mistral": ("mistral", {"sliding_window": 96}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {}),
     "gemma2": ("gemma2", {"tie_word_embeddings": True, "attn_logit_softcapping": 5.0}),
-    "gemma3": ("gemma3_text", {"num_hidden_layers": 6}),
+    "gemma3": ("gemma3_text", {"num_hidden_layers": 6, "final_logit_softcapping": None}),
 }
 
 
@@ -121,12 +123,34 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "yarn": (
         "llama",
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-        "has rotary frequencies of the kind yarn, which llama.cpp's llama has not",
+        "has rotary frequencies of the kind yarn, and llama.cpp's llama computes otherwise",
     ),
     "window": ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0}, "a sliding window"),
     "activation": ("llama", {"hidden_act": "relu"}, "has the activation relu"),
     "scale": ("gemma2", {"query_pre_attn_scalar": 16}, "scales queries by 16"),
     "layers": ("gemma2", {"layer_types": ["full_attention"] * 2}, "full attention in other layers than each 2th"),
+    # llama.cpp has factors of the frequencies for Llama alone, and reads a file of another family without them.
+    "frequencies": ("qwen3", {"rope_parameters": LLAMA3_ROPE}, "has rotary frequencies of the kind llama3"),
+    "frequencies of some layers": (
+        "gemma3_text",
+        {"num_hidden_layers": 6, "rope_parameters": {"full_attention": LLAMA3_ROPE, "sliding_attention": PLAIN_ROPE}},
+        "has rotary frequencies of the kind llama3",
+    ),
+    "frequencies within windows": (
+        "gemma3_text",
+        {"num_hidden_layers": 6, "rope_parameters": {"full_attention": PLAIN_ROPE, "sliding_attention": LINEAR_ROPE}},
+        "has rotary frequencies of the kind linear in layers with a window",
+    ),
+    "biases": (
+        "qwen3",
+        {"attention_bias": True},
+        "has biases in its attention, and llama.cpp's qwen3 computes otherwise",
+    ),
+    "no bounds of logits": (
+        "gemma3_text",
+        {"num_hidden_layers": 6, "attn_logit_softcapping": 50.0},
+        "has attn_logit_softcapping 50.0",
+    ),
 }
 
 
@@ -135,6 +159,26 @@ def test_models_without_a_mapping(name: str) -> None:
     model_type, options, told = REFUSED[name]
     with pytest.raises(MergeError, match=told):
         layout_of(make_model(model_type, **options))
+
+
+def test_a_gemma_2_without_bounds_of_its_logits() -> None:
+    """llama.cpp bounds them by 30 where a file does not say by what."""
+    model = make_model("gemma2")
+    model.config.final_logit_softcapping = None
+    with pytest.raises(MergeError, match="has no final_logit_softcapping"):
+        layout_of(model)
+
+
+@pytest.mark.parametrize("ends", [None, 2, 5, [2], [2, 5], [5, 2]])
+def test_what_ends_a_turn(ends: int | list[int] | None, tmp_path: Path) -> None:
+    """Beside the tokenizer's end, 2, what the model's generation ends at; or a server of the file goes on and on."""
+    model = make_merged_of(make_model("llama"), tmp_path)
+    model.model.generation_config.eos_token_id = ends
+    write_gguf(model, tmp_path / "m.gguf", make_tokenizer(), "f32")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
+    eot = fields.get("tokenizer.ggml.eot_token_id")
+    assert (eot and eot.contents()) == (None if ends in (None, 2, [2]) else 5)
 
 
 # --------------------------------------------------------------------------------------------------------------------
