@@ -54,13 +54,13 @@ def print_evaluation(record: EvaluationRecord, console: Console) -> None:
         said = judged.figures
         first, second = said.sides
         same = f"; the same verdict in both orders: {said.consistent:.0%}" if said.consistent is not None else ""
-        equal = f" ({said.contests - said.asked} times they wrote the same)" if said.asked < said.contests else ""
+        alike = f" ({said.contests - said.asked} times they wrote the same)" if said.asked < said.contests else ""
         unread = f"; {said.unread} without a verdict that can be read" if said.unread else ""
         if said.win_rate is None or said.test is None:
             console.print(f"Judged, {first} against {second}: no verdict could be read.")
             continue
         console.print(
-            f"Judged, {first} against {second}: wins {share_words(said.win_rate)} % of {said.contests} prompts{equal}, "
+            f"Judged, {first} against {second}: wins {share_words(said.win_rate)} % of {said.contests} prompts{alike}, "
             f"p = {p_words(said.test.p)}{unread}{same}."
         )
     for note in found.notes:
