@@ -51,8 +51,10 @@ def within_limit(
 
 
 def _late(masks: Sequence[Sequence[int]], prompt: int, max_length: int) -> set[int]:
-    """Which answers have no scored token among the first ``max_length``; without a prompt the first token is none."""
-    firsts = [prompt + (mask.index(1, prompt == 0) if mask else 0) for mask in masks]
+    """Which answers have scored tokens, and none among the first ``max_length``; without a prompt the first token is
+    not scored."""
+    start = int(prompt == 0)
+    firsts = [prompt + (mask.index(1, start) if 1 in mask[start:] else 0) for mask in masks]
     return {i for i, first in enumerate(firsts) if first >= max_length}
 
 

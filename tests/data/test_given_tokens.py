@@ -39,6 +39,21 @@ SAID = {
         ({"ranks": [0.0, float("nan"), 1.0]}, "ranks: [0.0, nan, 1.0] should be finite"),
         ({"completion_mask": [[1], [], [1]]}, "completion_mask: it has 1 numbers for an answer of 2 tokens."),
         ({"ref_completion_logps": [-1.0]}, "ref_completion_logps: it has 1 entries; it should have 3."),
+        ({"ref_completion_logps": [-1.0, None, 1.0]}, "ref_completion_logps: [-1.0, None, 1.0] should be finite"),
+        ({"pairs": [[0, None]]}, "pairs: [0, None] should be two"),
+        ({"pairs": [None]}, "pairs: None should be two"),
+        ({"pairs": None}, "pairs: there are none."),
+        ({"pair_weights": [None, 1.0]}, "pair_weights: null should be"),
+        ({"ranks": [None, 1.0, 2.0]}, "ranks: [None, 1.0, 2.0] should be finite"),
+        ({"ranks": [1.0, 0.0, 2.0]}, "ranks: [1.0, 0.0, 2.0] put answer 1 before 0, and a pair prefers 0."),
+        ({"completion_mask": [[0, 2], [], [1]]}, "completion_mask: [0, 2] should be of 0 and 1"),
+        ({"completion_mask": [[0, 0], [], [1]]}, "completion_mask: [0, 0] should be of 0 and 1, and score a token."),
+        ({"completion_ids": [[8, 9], [], [12]]}, "completion_ids: an answer has no tokens."),
+        ({"completion_ids": [[8, None], [10, 11], [12]]}, "completion_ids: an answer has no tokens."),
+        ({"completion_ids": [None, [10, 11], [12]]}, "completion_ids: an answer has no tokens."),
+        ({"completion_ids": None}, "completion_ids: an answer has no tokens."),
+        ({"prompt_ids": None}, "prompt_ids: it has no tokens."),
+        ({"prompt_ids": [None]}, "prompt_ids: it has no tokens."),
     ],
 )
 def test_groups(row: dict[str, Any], message: str) -> None:
@@ -56,6 +71,33 @@ def test_pairs() -> None:
     for weight, message in ((-1.0, "row 0, weight: it is -1.0"), (0.0, "weight 0"), (float("nan"), "it is nan")):
         with pytest.raises(DataError, match=message):
             check_tokens(Dataset.from_list([pair | {"weight": weight}]))
+
+
+MASKED = {"prompt_ids": [5], "chosen_ids": [6, 7], "rejected_ids": [7], "chosen_mask": [0, 1], "rejected_mask": []}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen_ids": []}, "chosen_ids: it has no tokens."),
+        ({"rejected_ids": None}, "rejected_ids: it has no tokens."),
+        ({"chosen_ids": [6, None]}, "chosen_ids: it has no tokens."),
+        ({"prompt_ids": None}, "prompt_ids: it has no tokens."),
+        ({"chosen_mask": [1]}, "chosen_mask: it should have a number for each token"),
+        ({"rejected_mask": [1, 1]}, "rejected_mask: it should have a number for each token"),
+        ({"chosen_mask": [0, 2]}, "chosen_mask: it should be of 0 and 1."),
+        ({"chosen_mask": [1, None]}, "chosen_mask: it should be of 0 and 1."),
+        ({"chosen_mask": [0, 0]}, "chosen_mask: it scores no token."),
+    ],
+)
+def test_answers_and_masks_of_pairs(row: dict[str, Any], message: str) -> None:
+    rows = [MASKED, MASKED | {"prompt_ids": []}, MASKED | {"chosen_mask": None}]
+    check_tokens(Dataset.from_list(rows))
+    rows = Dataset.from_list([MASKED | row, *rows, MASKED | row]).select(
+        [1, 2, 4]
+    )  # as they are counted by who gave them
+    with pytest.raises(DataError, match=re.escape(f"row 2, {message}")):
+        check_tokens(rows)
 
 
 PAIR = {"prompt": "Say:", "chosen": " yes", "rejected": " no"}

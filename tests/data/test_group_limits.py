@@ -12,7 +12,7 @@ from toy_data import assistant, make_tokenizer, user
 from fastdpo.data import prepare
 from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.group_account import account_groups
-from fastdpo.data.group_limits import BEYOND
+from fastdpo.data.group_limits import BEYOND, _late
 from fastdpo.data.truncation import cut
 
 pytestmark = pytest.mark.usefixtures("quiet_and_uncached")
@@ -130,3 +130,8 @@ def test_one_answer_scored_beyond_the_limit_takes_its_pairs_alone() -> None:
         Dataset.from_list(rows), TOKENIZER, score="last", max_length=limit, truncation_mode="keep_end"
     )
     assert len(again) == 2 and summary.groups.left_out == {}
+
+
+def test_masks_without_a_scored_token_are_no_matter_of_the_limit() -> None:
+    assert _late([[0, 0], [], [0, 1], [1]], 3, 4) == {2}
+    assert _late([[1, 0], [0, 0, 1]], 0, 2) == {1}  # without a prompt the first token is not scored
