@@ -63,5 +63,6 @@ def _label(panel: Axes, ticks: list[int], label: str) -> None:
     panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     panel.xaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    panel.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if f"{value:e}"[0] in "25" else ""))
     panel.set_ylabel(label)
     panel.grid(True, which="both", alpha=0.25)
