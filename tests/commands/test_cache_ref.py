@@ -6,11 +6,10 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from datasets import Dataset
@@ -151,9 +150,7 @@ def test_a_killed_build_goes_on_to_identical_values(
 ) -> None:
     cache = tmp_path / "ref"
     argv = words("cache-ref", model, pairs, cache, "--disable_tqdm")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLED_AFTER_BATCHES, str(batches), *argv]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    done = processes.run(KILLED_AFTER_BATCHES, str(batches), *argv, OMP_NUM_THREADS="1")
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert json.loads((cache / "train" / MANIFEST).read_text())["complete"] is False
     assert len(list((cache / "train").glob(PARTS))) == batches
@@ -365,7 +362,7 @@ def test_two_processes_share_the_rows_and_agree(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(KeyboardInterrupt):
             make_trainer(tmp_path / "started")
 
-    torch.multiprocessing.spawn(_cache_on_rank, (port, str(tmp_path)), nprocs=2)
+    processes.spawn(_cache_on_rank, (port, str(tmp_path)), nprocs=2)
     for found in (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)):
         for name, values in found["columns"].items():
             assert values == one.train_dataset[name][:]

@@ -14,6 +14,7 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from made_checkpoints import make_checkpoint
@@ -99,11 +100,6 @@ def train_words(model: Path, pairs: Path, output_dir: Path, *more: str) -> list[
     return ["train", *(word for name, value in flags.items() for word in (f"--{name}", str(value))), *more]
 
 
-def run_process(*words: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, env=env)
-
-
 def losses(output_dir: Path) -> dict[int, float]:
     history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
@@ -116,9 +112,9 @@ def losses(output_dir: Path) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def unbroken(model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A run from start to end, as a user starts it."""
+    """A run from start to end, in a process of its own."""
     output_dir = tmp_path_factory.mktemp("runs") / "unbroken"
-    done = run_process("-m", "fastdpo", *train_words(model, pairs, output_dir))
+    done = processes.run(processes.MAIN, *train_words(model, pairs, output_dir), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     return output_dir, done
 
@@ -182,7 +178,7 @@ def test_a_killed_run_resumes_to_the_same_losses(
     unbroken: tuple[Path, Any], model: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = train_words(model, pairs, tmp_path / "killed")
-    killed = run_process("-c", KILLED_AT_STEP_6, *words)
+    killed = processes.run(KILLED_AT_STEP_6, *words, OMP_NUM_THREADS="1")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.name for path in find_checkpoints(tmp_path / "killed")] == ["checkpoint-4"]
     capsys.readouterr()
@@ -550,7 +546,7 @@ def test_help_does_not_wait_for_transformers() -> None:
         "import sys; from fastdpo.commands.cli import main; code = main(['--help']); "
         "print('transformers' in sys.modules, code)"
     )
-    done = run_process("-c", code)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-1] == "False 0", done.stderr
     assert "train a model on preference pairs" in done.stdout
 

@@ -280,7 +280,7 @@ def logps_of_rank() -> list[Tensor]:
 
 def test_a_vocabulary_over_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTDPO_CPU_PATH", "portable")
-    first, second = on_ranks(logps_of_rank, 2, tmp_path)
+    first, second = on_ranks(logps_of_rank, 2, tmp_path, anew=True)
     case = random_case(5, 24, 10, 41, torch.float64, bias=torch.float64)
     leaves = [x.clone().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
     logps = reference.token_logps(*leaves[:2], case.targets, leaves[2]).logps

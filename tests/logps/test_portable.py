@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
+import processes
 import pytest
 import torch
 from hypothesis import given
@@ -310,14 +308,10 @@ MEMORY_SCRIPT = """
 )
 def test_memory_does_not_depend_on_the_vocabulary(n: int, h: int, v: int, dtype: str, kept: int) -> None:
     """Beyond inputs, gradients and what is kept: 56 MB + 8 N H, where float32 logits would be 245 MB."""
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MEMORY_SCRIPT), *map(str, (n, h, v, dtype, kept))],
-        capture_output=True,
-        text=True,
-        check=True,
-        # Blocks of a megabyte and more go back to the system when they are freed.
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
-    )
+    # Blocks of a megabyte and more go back to the system when they are freed.
+    freed = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    result = processes.run(textwrap.dedent(MEMORY_SCRIPT), *map(str, (n, h, v, dtype, kept)), **freed)
+    assert result.returncode == 0, result.stderr
     assert int(result.stdout) <= 56e6 + 8 * n * h + kept
 
 

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import op_calls
+import processes
 import pytest
 import torch
 from hypothesis import given
@@ -568,12 +569,8 @@ MEMORY_SCRIPT = """
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_does_not_depend_on_the_vocabulary(n: int, h: int, v: int, frozen: str, dtype: str) -> None:
     """Peak resident memory of forward and backward beyond inputs and gradients: 64 MB + 4 N H, whatever V is."""
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MEMORY_SCRIPT), str(n), str(h), str(v), frozen, dtype],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    result = processes.run(textwrap.dedent(MEMORY_SCRIPT), str(n), str(h), str(v), frozen, dtype)
+    assert result.returncode == 0, result.stderr
     assert int(result.stdout) <= 64e6 + 4 * n * h
 
 

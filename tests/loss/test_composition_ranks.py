@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from grouped_losses import SMALL, groups_of
+from processes import spawn
 from tiny_models import make_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -307,7 +308,7 @@ def run_checks(rank: int, folder: str) -> None:
 def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
     """What the check of that name left on each rank."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_checks, (str(folder),), nprocs=RANKS)
+    spawn(run_checks, (str(folder),), nprocs=RANKS)
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
     return lambda name: [rank[name] for rank in ranks]
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
 import warnings
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -305,14 +303,10 @@ def test_memory(head: str, dtype: str) -> None:
     tokens, group, h, v = 12 * 512, 1024 if head == "trains" else 2560, 128, 16_000
     operand = 2 if dtype == "bfloat16" else 4
     workspace = group * v * operand + (4 * v * h if operand == 2 else 0)
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MEMORY_SCRIPT), head, str(workspace), dtype],
-        capture_output=True,
-        text=True,
-        check=True,
-        # Blocks of a megabyte and more go back to the system when they are freed.
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
-    )
+    # Blocks of a megabyte and more go back to the system when they are freed.
+    freed = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    result = processes.run(textwrap.dedent(MEMORY_SCRIPT), head, str(workspace), dtype, **freed)
+    assert result.returncode == 0, result.stderr
     of_group = group * h * (operand + 4 + 4)
     assert int(result.stdout) <= 64e6 + (workspace if head == "trains" else 0) + of_group + 64 * tokens
 

@@ -10,6 +10,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from head_batches import EPS, OUTPUTS, assert_agrees, assert_same_gradients, from_logits, gradients, make_batch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from processes import spawn
 from tiny_models import FAMILIES, make_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -327,7 +328,7 @@ def test_hooks_of_ddp_and_fsdp_fire(tmp_path: Path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_differentiate_on_rank, (port, str(tmp_path)), nprocs=2)
+    spawn(_differentiate_on_rank, (port, str(tmp_path)), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for kind, options in {"ddp": {}, "fsdp": {"tie_word_embeddings": False}}.items():
         model = make_model("gemma2", **options)

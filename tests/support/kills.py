@@ -1,11 +1,7 @@
-"""Runs of the command line in processes of their own, which die as a machine does: no handler runs, nothing is flushed.
-
-Processes are forked from one that has imported everything, because the imports take longer than the runs.
-"""
+"""Runs of the command line that die as a machine does: no handler runs, nothing is flushed."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -13,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import processes
 import torch
 from transformers import TrainerState
 
@@ -45,9 +42,7 @@ class Moment:
 
 def run_process(words: list[str], log: Path, moment: Moment | None = None) -> int:
     """The exit code of ``fastdpo *words``, negative for a signal; its output goes to the file ``log``."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "fastdpo.commands.train", "fastdpo.commands.cache_ref"])
-    process = context.Process(target=_run, args=(words, log, moment))
+    process = processes.forking().Process(target=_run, args=(processes.here(), words, log, moment))
     process.start()
     process.join(timeout=300)
     if process.is_alive():
@@ -56,7 +51,8 @@ def run_process(words: list[str], log: Path, moment: Moment | None = None) -> in
     return process.exitcode
 
 
-def _run(words: list[str], log: Path, moment: Moment | None) -> None:
+def _run(here: processes.Here, words: list[str], log: Path, moment: Moment | None) -> None:
+    processes.take_over(here)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

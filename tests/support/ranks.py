@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState
+from processes import spawn
 
 
 @contextmanager
@@ -35,9 +36,13 @@ def launched(**settings: str) -> Iterator[None]:
         yield
 
 
-def on_ranks(work: Callable[[], Any], world_size: int, folder: Path) -> list[Any]:
-    """Each rank's result of ``work``, a function of some module; processes of one thread, in the default group."""
-    torch.multiprocessing.spawn(_on_rank, (work, world_size, str(folder)), nprocs=world_size)
+def on_ranks(work: Callable[[], Any], world_size: int, folder: Path, *, anew: bool = False) -> list[Any]:
+    """Each rank's result of ``work``, a function of some module; processes of one thread, in the default group.
+
+    ``anew``: in processes that load the libraries themselves, by the environment that is there now.
+    """
+    start = torch.multiprocessing.spawn if anew else spawn
+    start(_on_rank, (work, world_size, str(folder)), nprocs=world_size)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 

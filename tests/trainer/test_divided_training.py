@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from processes import spawn
 from tiny_families import VOCABULARY, make_family
 from torch import Tensor
 from trainer_runs import GradientRecorder, config
@@ -128,7 +129,7 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_on_rank, (port, str(tmp_path)), nprocs=2)
+    spawn(_on_rank, (port, str(tmp_path)), nprocs=2)
     expected = in_one_forward(monkeypatch, tmp_path, "bloom", 4)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert ranks[0][1] != ranks[1][1]

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import spawn
 from ranks import launched
 from safetensors.torch import load_file
 from tiny_models import make_model
@@ -273,7 +274,7 @@ def expected(shared: Path, one_thread: None) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def found(shared: Path, expected: dict[str, dict[str, Any]]) -> Callable[[str], list[Any]]:
     """What the run or the check of that name left on each rank."""
-    torch.multiprocessing.spawn(run_all, (str(shared),), nprocs=RANKS)
+    spawn(run_all, (str(shared),), nprocs=RANKS)
     ranks = [torch.load(shared / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
     def of(name: str) -> list[Any]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import processes
 import pytest
 import torch
 from ranks import on_ranks
@@ -138,10 +137,10 @@ sys.exit(main(sys.argv[1:]))
 """
     flags = ["--model_name_or_path", str(model), "--dataset_name", str(pairs), "--ref_cache", str(tmp_path / "ref")]
     flags += ["--max_length", "128", "--per_device_train_batch_size", "2", "--use_cpu"]
-    done = subprocess.run([sys.executable, "-c", program, "cache-ref", *flags], capture_output=True, text=True)
+    done = processes.run(program, "cache-ref", *flags)
     assert done.returncode == 143, done.stderr
     assert "Stopped. What was computed is kept in" in done.stderr and "fastdpo cache-ref --model" in done.stderr
-    again = subprocess.run([sys.executable, "-m", "fastdpo", "cache-ref", *flags], capture_output=True, text=True)
+    again = processes.run(processes.MAIN, "cache-ref", *flags)
     assert again.returncode == 0 and "4 pairs read, 8 computed" in again.stdout, again.stdout + again.stderr
 
 
@@ -282,15 +281,9 @@ sys.exit(main())
 
 
 def test_two_processes_save_one_checkpoint_and_end_alike(model: Path, pairs: Path, tmp_path: Path) -> None:
-    (tmp_path / "run.py").write_text(TWO_PROCESSES)
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29711", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, tmp_path / "run.py", *words(model, pairs, tmp_path / "run", "--ddp_backend", "gloo")]
-    processes = [
-        subprocess.Popen(
-            command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        for rank in "01"
-    ]
-    said = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [143, 143], said
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29711", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = words(model, pairs, tmp_path / "run", "--ddp_backend", "gloo")
+    ranks = [processes.start(TWO_PROCESSES, *command, **env, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    done = [rank.wait() for rank in ranks]
+    assert [rank.returncode for rank in done] == [143, 143], done
     assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-3"]

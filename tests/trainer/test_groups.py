@@ -15,6 +15,7 @@ import torch
 from broken_runs import differences, run
 from datasets import Dataset
 from float64 import KeepFloat64
+from processes import spawn
 from tiny_families import make_family
 from tiny_models import make_model
 from token_trees import pairs_in
@@ -328,7 +329,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_on_rank, (port, str(tmp_path)), nprocs=2)
+    spawn(_on_rank, (port, str(tmp_path)), nprocs=2)
     for name, options in RUNS.items():
         expected = train(tmp_path / "one", groups(), **options)
         for rank in range(2):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from broken_runs import id_rows, losses
+from processes import spawn
 from tiny_models import make_model
 from trainer_runs import config
 
@@ -64,7 +65,7 @@ def test_two_processes_are_as_one(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_on_rank, (port, str(tmp_path)), nprocs=RANKS)
+    spawn(_on_rank, (port, str(tmp_path)), nprocs=RANKS)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(RANKS)]
     for number, options in enumerate(RUNS):
         one = run(tmp_path / "one" / str(number), 1, **options)

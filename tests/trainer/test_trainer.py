@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from processes import spawn
 from tiny_models import make_model
 from torch import Tensor, nn
 from toy_data import chat_rows, make_tokenizer, text_rows
@@ -494,7 +495,7 @@ def test_two_processes_train_as_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_train_on_rank, (port, str(tmp_path)), nprocs=2)
+    spawn(_train_on_rank, (port, str(tmp_path)), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for rows, *runs in zip((text_rows(8), _groups()), *ranks, strict=True):
         one = _train_three_epochs(tmp_path, rows, 4)
