@@ -15,6 +15,7 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from fastdpo.data.terms import first_line
 from fastdpo.errors import InputError
 from fastdpo.model.adapter_vocabulary import adapter_shapes
 from fastdpo.model.adapters import is_adapter, put_on
@@ -145,8 +146,7 @@ def load_base(source: Source, device: str, *, trust_remote_code: bool = False, d
         auto = auto_class_of(source.base, images=source.images, **options)
         model: PreTrainedModel = auto.from_pretrained(source.base, dtype=torch.float32, **options)
     except (OSError, HFValidationError) as error:
-        of = f"the base {source.base} of {source.adapters[0]}" if source.adapters else source.base
-        raise MergeError(f"{of} cannot be loaded: {error}") from error
+        raise _not_loaded(source, error) from error
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         if getattr(model, "is_loaded_in_8bit", False):
@@ -161,6 +161,15 @@ def load_base(source: Source, device: str, *, trust_remote_code: bool = False, d
     if not source.quantization:
         cast(nn.Module, model).to(device)
     return model.eval()
+
+
+def _not_loaded(source: Source, error: Exception) -> MergeError:
+    if not source.adapters:
+        return MergeError(f"{source.base} cannot be loaded: {error}")
+    return MergeError(
+        f"{source.base}, which {source.adapters[0]} was trained on, cannot be loaded ({first_line(str(error))}). "
+        "--base_model says where it is"
+    )
 
 
 def _dequantized(model: PreTrainedModel, name: str) -> PreTrainedModel:
@@ -224,8 +233,15 @@ def _refuse_unplaced(model: PeftModel, name: str, own: str) -> None:
 
 
 def dtype_on_disk(source: Source, *, trust_remote_code: bool = False) -> torch.dtype:
-    """What the base's weights are stored in, as its configuration says; float32 where it does not."""
-    config = AutoConfig.from_pretrained(source.base, revision=source.revision, trust_remote_code=trust_remote_code)
+    """What the base's weights are stored in, as its configuration says; float32 where it does not.
+
+    Raises:
+        MergeError: it cannot be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.base, revision=source.revision, trust_remote_code=trust_remote_code)
+    except (OSError, HFValidationError) as error:
+        raise _not_loaded(source, error) from error
     for found in (config, config.get_text_config()):
         dtype = getattr(found, "dtype", None)
         if isinstance(dtype, torch.dtype):

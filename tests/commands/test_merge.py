@@ -177,6 +177,19 @@ def test_nothing_is_overwritten_unasked(
     assert left_in(tmp_path) == ["m", "m.gguf", "mine"]
 
 
+def test_a_base_that_is_not_there(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(folders["adapter"], adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for base in (str(tmp_path / "gone"), "no-such/model"):
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        assert merge(adapter, "--output_dir", tmp_path / "m") == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert f"{base}, which {adapter} was trained on, cannot be loaded (" in error
+        assert "--base_model says where it is" in error
+    assert merge(adapter, "--output_dir", tmp_path / "m", "--base_model", folders["base"]) == 0
+
+
 def test_a_full_disk(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
