@@ -1,8 +1,8 @@
 """What vLLM and llama.cpp make of an adapter as it is, told without them: what they refuse, and what they change.
 
-Read from parts of the sources of vLLM (``vllm/lora/peft_helper.py``, ``lora_model.py``, ``utils.py``,
-``vllm/config/lora.py``; the newest at commit 0306474e), and of llama.cpp's ``convert_lora_to_gguf.py`` at commit
-0b03adaa.
+Read from parts of the sources of vLLM (``vllm/lora/peft_helper.py``, the newest that could be had and earlier ones;
+``lora_model.py`` at commit 0306474e; ``utils.py``, ``layers/logits_processor.py``, ``vllm/config/lora.py``), of
+llama.cpp's ``convert_lora_to_gguf.py`` at commit 0b03adaa, and of its ``llama-adapter.cpp``.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def check_vllm(facts: Facts, max_lora_rank: int | None = None) -> list[Finding]:
 def _of_vllm_patterns(facts: Facts) -> Iterator[Finding]:
     for name in ("alpha_pattern", "rank_pattern"):
         if facts[name]:
-            early = "releases of vLLM that do not read it scale all modules alike, as 0.11 does"
+            early = "vLLM reads it of late; releases that do not scale all modules alike"
             yield Finding(f"it has {name}", early, MERGE, False)
 
 
