@@ -46,6 +46,7 @@ def check_new(folder: Path, *, overwrite: bool, others: tuple[str, ...] = ()) ->
         if Path(name).is_dir() and folder.exists() and os.path.samefile(name, folder):
             raise MergeError(f"{folder} is what is merged itself; name another folder")
     if not folder.exists():
+        check_parents(folder)
         return
     if not folder.is_dir():
         raise MergeError(f"{folder} is a file")
@@ -55,6 +56,13 @@ def check_new(folder: Path, *, overwrite: bool, others: tuple[str, ...] = ()) ->
         raise MergeError(f"{folder} is not empty; name another folder, or give --overwrite_output_dir")
     if not (folder / "config.json").exists():
         raise MergeError(f"{folder} holds no model (no config.json), and is not overwritten; name another folder")
+
+
+def check_parents(path: Path) -> None:
+    """Raises MergeError where a folder that ``path`` would be in cannot be made."""
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise MergeError(f"{path} cannot be made: {there} is {'not writable' if there.is_dir() else 'a file'}")
 
 
 def check_room(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:

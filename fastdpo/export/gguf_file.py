@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_gguf_available
 
+from fastdpo.export.folder import check_parents
 from fastdpo.export.gguf_layout import Layout, layout_of, tensors_of
 from fastdpo.export.gguf_tokenizer import GGUFTokenizer, gguf_tokenizer
 from fastdpo.export.likeness import Difference, Kept, difference, logps_of, tolerance
@@ -51,6 +52,7 @@ def check_gguf(path: Path, *, overwrite: bool) -> None:
     """Raises MergeError where the package is missing, or the file may not be written."""
     if not is_gguf_available():
         raise MergeError("--gguf needs the package gguf: pip install gguf")
+    check_parents(path)
     if path.is_dir():
         raise MergeError(f"{path} is a folder; --gguf takes a file's name")
     if path.exists() and not overwrite:

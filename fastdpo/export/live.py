@@ -41,6 +41,7 @@ class Source:
         revision: of the base on the Hub.
         quantization: of the base, as ``fastdpo.model.quantization.quantization_of`` tells it; empty for none.
         images: the base is loaded as a model that takes images.
+        named_bases: what each adapter names as its base; empty for nothing.
     """
 
     adapters: tuple[str, ...]
@@ -48,6 +49,7 @@ class Source:
     revision: str | None = None
     quantization: tuple[tuple[str, Any], ...] = ()
     images: bool = False
+    named_bases: tuple[str, ...] = ()
 
 
 def source_of(
@@ -71,6 +73,8 @@ def source_of(
         return Source((), names[0])
     if others := [name for name in names if name not in adapters]:
         raise MergeError(f"{others[0]} is no adapter; the base of an adapter is named by the adapter, or --base_model")
+    if twice := [name for name in adapters if [_place(other) for other in adapters].count(_place(name)) > 1]:
+        raise MergeError(f"{twice[0]} is named twice; merged with itself it would do twice what it was trained to")
     configs = [PeftConfig.from_pretrained(name) for name in adapters]
     for name, config in zip(adapters, configs, strict=True):
         if why := _why_not_merged(config):
@@ -105,7 +109,13 @@ def source_of(
         configs[0].revision,
         tuple(quantization.items()),
         images=any(word in key for key in shapes for word in _OF_VISION),
+        named_bases=tuple(config.base_model_name_or_path or "" for config in configs),
     )
+
+
+def _place(name: str) -> str:
+    """One name of a folder, however it is written."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _recorded(name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -100,6 +101,10 @@ def facts_of(name: str) -> Facts:
         MergeError: ``name`` is no adapter.
     """
     if not is_adapter(name):
+        if not Path(name).is_dir():
+            raise MergeError(
+                f"there is no folder {name}, and no adapter of that name on the Hub, or it was not reached"
+            )
         raise MergeError(f"{name} is no adapter (no adapter_config.json); a whole model needs no check")
     config = PeftConfig.from_pretrained(name)
     kind = getattr(config.peft_type, "value", str(config.peft_type))

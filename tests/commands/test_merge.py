@@ -163,6 +163,12 @@ def test_nothing_is_overwritten_unasked(
         (["--output_dir", tmp_path / "m.gguf"], "is a file"),
         (["--gguf", tmp_path / "m.gguf"], "exists; name another file"),
         (["--gguf", tmp_path / "m"], "is a folder; --gguf takes a file's name"),
+        (["--output_dir", tmp_path / "m.gguf" / "a" / "m"], f"a/m cannot be made: {tmp_path / 'm.gguf'} is a file"),
+        (["--gguf", tmp_path / "m.gguf" / "n.gguf"], f"n.gguf cannot be made: {tmp_path / 'm.gguf'} is a file"),
+        (["--output_dir", tmp_path / "n", "--device", "nonsense"], "--device nonsense: "),
+        (["--output_dir", tmp_path / "n", "--device", "cuda:99"], "--device cuda:99: "),
+        (["--output_dir", tmp_path / "n", "--base_model", "./gone"], "error: --base_model ./gone: no such folder"),
+        ([f"{folders['adapter']}/", "--output_dir", tmp_path / "n"], "/adapter is named twice; merged with itself"),
         ([], "where to? --output_dir FOLDER, or --gguf FILE"),
         (["--gguf", tmp_path / "n", "--dtype", "float32"], "--dtype would have no effect without --output_dir"),
         (["--output_dir", tmp_path / "n", "--rows", "2"], "--rows would have no effect without --dataset_name"),
@@ -188,6 +194,9 @@ def test_a_base_that_is_not_there(folders: dict[str, Path], tmp_path: Path, caps
         assert f"{base}, which {adapter} was trained on, cannot be loaded (" in error
         assert "--base_model says where it is" in error
     assert merge(adapter, "--output_dir", tmp_path / "m", "--base_model", folders["base"]) == 0
+    assert f"{adapter} names no-such/model as what it was trained on; --base_model" in capsys.readouterr().out
+    assert merge("./gone", "--output_dir", tmp_path / "m") == 2
+    assert "error: ./gone: no such folder" in capsys.readouterr().err
 
 
 def test_a_full_disk(

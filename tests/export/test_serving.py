@@ -149,6 +149,7 @@ def test_the_command(bases: dict[bool, Path], tmp_path: Path, capsys: pytest.Cap
         ([plain, "--check-llama-cpp", "--max_lora_rank", "8"], "no effect without --check-vllm"),
         ([str(bases[False]), "--check-vllm"], "is no adapter"),
         ([str(tmp_path / "nowhere"), "--check-vllm"], "no such folder"),
+        (["nowhere", "--check-vllm"], "there is no folder nowhere, and no adapter of that name on the Hub"),
     ):
         assert main(["export", *words]) == 2
         assert error in capsys.readouterr().err
