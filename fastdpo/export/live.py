@@ -174,12 +174,11 @@ def load_base(source: Source, device: str, *, trust_remote_code: bool = False, d
 
 
 def _not_loaded(source: Source, error: Exception) -> MergeError:
-    if not source.adapters:
-        return MergeError(f"{source.base} cannot be loaded: {error}")
-    return MergeError(
-        f"{source.base}, which {source.adapters[0]} was trained on, cannot be loaded ({first_line(str(error))}). "
-        "--base_model says where it is"
-    )
+    said = f"cannot be loaded ({first_line(str(error))})"
+    if source.base in source.named_bases:
+        name = source.adapters[source.named_bases.index(source.base)]
+        return MergeError(f"{source.base}, which {name} was trained on, {said}. --base_model says where it is")
+    return MergeError(f"{source.base} {said}")
 
 
 def _dequantized(model: PreTrainedModel, name: str) -> PreTrainedModel:
