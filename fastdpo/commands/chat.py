@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from fastdpo.commands.generation_flags import CHAT_HELP
-from fastdpo.commands.models import check_models, make_drawing, make_loader
+from fastdpo.commands.models import check_device, check_models, make_drawing, make_loader
 from fastdpo.commands.side_by_side import Comparison, Side, answers, is_chat, sides_of, table_of
 from fastdpo.commands.terminal import SafeConsole
 from fastdpo.errors import UsageError, bad_input
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         UsageError: the flags or a model cannot be used.
     """
     check_models(args.model)
+    check_device(args.device)
     drawing = make_drawing(args)
     with bad_input():
         sides = sides_of(args.model)

@@ -164,7 +164,7 @@ def _eval(argv: list[str]) -> int:
 
 
 def _eval_page() -> HelpPage:
-    from fastdpo.commands.evaluate import EvalParser
+    from fastdpo.commands.evaluation_flags import EvalParser
 
     return EvalParser().help_page()
 

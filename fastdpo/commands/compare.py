@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastdpo.commands.models import check_models, make_drawing, make_loader
+from fastdpo.commands.models import check_device, check_models, make_drawing, make_loader
 from fastdpo.commands.prompts import read_prompts
 from fastdpo.commands.side_by_side import compare, sides_of, table_of, write_comparisons
 from fastdpo.commands.terminal import SafeConsole
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--out {out}: needed a name that ends with {' or '.join(_OUT_FORMATS)}.")
     prompts, typed = _prompts(args)
     check_models(args.model)
+    check_device(args.device)
     drawing = make_drawing(args, args.batch_size)
     with bad_input():
         sides = sides_of(args.model)

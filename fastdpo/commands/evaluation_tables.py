@@ -7,8 +7,17 @@ from rich.table import Table
 from rich.text import Text
 
 from fastdpo.data.visible import visible_line
-from fastdpo.evaluation.page import difference_words, number_words, p_words, share_words
+from fastdpo.evaluation.page import (
+    cut_words,
+    difference_words,
+    number_words,
+    p_words,
+    refusal_words,
+    share_words,
+)
 from fastdpo.evaluation.record import EvaluationRecord
+
+_SHOWN_REFUSALS = 3
 
 
 def print_evaluation(record: EvaluationRecord, console: Console) -> None:
@@ -56,13 +65,17 @@ def print_evaluation(record: EvaluationRecord, console: Console) -> None:
         same = f"; the same verdict in both orders: {said.consistent:.0%}" if said.consistent is not None else ""
         alike = f" ({said.contests - said.asked} times they wrote the same)" if said.asked < said.contests else ""
         unread = f"; {said.unread} without a verdict that can be read" if said.unread else ""
+        if said.refused:
+            unread += f"; {len(said.refused)} that the judge refused ({refusal_words(said, _SHOWN_REFUSALS)})"
         if said.win_rate is None or said.test is None:
-            console.print(f"Judged, {first} against {second}: no verdict could be read.")
+            console.print(f"Judged, {first} against {second}: no verdict{unread}.")
             continue
         console.print(
             f"Judged, {first} against {second}: wins {share_words(said.win_rate)} % of {said.contests} prompts{alike}, "
             f"p = {p_words(said.test.p)}{unread}{same}."
         )
+        if cut := cut_words(said):
+            console.print(f"  Answers {cut}.")
     for note in found.notes:
         console.print(note, style="yellow")
     if whole.few:

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("check for what? --check-vllm, --check-llama-cpp, or both.")
     if args.max_lora_rank is not None and not args.check_vllm:
         raise UsageError("--max_lora_rank would have no effect without --check-vllm.")
-    check_models([args.model])
+    check_models([args.model], "")
     with bad_input():
         facts = facts_of(args.model)
     console = SafeConsole(soft_wrap=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from fastdpo.commands.models import check_models
+from fastdpo.commands.models import check_device, check_models
 from fastdpo.commands.terminal import SafeConsole
 from fastdpo.data.files import load_preferences
 from fastdpo.data.preparing import prepare
@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
     """
     console = SafeConsole(soft_wrap=True)
     _check_flags(args)
-    check_models([*args.model, *([args.base_model] if args.base_model else [])])
+    check_models(args.model, "")
+    check_models([args.base_model] if args.base_model else [], "--base_model ")
+    check_device(args.device)
     folder = Path(args.output_dir) if args.output_dir else None
     with bad_input():
         source = source_of(
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             check_gguf(gguf, overwrite=args.overwrite_output_dir)
         dtype = _dtype(args, source)
         tokenizer = _tokenizer(args, source, console)
-        _say_what(source, console)
+        _say_what(source, console, given=bool(args.base_model))
         merged = make_merged(
             source,
             _rows(args, tokenizer),
@@ -131,7 +133,11 @@ def _check_rooms(model: PreTrainedModel, folder: Path | None, dtype: torch.dtype
         check_room(folder, model, dtype)
 
 
-def _say_what(source: Source, console: SafeConsole) -> None:
+def _say_what(source: Source, console: SafeConsole, *, given: bool) -> None:
+    if given:
+        for name, named in zip(source.adapters, source.named_bases, strict=True):
+            if named not in ("", source.base):
+                console.print(f"{name} names {named} as what it was trained on; --base_model {source.base} is taken.")
     if source.quantization:
         kind = dict(source.quantization).get("bnb_4bit_quant_type", "nf4")
         console.print(f"The base {source.base} is taken in 4 bits ({kind}), as the adapter was trained on it.")

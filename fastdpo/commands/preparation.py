@@ -40,11 +40,12 @@ def check_names(**names: str | None) -> None:
 
 
 @contextmanager
-def bad_writes(output_dir: Path) -> Iterator[None]:
+def bad_writes(output_dir: Path, advice: str | None = None) -> Iterator[None]:
     """Turn errors of a full disk, whatever it was that could not be written, into UsageError with what there is.
 
     Args:
         output_dir: of the run.
+        advice: what to do; by default, what there is to say of a training's checkpoints.
     """
     try:
         yield
@@ -56,7 +57,7 @@ def bad_writes(output_dir: Path) -> Iterator[None]:
             raise
         named = [name for cause in chain(error) if (name := getattr(cause, "filename", None))]
         what = named[0] if named else f"a file in {output_dir}"
-        raise UsageError(f"{what} could not be written: {why}. {kept(output_dir)}") from error
+        raise UsageError(f"{what} could not be written: {why}. {advice or kept(output_dir)}") from error
 
 
 def say_what_was_prepared(trainer: DPOTrainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import datasets
@@ -86,13 +87,13 @@ def with_weights(dataset: datasets.Dataset) -> datasets.Dataset:
     """
     if WEIGHT_COLUMN not in dataset.column_names:
         return dataset
-    feature = dataset.features[WEIGHT_COLUMN]
     column = dataset.data.column(WEIGHT_COLUMN)
-    if not isinstance(feature, datasets.Value) or not (
+    if not isinstance(dataset.features[WEIGHT_COLUMN], datasets.Value) or not (
         pa.types.is_floating(column.type) or pa.types.is_integer(column.type)
     ):
         raise DataError(
-            f"column 'weight' has type {feature}; it should hold numbers, what each pair counts, or have another name."
+            f"{_what_it_holds(dataset, WEIGHT_COLUMN)}; it should hold numbers, what each pair counts, or have another "
+            "name."
         )
     weights = column.to_numpy()
     wrong = np.flatnonzero(~(weights >= 0) | np.isinf(weights))
@@ -120,7 +121,7 @@ def check_references(dataset: datasets.Dataset) -> None:
         column = dataset.data.column(name)
         if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
             raise DataError(
-                f"column {name!r} has type {dataset.features[name]}; it should hold numbers: the reference's "
+                f"{_what_it_holds(dataset, name)}; it should hold numbers: the reference's "
                 "log-probability of each completion, in nats. Without both columns a reference model is asked."
             )
         if column.null_count:
@@ -141,8 +142,8 @@ def with_margins(dataset: datasets.Dataset) -> datasets.Dataset:
     column = dataset.data.column(MARGIN_COLUMN)
     if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
         raise DataError(
-            f"column 'margin' has type {dataset.features[MARGIN_COLUMN]}; it should hold numbers, how much better each "
-            "pair's chosen completion is."
+            f"{_what_it_holds(dataset, MARGIN_COLUMN)}; it should hold numbers, how much better each pair's chosen "
+            "completion is."
         )
     wrong = np.flatnonzero(~np.isfinite(column.to_numpy().astype(np.float64)))
     if len(wrong):
@@ -150,6 +151,16 @@ def with_margins(dataset: datasets.Dataset) -> datasets.Dataset:
         words = "null" if said is None else said
         raise DataError(f"row {wrong[0]}, margin: it is {words}; it should be a finite number.")
     return dataset.cast_column(MARGIN_COLUMN, datasets.Value("float64"))
+
+
+def _what_it_holds(dataset: datasets.Dataset, name: str) -> str:
+    """A column that should hold numbers, and what it holds."""
+    feature = dataset.features[name]
+    if isinstance(feature, Exact):  # of several kinds: the first that is none
+        for row, value in enumerate(dataset[name]):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                return f"row {row}, {name}: it is {json.dumps(value, ensure_ascii=False)}"
+    return f"column {name!r} has type {feature}"
 
 
 def may_have_images(dataset: datasets.Dataset | datasets.IterableDataset) -> bool:

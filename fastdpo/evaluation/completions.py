@@ -25,7 +25,8 @@ class JudgedPrompts:
     Attributes:
         rows: the rows of the data set that they are of.
         texts: as a judge reads them.
-        chosen: the chosen answers of the data, which a model is compared with that has no other beside it.
+        chosen: the chosen answers of the data, which a model is compared with that has no other beside it; cut where
+            the models' answers are.
     """
 
     rows: list[int]
@@ -33,7 +34,7 @@ class JudgedPrompts:
     chosen: list[Text]
 
 
-def choose_prompts(dataset: Dataset, held_out: Sequence[HeldOut], count: int) -> JudgedPrompts:
+def choose_prompts(dataset: Dataset, held_out: Sequence[HeldOut], count: int, max_new_tokens: int) -> JudgedPrompts:
     """At most ``count`` prompts without images, spread over the rows that all tokenizers keep, no two of them alike."""
     first = held_out[0]
     shared = set(first.numbers.tolist()).intersection(*(other.numbers.tolist() for other in held_out[1:]))
@@ -46,9 +47,21 @@ def choose_prompts(dataset: Dataset, held_out: Sequence[HeldOut], count: int) ->
         pair, number = first_pair(first.rows[place]), int(first.numbers[place])
         rows.append(number)
         texts.append(_read(dataset[number].get("prompt"), pair["prompt_ids"], first))
-        ids = pair["chosen_ids"]
-        chosen.append(Text(cast(str, first.tokenizer.decode(ids, skip_special_tokens=True)), True, len(ids)))
+        chosen.append(_cut(pair["chosen_ids"], first, max_new_tokens))
     return JudgedPrompts(rows, texts, chosen)
+
+
+def _cut(ids: list[int], held_out: HeldOut, max_new_tokens: int) -> Text:
+    """An answer of the data as a model would have written it: without what ends it, and cut where it would be."""
+
+    def read(ids: list[int]) -> str:
+        return cast(str, held_out.tokenizer.decode(ids, skip_special_tokens=True))
+
+    length = len(ids)
+    while length and not read(ids[length - 1 : length]).strip():
+        length -= 1
+    kept = min(length, max_new_tokens)
+    return Text(read(ids[:kept]), kept == length, kept)
 
 
 def _read(prompt: Any, ids: list[int], held_out: HeldOut) -> str:

@@ -16,10 +16,11 @@ from fastdpo.data.preparing import examine
 from fastdpo.data.row_digests import row_digests
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.templates import read_template
-from fastdpo.data.terms import DIGEST_COLUMN, DataError
+from fastdpo.data.terms import DIGEST_COLUMN, DataError, first_line
 from fastdpo.data.vision import tokenizer_in
 from fastdpo.evaluation.scores import PairPlaces
 from fastdpo.evaluation.statistics import as_numbers
+from fastdpo.model.adapters import base_of_adapter
 from fastdpo.model.vision import load_processing_class
 from fastdpo.ref_cache.fingerprints import image_fingerprint, template_fingerprint, tokenizer_fingerprint
 from fastdpo.trainer.config import DPOConfig
@@ -76,9 +77,15 @@ def load_tokenizers(sources: Sequence[str], args: DPOConfig, *, images: bool) ->
     known: dict[tuple[str | None, ...], ProcessingClass] = {}
     found = {}
     for source in sources:
-        processing_class = load_processing_class(
-            source, images=images, trust_remote_code=args.trust_remote_code, **hub_options_of(args)
-        )
+        hub = hub_options_of(args)
+        try:
+            processing_class = load_processing_class(
+                source, images=images, trust_remote_code=args.trust_remote_code, **hub
+            )
+        except (OSError, ValueError) as error:
+            base = base_of_adapter(source, **hub)
+            whose = f"{source} and its base, {base}, have no tokenizer" if base else f"{source} has no tokenizer"
+            raise OSError(f"{whose} that can be loaded: {first_line(str(error))}") from error
         if args.chat_template_path is not None:
             processing_class.chat_template = read_template(args.chat_template_path)
         tokenizer = tokenizer_in(processing_class)

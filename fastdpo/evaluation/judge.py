@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from fastdpo.evaluation.judge_answers import JudgeAnswers, key_of
-from fastdpo.evaluation.judge_client import JudgeClient
+from fastdpo.evaluation.judge_client import JudgeClient, JudgeError, QuestionRefusedError
 from fastdpo.evaluation.length_control import controlled_shares
 from fastdpo.evaluation.statistics import FEW, Estimate, PairedTest, Resampling, binomial_p, mean_estimates
 
@@ -52,17 +52,29 @@ _VERDICT = re.compile(
 )
 _ALONE = re.compile(r"\W*(?:answer\W{0,3})?(a|b|tie)\W*", re.IGNORECASE)
 _FIRST_GETS = {"a": 1.0, "b": 0.0, "tie": 0.5}
+# Questions in a row from the start that are refused before it is the judge, and not the questions.
+_MOST_REFUSED = 10
 
 
 @dataclass(frozen=True)
 class Contest:
-    """Two answers to a prompt, and how many tokens each has."""
+    """Two answers to a prompt.
+
+    Attributes:
+        prompt, first, second: as the judge reads them.
+        first_tokens, second_tokens: how many tokens each answer has.
+        first_is_cut, second_is_cut: it would have been longer.
+        row: of the data set that the prompt is of; None for none.
+    """
 
     prompt: str
     first: str
     second: str
     first_tokens: int
     second_tokens: int
+    first_is_cut: bool = False
+    second_is_cut: bool = False
+    row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,17 +83,28 @@ class Verdicts:
 
     Attributes:
         first_read, second_read: what the first side got when it was read first, and when it was read second: 1 for
-            better, ½ for a tie, 0; None where no verdict could be read.
+            better, ½ for a tie, 0; None where there is no verdict.
+        refused: contest -> why the judge did not judge it, in the server's words. The other ones without a verdict
+            have a reply that could not be read.
     """
 
     first_read: list[float | None]
     second_read: list[float | None]
+    refused: dict[int, str] = field(default_factory=dict)
 
     def credits(self) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the contests with both verdicts, and the mean of the two, [n]."""
         both = [(i, a, b) for i, (a, b) in enumerate(zip(self.first_read, self.second_read, strict=True))]
         read = [(i, (a + b) / 2) for i, a, b in both if a is not None and b is not None]
         return np.array([i for i, _ in read], dtype=int), np.array([credit for _, credit in read])
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A contest that was not judged: the row of the data set, and what the judge's server said."""
+
+    row: int | None
+    said: str
 
 
 @dataclass(frozen=True)
@@ -92,6 +115,8 @@ class JudgeFigures:
         sides: what they are called.
         contests: how many prompts were judged, in both orders.
         unread: how many contests are left out, for a verdict could not be read.
+        refused: contests that are left out, for the judge refused them.
+        cut: how many of the judged answers of each side would have been longer.
         few: so few that the interval is rough.
         win_rate: of the first side: the mean over contests of what it got in both orders; ties count half.
         test: whether it wins as often as it loses.
@@ -108,6 +133,8 @@ class JudgeFigures:
     sides: tuple[str, str]
     contests: int
     unread: int
+    refused: list[Refusal]
+    cut: tuple[int, int]
     few: bool
     win_rate: Estimate | None
     test: PairedTest | None
@@ -151,7 +178,8 @@ def judge_contests(
 ) -> Verdicts:
     """Have each contest judged in both orders. What was answered before is not asked again.
 
-    Two answers that are equal are a tie, and nobody is asked.
+    Two answers that are equal are a tie, and nobody is asked. A question that the judge refuses (a filter, a context
+    that is too short) leaves its contest without a verdict; it is asked again the next time.
 
     Args:
         contests: what is compared.
@@ -162,7 +190,8 @@ def judge_contests(
         show_progress: whether it is shown.
 
     Raises:
-        JudgeError: the judge does not answer, or an answer cannot be kept. What it answered is kept.
+        JudgeError: the judge does not answer, or refuses every question, or an answer cannot be kept. What it answered
+            is kept.
     """
     asked: dict[str, list[dict[str, str]]] = {}
     for contest in contests:
@@ -173,23 +202,43 @@ def judge_contests(
     left = {key: messages for key, messages in asked.items() if answers.get(key) is None}
     bar = tqdm(total=len(asked), initial=len(asked) - len(left), desc=label, unit="question", disable=not show_progress)
 
+    refused: dict[str, QuestionRefusedError] = {}
+
     def ask(key: str, messages: list[dict[str, str]]) -> None:
-        answers.keep(key, client.ask(messages))
+        try:
+            answers.keep(key, client.ask(messages))
+        except QuestionRefusedError as error:
+            refused[key] = error
+            if len(refused) >= _MOST_REFUSED:
+                _stop_if_all_are(refused, answers)
         bar.update()
 
     with bar:
         _in_threads([partial(ask, key, messages) for key, messages in left.items()], workers, client)
+    _stop_if_all_are(refused, answers)
+    not_judged: dict[int, str] = {}
 
-    def verdict(prompt: str, first: str, second: str) -> float | None:
+    def verdict(number: int, prompt: str, first: str, second: str) -> float | None:
         if first == second:
             return 0.5
-        reply = answers.get(key_of(client.identity, question(prompt, first, second)))
+        key = key_of(client.identity, question(prompt, first, second))
+        if key in refused:
+            not_judged.setdefault(number, refused[key].said)
+            return None
+        reply = answers.get(key)
         assert reply is not None, "every question has been asked"
         return read_verdict(reply)
 
-    first_read = [verdict(c.prompt, c.first, c.second) for c in contests]
-    turned = [verdict(c.prompt, c.second, c.first) for c in contests]
-    return Verdicts(first_read, [None if value is None else 1 - value for value in turned])
+    first_read = [verdict(i, c.prompt, c.first, c.second) for i, c in enumerate(contests)]
+    turned = [verdict(i, c.prompt, c.second, c.first) for i, c in enumerate(contests)]
+    return Verdicts(first_read, [None if value is None else 1 - value for value in turned], not_judged)
+
+
+def _stop_if_all_are(refused: dict[str, QuestionRefusedError], answers: JudgeAnswers) -> None:
+    """Raises where questions were refused, and none was answered: it is not the questions then."""
+    if refused and not answers.any_was_of_use:
+        first = next(iter(refused.values()))
+        raise JudgeError(f"{first}. It has refused all {len(refused)} questions that it was asked")
 
 
 def _in_threads(tasks: Sequence[Callable[[], None]], workers: int, client: JudgeClient) -> None:
@@ -221,6 +270,8 @@ def judge_figures(
 ) -> JudgeFigures:
     """What verdicts come to; each contest is of a prompt of its own."""
     numbers, credits = verdicts.credits()
+    refused = [Refusal(contests[i].row, said) for i, said in sorted(verdicts.refused.items())]
+    cut = (sum(contests[i].first_is_cut for i in numbers), sum(contests[i].second_is_cut for i in numbers))
     lengths = np.array([c.first_tokens - c.second_tokens for c in contests], dtype=np.float64)
     places = np.arange(len(numbers))
     controlled = controlled_shares(credits[:, None], lengths[numbers], places, how, []) if len(numbers) else None
@@ -230,7 +281,9 @@ def judge_figures(
     return JudgeFigures(
         sides=sides,
         contests=len(numbers),
-        unread=len(contests) - len(numbers),
+        unread=len(contests) - len(numbers) - len(refused),
+        refused=refused,
+        cut=cut,
         few=len(numbers) < FEW,
         win_rate=mean_estimates(credits[:, None], places, how, shares=True)[0] if len(numbers) else None,
         test=PairedTest(binomial_p(wins, losses), "sign test, exact") if len(numbers) else None,

@@ -21,12 +21,16 @@ class JudgeAnswers:
     Args:
         path: of the file; made with the first answer.
 
+    Attributes:
+        any_was_of_use: whether any question of this run has an answer, from before or new.
+
     Raises:
         JudgeError: it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.any_was_of_use = False
         self._lock = threading.Lock()
         self._known: dict[str, str] = {}
         self._ends_whole = True
@@ -50,7 +54,9 @@ class JudgeAnswers:
         return len(self._known)
 
     def get(self, key: str) -> str | None:
-        return self._known.get(key)
+        found = self._known.get(key)
+        self.any_was_of_use |= found is not None
+        return found
 
     def keep(self, key: str, reply: str) -> None:
         """Write an answer, through to the disk; from any thread.
@@ -75,6 +81,7 @@ class JudgeAnswers:
                 ) from error
             self._ends_whole = True
             self._known[key] = reply
+            self.any_was_of_use = True
 
 
 def key_of(identity: dict[str, Any], messages: list[dict[str, str]]) -> str:

@@ -6,6 +6,7 @@ import email.utils
 import http.client
 import json
 import random
+import re
 import threading
 import time
 import urllib.error
@@ -16,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fastdpo.errors import InputError
-from fastdpo.trainer.secrets import redacted, remember_secrets
+from fastdpo.trainer.secrets import HIDDEN, redacted, remember_secrets
 
 _PATH = "/chat/completions"
 # Judges that think before they answer take minutes.
@@ -24,11 +25,27 @@ _TIMEOUT = 600.0
 _ATTEMPTS, _FIRST_WAIT, _LONGEST_WAIT = 8, 1.0, 60.0
 # What another attempt may mend: time-outs, conflicts, too many requests, and the server's own trouble.
 _PASSING = frozenset((408, 409, 425, 429, *range(500, 600)))
+# What may be said of one question and not of the next: it is too long, or a filter does not let it pass.
+_OF_A_QUESTION = frozenset((400, 403, 413, 422, 451))
+# How an answer without a text ended that would end the same way again.
+_ENDS_WITHOUT_TEXT = ("content_filter", "length", "stop", "tool_calls")
 _SHOWN = 300
 
 
 class JudgeError(InputError):
     """A judge that cannot be asked, or does not answer; the message says what to do."""
+
+
+class QuestionRefusedError(JudgeError):
+    """A question that the judge does not answer, where it may answer others.
+
+    Attributes:
+        said: in the server's words.
+    """
+
+    def __init__(self, address: str, said: str) -> None:
+        super().__init__(f"the judge at {address} {said}")
+        self.said = said
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -96,7 +113,8 @@ class JudgeClient:
         the connection fails, or the server is busy or in trouble.
 
         Raises:
-            JudgeError: it refuses, or does not answer, or with something else than an answer.
+            QuestionRefusedError: it refuses this question.
+            JudgeError: it refuses all, or does not answer, or with something else than an answer.
         """
         trouble = ""
         for attempt in range(_ATTEMPTS):
@@ -104,16 +122,18 @@ class JudgeClient:
                 break
             wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt) * random.uniform(0.8, 1.2)
             try:
-                return _content(self._post(messages))
+                return self._content(self._post(messages))
             except urllib.error.HTTPError as error:
-                said = _said_by(error)
+                said = self._said_by(error)
+                if error.code in _OF_A_QUESTION:
+                    raise QuestionRefusedError(self._address, f"answers {error.code}: {said}") from None
                 if error.code not in _PASSING:
                     raise JudgeError(f"the judge at {self._address} answers {error.code}: {said}") from None
                 trouble = f"{error.code}: {said}"
                 asked = _seconds(error.headers.get("Retry-After"))
                 wait = wait if asked is None else min(_LONGEST_WAIT, max(wait, asked))
             except (OSError, http.client.HTTPException, _NoAnswerError) as error:
-                trouble = str(redacted(str(getattr(error, "reason", None) or error or type(error).__name__)))
+                trouble = self._hidden(str(getattr(error, "reason", None) or error or type(error).__name__))
             if attempt + 1 < _ATTEMPTS:
                 (self.sleep or self._gives_up.wait)(wait)
         raise JudgeError(
@@ -133,45 +153,50 @@ class JudgeClient:
             read: bytes = answer.read()
             return read
 
+    def _content(self, body: bytes) -> str:
+        """The text of an answer; what a judge that refuses says instead."""
+        try:
+            choice = json.loads(body)["choices"][0]
+            message = choice["message"]
+            content = message.get("content")
+            if isinstance(content, list):
+                content = "".join(part["text"] for part in content if part["type"] == "text")
+            reason = choice.get("finish_reason")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise _NoAnswerError(f"no chat completion came back: {self._short(body)}") from None
+        for text in (content, message.get("refusal")):
+            if isinstance(text, str):
+                return text
+        said = f"the answer has no text; finish_reason is {reason!r}"
+        if reason in _ENDS_WITHOUT_TEXT:
+            raise QuestionRefusedError(self._address, f"gives none: {said}")
+        raise _NoAnswerError(said)
+
+    def _said_by(self, error: urllib.error.HTTPError) -> str:
+        try:
+            body = error.read()
+        except (OSError, http.client.HTTPException):
+            body = b""
+        if 300 <= error.code < 400:
+            return f"it points to {self._hidden(error.headers.get('Location') or 'another address')}; give that one"
+        try:
+            said = json.loads(body)["error"]
+            return self._short((said["message"] if isinstance(said, dict) else said).encode())
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return self._short(body) or str(error.reason)
+
+    def _short(self, body: bytes) -> str:
+        text = " ".join(self._hidden(body.decode("utf-8", "replace")).split())
+        return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+
+    def _hidden(self, text: str) -> str:
+        """``text`` without secrets; a key that is short, and so perhaps a part of words, where it stands by itself."""
+        clean = str(redacted(text))
+        return re.sub(rf"(?<!\w){re.escape(self.key)}(?!\w)", HIDDEN, clean) if self.key else clean
+
 
 class _NoAnswerError(Exception):
     """What came is no answer of this protocol."""
-
-
-def _content(body: bytes) -> str:
-    """The text of an answer; what a judge that refuses says instead."""
-    try:
-        choice = json.loads(body)["choices"][0]
-        message = choice["message"]
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "".join(part["text"] for part in content if part["type"] == "text")
-        reason = choice.get("finish_reason")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise _NoAnswerError(f"no chat completion came back: {_short(body)}") from None
-    for text in (content, message.get("refusal")):
-        if isinstance(text, str):
-            return text
-    raise _NoAnswerError(f"the answer has no text; finish_reason is {reason!r}")
-
-
-def _said_by(error: urllib.error.HTTPError) -> str:
-    try:
-        body = error.read()
-    except (OSError, http.client.HTTPException):
-        body = b""
-    if 300 <= error.code < 400:
-        return f"it points to {redacted(error.headers.get('Location') or 'another address')}; give that one"
-    try:
-        said = json.loads(body)["error"]
-        return _short((said["message"] if isinstance(said, dict) else said).encode())
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return _short(body) or str(error.reason)
-
-
-def _short(body: bytes) -> str:
-    text = " ".join(str(redacted(body.decode("utf-8", "replace"))).split())
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
 def _seconds(said: str | None) -> float | None:

@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 from transformers import PreTrainedModel
 
+from fastdpo.data.terms import first_line
 from fastdpo.model.adapters import base_of_adapter, put_on
 from fastdpo.model.randomness import disable_dropout
 from fastdpo.trainer.config import DPOConfig
@@ -44,7 +45,7 @@ def weights_of(name: str, args: DPOConfig) -> Weights:
     """What the model or adapter of this name is made of.
 
     Raises:
-        ValueError: an adapter does not say what it was trained on.
+        ValueError: an adapter does not say what it was trained on, or names a folder that is not there.
     """
     hub = hub_options_of(args)
     base = base_of_adapter(name, **hub)
@@ -53,6 +54,11 @@ def weights_of(name: str, args: DPOConfig) -> Weights:
     if not base:
         raise ValueError(
             f"the adapter {name} does not say what it was trained on; write base_model_name_or_path into it"
+        )
+    if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+        raise ValueError(
+            f"the adapter {name} was trained on {base}, and there is no such folder; write where it is into the "
+            "adapter's adapter_config.json (base_model_name_or_path)"
         )
     return Weights(_same_name(base), _same_name(name))
 
@@ -80,7 +86,12 @@ def in_turn(
         model: PreTrainedModel | None = None
         for weights in of_base:
             if model is None:
-                model = _load(weights.base, args, images=images)
+                try:
+                    model = _load(weights.base, args, images=images)
+                except OSError as error:
+                    trained = [weights.adapter for weights in of_base if weights.adapter is not None]
+                    of = f", which the adapter {trained[0]} was trained on," if trained else ""
+                    raise OSError(f"{base}{of} cannot be loaded: {first_line(str(error))}") from error
             if weights.adapter is None:
                 yield weights, model
                 continue

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastdpo.evaluation.judge import JudgeFigures
 from fastdpo.evaluation.pictures import Row, intervals
 from fastdpo.evaluation.record import EvaluationRecord
 from fastdpo.evaluation.results import SliceFigures
@@ -24,6 +25,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _COLOURS = ("c-blue", "c-orange", "c-green", "c-red", "c-grey")
 _TITLES = {"reward": "reward", "likelihood": "likelihood", "per_token": "likelihood per token"}
 _SHOWN_CONTESTS = 6
+_SHOWN_REFUSALS = 20
 
 
 def write_page(record: EvaluationRecord, path: Path) -> None:
@@ -49,6 +51,8 @@ def write_page(record: EvaluationRecord, path: Path) -> None:
             number=number_words,
             difference=difference_words,
             p=p_words,
+            refusals=lambda figures: refusal_words(figures, _SHOWN_REFUSALS),
+            cut=cut_words,
             show=show,
         ),
     )
@@ -165,7 +169,24 @@ def _histograms(record: EvaluationRecord) -> list[Histogram]:
 def _contests(judged: JudgedContest) -> list[tuple[Any, str]]:
     """The first contests, and what the first side got in both orders."""
     words = {1.0: "better", 0.5: "tie", 0.0: "worse", None: "no verdict"}
-    rows = zip(judged.contests, judged.verdicts.first_read, judged.verdicts.second_read, strict=True)
+    verdicts = judged.verdicts
+    rows = zip(judged.contests, verdicts.first_read, verdicts.second_read, strict=True)
     return [
-        (contest, f"read first: {words[a]}; read second: {words[b]}") for contest, a, b in list(rows)[:_SHOWN_CONTESTS]
+        (contest, "refused" if i in verdicts.refused else f"read first: {words[a]}; read second: {words[b]}")
+        for i, (contest, a, b) in enumerate(list(rows)[:_SHOWN_CONTESTS])
     ]
+
+
+def refusal_words(figures: JudgeFigures, most: int) -> str:
+    """Which rows the judge refused to judge, and why, for at most so many of them."""
+    said = [f"row {refusal.row}: {refusal.said}" for refusal in figures.refused[:most]]
+    left = len(figures.refused) - len(said)
+    return "; ".join(said) + (f"; and {left} more" if left else "")
+
+
+def cut_words(figures: JudgeFigures) -> str:
+    """How many answers were cut, if any."""
+    if not any(figures.cut):
+        return ""
+    counts = ", ".join(f"{count} of {side}" for count, side in zip(figures.cut, figures.sides, strict=True) if count)
+    return f"cut at --max_new_tokens, and judged by what is there: {counts}"

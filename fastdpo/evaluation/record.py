@@ -89,9 +89,16 @@ def _pairs_of(model: Evaluated) -> dict[str, Any]:
 
 
 def _contest(judged: JudgedContest) -> dict[str, Any]:
-    rows = zip(judged.contests, judged.verdicts.first_read, judged.verdicts.second_read, strict=True)
+    verdicts = judged.verdicts
+    rows = zip(judged.contests, verdicts.first_read, verdicts.second_read, strict=True)
     return asdict(judged.figures) | {
         "answers": [
-            {**asdict(contest), "first_gets_read_first": a, "first_gets_read_second": b} for contest, a, b in rows
+            {
+                **asdict(contest),
+                "first_gets_read_first": a,
+                "first_gets_read_second": b,
+                "refused": verdicts.refused.get(number),
+            }
+            for number, (contest, a, b) in enumerate(rows)
         ]
     }

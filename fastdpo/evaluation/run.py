@@ -128,7 +128,10 @@ def evaluate(
             "the models have different tokenizers, and rows of several answers are compared by their tokens; evaluate "
             "each model by itself, or make pairs of the rows."
         )
-    prompts = None if judging is None else choose_prompts(dataset, list(read.values()), judging.prompts)
+    prompts = None
+    if judging is not None:
+        most = judging.drawing.max_new_tokens
+        prompts = choose_prompts(dataset, list(read.values()), judging.prompts, most)
     if prompts is not None and not prompts.rows:
         raise DataError("no prompt can be completed for the judge: all have images.")
     found = _score(models, weights, references, held_out, args, prompts, judging, images=images, say=say)
@@ -227,6 +230,12 @@ def _put_together(
     say: Callable[[str], None],
 ) -> Evaluation:
     notes: list[str] = []
+    if args.average_log_prob or args.ld_alpha is not None:
+        option = "--average_log_prob" if args.average_log_prob else f"--ld_alpha {args.ld_alpha:g}"
+        notes.append(
+            f"The training's loss had {option}; all figures here are of sums over all tokens, but for those a token, "
+            "and so are rewards."
+        )
     places, shared = _in_common(models, held_out, notes)
     evaluated = []
     for name in models:
@@ -298,8 +307,8 @@ def _judge(
     judged = []
     for (first, ours), (second, theirs) in combinations(sides, 2):
         contests = [
-            Contest(prompt, a.text.strip(), b.text.strip(), a.tokens, b.tokens)
-            for prompt, a, b in zip(prompts.texts, ours, theirs, strict=True)
+            Contest(prompt, a.text.strip(), b.text.strip(), a.tokens, b.tokens, not a.ended, not b.ended, row)
+            for row, prompt, a, b in zip(prompts.rows, prompts.texts, ours, theirs, strict=True)
         ]
         verdicts = judge_contests(
             contests,

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from fastdpo.data.vision import tokenizer_in
 from fastdpo.export.likeness import Difference, Kept, difference, logps_of
 from fastdpo.export.live import MergeError
 from fastdpo.export.merged_model import MergedModel
@@ -26,6 +27,8 @@ from fastdpo.trainer.manifest import name_some
 _ADVICE = "Give --dtype float16, whose steps are an eighth of bfloat16's, or float32; or serve the adapter by itself"
 # Beside the weights: tokenizer, configuration, card.
 _BESIDE = 50_000_000
+# Of how a tokenizer was loaded here, which transformers would save with what it is.
+_OF_THE_SESSION = ("is_local", "local_files_only")
 
 
 def check_new(folder: Path, *, overwrite: bool, others: tuple[str, ...] = ()) -> None:
@@ -43,6 +46,7 @@ def check_new(folder: Path, *, overwrite: bool, others: tuple[str, ...] = ()) ->
         if Path(name).is_dir() and folder.exists() and os.path.samefile(name, folder):
             raise MergeError(f"{folder} is what is merged itself; name another folder")
     if not folder.exists():
+        check_parents(folder)
         return
     if not folder.is_dir():
         raise MergeError(f"{folder} is a file")
@@ -52,6 +56,13 @@ def check_new(folder: Path, *, overwrite: bool, others: tuple[str, ...] = ()) ->
         raise MergeError(f"{folder} is not empty; name another folder, or give --overwrite_output_dir")
     if not (folder / "config.json").exists():
         raise MergeError(f"{folder} holds no model (no config.json), and is not overwritten; name another folder")
+
+
+def check_parents(path: Path) -> None:
+    """Raises MergeError where a folder that ``path`` would be in cannot be made."""
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise MergeError(f"{path} cannot be made: {there} is {'not writable' if there.is_dir() else 'a file'}")
 
 
 def check_room(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -141,7 +152,7 @@ def write_model(
     digests = WeightDigests().of(model)
     model.save_pretrained(part, max_shard_size=max_shard_size)
     if tokenizer is not None:
-        tokenizer.save_pretrained(part)
+        _save_tokenizer(tokenizer, part)
     kind: Any = type(model)
     cast(torch.nn.Module, model).to("meta")  # its memory is free, whoever else has it
     gc.collect()
@@ -159,3 +170,12 @@ def write_model(
     if not apart.largest <= merged.tolerance:
         raise MergeError(f"the model that was written is another than the live one: {apart}; nothing was kept")
     return apart, None
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, part: Path) -> None:
+    settings = tokenizer_in(tokenizer).init_kwargs
+    aside = {name: settings.pop(name) for name in _OF_THE_SESSION if name in settings}
+    try:
+        tokenizer.save_pretrained(part)
+    finally:
+        settings.update(aside)

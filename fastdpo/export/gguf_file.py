@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_gguf_available
 
+from fastdpo.export.folder import check_parents
 from fastdpo.export.gguf_layout import Layout, layout_of, tensors_of
 from fastdpo.export.gguf_tokenizer import GGUFTokenizer, gguf_tokenizer
 from fastdpo.export.likeness import Difference, Kept, difference, logps_of, tolerance
@@ -51,6 +52,7 @@ def check_gguf(path: Path, *, overwrite: bool) -> None:
     """Raises MergeError where the package is missing, or the file may not be written."""
     if not is_gguf_available():
         raise MergeError("--gguf needs the package gguf: pip install gguf")
+    check_parents(path)
     if path.is_dir():
         raise MergeError(f"{path} is a folder; --gguf takes a file's name")
     if path.exists() and not overwrite:
@@ -79,6 +81,7 @@ def write_gguf(
     model = merged.model
     layout = layout_of(model)
     words = gguf_tokenizer(tokenizer, embedding_rows(model))
+    _check_ends(model, words)
     _check_room(model, path, kind)
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +98,21 @@ def write_gguf(
     finally:
         draft.unlink(missing_ok=True)
     return found
+
+
+def _check_ends(model: PreTrainedModel, words: GGUFTokenizer) -> None:
+    """Raises MergeError where llama.cpp would take a token of another vocabulary for one that is not there."""
+    if "eos" not in words.ids and not configured_ends(model):
+        raise MergeError(
+            "--gguf: neither the tokenizer (eos_token) nor the model's generation_config (eos_token_id) says what ends "
+            "a text, and llama.cpp would take the token of another vocabulary for it. Set one of the two and save it"
+        )
+    for name in ("bos", "eos"):
+        if name not in words.ids and f"{name}_token" in (words.chat_template or ""):
+            raise MergeError(
+                f"--gguf: the chat template writes {name}_token, and the tokenizer has none: llama.cpp would write the "
+                "token of another vocabulary. Set it, or take it out of the template"
+            )
 
 
 def _check_room(model: PreTrainedModel, path: Path, kind: str) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.export.live import MergeError
@@ -24,6 +27,10 @@ _CUTS = {
     _WORDS + r"|\p{N}" + _REST: "qwen2",
     _CASED + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
+# Ways of cutting whose pieces llama.cpp takes as they are, without merging, where they are tokens.
+_WHOLE = ("llama-bpe", "tekken")
+# What the merges of a BPE may have besides, and those of llama.cpp have not.
+_OTHER_MERGES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 @dataclass(frozen=True)
@@ -74,17 +81,25 @@ def gguf_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> GGUFTokeniz
             f"the tokenizer has the token {backend.id_to_token(highest)!r} of id {highest}, and the model embeddings "
             f"for {rows}; give the model embeddings for it (resize_token_embeddings) and save it"
         )
+    for name in _OTHER_MERGES:
+        if model.get(name):
+            raise MergeError(f"--gguf has no mapping for a tokenizer whose merges have {name} ({model[name]!r})")
     is_bytes = not model.get("byte_fallback")
+    pre = _cut_name(known) if is_bytes else "default"
+    if bool(model.get("ignore_merges")) != (pre in _WHOLE):
+        _refuse_unlike_wholes(known, pre, is_bytes)
     tokens, types = [f"[PAD{i}]" for i in range(rows)], [_UNUSED] * rows
     added = {entry["id"]: entry for entry in known["added_tokens"]}
     for token, i in vocabulary.items():
         tokens[i], types[i] = token, _type_of(token, added.get(i), model.get("unk_token"), is_bytes)
         if not is_bytes and types[i] == _USER_DEFINED:
             tokens[i] = token.replace("\u2581", " ")
+    if twice := [token for token, count in Counter(tokens).items() if count > 1]:
+        raise MergeError(f"--gguf: two tokens would have the text {twice[0]!r}, which llama.cpp refuses")
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
     return GGUFTokenizer(
         model="gpt2" if is_bytes else "llama",
-        pre=_cut_name(known) if is_bytes else "default",
+        pre=pre,
         tokens=tokens,
         types=types,
         merges=[" ".join(merge) for merge in merges] if is_bytes else [],
@@ -137,6 +152,33 @@ def _cut_name(known: dict[str, Any]) -> str:
         if name is not None:
             return name
     raise MergeError(f"--gguf has no mapping for a tokenizer that cuts text like this: {json.dumps(cut)[:300]}")
+
+
+def _refuse_unlike_wholes(known: dict[str, Any], pre: str, is_bytes: bool) -> None:
+    """Raises where it matters whether a piece of text that is a token is taken whole (``ignore_merges``): where merges
+    make something else of one."""
+    merging = Tokenizer.from_str(json.dumps(known | {"model": known["model"] | {"ignore_merges": False}}))
+    added = {entry["content"] for entry in known["added_tokens"]}  # which are cut out beforehand
+    for token, i in known["model"]["vocab"].items():
+        if token in added or [made.id for made in merging.model.tokenize(token)] == [i]:
+            continue
+        if _is_a_piece(token, merging, is_bytes):
+            does, other = "merged", "taken whole"
+            if known["model"].get("ignore_merges"):
+                does, other = other, does
+            raise MergeError(
+                f"--gguf: the token {token!r} is {does} by the tokenizer (ignore_merges), and {other} by llama.cpp's "
+                f"{pre}, which comes to other tokens"
+            )
+
+
+def _is_a_piece(token: str, tokenizer: Tokenizer, is_bytes: bool) -> bool:
+    """Whether text is cut into pieces that may be ``token``."""
+    cut = tokenizer.pre_tokenizer
+    if cut is None:
+        return True
+    text = ByteLevel().decode([token]) if is_bytes else token
+    return [piece for piece, _ in cut.pre_tokenize_str(text)] == [token]
 
 
 def _flags(tokenizer: PreTrainedTokenizerBase, is_bytes: bool) -> dict[str, bool]:

@@ -15,6 +15,7 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from fastdpo.data.terms import first_line
 from fastdpo.errors import InputError
 from fastdpo.model.adapter_vocabulary import adapter_shapes
 from fastdpo.model.adapters import is_adapter, put_on
@@ -40,6 +41,7 @@ class Source:
         revision: of the base on the Hub.
         quantization: of the base, as ``fastdpo.model.quantization.quantization_of`` tells it; empty for none.
         images: the base is loaded as a model that takes images.
+        named_bases: what each adapter names as its base; empty for nothing.
     """
 
     adapters: tuple[str, ...]
@@ -47,6 +49,7 @@ class Source:
     revision: str | None = None
     quantization: tuple[tuple[str, Any], ...] = ()
     images: bool = False
+    named_bases: tuple[str, ...] = ()
 
 
 def source_of(
@@ -70,6 +73,8 @@ def source_of(
         return Source((), names[0])
     if others := [name for name in names if name not in adapters]:
         raise MergeError(f"{others[0]} is no adapter; the base of an adapter is named by the adapter, or --base_model")
+    if twice := [name for name in adapters if [_place(other) for other in adapters].count(_place(name)) > 1]:
+        raise MergeError(f"{twice[0]} is named twice; merged with itself it would do twice what it was trained to")
     configs = [PeftConfig.from_pretrained(name) for name in adapters]
     for name, config in zip(adapters, configs, strict=True):
         if why := _why_not_merged(config):
@@ -104,7 +109,13 @@ def source_of(
         configs[0].revision,
         tuple(quantization.items()),
         images=any(word in key for key in shapes for word in _OF_VISION),
+        named_bases=tuple(config.base_model_name_or_path or "" for config in configs),
     )
+
+
+def _place(name: str) -> str:
+    """One name of a folder, however it is written."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _recorded(name: str) -> dict[str, Any]:
@@ -145,8 +156,7 @@ def load_base(source: Source, device: str, *, trust_remote_code: bool = False, d
         auto = auto_class_of(source.base, images=source.images, **options)
         model: PreTrainedModel = auto.from_pretrained(source.base, dtype=torch.float32, **options)
     except (OSError, HFValidationError) as error:
-        of = f"the base {source.base} of {source.adapters[0]}" if source.adapters else source.base
-        raise MergeError(f"{of} cannot be loaded: {error}") from error
+        raise _not_loaded(source, error) from error
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         if getattr(model, "is_loaded_in_8bit", False):
@@ -161,6 +171,14 @@ def load_base(source: Source, device: str, *, trust_remote_code: bool = False, d
     if not source.quantization:
         cast(nn.Module, model).to(device)
     return model.eval()
+
+
+def _not_loaded(source: Source, error: Exception) -> MergeError:
+    said = f"cannot be loaded ({first_line(str(error))})"
+    if source.base in source.named_bases:
+        name = source.adapters[source.named_bases.index(source.base)]
+        return MergeError(f"{source.base}, which {name} was trained on, {said}. --base_model says where it is")
+    return MergeError(f"{source.base} {said}")
 
 
 def _dequantized(model: PreTrainedModel, name: str) -> PreTrainedModel:
@@ -224,8 +242,15 @@ def _refuse_unplaced(model: PeftModel, name: str, own: str) -> None:
 
 
 def dtype_on_disk(source: Source, *, trust_remote_code: bool = False) -> torch.dtype:
-    """What the base's weights are stored in, as its configuration says; float32 where it does not."""
-    config = AutoConfig.from_pretrained(source.base, revision=source.revision, trust_remote_code=trust_remote_code)
+    """What the base's weights are stored in, as its configuration says; float32 where it does not.
+
+    Raises:
+        MergeError: it cannot be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.base, revision=source.revision, trust_remote_code=trust_remote_code)
+    except (OSError, HFValidationError) as error:
+        raise _not_loaded(source, error) from error
     for found in (config, config.get_text_config()):
         dtype = getattr(found, "dtype", None)
         if isinstance(dtype, torch.dtype):

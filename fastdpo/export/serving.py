@@ -1,15 +1,17 @@
 """What vLLM and llama.cpp make of an adapter as it is, told without them: what they refuse, and what they change.
 
-Read from parts of the sources of vLLM (``vllm/lora/peft_helper.py``, ``lora_model.py``, ``utils.py``,
-``vllm/config/lora.py``; the newest at commit 0306474e), and of llama.cpp's ``convert_lora_to_gguf.py`` at commit
-0b03adaa.
+Read from parts of the sources of vLLM (``vllm/lora/peft_helper.py``, the newest that could be had and earlier ones;
+``lora_model.py`` at commit 0306474e; ``utils.py``, ``layers/logits_processor.py``, ``vllm/config/lora.py``), of
+llama.cpp's ``convert_lora_to_gguf.py`` at commit 0b03adaa, and of its ``llama-adapter.cpp``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -24,6 +26,8 @@ MERGE = "fastdpo merge"
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _LORA_PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 _EMBEDDINGS = ("embed_tokens", "lm_head")
+# Ways to begin a LoRA that take something from the base, when it is loaded as when it is made.
+_TAKING_FROM_THE_BASE = ("pissa", "corda", "olora", "loftq")
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,14 @@ class Facts:
         config: its configuration's values.
         shapes: of its tensors, by the names that they have in the base.
         is_tied: the base's embeddings are one; None where its configuration is not there.
+        vocabulary: for how many tokens the base has embeddings; None likewise.
     """
 
     kind: str
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     is_tied: bool | None = None
+    vocabulary: int | None = None
 
     def __getitem__(self, name: str) -> Any:
         return self.config.get(name)
@@ -77,6 +83,12 @@ class Facts:
         return max(ranks, default=int(self["r"] or 0))
 
     @property
+    def embedding_sizes(self) -> set[int]:
+        """For how many tokens its LoRA on embeddings is."""
+        rows = {".lora_embedding_A": 1, "lm_head.lora_B.weight": 0}
+        return {shape[axis] for key, shape in self.shapes.items() for end, axis in rows.items() if key.endswith(end)}
+
+    @property
     def others(self) -> list[str]:
         """Tensors that are no part of a LoRA."""
         return sorted(key for key in self.shapes if not key.endswith(_LORA_PARTS))
@@ -89,19 +101,20 @@ def facts_of(name: str) -> Facts:
         MergeError: ``name`` is no adapter.
     """
     if not is_adapter(name):
+        if not Path(name).is_dir():
+            raise MergeError(
+                f"there is no folder {name}, and no adapter of that name on the Hub, or it was not reached"
+            )
         raise MergeError(f"{name} is no adapter (no adapter_config.json); a whole model needs no check")
     config = PeftConfig.from_pretrained(name)
     kind = getattr(config.peft_type, "value", str(config.peft_type))
     base = config.base_model_name_or_path
-    is_tied: bool | None = None
+    is_tied = vocabulary = None
     if base:
-        try:
-            is_tied = bool(
-                AutoConfig.from_pretrained(base, revision=config.revision).get_text_config().tie_word_embeddings
-            )
-        except (OSError, ValueError):
-            is_tied = None
-    return Facts(kind, vars(config), adapter_shapes(name), is_tied)
+        with contextlib.suppress(OSError, ValueError):
+            of_base = AutoConfig.from_pretrained(base, revision=config.revision).get_text_config()
+            is_tied, vocabulary = bool(of_base.tie_word_embeddings), int(of_base.vocab_size)
+    return Facts(kind, vars(config), adapter_shapes(name), is_tied, vocabulary)
 
 
 def check_vllm(facts: Facts, max_lora_rank: int | None = None) -> list[Finding]:
@@ -141,7 +154,8 @@ def check_vllm(facts: Facts, max_lora_rank: int | None = None) -> list[Finding]:
 def _of_vllm_patterns(facts: Facts) -> Iterator[Finding]:
     for name in ("alpha_pattern", "rank_pattern"):
         if facts[name]:
-            yield Finding(f"it has {name}", "vLLM does not read it, and scales all modules alike", MERGE, False)
+            early = "vLLM reads it of late; releases that do not scale all modules alike"
+            yield Finding(f"it has {name}", early, MERGE, False)
 
 
 def check_llama_cpp(facts: Facts) -> list[Finding]:
@@ -203,8 +217,26 @@ def _of_any(facts: Facts, program: str) -> Iterator[Finding]:
     if facts["layer_replication"]:
         yield Finding("it repeats layers (layer_replication)", f"{program} has the base's layers alone", MERGE)
     if facts["alora_invocation_tokens"] and program == "vLLM":
+        early = "vLLM refuses it, and earlier releases have it on from the first token"
+        yield Finding("it is an activated LoRA", early, "serve it by llama.cpp")
+    init = facts["init_lora_weights"]
+    if isinstance(init, str) and init.lower().startswith(_TAKING_FROM_THE_BASE):
+        plain = {
+            "vLLM": "vLLM refuses it, and earlier releases put it on the base as it is",
+            "llama.cpp": "the conversion does not read that, and it is put on the base as it is",
+        }
+        what = f"it was begun by {init} (init_lora_weights), for which PEFT changes the base"
+        yield Finding(what, plain[program], MERGE, program == "vLLM")
+    for variant, name in (("use_qalora", "QALoRA"), ("use_bdlora", "BD-LoRA")):
+        if facts[variant]:
+            yield Finding(f"it is a {name}", f"{program} does not compute that", f"{MERGE}, where it can be merged")
+    sizes = facts.embedding_sizes - {facts.vocabulary}
+    if sizes and facts.vocabulary is not None:
+        said = " and ".join(map(str, sorted(sizes)))
         yield Finding(
-            "it is an activated LoRA", "vLLM would have it on from the first token", "serve it by llama.cpp", False
+            f"it has LoRA on embeddings of {said} tokens, and the base has {facts.vocabulary}",
+            f"{program} takes no more and no fewer",
+            MERGE,
         )
     if facts["target_parameters"]:
         yield Finding(

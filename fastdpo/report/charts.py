@@ -69,7 +69,7 @@ def draw_curves(record: RunRecord) -> list[Chart]:
             sides("rewards"),
             level=(0.0, ""),
         ),
-        of("Log-probabilities", "nats a completion", sides("logps")),
+        of("Log-probabilities", record.logps_unit, sides("logps")),
         of("Gradient norm", "before clipping", [("grad_norm", "training", _TRAIN)]),
         of("Learning rate", "", [("learning_rate", "learning rate", _TRAIN)]),
         of("Throughput", "pairs a second", [("pairs_per_second", "pairs/s", _TRAIN)]),

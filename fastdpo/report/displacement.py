@@ -13,15 +13,17 @@ import numpy as np
 from fastdpo.report.record import RunRecord
 
 _ROWS_SHOWN = 8
-# Less is rounding, or the noise of a few steps: nats of a whole completion.
-_LEAST_FALL = 0.1
+# Less is rounding, or the noise of a few steps: nats of a whole completion, and of a token where these are means.
+_LEAST_FALL, _LEAST_FALL_OF_A_TOKEN = 0.1, 0.001
 
 
 @dataclass(frozen=True)
 class Displacement:
-    """What became of the chosen answers that were looked at, in nats a completion.
+    """What became of the chosen answers that were looked at.
 
     Attributes:
+        unit: of the changes, in words.
+        is_per_token: they are of means over tokens.
         pairs: how many were looked at.
         fallen: how many lost more than a trifle.
         mean_change, rejected_change: of all of them, of the chosen and the rejected answers' log-probabilities.
@@ -29,6 +31,8 @@ class Displacement:
         advice: what helps; empty where there is nothing to be helped.
     """
 
+    unit: str
+    is_per_token: bool
     pairs: int
     fallen: int
     mean_change: float
@@ -39,15 +43,29 @@ class Displacement:
     @property
     def words(self) -> str:
         """The whole of it in a sentence or two."""
-        changes = f"{_signed(self.mean_change)} nats a chosen answer and {_signed(self.rejected_change)} a rejected one"
-        if not self.fallen:
-            return f"No chosen answer became less likely than at the start: {changes}, on average."
-        said = (
-            f"{self.fallen} of {self.pairs} chosen answers became less likely than at the start: {changes}, on average."
+        changes = (
+            f"chosen answers by {self.signed(self.mean_change)} and rejected ones by "
+            f"{self.signed(self.rejected_change)} {self.unit}, on average"
         )
-        if self.mean_change < -_LEAST_FALL:
+        if not self.fallen:
+            return f"No chosen answer became less likely than at the start ({changes})."
+        said = f"{self.fallen} of {self.pairs} chosen answers became less likely than at the start ({changes})."
+        if self.is_displacement:
             said += " That is likelihood displacement: what they lost went to answers that are in no pair."
         return said
+
+    @property
+    def is_displacement(self) -> bool:
+        """Whether the chosen answers fell on average."""
+        return self.mean_change < -_least_fall(self.is_per_token)
+
+    def signed(self, change: float) -> str:
+        """As it is written."""
+        return f"{change:+.{4 if self.is_per_token else 2}f}".replace("-", "−")
+
+
+def _least_fall(is_per_token: bool) -> float:
+    return _LEAST_FALL_OF_A_TOKEN if is_per_token else _LEAST_FALL
 
 
 def displacement_of(record: RunRecord) -> Displacement | None:
@@ -59,16 +77,19 @@ def displacement_of(record: RunRecord) -> Displacement | None:
     rejected = np.subtract(end.rejected_logps, start.rejected_logps)
     if not (np.isfinite(change).all() and np.isfinite(rejected).all()):
         return None
-    fallen = np.flatnonzero(change < -_LEAST_FALL)
+    least = _least_fall(record.is_per_token)
+    fallen = np.flatnonzero(change < -least)
     worst = fallen[np.argsort(change[fallen], kind="stable")][:_ROWS_SHOWN]
     mean = float(change.mean())
     return Displacement(
+        unit=record.logps_unit,
+        is_per_token=record.is_per_token,
         pairs=len(change),
         fallen=len(fallen),
         mean_change=mean,
         rejected_change=float(rejected.mean()),
         worst=[(end.rows[i] if end.rows else f"pair {i + 1}", float(change[i]), float(rejected[i])) for i in worst],
-        advice=_advice(record) if mean < -_LEAST_FALL else [],
+        advice=_advice(record) if mean < -least else [],
     )
 
 
@@ -86,7 +107,3 @@ def _advice(record: RunRecord) -> list[str]:
         "pairs whose answers differ more: where they are nearly the same text, the loss pushes at what they share",
     ]
     return helps
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")

@@ -54,3 +54,18 @@ class RunRecord:
     environment: dict[str, str] = field(default_factory=dict)
     resume_command: str | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_per_token(self) -> bool:
+        """Whether log-probabilities are means over tokens, as the loss has them (``average_log_prob``)."""
+        return bool(self.settings.get("average_log_prob"))
+
+    @property
+    def logps_unit(self) -> str:
+        """What log-probabilities are in, as the loss has them."""
+        if self.is_per_token:
+            return "nats a token"
+        weight = self.settings.get("ld_alpha")
+        if weight is None or weight == 1:
+            return "nats a completion"
+        return f"nats a completion, tokens beyond the shorter answer's length × {weight:g}"

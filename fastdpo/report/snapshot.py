@@ -43,7 +43,8 @@ class Snapshot:
         step: the optimiser step after which it was taken.
         rows_of: the dataset the rows are of, in words.
         chosen_rewards, rejected_rewards: implicit rewards, one a row.
-        chosen_logps, rejected_logps: the policy's log-probabilities, one a row, in nats a completion.
+        chosen_logps, rejected_logps: the policy's log-probabilities, one a row, in nats, as the loss has them: of whole
+            completions, or means over their tokens, or weighted.
         rows: which rows these are, in words.
         samples: prompts with completions.
         no_rewards, no_samples: why there are none; empty where there are some.

@@ -122,6 +122,7 @@ def test_one_model_is_in_memory_at_a_time() -> None:
         (["--model", "{base}", "--prompt", "x"], "is no adapter, so there is nothing beside it: give --model twice"),
         (["--model", "{base}", "--model", "no-such-model", "--prompt", "x"], "--model no-such-model: "),
         (["--model", "{base}", "--model", "{other}"], "a prompt is needed"),
+        (["--model", "{base}", "--prompt", "x", "--device", "nonsense"], "--device nonsense: "),
         (["--model", "{base}", "--model", "{other}", "--prompts", "nowhere.txt"], "nowhere.txt: No such file"),
         (["--model", "{base}", "--model", "{other}", "--prompt", "x", "--limit", "3"], "--limit would have no effect"),
         (["--model", "{base}", "--model", "{other}", "--prompt", "x", "--out", "a.pdf"], "ends with .md or .jsonl"),

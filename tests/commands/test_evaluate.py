@@ -21,7 +21,7 @@ from toy_data import make_tokenizer, text_rows, write_jsonl
 
 from fastdpo.commands import evaluate as command
 from fastdpo.commands.cli import main
-from fastdpo.commands.evaluate import EvalParser
+from fastdpo.commands.evaluation_flags import EvalParser
 from fastdpo.evaluation.judge_answers import JudgeAnswers
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
@@ -145,6 +145,12 @@ def test_one_model_beside_its_start_and_its_report_links_to_it(folders: dict[str
     assert whole["models"][0]["margin"]["reward"]["value"] == pytest.approx(state[-1]["eval_rewards/margins"], abs=1e-5)
     assert whole["models"][0]["logps"]["chosen"]["value"] == pytest.approx(state[-1]["eval_logps/chosen"], rel=1e-5)
     assert 'href="evaluation.html"' in report.read_text()
+    # A training's file without an output_dir is of the folder that the training took.
+    Path("trained").rename("trainer_output")
+    Path("run.yaml").write_text(json.dumps({name: value for name, value in flags.items() if name != "output_dir"}))
+    assert main(["eval", "--config", "run.yaml", "--resamples", "100"]) == 0
+    again = json.loads(Path("trainer_output/evaluation.json").read_text())
+    assert again["slices"] == found["slices"] and again["models"][0]["name"] == "trainer_output"
 
 
 def test_without_a_split_all_is_taken_and_said(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,6 +158,20 @@ def test_without_a_split_all_is_taken_and_said(folders: dict[str, str], capsys: 
     assert found["slices"][0]["pairs"] == 16 and found["models"] == [{"name": folders["base"], "reference": None}]
     assert "there is no split test: figures are too good if a model was trained on them" in found["notes"][0]
     assert "reward" not in found["slices"][0]["models"][0]["accuracy"]
+
+
+def test_a_full_disk(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device", "evaluation.json")
+
+    monkeypatch.setattr(command, "write_results", full)
+    words = ["--dataset_name", folders["pairs.jsonl"], "--model", folders["base"], "--output_dir", "out"]
+    assert main(["eval", *words, *ALWAYS]) == 2
+    error = capsys.readouterr().err
+    assert "evaluation.json could not be written: No space left on device. Make room, or name another folder" in error
+    assert "checkpoint" not in error and not Path("out/evaluation.html").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -210,10 +230,38 @@ def test_a_model_alone_is_compared_with_the_chosen_answers(folders: dict[str, st
     assert (
         contest["sides"][1] == "chosen answers of the data" and contest["unread"] == 5 and contest["win_rate"] is None
     )
-    chosen = {row["chosen"].strip() for row in text_rows(16)}
-    assert {answer["second"] for answer in contest["answers"]} <= chosen
+    # Cut where the model's own are.
+    chosen = {row["prompt"]: row["chosen"].strip() for row in text_rows(16)}
+    for answer in contest["answers"]:
+        whole, seen = chosen[answer["prompt"]], answer["second"]
+        assert whole.startswith(seen) and answer["second_is_cut"] == (whole != seen)
+        assert 0 < answer["second_tokens"] <= 6 and answer["second_is_cut"] == (answer["second_tokens"] == 6)
+    assert contest["cut"] == [0, 0], "none of these was judged"
     assert {answer["prompt"] for answer in contest["answers"]} <= {row["prompt"] for row in text_rows(16)}
     Page(Path("out/evaluation.html"))
+
+
+def test_a_prompt_that_the_judge_refuses_is_named(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    said = '{"error": {"message": "the <filter> says no"}}'
+    odd = text_rows(16)[4]["prompt"]
+    with judging(lambda prompt, a, b: (400, said) if prompt == odd else longer(prompt, a, b)) as server:
+        found = run(folders, "--model", folders["base"], *judge_words(server.url, "--judge_prompts", "16"))
+    (contest,) = found["judge"]["contests"]
+    assert (contest["contests"], contest["unread"]) == (15, 0)
+    assert contest["refused"] == [{"row": 4, "said": "answers 400: the <filter> says no"}]
+    assert [answer["row"] for answer in contest["answers"] if answer["refused"]] == [4]
+    page, out = Page(Path("out/evaluation.html")).text, capsys.readouterr().out
+    assert "1 prompts are left out: the judge refused to judge them (row 4: answers 400: the <filter> says no)" in page
+    assert "1 that the judge refused (row 4: answers 400: the <filter> says no)" in out
+    cut = sum(answer["second_is_cut"] for answer in contest["answers"] if not answer["refused"])
+    assert cut and f"{cut} of chosen answers of the data" in page and f"{cut} of chosen answers of the data" in out
+
+
+def test_rewards_are_said_to_be_of_sums(folders: dict[str, str]) -> None:
+    found = run(
+        folders, "--model_name_or_path", folders["base"], "--average_log_prob", "--dataset_test_split", "train[:4]"
+    )
+    assert any("--average_log_prob" in note and "sums over all tokens" in note for note in found["notes"])
 
 
 def test_a_kill_keeps_what_was_answered(folders: dict[str, str], tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ def test_a_folder_that_others_load(
     assert dtypes_in(tmp_path / "m") == {torch.bfloat16} and len(list((tmp_path / "m").glob("model-*"))) > 1
     assert AutoConfig.from_pretrained(tmp_path / "m").dtype == torch.bfloat16
     assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template == CHAT_TEMPLATE
+    settings = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    assert "eos_token" in settings and not {"is_local", "local_files_only"} & settings.keys(), "those of this session"
     generation = GenerationConfig.from_pretrained(tmp_path / "m")
     assert generation.eos_token_id == [2, 6] and generation.top_k == 7
     card = (tmp_path / "m" / "README.md").read_text(encoding="utf-8")
@@ -161,6 +163,12 @@ def test_nothing_is_overwritten_unasked(
         (["--output_dir", tmp_path / "m.gguf"], "is a file"),
         (["--gguf", tmp_path / "m.gguf"], "exists; name another file"),
         (["--gguf", tmp_path / "m"], "is a folder; --gguf takes a file's name"),
+        (["--output_dir", tmp_path / "m.gguf" / "a" / "m"], f"a/m cannot be made: {tmp_path / 'm.gguf'} is a file"),
+        (["--gguf", tmp_path / "m.gguf" / "n.gguf"], f"n.gguf cannot be made: {tmp_path / 'm.gguf'} is a file"),
+        (["--output_dir", tmp_path / "n", "--device", "nonsense"], "--device nonsense: "),
+        (["--output_dir", tmp_path / "n", "--device", "cuda:99"], "--device cuda:99: "),
+        (["--output_dir", tmp_path / "n", "--base_model", "./gone"], "error: --base_model ./gone: no such folder"),
+        ([f"{folders['adapter']}/", "--output_dir", tmp_path / "n"], "/adapter is named twice; merged with itself"),
         ([], "where to? --output_dir FOLDER, or --gguf FILE"),
         (["--gguf", tmp_path / "n", "--dtype", "float32"], "--dtype would have no effect without --output_dir"),
         (["--output_dir", tmp_path / "n", "--rows", "2"], "--rows would have no effect without --dataset_name"),
@@ -173,6 +181,22 @@ def test_nothing_is_overwritten_unasked(
     assert merge(folders["adapter"], "--output_dir", tmp_path / "m", "--overwrite_output_dir") == 0
     assert json.loads((tmp_path / "m" / "config.json").read_text())["model_type"] == "llama"
     assert left_in(tmp_path) == ["m", "m.gguf", "mine"]
+
+
+def test_a_base_that_is_not_there(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(folders["adapter"], adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for base in (str(tmp_path / "gone"), "no-such/model"):
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        assert merge(adapter, "--output_dir", tmp_path / "m") == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert f"{base}, which {adapter} was trained on, cannot be loaded (" in error
+        assert "--base_model says where it is" in error
+    assert merge(adapter, "--output_dir", tmp_path / "m", "--base_model", folders["base"]) == 0
+    assert f"{adapter} names no-such/model as what it was trained on; --base_model" in capsys.readouterr().out
+    assert merge("./gone", "--output_dir", tmp_path / "m") == 2
+    assert "error: ./gone: no such folder" in capsys.readouterr().err
 
 
 def test_a_full_disk(

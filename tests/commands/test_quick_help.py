@@ -16,7 +16,7 @@ import pytest
 from fastdpo.commands import quick_help
 from fastdpo.commands.cache_ref import CacheRefParser
 from fastdpo.commands.cli import main
-from fastdpo.commands.evaluate import EvalParser
+from fastdpo.commands.evaluation_flags import EvalParser
 from fastdpo.commands.flags import TrainParser
 from fastdpo.commands.help_page import FlagHelp, HelpPage
 from fastdpo.errors import UsageError

@@ -13,6 +13,7 @@ from judge_server import judging
 from fastdpo.evaluation.judge import (
     Contest,
     JudgeFigures,
+    Refusal,
     Verdicts,
     judge_contests,
     judge_figures,
@@ -115,6 +116,49 @@ def test_replies_without_a_verdict_are_left_out(tmp_path: Path) -> None:
     assert (figures.contests, figures.unread, figures.wins, figures.losses) == (2, 1, 2, 0)
     nothing = judge_figures(("one", "two"), contests[1:2], Verdicts([None], [0.0]), HOW)
     assert nothing.win_rate is None and nothing.test is None and nothing.unread == 1
+
+
+FILTERED = (400, '{"error": {"message": "a filter stopped the prompt"}}')
+CUT = (200, '{"choices": [{"message": {"content": null}, "finish_reason": "content_filter"}]}')
+
+
+@pytest.mark.parametrize(
+    ("refusal", "said"),
+    [
+        (FILTERED, "answers 400: a filter stopped the prompt"),
+        ((403, "flagged"), "answers 403: flagged"),
+        ((413, ""), "answers 413: Request Entity Too Large"),
+        (CUT, "gives none: the answer has no text; finish_reason is 'content_filter'"),
+    ],
+)
+def test_a_question_that_is_refused_costs_its_contest_alone(
+    refusal: tuple[int, str], said: str, tmp_path: Path
+) -> None:
+    contests = [Contest(f"p{i}", "a" * (i + 1), "bb", i + 1, 2, i == 2, False, 10 + i) for i in range(4)]
+    path = tmp_path / "answers.jsonl"
+    with judging(lambda p, a, b: refusal if (p, a) == ("p2", "bb") else by_length(p, a, b)) as server:
+        client = JudgeClient(server.url, "m")
+        verdicts = judge(client, JudgeAnswers(path), contests)
+        assert verdicts == Verdicts([0.0, 0.5, 1.0, 1.0], [0.0, 0.5, None, 1.0], {2: said})
+        figures = judge_figures(("one", "two"), contests, verdicts, HOW)
+        assert (figures.contests, figures.unread, figures.refused) == (3, 0, [Refusal(12, said)])
+        assert figures.cut == (0, 0), "of those that were judged"
+        # It is asked again, alone; and that it is refused again is no reason to stop.
+        before = len(server.bodies)
+        assert judge(client, JudgeAnswers(path), contests) == verdicts and len(server.bodies) == before + 1
+        server.verdict = by_length
+        assert judge(client, JudgeAnswers(path), contests).refused == {} and len(server.bodies) == before + 2
+
+
+@pytest.mark.parametrize(("count", "asked"), [(2, 4), (30, 10)])
+def test_a_judge_that_refuses_everything_is_no_judge(count: int, asked: int, tmp_path: Path) -> None:
+    contests = [contest("a", "bb", f"p{i}") for i in range(count)]
+    with judging(lambda *_: (400, '{"error": {"message": "temperature must be 1"}}')) as server:
+        client = JudgeClient(server.url, "m")
+        told = f"answers 400: temperature must be 1. It has refused all {asked} questions that it was asked"
+        with pytest.raises(JudgeError, match=told):
+            judge(client, JudgeAnswers(tmp_path / "a.jsonl"), contests, workers=1)
+        assert len(server.bodies) == asked
 
 
 def test_answers_are_kept_by_content(tmp_path: Path) -> None:

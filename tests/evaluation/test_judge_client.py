@@ -11,7 +11,7 @@ import pytest
 from judge_server import JudgeServer, judging
 
 from fastdpo.evaluation.judge import question
-from fastdpo.evaluation.judge_client import JudgeClient, JudgeError
+from fastdpo.evaluation.judge_client import JudgeClient, JudgeError, QuestionRefusedError
 
 KEY = "not-a-form-that-is-known-42"
 ASKED = question("p", "a", "b")
@@ -74,9 +74,12 @@ def test_answers_of_other_forms(server: JudgeServer, message: dict[str, object],
 
 def test_an_answer_without_text_says_why(server: JudgeServer) -> None:
     body = json.dumps({"choices": [{"message": {"content": None}, "finish_reason": "length"}]})
-    server.failures += [(200, {}, body)] * 8
-    with pytest.raises(JudgeError, match=r"the answer has no text; finish_reason is 'length'"):
+    server.failures += [(200, {}, body)]
+    with pytest.raises(QuestionRefusedError, match=r"the answer has no text; finish_reason is 'length'"):
         client(server).ask(ASKED)
+    assert len(server.bodies) == 1, "it would end the same way again"
+    server.failures += [(200, {}, json.dumps({"choices": [{"message": {"content": None}}]}))]
+    assert client(server).ask(ASKED) == "Verdict: ab", "of which nothing is known, and which passed"
 
 
 def test_it_gives_up(server: JudgeServer) -> None:
@@ -114,6 +117,14 @@ def test_a_key_that_comes_back_is_hidden(server: JudgeServer) -> None:
         asking.ask(ASKED)
     assert KEY not in str(caught.value) and "(hidden) is wrong" in str(caught.value) and KEY not in repr(asking)
     assert KEY not in str(asking.identity)
+
+
+def test_a_short_key_is_hidden_where_it_stands_by_itself(server: JudgeServer) -> None:
+    server.failures += [(401, {}, "'k3y' is wrong: no k3ys here"), (400, {}, '{"error": {"message": "k3y"}}')]
+    for status, told in ((401, "'(hidden)' is wrong: no k3ys here"), (400, "(hidden)")):
+        with pytest.raises(JudgeError) as caught:
+            client(server, key="k3y").ask(ASKED)
+        assert str(caught.value).endswith(f"answers {status}: {told}")
 
 
 def test_a_server_that_is_not_there() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,24 @@ def test_a_base_without_the_adapters_tokens_is_no_reference(folders: dict[str, s
     make_model("llama").save_pretrained(tmp_path / "smaller")
     with pytest.raises(DataError, match="the token '<new>' has the id 384"):
         evaluate(rows, [str(tmp_path / "smaller")], None, args_of(tmp_path), how=HOW)
+
+
+def test_a_base_that_is_not_there_is_named_with_its_adapter(folders: dict[str, str], tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(folders["lora"], adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for base, told in (
+        (str(tmp_path / "gone"), rf"the adapter {adapter} was trained on {tmp_path}/gone, and there is no such folder"),
+        ("no-such/model", rf"{adapter} and its base, no-such/model, have no tokenizer that can be loaded: "),
+    ):
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        with pytest.raises((ValueError, OSError), match=told):
+            evaluate(Dataset.from_list(text_rows(2)), [str(adapter)], None, args_of(tmp_path), how=HOW)
+    TOKENIZER.save_pretrained(adapter)
+    with pytest.raises(
+        OSError, match=rf"no-such/model, which the adapter {adapter} was trained on, cannot be loaded: "
+    ):
+        evaluate(Dataset.from_list(text_rows(2)), [str(adapter)], None, args_of(tmp_path), how=HOW)
 
 
 def test_the_layout_and_the_batches_do_not_matter(folders: dict[str, str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,25 @@ def test_what_ends_a_turn(ends: int | list[int] | None, tmp_path: Path) -> None:
     assert (eot and eot.contents()) == (None if ends in (None, 2, [2]) else 5)
 
 
+@pytest.mark.parametrize("ends", [None, 5])
+def test_what_ends_a_text_has_to_be_known(ends: int | None, tmp_path: Path) -> None:
+    """Or llama.cpp takes token 11 for it, which here is a letter."""
+    model = make_merged_of(make_model("llama"), tmp_path)
+    model.model.generation_config.eos_token_id = ends
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    if ends is None:
+        with pytest.raises(MergeError, match=r"neither the tokenizer \(eos_token\) nor the model's generation_config"):
+            write_gguf(model, tmp_path / "m.gguf", tokenizer, "f32")
+    else:
+        write_gguf(model, tmp_path / "m.gguf", tokenizer, "f32")
+        assert gguf.GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.eos_token_id"].contents() == 5
+        tokenizer.chat_template = "{{ messages[0].content }}{{ eos_token }}"
+        with pytest.raises(MergeError, match="the chat template writes eos_token, and the tokenizer has none"):
+            write_gguf(model, tmp_path / "n.gguf", tokenizer, "f32")
+    assert not (tmp_path / "n.gguf").exists()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Tokenizers
 # --------------------------------------------------------------------------------------------------------------------
@@ -225,8 +245,6 @@ def sentence_pieces(size: int = 384) -> PreTrainedTokenizerFast:
 
 
 def _without_special_bytes(text: str) -> str:
-    import json
-
     known = json.loads(text)
     known["added_tokens"] = [entry for entry in known["added_tokens"] if not entry["content"].startswith("<0x")]
     return json.dumps(known)
@@ -279,6 +297,33 @@ def test_sentence_pieces(tmp_path: Path) -> None:
         assert read(text).input_ids == tokenizer(text).input_ids
 
 
+def edited(tokenizer: PreTrainedTokenizerFast, **model: Any) -> PreTrainedTokenizerFast:
+    known = json.loads(tokenizer.backend_tokenizer.to_str())
+    known["model"] |= model
+    core = tokenizers.Tokenizer.from_str(json.dumps(known))
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(("name", "whole"), [("gpt-2", False), ("llama-bpe", True), ("tekken", True), ("qwen2", False)])
+def test_tokens_that_no_merge_makes(name: str, whole: bool) -> None:
+    """llama.cpp takes a word that is a token as it is, for some ways of cutting and not for others; where merges make
+    it all the same, there is no difference."""
+    tokenizer = KNOWN_CUTS[name]()
+    size = len(tokenizer)
+    for ignores in (True, False):
+        assert gguf_tokenizer(edited(tokenizer, ignore_merges=ignores), size).pre == name
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["vocab"]
+    for token, matters in (("zqxj", True), ("Ġzq!xj", False), ("zÃ", False)):  # no word, and no text
+        for ignores in (True, False):
+            odd = edited(tokenizer, ignore_merges=ignores, vocab={**vocabulary, token: size})
+            if ignores == whole or not matters:
+                assert gguf_tokenizer(odd, size + 1).tokens[size] == token
+                continue
+            does = "taken whole by the tokenizer" if ignores else "merged by the tokenizer"
+            with pytest.raises(MergeError, match=f"the token 'zqxj' is {does} .* by llama.cpp's {name}"):
+                gguf_tokenizer(odd, size + 1)
+
+
 def test_tokenizers_without_a_mapping() -> None:
     word_level = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0})))
     with pytest.raises(MergeError, match="of the kind WordLevel, only for BPE"):
@@ -289,3 +334,9 @@ def test_tokenizers_without_a_mapping() -> None:
         gguf_tokenizer(cut_by(pre_tokenizers.ByteLevel(True)), 384)
     with pytest.raises(MergeError, match="of id 383, and the model embeddings for 380"):
         gguf_tokenizer(make_tokenizer(), 380)
+    with pytest.raises(MergeError, match=r"whose merges have end_of_word_suffix \('</w>'\)"):
+        gguf_tokenizer(edited(make_tokenizer(), end_of_word_suffix="</w>"), 384)
+    named_alike = make_tokenizer()
+    named_alike.add_tokens(["[PAD390]"])
+    with pytest.raises(MergeError, match=r"two tokens would have the text '\[PAD390\]'"):
+        gguf_tokenizer(named_alike, 400)

@@ -225,7 +225,7 @@ def test_names_that_do_not_go_together(bases: dict[tuple[str, bool], Path], tmp_
         source_of([str(base), str(other)])
     with pytest.raises(MergeError, match=r"is an adapter too; .*fastdpo merge .* --output_dir.*--base_model"):
         source_of([str(two)], base=str(one))
-    with pytest.raises(MergeError, match="the base .*nowhere of .*one cannot be loaded"):
+    with pytest.raises(MergeError, match=r"^\S*nowhere cannot be loaded \("):
         make_merged(source_of([str(one)], base=str(tmp_path / "nowhere")))
 
 

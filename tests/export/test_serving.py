@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import torch
 from made_adapters import KINDS, make_adapter, make_base
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
 from fastdpo.commands.cli import main
 from fastdpo.export.live import MergeError
@@ -74,6 +77,42 @@ def test_ranks_scales_and_tied_heads(bases: dict[bool, Path], tmp_path: Path) ->
     assert "- lm_head is a target, and the base's embeddings are one" in told(check_llama_cpp(tied))
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora", "eva", "orthogonal", "gaussian"])
+def test_adapters_that_take_from_their_base(init: str, bases: dict[bool, Path], tmp_path: Path) -> None:
+    """PEFT changes the base as it loads them; who does not adds them to another one."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init)
+    facts = facts_of(str(make_adapter(tmp_path / "adapter", bases[False], config)))
+    told_of = f"it was begun by {init} (init_lora_weights), for which PEFT changes the base"
+    taking = init.startswith(("pissa", "olora"))
+    assert told(check_vllm(facts)) == ({f"- {told_of}"} if taking else set())
+    assert told(check_llama_cpp(facts)) == ({f"~ {told_of}"} if taking else set())
+    base = AutoModelForCausalLM.from_pretrained(bases[False])
+    before = base.model.layers[0].self_attn.q_proj.weight.clone()
+    loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    after = loaded.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    assert torch.equal(before, after) == (not taking), "what the rule goes by"
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_lora_on_embeddings_of_another_size(target: str, bases: dict[bool, Path], tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "adapter", bases[False], target_modules=["q_proj", target], rows=390)
+    facts = facts_of(str(folder))
+    other = "- it has LoRA on embeddings of 390 tokens, and the base has 384"
+    assert other in told(check_vllm(facts)) and other in told(check_llama_cpp(facts))
+    (folder / "adapter_config.json").write_text(
+        (folder / "adapter_config.json").read_text().replace(str(bases[False]), str(tmp_path / "gone"))
+    )
+    assert other not in told(check_vllm(facts_of(str(folder)))), "of a base that is not there nothing is known"
+
+
+def test_other_variants(bases: dict[bool, Path], tmp_path: Path) -> None:
+    words = {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"}
+    facts = facts_of(str(make_adapter(tmp_path / "alora", bases[False], target_modules=["q_proj"], **words)))
+    assert told(check_vllm(facts)) == {"- it is an activated LoRA"} and check_llama_cpp(facts) == []
+    pooled = dataclasses.replace(facts, config={**facts.config, "alora_invocation_tokens": None, "use_qalora": True})
+    assert told(check_vllm(pooled)) == told(check_llama_cpp(pooled)) == {"- it is a QALoRA"}
+
+
 OTHERS: dict[str, tuple[Any, str]] = {
     "biases": (LoraConfig(target_modules=["c_attn"], bias="all"), "- it trains biases (bias='all')"),
     "lora_bias": (LoraConfig(target_modules=["c_attn"], lora_bias=True), "- its matrices have biases (lora_bias)"),
@@ -110,6 +149,7 @@ def test_the_command(bases: dict[bool, Path], tmp_path: Path, capsys: pytest.Cap
         ([plain, "--check-llama-cpp", "--max_lora_rank", "8"], "no effect without --check-vllm"),
         ([str(bases[False]), "--check-vllm"], "is no adapter"),
         ([str(tmp_path / "nowhere"), "--check-vllm"], "no such folder"),
+        (["nowhere", "--check-vllm"], "there is no folder nowhere, and no adapter of that name on the Hub"),
     ):
         assert main(["export", *words]) == 2
         assert error in capsys.readouterr().err

@@ -41,6 +41,22 @@ def test_by_how_much_and_on_which_rows() -> None:
     assert any("dpop" in words for words in found.advice) and any("sft_weight" in words for words in found.advice)
 
 
+def test_means_over_tokens_are_called_so(tmp_path: Path) -> None:
+    """Where the loss has means, a hundredth of a nat of each token is what several nats of an answer are."""
+    looks = look(0, [-1.0, -1.0], [-1.0, -1.0]), look(9, [-1.02, -1.0004], [-1.3, -1.3])
+    found = displacement_of(record(*looks, settings={"average_log_prob": True}))
+    assert found is not None and found.fallen == 1 and found.advice
+    assert "(chosen answers by −0.0102 and rejected ones by −0.3000 nats a token, on average)" in found.words
+    page = write_report(record(*looks, settings={"average_log_prob": True}), tmp_path / "report.html").read_text()
+    assert '<td class="number">−0.0200</td><td class="number">−0.3000</td>' in page
+    assert "nats a completion" not in page
+    sums = displacement_of(record(*looks))
+    assert sums is not None and sums.fallen == 0 and "nats a completion, on average" in sums.words
+    weighted = record(*looks, settings={"ld_alpha": 0.5, "average_log_prob": False})
+    assert weighted.logps_unit == "nats a completion, tokens beyond the shorter answer's length × 0.5"
+    assert record(*looks, settings={"ld_alpha": 1.0}).logps_unit == "nats a completion"
+
+
 def test_what_a_run_does_already_is_no_advice() -> None:
     looks = look(0, [-1.0], [-1.0]), look(9, [-3.0], [-9.0])
     found = displacement_of(record(*looks, loss="dpop", settings={"sft_weight": 0.5}))

@@ -23,21 +23,21 @@ class JudgeServer:
     """What it was asked, and how it answers.
 
     Attributes:
-        verdict: (prompt, answer A, answer B) -> the reply.
+        verdict: (prompt, answer A, answer B) -> the reply; or (status, body), for a question that is refused.
         failures: what the next questions get in the place of an answer: (status, headers, body), or None for a
             connection that is cut.
         url: of the server, as ``--judge_url`` takes it.
         bodies, headers: of all questions, failed ones among them.
     """
 
-    verdict: Callable[[str, str, str], str]
+    verdict: Callable[[str, str, str], str | tuple[int, str]]
     failures: list[tuple[int, dict[str, str], str] | None] = field(default_factory=list)
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     lock: Any = field(default_factory=threading.Lock)
 
-    def reply(self, body: dict[str, Any]) -> str:
+    def reply(self, body: dict[str, Any]) -> str | tuple[int, str]:
         (asked,) = (message["content"] for message in body["messages"] if message["role"] == "user")
         match = _PARTS.search(asked)
         assert match is not None
@@ -45,7 +45,7 @@ class JudgeServer:
 
 
 @contextmanager
-def judging(verdict: Callable[[str, str, str], str]) -> Iterator[JudgeServer]:
+def judging(verdict: Callable[[str, str, str], str | tuple[int, str]]) -> Iterator[JudgeServer]:
     """A server in this process, until the block ends."""
     server = JudgeServer(verdict)
 
@@ -61,7 +61,11 @@ def judging(verdict: Callable[[str, str, str], str]) -> Iterator[JudgeServer]:
                 return
             status, headers, text = failure or (200, {}, "")
             if not failure:
-                text = json.dumps({"choices": [{"message": {"role": "assistant", "content": server.reply(body)}}]})
+                reply = server.reply(body)
+                if isinstance(reply, tuple):
+                    status, text = reply
+                else:
+                    text = json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]})
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)

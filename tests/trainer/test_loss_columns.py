@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch.nn.functional as F
 from broken_runs import differences, id_rows, losses
 from datasets import Dataset
 from tiny_models import make_model
-from toy_data import make_tokenizer, text_rows
+from toy_data import make_tokenizer, text_rows, write_jsonl
 from trainer_runs import config, make_trainer
 
 from fastdpo.data import prepare
+from fastdpo.data.files import load_preferences
 from fastdpo.data.terms import DataError
 from fastdpo.errors import InputError
 from fastdpo.trainer import DPOTrainer
@@ -85,6 +87,18 @@ def test_the_column_is_prepared_where_it_is_asked_for(tmp_path: Path) -> None:
 def test_margins_that_are_none(tmp_path: Path, rows: Dataset, options: dict[str, Any], words: str) -> None:
     with pytest.raises(DataError, match=words):
         make_trainer(tmp_path, make_tokenizer(), train_dataset=rows, margin_alpha=1.0, **options)
+
+
+@pytest.mark.parametrize("column", ["margin", "weight", "ref_chosen_logps"])
+@pytest.mark.parametrize(("odd", "said"), [("2", '"2"'), ([1.0], "[1.0]"), (True, "true"), (None, "null")])
+def test_files_that_mix_numbers_with_something_else(tmp_path: Path, column: str, odd: Any, said: str) -> None:
+    values = [1.0, odd, 3, {} if odd is None else 4]
+    rows = [{**row, "ref_rejected_logps": -1.0, column: value} for row, value in zip(text_rows(4), values, strict=True)]
+    args = {"margins": True} if column == "margin" else {}
+    drop = {} if column == "ref_chosen_logps" else {"ref_rejected_logps"}
+    path = write_jsonl(tmp_path / "pairs.jsonl", [{k: v for k, v in row.items() if k not in drop} for row in rows])
+    with pytest.raises(DataError, match=rf"row 1, {column}: it is {re.escape(said)}; it should "):
+        prepare(load_preferences(str(path)), make_tokenizer(), **args)
 
 
 @pytest.mark.parametrize("column", ["margin", "weight"])
