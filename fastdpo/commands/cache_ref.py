@@ -61,7 +61,7 @@ class CacheRefParser(TrainParser):
     def groups(self) -> dict[str, Sequence[str]]:
         model = [f.name for f in fields(ModelArguments) if "lora" not in f.name and "dora" not in f.name]
         return {
-            "general": ["help", "help_all", "config"],
+            "general": ["help", "help_all", "config", "num_processes", "accelerate_config"],
             "model": [*(name for name in model if name != "use_peft"), "model_init_kwargs", "trust_remote_code"],
             "pairs": [
                 *(f.name for f in fields(ScriptArguments)),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from fastdpo.commands.help_page import HelpPage
+from fastdpo.commands.launching import LaunchAskedError, launch
 from fastdpo.commands.quick_help import print_help
 from fastdpo.commands.quiet import hush_other_libraries
 from fastdpo.commands.streams import ReaderGoneError, open_what_is_closed, safe_streams
@@ -64,6 +65,10 @@ def _run(args: argparse.Namespace) -> int:
         return code
     except SystemExit as exit_:
         return _exit_code(exit_)
+    except LaunchAskedError as asked:
+        if show_traceback:
+            os.environ["FASTDPO_TRACEBACK"] = "1"
+        launch(asked, args.command, args.rest)
     except UsageError as error:
         if show_traceback:
             raise

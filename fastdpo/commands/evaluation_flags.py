@@ -118,6 +118,7 @@ class EvalParser(TrainParser):
     """The flags of ``fastdpo train``, some of them with another meaning, and those of an evaluation."""
 
     command = "eval"
+    launches = False
     summary = "whether a model is better, on held-out pairs, and how sure that is."
     dataclasses = (ScriptArguments, ModelArguments, *TrainParser.dataclasses[2:], EvalArguments)
     help_epilog = EPILOG

@@ -17,10 +17,13 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from fastdpo.commands.help_page import FlagHelp, HelpPage
+from fastdpo.commands.launch_flags import LaunchFlags, profiles, takes
 from fastdpo.errors import UsageError, bad_input
 from fastdpo.report.snapshot import SnapshotSize
 from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.run_files import INSTEAD, advice
 
+_NOT_SETTINGS = ("config", "help_all", "num_processes", "accelerate_config")
 _DEEP = 500  # brackets: half of what Python's reader of JSON takes
 
 EPILOG = """\
@@ -35,8 +38,8 @@ examples:
   go on after a stop:
     fastdpo train ... --output_dir my-model --resume_from_checkpoint last
 
-  several GPUs:
-    accelerate launch -m fastdpo train ...
+  several GPUs (torchrun and accelerate launch -m fastdpo train ... do as well):
+    fastdpo train ... --num_processes 4 --accelerate_config fsdp2
 """
 
 # What a first run needs from transformers.TrainingArguments; the rest is described by --help_all.
@@ -116,6 +119,9 @@ class ScriptArguments:
         metadata={"help": "Read pairs as they are needed, for sets larger than memory. Needs --max_steps."},
     )
     streaming: bool = field(default=False, metadata={"help": "The same, as TRL's mixtures call it."})
+    ignore_bias_buffers: bool = field(
+        default=False, metadata={"help": "DDP: leave out buffers that are bool, such as masks, which some cannot send."}
+    )
     dataset_shuffle_buffer: int = field(
         default=10_000,
         metadata={"help": "Streamed pairs come in random order from among so many; 0 for their own order."},
@@ -183,8 +189,19 @@ class ModelArguments:
     use_bnb_nested_quant: bool = field(
         default=False, metadata={"help": "4 bits: the scales of the weights in 8 bits as well."}
     )
+    bnb_4bit_quant_storage: str | None = field(
+        default=None,
+        metadata={
+            "help": "4 bits: type of the tensors that hold them. By default uint8.",
+            "choices": ["uint8", "float16", "bfloat16", "float32"],
+        },
+    )
 
     def __post_init__(self) -> None:
+        for name in ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save"):
+            given = getattr(self, name)  # also with commas between names, which are no part of any
+            if isinstance(given, list) and all(re.fullmatch(r"[\w.]+(,\s*[\w.]+)*,?", word) for word in given):
+                setattr(self, name, [part.strip() for word in given for part in word.split(",") if part.strip()])
         # A pattern, or "all-linear", PEFT takes as a string only; and a string for a pattern, which a bare name as
         # one is not: it would have to be the whole of the module's name.
         if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:
@@ -272,6 +289,7 @@ class TrainParser(HfArgumentParser):
     """
 
     command = "train"
+    launches = True  # processes that --num_processes and the like ask for
     summary = "train a model on preference pairs (DPO)."
     dataclasses: tuple[type, ...] = (ScriptArguments, ModelArguments, DPOConfig, ReportArguments)
     help_epilog = EPILOG
@@ -284,6 +302,12 @@ class TrainParser(HfArgumentParser):
             allow_abbrev=False,  # an abbreviation would accept a misspelt flag as another one
         )
         self.add_argument("--config", help="YAML file of flags (without the dashes); the command line wins over it.")
+        self.add_argument("--num_processes", type=int, help="Run in so many processes, one a device: DDP by default.")
+        self.add_argument(
+            "--accelerate_config",
+            help=f"Run as accelerate launch does with this file of its own, or as one of {', '.join(profiles())}. Its "
+            "other flags are taken as they are.",
+        )
         self.add_argument("--help_all", action="store_true", help="Describe every flag, and exit.")
         for action in list(self._actions):
             self._mend(action)
@@ -303,7 +327,13 @@ class TrainParser(HfArgumentParser):
             self.add_argument(f"--no_{action.dest}", action="store_false", dest=action.dest, default=None)
 
     def read(self, argv: Sequence[str]) -> tuple[Any, ...]:
-        """The ``dataclasses`` filled from ``--config`` and the command line; UsageError if that is not possible."""
+        """The ``dataclasses`` filled from ``--config`` and the command line.
+
+        Raises:
+            UsageError: that is not possible.
+            LaunchAskedError: they are to be read in other processes.
+        """
+        self._launch_flags = LaunchFlags()
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--config")
         first.add_argument("--help_all", action="store_true")
@@ -313,9 +343,11 @@ class TrainParser(HfArgumentParser):
             self.exit()
         namespace = self._read_yaml(Path(early.config)) if early.config else None
         namespace, unknown = self.parse_known_args(argv, namespace)
-        if unknown:
+        if unknown := self._launch_flags.take(unknown):
             self._refuse(unknown)
-        values = {name: value for name, value in vars(namespace).items() if name not in ("config", "help_all")}
+        if self.launches:
+            self._launch_flags.require(namespace)
+        values = {name: value for name, value in vars(namespace).items() if name not in _NOT_SETTINGS}
         self.asked = {name: (value, self.get_default(name)) for name, value in values.items()}
         with bad_input():
             try:
@@ -352,7 +384,7 @@ class TrainParser(HfArgumentParser):
         inherited = {f.name for f in fields(TrainingArguments)}
         dpo = [f.name for f in fields(DPOConfig) if f.name not in inherited]
         return {
-            "general": ["help", "help_all", "config"],
+            "general": ["help", "help_all", "config", "num_processes", "accelerate_config"],
             "model": [name for name in model if name not in (*lora, *quantized)],
             "pairs": [f.name for f in fields(ScriptArguments)],
             "DPO": dpo,
@@ -381,16 +413,23 @@ class TrainParser(HfArgumentParser):
             raise UsageError(f"--config {path}: env should be a mapping of names to values.")
         with bad_input(f"--config {path}, env"):
             os.environ.update({str(name): str(value) for name, value in variables.items()})
+        if lines := advice(map(str, values.keys() - self._names())):
+            raise UsageError("\n  ".join([f"--config {path}: of these keys", *lines]))
         namespace = self.parse_args([])
         for key, value in values.items():
             self._apply_yaml_value(path, str(key), value, namespace)
         return namespace
 
     def _apply_yaml_value(self, path: Path, key: str, value: Any, namespace: argparse.Namespace) -> None:
+        if takes(key) and key not in self._names():
+            if value is not None:
+                self._launch_flags.add(key, value)
+            return
         if key not in self._names() or key in ("config", "help", "help_all"):
             raise UsageError(f"--config {path}: unknown key {key!r}.{self._nearest(key, '')}")
-        if value is None:  # "no value", which the command line cannot say for every type
-            setattr(namespace, key, None)
+        # "No value", which the command line cannot say for every type, nor none of a list.
+        if value is None or value == [] or (value == "" and self._takes_several(key)):
+            setattr(namespace, key, value)
             return
         try:
             words = _as_words(key, value)
@@ -401,6 +440,9 @@ class TrainParser(HfArgumentParser):
             self.parse_args(words, namespace)
         except UsageError as error:
             raise UsageError(f"--config {path}: {str(error).splitlines()[0]}") from error
+
+    def _takes_several(self, name: str) -> bool:
+        return any(action.nargs == "+" for action in self._actions if action.dest == name)
 
     def _names(self) -> set[str]:
         return {action.dest for action in self._actions}
@@ -413,6 +455,9 @@ class TrainParser(HfArgumentParser):
         flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
         if not flags:
             raise UsageError(f"unexpected {' '.join(unknown)!r}: every value needs its flag in front.")
+        names = {flag: flag.lstrip("-").replace("-", "_") for flag in flags}
+        if lines := [f"{flag}: {INSTEAD[name]}" for flag, name in names.items() if name in INSTEAD]:
+            raise UsageError("\n  ".join(lines))
         raise UsageError(f"unknown flag {flags[0]}.{self._nearest(flags[0].lstrip('-'), '--')}")
 
 

@@ -49,6 +49,7 @@ def make_trainer(script_args: ScriptArguments, model_args: ModelArguments, train
     Raises:
         UsageError: the flags, the data or the model cannot be used.
     """
+    _check_what_is_asked(script_args, training_args)
     # The pairs first: they are read in a second, where a model may take minutes to load.
     evaluates = training_args.eval_strategy != "no"
     train_dataset, eval_dataset = load_pairs(
@@ -64,7 +65,7 @@ def make_trainer(script_args: ScriptArguments, model_args: ModelArguments, train
             **hub_options_of(training_args),
         )
     with bad_input():
-        return DPOTrainer(
+        trainer = DPOTrainer(
             model=model,
             args=training_args,
             train_dataset=train_dataset,
@@ -72,6 +73,31 @@ def make_trainer(script_args: ScriptArguments, model_args: ModelArguments, train
             processing_class=tokenizer,
             peft_config=make_peft_config(model_args),
         )
+    if script_args.ignore_bias_buffers:
+        leave_out_masks(trainer.model)
+    return trainer
+
+
+def _check_what_is_asked(script_args: ScriptArguments, training_args: DPOConfig) -> None:
+    """Raises UsageError for flags that say what a script is to do, where this one would not do it."""
+    if training_args.do_eval and training_args.eval_strategy == "no":
+        raise UsageError("--do_eval is given, but --eval_strategy is no: give steps or epoch, or leave --do_eval out.")
+    if training_args.do_predict:
+        raise UsageError(
+            "--do_predict is given, but a training predicts nothing: use fastdpo eval, or fastdpo compare."
+        )
+    in_order = training_args.train_sampling_strategy == "sequential"
+    if in_order and script_args.is_streamed and script_args.dataset_shuffle_buffer:
+        raise UsageError(
+            "--train_sampling_strategy is sequential, but a stream comes in random order from among "
+            f"{script_args.dataset_shuffle_buffer:,} pairs: give --dataset_shuffle_buffer 0."
+        )
+
+
+def leave_out_masks(model: torch.nn.Module) -> None:
+    """Have DDP leave out the buffers of a model that are bool, as masks are; it broadcasts all others."""
+    masks = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.bool]
+    model._ddp_params_and_buffers_to_ignore = masks  # type: ignore[assignment]  # where DDP looks for it
 
 
 def init_kwargs_of(model_args: ModelArguments, training_args: DPOConfig) -> dict[str, Any]:
@@ -122,7 +148,7 @@ def _quantization_kwargs(model_args: ModelArguments, training_args: DPOConfig) -
     """What ``from_pretrained`` takes for the flags of 4 and 8 bits."""
     if not model_args.load_in_4bit:
         defaults = ModelArguments()
-        names = ("bnb_4bit_quant_type", "use_bnb_nested_quant")
+        names = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
         idle = [f"--{name}" for name in names if getattr(model_args, name) != getattr(defaults, name)]
         if idle:
             raise UsageError(f"{', '.join(idle)} would have no effect without --load_in_4bit.")
@@ -138,5 +164,6 @@ def _quantization_kwargs(model_args: ModelArguments, training_args: DPOConfig) -
             compute_dtype=None if dtype in (None, "auto") else getattr(torch, dtype),
             quant_type=model_args.bnb_4bit_quant_type,
             nested=model_args.use_bnb_nested_quant,
+            storage=model_args.bnb_4bit_quant_storage and getattr(torch, model_args.bnb_4bit_quant_storage),
         )
     return {"quantization_config": config}

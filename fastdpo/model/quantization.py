@@ -13,7 +13,12 @@ INSTALL = "pip install bitsandbytes"
 
 
 def make_quantization_config(
-    bits: int, *, compute_dtype: torch.dtype | None = None, quant_type: str = "nf4", nested: bool = False
+    bits: int,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    quant_type: str = "nf4",
+    nested: bool = False,
+    storage: torch.dtype | None = None,
 ) -> BitsAndBytesConfig:
     """What ``from_pretrained`` takes as ``quantization_config``; the output embedding stays as it is.
 
@@ -22,6 +27,7 @@ def make_quantization_config(
         compute_dtype: 4 bits: what weights are dequantised to for their products. By default float32.
         quant_type: 4 bits: ``nf4`` or ``fp4``.
         nested: 4 bits: the scales are quantised as well.
+        storage: 4 bits: the type of the tensors that hold them, two or more in each element. By default uint8.
 
     Raises:
         ImportError: bitsandbytes is not installed.
@@ -35,6 +41,7 @@ def make_quantization_config(
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=nested,
+        bnb_4bit_quant_storage=storage,
     )
 
 

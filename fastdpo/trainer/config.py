@@ -17,7 +17,9 @@ from fastdpo.data.settings import SCORES, parse_date
 from fastdpo.data.truncation import TRUNCATION_MODES
 from fastdpo.loss.objectives import F_DIVERGENCES, OBJECTIVES
 from fastdpo.loss.options import LossOptions
+from fastdpo.model.liger_kernels import body_only
 from fastdpo.model.packing import PACKINGS
+from fastdpo.trainer.run_files import refuse_names, refuse_values
 from fastdpo.trainer.secrets import redacted, remember_secrets
 
 
@@ -32,11 +34,15 @@ class DPOConfig(TrainingArguments):
     - ``include_num_input_tokens_seen``: ``non_padding``, for the metric ``num_tokens`` to survive a resume.
     - ``precompute_ref_log_probs``: keeps them on disk, in ``ref_cache``, and reads them from there the next time.
     - ``logging_nan_inf_filter``: off, and cannot be turned on: it writes another number in the place of NaN.
+    - ``padding_free``: no padding, or an error (TRL 1.16: warns, and pads).
+    - ``use_liger_kernel``: Liger's kernels in the layers of policy and reference; the head and the loss stay ours.
     - ``loss_type``: SimPO, ORPO and CPO as well, which need no reference. Options of the losses are those of
       :class:`fastdpo.LossOptions`, None for its default; ``label_smoothing`` makes ``sigmoid`` cDPO, where TRL ignores
       it, and ``sft`` is each completion's mean over tokens unless ``sft_reduction`` is ``batch``, as TRL has it.
 
-    An option that has no effect with the others raises ``ValueError``.
+    An option that has no effect with the others raises ``ValueError``; so does an argument of ``TrainingArguments``
+    that has none here. A name that other versions of TRL and transformers have raises ``TypeError``, with what to use
+    instead.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
@@ -160,8 +166,12 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Token to pad with. By default the tokenizer's, or else its end-of-sequence token."},
     )
-    pad_to_multiple_of: int | None = field(
-        default=None, metadata={"help": "Round the length of a batch up to a multiple of this."}
+    padding_free: bool = field(
+        default=False, metadata={"help": "No padding: packed rows, or an error where these do not suit."}
+    )
+    pad_to_multiple_of: int | str | None = field(
+        default=None,
+        metadata={"help": "Round the length of a batch up to a multiple of this. auto is none."},
     )
     strict: bool = field(
         default=False,
@@ -260,7 +270,13 @@ class DPOConfig(TrainingArguments):
         default=True, metadata={"help": "Set every dropout of the policy and the reference to 0."}
     )
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> DPOConfig:
+        refuse_names(kwargs, (each.name for each in fields(cls)))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        self._take_trls_defaults()
+        refuse_values(self)
         self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
         options = self.loss_options
         if options.of_rankings and (self.weight_by_score or self.group_by_prompt):
@@ -300,6 +316,10 @@ class DPOConfig(TrainingArguments):
         self.template_date = (parse_date(self.template_date) or datetime.date.today()).isoformat()
         if self.packing not in PACKINGS:
             raise ValueError(f"packing is {self.packing!r}; it should be one of {', '.join(PACKINGS)}")
+        if self.padding_free and (self.packing == "padded" or self.pad_to_multiple_of is not None):
+            other = "packing is 'padded'" if self.packing == "padded" else "pad_to_multiple_of is given"
+            raise ValueError(f"padding_free is on, and {other}; leave one of them out")
+        self._settle_liger()
         counts = ("max_length", "max_tokens_per_batch", "pad_to_multiple_of", "dataset_num_proc")
         for name in (*counts, "precompute_ref_batch_size"):
             value = getattr(self, name)
@@ -325,7 +345,7 @@ class DPOConfig(TrainingArguments):
             )
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
-        if (self.bf16 or self.bf16_full_eval) and not torch.accelerator.is_available() and not is_torch_xla_available():
+        if self.bf16 and not torch.accelerator.is_available() and not is_torch_xla_available():
             self.use_cpu = True  # where it would run anyway: transformers refuses bfloat16 unless that is said
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to copy to, and torch warns of it
@@ -336,6 +356,35 @@ class DPOConfig(TrainingArguments):
             self.activation_checkpointing = self.gradient_checkpointing is not False
         super().__post_init__()  # type: ignore[no-untyped-call]
         remember_secrets(vars(self))
+
+    def _take_trls_defaults(self) -> None:
+        """A value that is TRL's default, which a file of all of a run's settings gives, is ours for "by default"."""
+        for name, default in (
+            ("f_alpha_divergence_coef", 0.5),
+            ("discopop_tau", 0.05),
+            ("ref_model_mixup_alpha", 0.6),
+            ("ref_model_sync_steps", 512),
+        ):
+            if getattr(self, name) == default:
+                setattr(self, name, None)
+        if isinstance(self.pad_to_multiple_of, str):  # as the command line and YAML have it
+            words = self.pad_to_multiple_of
+            if words.lower() in ("auto", "none", "null"):  # auto is a multiple on Neuron alone, which is not supported
+                self.pad_to_multiple_of = None
+            elif words.isdecimal():
+                self.pad_to_multiple_of = int(words)
+            else:
+                raise ValueError(f"pad_to_multiple_of is {words!r}; it should be a number, auto, or None")
+
+    def _settle_liger(self) -> None:
+        """Liger's kernels without its head: Trainer puts them into the model once more, and is told so, too."""
+        if not self.use_liger_kernel:
+            if self.liger_kernel_config is not None:
+                raise ValueError(
+                    "liger_kernel_config is given, but use_liger_kernel is off: turn it on, or leave it out"
+                )
+            return
+        self.liger_kernel_config = body_only(self.liger_kernel_config)
 
     def _check_sync(self) -> None:
         idle = [name for name in ("ref_model_mixup_alpha", "ref_model_sync_steps") if getattr(self, name) is not None]
@@ -356,6 +405,11 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 f"sync_ref_model moves the reference, and {self.loss_options.described} has none: leave it out"
             )
+
+    @property
+    def pad_multiple(self) -> int | None:
+        """``pad_to_multiple_of``, which is no text any more once this object is made."""
+        return cast("int | None", self.pad_to_multiple_of)
 
     @property
     def mixup_alpha(self) -> float:

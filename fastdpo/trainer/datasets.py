@@ -210,7 +210,7 @@ def make_collator(
         pad_token_id=pad_id,
         max_length=args.max_length,
         truncation_mode=args.truncation_mode,
-        pad_to_multiple_of=args.pad_to_multiple_of,
+        pad_to_multiple_of=args.pad_multiple,
     )
 
 

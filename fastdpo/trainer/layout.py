@@ -73,7 +73,7 @@ class BatchLayout:
             scorers,
             obstacles=obstacles_in(
                 has_own_collator=has_own_collator,
-                pad_to_multiple_of=args.pad_to_multiple_of,
+                pad_to_multiple_of=args.pad_multiple,
                 torch_compile=args.torch_compile,
                 has_aux_loss=has_aux_loss,
                 has_dropout=has_dropout(policy.model),
@@ -85,6 +85,10 @@ class BatchLayout:
             autocast=accelerator.autocast,
             unchecked=weights_come_later,
         )
+        if args.padding_free and self.packing.layout == "padded":
+            raise NotImplementedError(
+                f"padding_free is on, but {self.packing.reasons[0]}. Leave it out for padded rows"
+            )
         # Processes meet in every forward of a model that is sharded, and have to have as many; and where it is compiled
         # they cannot be kept from it. A load-balancing loss is of all tokens of a batch. A sequence's images are not
         # told apart.

@@ -23,6 +23,7 @@ from fastdpo.model.adapters import (
 )
 from fastdpo.model.auto_class import auto_class_of
 from fastdpo.model.language_model import described, language_model
+from fastdpo.model.liger_kernels import put_liger_kernels_in
 from fastdpo.model.quantization import make_trainable
 from fastdpo.model.randomness import disable_dropout
 from fastdpo.model.rotary import fix_frequencies
@@ -83,6 +84,10 @@ def make_models(
         elif args.sync_ref_model or outside or not adapters_are_neutral(policy):
             # What is trained outside the adapter would take the model without it along.
             ref_model = copy_of_what_is_trained(policy)
+    if args.use_liger_kernel:
+        for each in (policy, ref_model):
+            if each is not None:
+                put_liger_kernels_in(each, args.liger_kernel_config, args.device)
     if args.disable_dropout:
         disable_dropout(policy)
         if ref_model is not None:

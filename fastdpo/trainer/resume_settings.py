@@ -71,6 +71,7 @@ _FROM_NOW_ON = (
     "fp16",
     "tf32",
     "activation_checkpointing",
+    "use_liger_kernel",
     "disable_dropout",
     "router_aux_loss_coef",
     "neftune_noise_alpha",

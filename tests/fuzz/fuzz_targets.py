@@ -25,6 +25,7 @@ import yaml
 from fuzz_values import COLUMNS, Source
 
 from fastdpo.commands.flags import TrainParser
+from fastdpo.commands.launching import LaunchAskedError
 from fastdpo.commands.pairs import columns_of, parts_of
 from fastdpo.commands.prompts import read_prompts
 from fastdpo.data.columns import check_columns
@@ -202,7 +203,7 @@ def configuration(source: Source) -> None:
             script, *_ = parser.read(["--config", str(_file("run.yaml", text))])
             columns_of(script.columns)
             parts_of(script.datasets or [])
-        except (UsageError, InputError):
+        except (UsageError, InputError, LaunchAskedError):
             return
 
 

@@ -547,10 +547,9 @@ def test_config_defaults_run_on_this_machine(tmp_path):
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without an accelerator")
-@pytest.mark.parametrize("options", [{"bf16": True}, {"bf16_full_eval": True}])
-def test_config_takes_bfloat16_without_an_accelerator(tmp_path, options):
-    args = DPOConfig(str(tmp_path), **options)
-    assert args.device == torch.device("cpu") and all(getattr(args, name) for name in options)
+def test_config_takes_bfloat16_without_an_accelerator(tmp_path):
+    args = DPOConfig(str(tmp_path), bf16=True)
+    assert args.device == torch.device("cpu") and args.bf16
 
 
 def test_trainer_refuses(tmp_path, tokenizer):
