@@ -29,6 +29,9 @@ def workplace(model: Path, vision_model: Path, tmp_path: Path, monkeypatch: pyte
     shutil.copytree(vision_model, tmp_path / "my-vision-model")
     write_jsonl(tmp_path / "pairs.jsonl", text_rows())
     (tmp_path / "run.yaml").write_text("model_name_or_path: my-model\ndataset_name: pairs.jsonl\n")
+    for folder in ("one", "many"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "trainer_state.json").write_text('{"log_history": [{"loss": 0.7, "grad_norm": 3.0}]}')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
