@@ -346,7 +346,7 @@ class TrainParser(HfArgumentParser):
         if unknown := self._launch_flags.take(unknown):
             self._refuse(unknown)
         if self.launches:
-            self._launch_flags.require(namespace)
+            self._launch_flags.require(cast(argparse.Namespace, namespace))
         values = {name: value for name, value in vars(namespace).items() if name not in _NOT_SETTINGS}
         self.asked = {name: (value, self.get_default(name)) for name, value in values.items()}
         with bad_input():

@@ -157,6 +157,7 @@ def _quantization_kwargs(model_args: ModelArguments, training_args: DPOConfig) -
     if "quantization_config" in training_args.init_kwargs:
         raise UsageError("--model_init_kwargs has a quantization_config, beside --load_in_4bit or --load_in_8bit.")
     # Products in the run's precision, where TRL has that of --dtype: float32, unless it is given.
+    storage = model_args.bnb_4bit_quant_storage
     dtype = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else model_args.dtype
     with bad_input():
         config = make_quantization_config(
@@ -164,6 +165,6 @@ def _quantization_kwargs(model_args: ModelArguments, training_args: DPOConfig) -
             compute_dtype=None if dtype in (None, "auto") else getattr(torch, dtype),
             quant_type=model_args.bnb_4bit_quant_type,
             nested=model_args.use_bnb_nested_quant,
-            storage=model_args.bnb_4bit_quant_storage and getattr(torch, model_args.bnb_4bit_quant_storage),
+            storage=None if storage is None else getattr(torch, storage),
         )
     return {"quantization_config": config}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -66,12 +66,11 @@ def put_liger_kernels_in(
         )
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
     kernels = MODEL_TYPE_TO_APPLY_LIGER_FN.get(inner.config.model_type)
     if kernels is None:
         raise NotImplementedError(
-            f"use_liger_kernel is on, but Liger has no kernels for {described(inner)} (model type "
-            f"{inner.config.model_type!r}); leave it out"
+            f"use_liger_kernel is on, but Liger has no kernels for {described(inner)}; leave it out"
         )
     known = [name for name in inspect.signature(kernels).parameters if name != "model"]
     if unknown := [name for name in config if name not in (*known, *HEAD)]:

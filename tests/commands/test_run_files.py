@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 from tiny_vision import make_processor, make_vision_model, vision_rows
@@ -14,6 +15,7 @@ from toy_data import chat_rows, text_rows, write_jsonl
 
 from fastdpo.commands.cli import main
 from fastdpo.commands.flags import ModelArguments, TrainParser
+from fastdpo.commands.trainer_from_flags import leave_out_masks, make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 
@@ -196,6 +198,24 @@ def test_files_of_the_handbook_run_with_what_is_advised(
     assert (args.beta, args.loss_type, args.optim, args.save_steps) == (0.02, ["apo_zero"], "rmsprop", 0.5)
     assert line["loss"] == pytest.approx(1.0, abs=1e-4)  # APO's, where policy and reference agree
     assert "packed rows" in capsys.readouterr().out
+
+
+def test_masks_are_left_out_of_what_ddp_sends(model: Path, data: Path, tmp_path: Path) -> None:
+    values = {"model_name_or_path": str(model), "dataset_name": str(data / "texts"), "output_dir": str(tmp_path)}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values | {"ignore_bias_buffers": True, "use_cpu": True}))
+    read = TrainParser().read(["--config", str(tmp_path / "run.yaml")])
+    trainer = make_trainer(*read[:3])
+    assert trainer.model._ddp_params_and_buffers_to_ignore == []  # of a Llama there are none
+    layer = torch.nn.Linear(2, 2)
+    layer.register_buffer("causal", torch.ones(2, 2, dtype=torch.bool))
+    layer.register_buffer("frequencies", torch.ones(2))
+    leave_out_masks(layer)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sent = torch.nn.parallel.DistributedDataParallel(layer)
+        assert sent.parameters_to_ignore == {"causal"} and len(sent.modules_buffers) == 1
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_flag_of_scripts_that_would_do_nothing(model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,12 +120,25 @@ RUN = """
 import json, sys
 from pathlib import Path
 
+import numpy as np
+import triton.language as tl
 from datasets import Dataset
+from liger_kernel.ops import rms_norm
+from triton.runtime import interpreter
 from toy_data import make_tokenizer, text_rows
 from tiny_models import make_model
 from trainer_runs import config
 from fastdpo.trainer import DPOTrainer
 from fastdpo.model.head import FusedHead
+
+# A number that a compiled kernel is given is Triton's scalar; the interpreter leaves it Python's, which has no .to().
+convert = interpreter._implicit_cvt
+def with_floats(arg):
+    if isinstance(arg, float):
+        return tl.tensor(interpreter.TensorHandle(np.array([arg], np.float32), tl.float32), tl.float32)
+    return convert(arg)
+interpreter._implicit_cvt = with_floats
+rms_norm.rsqrt = lambda x: tl.rsqrt(x)  # CUDA's own function, of which the interpreter knows nothing
 
 calls = {"head": 0, "norm": 0}
 score = FusedHead._score_columns
@@ -138,7 +151,6 @@ args = config(Path(sys.argv[1]), use_liger_kernel=liger, max_length=24, bf16=Fal
 rows = Dataset.from_list(text_rows(4))
 trainer = DPOTrainer(model=make_model("llama"), args=args, processing_class=make_tokenizer(), train_dataset=rows)
 if liger:
-    from liger_kernel.ops import rms_norm
     forward = rms_norm.rms_norm_forward
     def seen(*given, **kwargs):
         calls["norm"] += 1

@@ -199,6 +199,8 @@ def test_the_command_trains_an_adapter_on_4_bits(base: Path, pairs: Path, tmp_pa
         (["--dtype", "bfloat16"], {"bnb_4bit_compute_dtype": torch.bfloat16}),
         ([], {"bnb_4bit_compute_dtype": torch.float32, "bnb_4bit_quant_type": "nf4"}),
         (["--bf16"], {"bnb_4bit_compute_dtype": torch.bfloat16}),  # where TRL has float32
+        (["--bnb_4bit_quant_storage", "bfloat16"], {"bnb_4bit_quant_storage": torch.bfloat16}),
+        ([], {"bnb_4bit_quant_storage": torch.uint8}),
         (["--bnb_4bit_quant_type", "fp4"], {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}),
     ],
 )
@@ -226,6 +228,10 @@ def test_what_the_flags_mean(
         (
             ["--use_peft", "--load_in_8bit", "--bnb_4bit_quant_type", "fp4"],
             "--bnb_4bit_quant_type would have no effect",
+        ),
+        (
+            ["--use_peft", "--bnb_4bit_quant_storage", "float32"],
+            "--bnb_4bit_quant_storage would have no effect without --load_in_4bit",
         ),
         (["--use_peft", "--load_in_8bit"], "8-bit layers compute one thing in training and another in evaluation"),
         (

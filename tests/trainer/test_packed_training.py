@@ -128,6 +128,29 @@ def test_fallbacks_are_announced_once_with_their_reason(tmp_path, tokenizer, cap
         trainer.train()
 
 
+def test_padding_free_is_no_padding_or_an_error(tmp_path, tokenizer):
+    assert make_trainer(tmp_path, tokenizer, padding_free=True).packing.layout == "shared"
+    with pytest.raises(NotImplementedError, match="padding_free is on, but .*layers of the kind.* Leave it out"):
+        make_trainer(tmp_path, tokenizer, model=make_model("mamba"), padding_free=True)
+    for more, message in (
+        ({"packing": "padded"}, "packing is 'padded'"),
+        ({"pad_to_multiple_of": 8}, "multiple_of is"),
+    ):
+        with pytest.raises(ValueError, match=f"padding_free is on, and .*{message}"):
+            config(tmp_path, padding_free=True, **more)
+
+
+@pytest.mark.parametrize(("given", "taken"), [("auto", None), ("none", None), ("16", 16), (16, 16), (None, None)])
+def test_pad_to_multiple_of_as_trl_writes_it(tmp_path, given, taken):
+    assert config(tmp_path, pad_to_multiple_of=given).pad_to_multiple_of == taken
+
+
+@pytest.mark.parametrize("given", ["some", "0", "-8", 0])
+def test_pad_to_multiple_of_what_is_no_number(tmp_path, given):
+    with pytest.raises(ValueError, match="pad_to_multiple_of is .* it should be"):
+        config(tmp_path, pad_to_multiple_of=given)
+
+
 def test_a_collator_of_ones_own_makes_the_batches(tmp_path, tokenizer):
     def make(**options: Any) -> DPOTrainer:
         return DPOTrainer(
