@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from pages import PAGES, ROOT, blocks, name_of, spans
 
 from fastdpo.commands.cli import main
@@ -118,6 +119,7 @@ def known_flags() -> set[str]:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
         for script in ("run", "train", "rlhf", "outputs", "startup", "cuda_blocks"):
             read_by_script(script, [])
+    parsers.append(launch_command_parser())  # whose flags a training takes as well
     flags = {flag for parser in parsers for flag in parser._option_string_actions}
     return {flag for flag in flags if flag.startswith("--")} | {"--debug", "--run-slow"}
 
