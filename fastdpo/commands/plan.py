@@ -1,0 +1,399 @@
+"""``fastdpo plan``: what memory a training will need, and what of it fits, before any weights are loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from rich.table import Table
+from transformers import AutoConfig
+
+from fastdpo.commands.flags import ModelArguments, ScriptArguments, TrainParser
+from fastdpo.commands.pairs import load_pairs
+from fastdpo.commands.planned_command import command_for
+from fastdpo.commands.preparation import say
+from fastdpo.commands.terminal import SafeConsole
+from fastdpo.commands.trainer_from_flags import make_peft_config
+from fastdpo.data.columns import any_may_have_images
+from fastdpo.errors import UsageError, bad_input
+from fastdpo.model.adapters import is_adapter
+from fastdpo.model.packing_choice import obstacles_in
+from fastdpo.plan.batches import Row, longest_rows, made_up_rows
+from fastdpo.plan.devices import (
+    RESERVED,
+    RESERVED_ON_ACCELERATOR,
+    device_here,
+    in_words,
+    memory_of,
+    parse_memory,
+)
+from fastdpo.plan.layout import has_aux_loss, layout_of
+from fastdpo.plan.optimizers import check_optimizer
+from fastdpo.plan.search import Answer, Batches, Planner, describe
+from fastdpo.plan.setup import Setup
+from fastdpo.plan.sharding import STAGES
+from fastdpo.plan.tracker import PARTS
+from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.datasets import DatasetPreparer, is_tokenised
+from fastdpo.trainer.models import hub_options_of
+
+EPILOG = """\
+Nothing is downloaded but the model's configuration (and, with --dataset_name, its tokenizer), no weights are loaded,
+and nothing is computed: a training step runs on tensors that have shapes and no numbers, and what it would hold is
+counted as it comes and goes. The step is the run's own: its model, attention, head, autograd and checkpointing.
+
+The table has a row for each way to train, with the largest micro-batch that fits. Batches are taken to be the longest
+rows of the data; where they do not fit as they are, --max_tokens_per_batch says in which parts they are to be taken,
+which changes nothing but time. The command below it is the first way that fits, the nearest to what the flags ask for.
+
+On a CPU estimates were within 15 % of measured peaks (docs/guides/plan.md has the table). On any other device they are
+estimates and were not measured; 1 GiB is left for the driver, unless --reserve says otherwise.
+
+examples:
+  what fits on a GPU of 24 GiB, for a file of pairs:
+    fastdpo plan --model_name_or_path Qwen/Qwen2.5-7B-Instruct --dataset_name pairs.jsonl --device cuda --memory 24GiB
+
+  the same for prompts of 600 tokens with answers of 400, before there is any data:
+    fastdpo plan --model_name_or_path Qwen/Qwen2.5-7B-Instruct --length 600+400 --device cuda --memory 24GiB
+
+  eight devices; and all figures, for another program:
+    fastdpo plan --config run.yaml --device cuda --memory 80GB --devices 8 --json
+"""
+
+# What the table calls a way of sharing, and what accelerate is told.
+_STAGE_WORDS = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
+
+
+@dataclass
+class PlanArguments:
+    """For what machine, and for what data where there is none yet."""
+
+    device: str | None = field(
+        default=None, metadata={"help": "Kind of device: cpu, cuda, ... By default what a run here would use."}
+    )
+    memory: str | None = field(
+        default=None, metadata={"help": "Memory of one device: 24GiB, 80GB. By default this machine's."}
+    )
+    reserve: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is left free of it. By default 1GiB on an accelerator, for its driver, and 0 on a CPU."
+        },
+    )
+    devices: int = field(default=1, metadata={"help": "How many devices share the run."})
+    stage: str | None = field(
+        default=None,
+        metadata={
+            "help": "How they share it. By default the first of DDP, ZeRO-2 and FSDP2 that fits.",
+            "choices": [*STAGES],
+        },
+    )
+    length: str | None = field(
+        default=None,
+        metadata={"help": "In the place of data: tokens of prompt and answer, 600+400; or of both together, 1000."},
+    )
+    json: bool = field(default=False, metadata={"help": "Print every figure as JSON, in bytes, and nothing else."})
+
+    def __post_init__(self) -> None:
+        if self.devices < 1:
+            raise ValueError(f"devices is {self.devices}; it should be at least 1")
+        if self.stage is not None and self.devices == 1:
+            raise ValueError(f"stage is {self.stage}, which would have no effect with one device; give --devices")
+        if self.length is not None:
+            self.lengths  # noqa: B018  (raises)
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of a prompt, and of each of its two answers."""
+        match = re.fullmatch(r"(\d+)(?:\+(\d+))?", self.length or "")
+        prompt, answer = (int(part or 0) for part in match.groups()) if match else (0, 0)
+        if match and match[2] is None:
+            prompt, answer = prompt // 2, prompt - prompt // 2
+        if min(prompt, answer) < 1:
+            raise ValueError(f"length is {self.length!r}; it should be like 600+400, or like 1000")
+        return prompt, answer
+
+
+class PlanParser(TrainParser):
+    """The flags of ``fastdpo train``, so that its command line and its files serve as they are, and a few."""
+
+    command = "plan"
+    summary = "what memory a training will need, and what fits, before any weights are loaded."
+    dataclasses = (*TrainParser.dataclasses, PlanArguments)
+    help_epilog = EPILOG
+    others_title = "flags of `fastdpo train`, accepted as they are (--help_all describes them)"
+
+    def groups(self) -> dict[str, Sequence[str]]:
+        lora = [f.name for f in fields(ModelArguments) if "lora" in f.name or f.name in ("use_peft", "use_dora")]
+        return {
+            "general": ["help", "help_all", "config"],
+            "machine": [f.name for f in fields(PlanArguments) if f.name != "length"],
+            "model": ["model_name_or_path", "model_revision", "dtype", "attn_implementation", "trust_remote_code"],
+            "pairs": ["dataset_name", "length", "max_length", "packing"],
+            "training": [
+                "per_device_train_batch_size",
+                "gradient_accumulation_steps",
+                "max_tokens_per_batch",
+                "gradient_checkpointing",
+                "precompute_ref_log_probs",
+                "optim",
+                "bf16",
+                "fp16",
+            ],
+            "adapters": [*lora, "load_in_4bit", "load_in_8bit", "use_bnb_nested_quant"],
+        }
+
+
+def run(argv: list[str]) -> int:
+    """Run ``fastdpo plan``.
+
+    Args:
+        argv: the words after ``fastdpo plan``.
+
+    Returns:
+        0 where something fits, 1 where nothing does.
+
+    Raises:
+        UsageError: the flags, the data or the configuration cannot be used.
+    """
+    parser = PlanParser()
+    script_args, model_args, training_args, _, plan_args = parser.read(argv)
+    with bad_input():
+        check_optimizer(str(getattr(training_args.optim, "value", training_args.optim)))
+    memory, usable, device = _memory(plan_args)
+    setup = _setup(model_args, training_args, device, bf16_is_asked=parser.asked["bf16"][0] is not None)
+    rows, of_what = _rows(script_args, model_args, training_args, plan_args, setup)
+    with bad_input(f"--model_name_or_path {model_args.model_name_or_path}"):
+        batches = _batches(training_args, setup, rows)
+        planner = Planner(batches, usable)
+    answers: list[Answer] = []
+    for way in _ways(setup, model_args, training_args):
+        for stage in _stages(plan_args):
+            say(f"  {way.method}, {_words(way)}{f', {_STAGE_WORDS[stage]}' if plan_args.devices > 1 else ''}")
+            try:
+                answers.append(planner.answer(way, stage, plan_args.devices))
+            except (NotImplementedError, ValueError) as error:
+                if way == setup:
+                    raise UsageError(str(error)) from error
+                say(f"    left out: {str(error).splitlines()[0]}")
+                break
+            if answers[-1].fits:
+                break  # less sharing sends less
+    chosen = next((answer for answer in answers if answer.fits), None)
+    command = None if chosen is None else command_for(chosen, setup, parser.asked, _plan_flags())
+    if plan_args.json:
+        told = {
+            "model": model_args.model_name_or_path,
+            "device": device,
+            "memory": memory,
+            "usable": usable,
+            "layout": batches.layout,
+            "pairs": of_what,
+            "answers": [describe(answer) for answer in answers],
+            "command": command,
+        }
+        print(json.dumps(told, indent=1))
+    else:
+        _show(answers, chosen, command, f"{device}, {in_words(memory)}", of_what, batches.layout)
+    return 0 if chosen is not None else 1
+
+
+def _plan_flags() -> set[str]:
+    return {f.name for f in fields(PlanArguments)}
+
+
+def _memory(plan_args: PlanArguments) -> tuple[int, int, str]:
+    """What the device has, what of it may be used, and its kind."""
+    device = plan_args.device or device_here()
+    with bad_input("--memory"):
+        memory = memory_of(device) if plan_args.memory is None else parse_memory(plan_args.memory)
+    if memory is None:
+        raise UsageError(f"--memory is needed: how much a {device} has cannot be seen on this machine.")
+    with bad_input("--reserve"):
+        reserved = RESERVED.get(device, RESERVED_ON_ACCELERATOR)
+        reserved = reserved if plan_args.reserve is None else parse_memory(plan_args.reserve)
+    if reserved >= memory:
+        raise UsageError(f"--reserve leaves nothing of {in_words(memory)}.")
+    return memory, memory - reserved, device
+
+
+def _setup(model_args: ModelArguments, args: DPOConfig, device: str, *, bf16_is_asked: bool) -> Setup:
+    """The run that the flags describe."""
+    name = model_args.model_name_or_path
+    if not name:
+        raise UsageError("--model_name_or_path is needed: a Hub model, or a folder with one.")
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise UsageError(f"--model_name_or_path {name}: no such folder.")
+    hub = {"revision": model_args.model_revision, **hub_options_of(args)}
+    with bad_input(f"--model_name_or_path {name}"):
+        if is_adapter(name, **hub):
+            raise ValueError("this is an adapter; give the model that it was trained on, with --use_peft")
+        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **hub)
+    # An accelerator computes in bfloat16 unless it is told otherwise, which this machine may not know of.
+    bf16 = args.bf16 or (device != "cpu" and not args.fp16 and not bf16_is_asked)
+    autocast = torch.bfloat16 if bf16 else torch.float16 if args.fp16 else None
+    dtype = config.dtype if model_args.dtype == "auto" else getattr(torch, model_args.dtype or "float32")
+    peft_config = make_peft_config(model_args)
+    bits = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None
+    if bits and peft_config is None:
+        raise UsageError(f"--load_in_{bits}bit needs --use_peft: weights in {bits} bits cannot be trained themselves.")
+    return Setup(
+        config,
+        dtype=dtype or torch.float32,
+        autocast=autocast,
+        peft_config=peft_config,
+        bits=bits,
+        bits_compute=autocast or dtype or torch.float32,
+        nested=model_args.use_bnb_nested_quant,
+        checkpointing=bool(args.activation_checkpointing),
+        checkpointing_kwargs=dict(args.gradient_checkpointing_kwargs or {}),  # type: ignore[arg-type]
+        offloading=args.activation_offloading,
+        reference=_reference(args, peft_config),
+        optim=str(getattr(args.optim, "value", args.optim)),
+        device=device,
+        attn_implementation=model_args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def _reference(args: DPOConfig, peft_config: LoraConfig | None) -> str:
+    if not args.loss_options.takes_reference:
+        return "none"
+    if args.precompute_ref_log_probs:
+        return "cache"
+    return "model" if peft_config is None else "adapter"
+
+
+def _rows(
+    script_args: ScriptArguments, model_args: ModelArguments, args: DPOConfig, plan_args: PlanArguments, setup: Setup
+) -> tuple[list[Row], str]:
+    """A batch of the rows that need most memory, and what they are, in words."""
+    count = args.per_device_train_batch_size
+    vocabulary = setup.config.get_text_config().vocab_size
+    if plan_args.length is not None:
+        prompt, answer = plan_args.lengths
+        return made_up_rows(prompt, answer, count, vocabulary), f"pairs of {prompt} + {answer} tokens"
+    if not (script_args.names or script_args.datasets):
+        raise UsageError("--dataset_name is needed, the pairs to train on; or --length, where there are none yet.")
+    if script_args.is_streamed:
+        raise UsageError(
+            "a stream's lengths are not known beforehand; leave --dataset_streaming out, or give --length."
+        )
+    train, _ = load_pairs(script_args, evaluates=False, seed=args.seed, groups=args.keeps_groups)
+    if any_may_have_images(train, None):
+        raise UsageError("rows with images are not planned for: what a vision tower holds is not counted here.")
+    with bad_input():
+        name = model_args.model_name_or_path or ""
+        preparer = DatasetPreparer(
+            name, None, args, needs_tokenizer=not is_tokenised(train), images=False, vocab_size=vocabulary
+        )
+        prepared = preparer.prepare_to_train(train)
+    assert isinstance(prepared, Dataset)
+    rows = longest_rows(prepared, count, args.max_length)
+    while len(rows) < count:
+        rows += rows[: count - len(rows)]  # an epoch has fewer; the next one comes at once
+    return rows, f"the {count} longest of {len(prepared):,} pairs"
+
+
+def _batches(args: DPOConfig, setup: Setup, rows: list[Row]) -> Batches:
+    obstacles = obstacles_in(
+        has_own_collator=False,
+        pad_to_multiple_of=args.pad_to_multiple_of,
+        torch_compile=args.torch_compile,
+        has_aux_loss=has_aux_loss(setup, args.router_aux_loss_coef),
+        has_dropout=not args.disable_dropout,
+    )
+    return Batches(
+        rows,
+        layout_of(setup, args.packing, obstacles),
+        args.max_tokens_per_batch,
+        args.max_length,
+        args.truncation_mode,
+        args.pad_to_multiple_of,
+    )
+
+
+def _ways(setup: Setup, model_args: ModelArguments, args: DPOConfig) -> Iterator[Setup]:
+    """The run as it is asked for, and then others, the nearest first."""
+    seen: list[Setup] = []
+    for way in [setup, *_others(setup, model_args, args)]:
+        if way not in seen:
+            seen.append(way)
+            yield way
+
+
+def _others(setup: Setup, model_args: ModelArguments, args: DPOConfig) -> Iterator[Setup]:
+    kept, again = replace(setup, checkpointing=False), replace(setup, checkpointing=True)
+    yield from (kept, again)
+    if setup.reference == "model":
+        yield replace(again, reference="cache")
+        again = replace(again, reference="cache")
+    if setup.peft_config is None:
+        yield replace(again, optim="adamw_8bit")
+        adapter = make_peft_config(replace(model_args, use_peft=True))
+        reference = "adapter" if setup.reference in ("model", "adapter") else setup.reference
+        setup = replace(setup, peft_config=adapter, reference=reference)
+        kept, again = replace(setup, checkpointing=False), replace(setup, checkpointing=True)
+        yield from (kept, again)
+    if setup.bits is None:
+        yield replace(kept, bits=4)
+        yield replace(replace(setup, checkpointing=True), bits=4)
+
+
+def _stages(plan_args: PlanArguments) -> Sequence[str]:
+    if plan_args.devices == 1:
+        return ("ddp",)
+    return ("ddp", "zero2", "fsdp2") if plan_args.stage is None else (plan_args.stage,)
+
+
+def _words(setup: Setup) -> str:
+    words = ["checkpointing" if setup.checkpointing else "activations kept"]
+    words += ["offloaded"] if setup.offloading else []
+    words += {"cache": ["reference cached"], "model": ["second model"]}.get(setup.reference, [])
+    words += [] if setup.optim in ("adamw_torch", "adamw_torch_fused") else [setup.optim]
+    return ", ".join(words)
+
+
+def _show(
+    answers: Sequence[Answer], chosen: Answer | None, command: str | None, machine: str, of_what: str, layout: str
+) -> None:
+    console = SafeConsole(soft_wrap=True)
+    several = answers[0].devices > 1
+    console.print(f"{machine}; {of_what}, {layout} rows; GiB at the peak of a training step")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("train")
+    table.add_column("how")
+    if several:
+        table.add_column("shared by")
+    for name in (*PARTS, "total"):
+        table.add_column(name, justify="right")
+    table.add_column("micro-batch", justify="right")
+    table.add_column("fits")
+    for answer in answers:
+        stage = [f"{answer.devices} x {_STAGE_WORDS[answer.stage]}"] if several else []
+        figures = [f"{answer.parts[name] / 2**30:.2f}" for name in PARTS]
+        how_many = f"{answer.tokens:,} tokens" + ("" if answer.max_tokens is None else ", in parts")
+        table.add_row(
+            answer.setup.method,
+            _words(answer.setup),
+            *stage,
+            *figures,
+            f"{answer.total / 2**30:.2f}",
+            how_many,
+            "yes" if answer.fits else "no",
+            style="bold" if answer is chosen else None,
+        )
+    SafeConsole(width=None if console.is_terminal else 170).print(table)
+    console.print(
+        "Estimates. On a CPU they were within 15 % of what runs took; on other devices nobody has measured them."
+    )
+    if command is None:
+        console.print("\nNothing fits: shorter sequences (--max_length), a smaller model, or more memory or devices.")
+    else:
+        console.print(f"\n{command}")
