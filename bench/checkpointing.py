@@ -61,7 +61,7 @@ def table_of(cases: list[PlanCase], summaries: dict[str, dict[str, Any]]) -> str
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="llama-34m", help="default: llama-34m")
+    parser.add_argument("--model", choices=MODELS, default="llama-9m", help="default: llama-9m")
     parser.add_argument("--repeats", type=int, default=3, help="of each run; default: 3")
     parser.add_argument("--threads", type=int, default=1, help="of each run; default: 1")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds that a round may take; default: 3600")

@@ -4,8 +4,8 @@
     python bench/plan.py --only llama,lora    those whose name has one of these words
     python bench/plan.py --json plan.json     and every figure
 
-A model's runs are trained one after another (end_to_end/planned.py says how their peaks are measured), and estimated
-here, from their configurations and lengths alone.
+They are trained one after another in another process (end_to_end/planned.py says how their peaks are measured), and
+estimated here, from their configurations and lengths alone.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from fastdpo.plan.tracker import PARTS
 
 CASES = [
     *(
-        PlanCase("llama-34m", layout, checkpointing)
+        PlanCase("llama-9m", layout, checkpointing)
         for layout in ("shared", "padded")
         for checkpointing in (False, True)
     ),
-    PlanCase("llama-34m", "repeated", False),
-    *(PlanCase("llama-34m", checkpointing=checkpointing, autocast=True) for checkpointing in (False, True)),
-    PlanCase("llama-34m", checkpointing=False, dtype="bfloat16"),
-    PlanCase("llama-34m", checkpointing=False, max_tokens=700),
-    PlanCase("llama-34m", checkpointing=False, cached=True),
-    PlanCase("llama-34m", checkpointing=False, optim="adamw_torch"),
-    PlanCase("llama-34m", checkpointing=False, optim="sgd"),
-    *(PlanCase("llama-34m", checkpointing=checkpointing, method="lora") for checkpointing in (False, True)),
-    PlanCase("llama-34m", "padded", False, method="lora"),
-    PlanCase("llama-34m", checkpointing=False, method="lora", autocast=True),
-    PlanCase("llama-34m", checkpointing=False, method="qlora"),
-    *(PlanCase("qwen2-58m", checkpointing=checkpointing) for checkpointing in (False, True)),
-    PlanCase("qwen2-58m", checkpointing=False, method="lora"),
-    *(PlanCase("gpt2-29m", layout, False) for layout in ("shared", "padded")),
-    PlanCase("gpt2-29m"),
-    *(PlanCase("mixture-40m", checkpointing=checkpointing) for checkpointing in (False, True)),
-    PlanCase("mixture-40m", "padded", False),
+    PlanCase("llama-9m", "repeated", False),
+    *(PlanCase("llama-9m", checkpointing=checkpointing, autocast=True) for checkpointing in (False, True)),
+    PlanCase("llama-9m", checkpointing=False, dtype="bfloat16"),
+    PlanCase("llama-9m", checkpointing=False, max_tokens=700),
+    PlanCase("llama-9m", checkpointing=False, cached=True),
+    PlanCase("llama-9m", checkpointing=False, optim="adamw_torch"),
+    PlanCase("llama-9m", checkpointing=False, optim="sgd"),
+    *(PlanCase("llama-9m", checkpointing=checkpointing, method="lora") for checkpointing in (False, True)),
+    PlanCase("llama-9m", "padded", False, method="lora"),
+    PlanCase("llama-9m", checkpointing=False, method="lora", autocast=True),
+    PlanCase("llama-9m", checkpointing=False, method="qlora"),
+    *(PlanCase("qwen2-16m", checkpointing=checkpointing) for checkpointing in (False, True)),
+    PlanCase("qwen2-16m", checkpointing=False, method="lora"),
+    *(PlanCase("gpt2-10m", layout, False) for layout in ("shared", "padded")),
+    PlanCase("gpt2-10m"),
+    *(PlanCase("mixture-12m", checkpointing=checkpointing) for checkpointing in (False, True)),
+    PlanCase("mixture-12m", "padded", False),
 ]
 
 
@@ -81,8 +81,8 @@ def table_of(results: list[dict[str, Any]]) -> str:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="words, with commas; a case's name is to have one of them")
-    parser.add_argument("--threads", type=int, default=1, help="of each run; default: 1")
-    parser.add_argument("--timeout", type=float, default=3600, help="seconds for a model's runs; default: 3600")
+    parser.add_argument("--threads", type=int, default=1, help="of the runs; default: 1")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for all runs; default: 3600")
     parser.add_argument("--json", type=Path, help="every figure, machine, versions, commit")
     return parser.parse_args(arguments)
 
@@ -90,20 +90,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     report = machine.facts_of_run(sys.argv if arguments is None else ["bench/plan.py", *arguments], "cpu")
+    cases = [case for case in CASES if any(word in case.name for word in args.only.split(","))]
     progress, results = Progress(), []
-    words = args.only.split(",")
     with tempfile.TemporaryDirectory() as folder:
-        chosen = [case for case in CASES if any(word in case.name for word in words)]
-        for model in dict.fromkeys(case.model for case in chosen):
-            cases = [case for case in chosen if case.model == model]
-            progress.say(f"{model}: {len(cases)} runs")
-            found = run_job("end_to_end.planned", job_of(cases, Path(folder), args.threads), args.timeout)
-            for case, measured in zip(cases, found.get("results", [found] * len(cases)), strict=True):
-                results.append({"name": case.name, "estimate": estimate(case), "measured": measured})
-                if "failed" in measured:
-                    progress.say(f"{case.name}: {measured['failed']}")
-            if args.json:
-                args.json.write_text(json.dumps(report | {"results": results}, indent=1) + "\n")
+        progress.say(f"{len(cases)} runs")
+        found = run_job("end_to_end.planned", job_of(cases, Path(folder), args.threads), args.timeout)
+    for case, measured in zip(cases, found.get("results", [found] * len(cases)), strict=True):
+        progress.say(f"estimate: {case.name}")
+        results.append({"name": case.name, "estimate": estimate(case), "measured": measured})
+    if args.json:
+        args.json.write_text(json.dumps(report | {"results": results}, indent=1) + "\n")
     progress.stop()
     print(table_of(results))
     print("MiB; estimates from configurations and lengths alone, peaks of processes that trained")

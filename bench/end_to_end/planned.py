@@ -30,37 +30,25 @@ from fastdpo.plan.setup import Setup
 
 _LLAMA = {
     "model_type": "llama",
-    "hidden_size": 512,
-    "intermediate_size": 1_408,
+    "hidden_size": 256,
+    "intermediate_size": 704,
     "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "vocab_size": 32_000,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 16_000,
     "tie_word_embeddings": True,
 }
 MODELS: dict[str, dict[str, Any]] = {
-    "llama-34m": _LLAMA,
+    "llama-9m": _LLAMA,
     "llama-small": _LLAMA
     | {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
     | {"num_key_value_heads": 2, "vocab_size": 1_024},
-    "qwen2-58m": _LLAMA
-    | {"model_type": "qwen2", "hidden_size": 448, "intermediate_size": 2_432, "num_hidden_layers": 8}
-    | {"num_attention_heads": 7, "num_key_value_heads": 1, "vocab_size": 64_000},
-    "gpt2-29m": {"model_type": "gpt2", "n_embd": 384, "n_layer": 8, "n_head": 6, "vocab_size": 40_000},
-    "mixture-40m": {
-        "model_type": "qwen3_moe",
-        "hidden_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "intermediate_size": 1_024,
-        "moe_intermediate_size": 384,
-        "num_experts": 16,
-        "num_experts_per_tok": 4,
-        "vocab_size": 32_000,
-        "tie_word_embeddings": True,
-    },
+    "qwen2-16m": _LLAMA
+    | {"model_type": "qwen2", "intermediate_size": 1_408, "num_key_value_heads": 1, "vocab_size": 32_000},
+    "gpt2-10m": {"model_type": "gpt2", "n_embd": 256, "n_layer": 6, "n_head": 4, "vocab_size": 20_000},
+    "mixture-12m": _LLAMA
+    | {"model_type": "qwen3_moe", "hidden_size": 192, "num_hidden_layers": 4, "head_dim": 64, "intermediate_size": 512}
+    | {"moe_intermediate_size": 192, "num_experts": 16, "num_experts_per_tok": 4},
 }
 
 

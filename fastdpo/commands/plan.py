@@ -186,7 +186,7 @@ def run(argv: list[str]) -> int:
             if answers[-1].fits:
                 break  # less sharing sends less
     chosen = next((answer for answer in answers if answer.fits), None)
-    command = None if chosen is None else command_for(chosen, setup, parser.asked, _plan_flags())
+    command = None if chosen is None else command_for(chosen, setup, parser.asked, _plan_flags(), rows=len(rows))
     if plan_args.json:
         told = {
             "model": model_args.model_name_or_path,
@@ -296,9 +296,7 @@ def _rows(
         prepared = preparer.prepare_to_train(train)
     assert isinstance(prepared, Dataset)
     rows = longest_rows(prepared, count, args.max_length)
-    while len(rows) < count:
-        rows += rows[: count - len(rows)]  # an epoch has fewer; the next one comes at once
-    return rows, f"the {count} longest of {len(prepared):,} pairs"
+    return rows, f"the {len(rows)} longest of {len(prepared):,} pairs"
 
 
 def _batches(args: DPOConfig, setup: Setup, rows: list[Row]) -> Batches:

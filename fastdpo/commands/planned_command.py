@@ -19,7 +19,9 @@ _LAUNCHES = {
 }
 
 
-def command_for(answer: Answer, asked: Setup, flags: dict[str, tuple[Any, Any]], leave_out: set[str]) -> str:
+def command_for(
+    answer: Answer, asked: Setup, flags: dict[str, tuple[Any, Any]], leave_out: set[str], *, rows: int
+) -> str:
     """What to type.
 
     Args:
@@ -27,9 +29,10 @@ def command_for(answer: Answer, asked: Setup, flags: dict[str, tuple[Any, Any]],
         asked: the run as the flags have it.
         flags: name -> (value, default) of all.
         leave_out: names of those that training does not have.
+        rows: of a batch as it was asked for.
     """
     values = {name: value for name, (value, _) in changed_settings(flags).items() if name not in leave_out}
-    values |= _changes(answer, asked, flags)
+    values |= _changes(answer, asked, flags, rows)
     words = [word for name, value in values.items() if value is not None for word in _words(name, value, flags)]
     start = ["fastdpo"]
     if answer.devices > 1:
@@ -38,7 +41,7 @@ def command_for(answer: Answer, asked: Setup, flags: dict[str, tuple[Any, Any]],
     return shlex.join([*start, "train", *words])
 
 
-def _changes(answer: Answer, asked: Setup, flags: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
+def _changes(answer: Answer, asked: Setup, flags: dict[str, tuple[Any, Any]], rows: int) -> dict[str, Any]:
     """name -> value of what the answer has otherwise than the flags."""
     setup = answer.setup
     changes: dict[str, Any] = {}
@@ -52,9 +55,8 @@ def _changes(answer: Answer, asked: Setup, flags: dict[str, tuple[Any, Any]]) ->
         changes["use_peft"] = True
     if setup.bits == 4 and asked.bits is None:
         changes["load_in_4bit"] = True
-    pairs = flags["per_device_train_batch_size"][0]
-    if answer.pairs != pairs:
-        steps = -(-pairs // answer.pairs) * flags["gradient_accumulation_steps"][0]
+    if answer.pairs != rows:
+        steps = -(-rows // answer.pairs) * flags["gradient_accumulation_steps"][0]
         changes |= {"per_device_train_batch_size": answer.pairs, "gradient_accumulation_steps": steps}
     if answer.max_tokens != flags["max_tokens_per_batch"][0]:
         changes["max_tokens_per_batch"] = answer.max_tokens

@@ -71,7 +71,7 @@ class ActivationOffloading:
     def _on_host(self, tensor: Tensor) -> _OnHost:
         storage = tensor.untyped_storage()
         if id(storage) not in self._moved:
-            weakref.finalize(storage, self._moved.pop, id(storage), None)
+            weakref.finalize(storage, self._moved.pop, id(storage), None).atexit = False
         moved = self._moved.setdefault(id(storage), {})
         # A number for each time that something was written into it.
         name = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)

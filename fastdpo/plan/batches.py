@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from fastdpo.data.collator import PreferenceCollator
@@ -38,7 +39,7 @@ def longest_rows(rows: Dataset, count: int, max_length: int | None) -> list[Row]
     """The rows of a prepared dataset whose sequences have most tokens together, the longest first."""
     prompts = _sizes(rows, "prompt_ids")
     if "completion_ids" in rows.column_names:
-        sides = [np.array([sum(map(len, of_row)) + 0 for of_row in rows["completion_ids"]])]
+        sides = [np.array([sum(map(len, of_row)) for of_row in rows["completion_ids"]])]
     else:
         sides = [_sizes(rows, name) for name in ("chosen_ids", "rejected_ids")]
     limit = np.iinfo(np.int64).max if max_length is None else max_length
@@ -49,7 +50,7 @@ def longest_rows(rows: Dataset, count: int, max_length: int | None) -> list[Row]
 
 def _sizes(rows: Dataset, name: str) -> np.ndarray:
     parts = [
-        np.diff(table.column(0).combine_chunks().offsets.to_numpy())
+        pc.list_value_length(table.column(0)).to_numpy()
         for table in rows.select_columns([name]).with_format("arrow").iter(batch_size=10_000)
     ]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)

@@ -11,6 +11,7 @@ from fastdpo.plan.batches import Row, largest_part, make_collator, tokens_of
 from fastdpo.plan.setup import Setup
 from fastdpo.plan.sharding import share_of, units_of
 from fastdpo.plan.step import trace_step
+from fastdpo.plan.tracker import PARTS
 
 # Budgets are told in multiples of this.
 _ROUND = 64
@@ -112,17 +113,24 @@ class Planner:
             return Answer(setup, stage, devices, pairs, max_tokens, tokens, shared, self._memory)
 
         pairs = len(self._batches.rows)
-        whole = at(pairs, self._batches.max_tokens)
-        if whole.fits or pairs == 1:
-            return whole
+        fixed = {"weights": units.whole, "reference": units.whole if setup.reference == "model" else 0}
+        fixed = share_of(dict.fromkeys(PARTS, 0) | fixed, stage, devices, units)
+        is_hopeless = sum(fixed.values()) > self._memory
         if devices > 1 and stage != "ddp":
+            pairs = 1 if is_hopeless else pairs
+            whole = at(pairs, None)
             while not whole.fits and pairs > 1:
                 pairs = -(-pairs // 2)
                 whole = at(pairs, None)
             return whole
         alone, _ = largest_part(self._batches.collator(setup.device, None), self._batches.rows[:1])
+        if is_hopeless:
+            return at(pairs, tokens_of(alone))
+        whole = at(pairs, self._batches.max_tokens)
+        if whole.fits or whole.tokens <= tokens_of(alone):
+            return whole
         least = at(pairs, tokens_of(alone))
-        if not least.fits or whole.tokens <= least.tokens:
+        if not least.fits:
             return least
         slope = (whole.total - least.total) / (whole.tokens - least.tokens)
         budget = float(least.tokens + (self._memory - least.total) / max(slope, 1.0))

@@ -29,11 +29,13 @@ class Units:
     """Of a model that is divided over devices, what is together at a time.
 
     Attributes:
+        whole: bytes of the policy.
         trained: bytes of what is trained.
         layer: bytes of the largest layer that is gathered as one.
         rest: bytes of what is in no such layer: embeddings, and the head.
     """
 
+    whole: int
     trained: int
     layer: int
     rest: int
@@ -47,7 +49,8 @@ def units_of(setup: Setup) -> Units:
     layers = [module for module in lm.modules() if type(module).__name__ in kinds]
     sizes = [_bytes(layer) for layer in layers]
     trained = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
-    return Units(trained, max(sizes, default=0), max(0, _bytes(policy) - sum(sizes)))
+    whole = _bytes(policy)
+    return Units(whole, trained, max(sizes, default=0), max(0, whole - sum(sizes)))
 
 
 def _bytes(module: nn.Module) -> int:

@@ -111,7 +111,7 @@ class MemoryTracker(TorchDispatchMode):
         size = storage.nbytes()
         self._storages[key] = self._label, size
         self._held[self._label] += size
-        weakref.finalize(storage, self._forget, key)
+        weakref.finalize(storage, self._forget, key).atexit = False
         self._look()
 
     def _forget(self, key: int) -> None:

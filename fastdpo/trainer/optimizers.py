@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.util import find_spec
 
 from fastdpo.trainer.config import DPOConfig
 
@@ -25,5 +25,5 @@ def check_optimizer_is_there(args: DPOConfig) -> None:
     """
     name = str(getattr(args.optim, "value", args.optim))
     package = next((package for word, package in _PACKAGES.items() if word in name), None)
-    if package is not None and "galore" not in name and importlib.util.find_spec(package) is None:
+    if package is not None and "galore" not in name and find_spec(package) is None:
         raise ImportError(f"optim is {name!r}, which needs {package}: pip install {package}")

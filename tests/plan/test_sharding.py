@@ -17,7 +17,7 @@ sizes = st.integers(0, 2**40)
 
 @given(st.lists(sizes, min_size=len(PARTS), max_size=len(PARTS)), st.integers(1, 64), sizes)
 def test_one_device_holds_all_and_more_stages_divide_more(values: list[int], devices: int, trained: int) -> None:
-    parts, units = dict(zip(PARTS, values, strict=True)), Units(trained, 0, 0)
+    parts, units = dict(zip(PARTS, values, strict=True)), Units(trained, trained, 0, 0)
     held = {stage: share_of(parts, stage, devices, units) for stage in STAGES}
     assert all(tuple(of_stage) == PARTS for of_stage in held.values())
     if devices == 1:
@@ -30,10 +30,10 @@ def test_one_device_holds_all_and_more_stages_divide_more(values: list[int], dev
 def test_units_are_the_layers_and_what_is_left() -> None:
     setup = Setup(make_model("llama").config)
     units, (count, _) = units_of(setup), count_parameters(setup)
-    assert units.trained == 4 * count and units.rest + 2 * units.layer == 4 * count
+    assert units.whole == units.trained == 4 * count and units.rest + 2 * units.layer == 4 * count
 
 
 @pytest.mark.parametrize(("stage", "devices"), [("zero9", 2), ("ddp", 0)])
 def test_what_is_none_is_refused(stage: str, devices: int) -> None:
     with pytest.raises(ValueError, match="stage is|devices is"):
-        share_of(dict.fromkeys(PARTS, 1), stage, devices, Units(1, 1, 1))
+        share_of(dict.fromkeys(PARTS, 1), stage, devices, Units(1, 1, 1, 1))

@@ -25,7 +25,7 @@ def setup_of(model_type: str = "llama", **options: Any) -> Setup:
 
 
 def lora() -> LoraConfig:
-    return LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", lora_dropout=0.1)
+    return LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
 
 
 def peak(

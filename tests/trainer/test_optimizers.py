@@ -51,12 +51,12 @@ def test_a_run_that_diverges_stops_before_its_state_is_saved(tmp_path: Path) -> 
 def test_what_is_not_installed_is_said_in_a_line_and_first(
     name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optimizers_module.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(optimizers_module, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match=f"^optim is '{name}', which needs {package}: pip install {package}$"):
         DPOTrainer(model(), args=config(tmp_path, optim=name), train_dataset=ROWS)
 
 
 def test_others_need_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizers_module.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(optimizers_module, "find_spec", lambda _: None)
     for name in ("adamw_torch_fused", "adamw_torch", "sgd", "adafactor", "galore_adamw_8bit"):
         optimizers_module.check_optimizer_is_there(config(tmp_path, optim=name))
