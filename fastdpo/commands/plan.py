@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -52,8 +53,8 @@ The table has a row for each way to train, with the largest micro-batch that fit
 rows of the data; where they do not fit as they are, --max_tokens_per_batch says in which parts they are to be taken,
 which changes nothing but time. The command below it is the first way that fits, the nearest to what the flags ask for.
 
-On a CPU estimates were within 15 % of measured peaks (docs/guides/plan.md has the table). On any other device they are
-estimates and were not measured; 1 GiB is left for the driver, unless --reserve says otherwise.
+docs/guides/plan.md says how far estimates are from measured peaks on a CPU. On any other device they were not measured;
+1 GiB is left for the driver there, unless --reserve says otherwise.
 
 examples:
   what fits on a GPU of 24 GiB, for a file of pairs:
@@ -252,7 +253,7 @@ def _setup(model_args: ModelArguments, args: DPOConfig, device: str, *, bf16_is_
         bits_compute=autocast or dtype or torch.float32,
         nested=model_args.use_bnb_nested_quant,
         checkpointing=bool(args.activation_checkpointing),
-        checkpointing_kwargs=dict(args.gradient_checkpointing_kwargs or {}),  # type: ignore[arg-type]
+        checkpointing_kwargs=cast(dict[str, Any], args.gradient_checkpointing_kwargs or {}),
         offloading=args.activation_offloading,
         reference=_reference(args, peft_config),
         optim=str(getattr(args.optim, "value", args.optim)),
@@ -388,9 +389,8 @@ def _show(
             style="bold" if answer is chosen else None,
         )
     SafeConsole(width=None if console.is_terminal else 170).print(table)
-    console.print(
-        "Estimates. On a CPU they were within 15 % of what runs took; on other devices nobody has measured them."
-    )
+    measured = "docs/guides/plan.md says how far from measured peaks" if machine.startswith("cpu") else "not measured"
+    console.print(f"Estimates: {measured}.")
     if command is None:
         console.print("\nNothing fits: shorter sequences (--max_length), a smaller model, or more memory or devices.")
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -29,8 +29,9 @@ class ActivationOffloading:
     """Moves what autograd keeps of a model's forward to the host, and back where the backward asks for it.
 
     Weights stay, of which there is one copy in any case; so does what is small, and what the output embedding keeps,
-    which the backward wants first of all. What several operations keep of one tensor is moved once each way. Copies run
-    on the stream that computes, in order: memory on the device may be used again at once, and nothing waits.
+    which the backward wants first of all. What several operations keep of one tensor, or of parts of it, is moved once
+    each way, and has its strides again. Copies run on the stream that computes, in order: memory on the device may be
+    used again at once, and nothing waits.
 
     With gradient checkpointing, what is moved are the inputs of the layers.
 
@@ -53,27 +54,30 @@ class ActivationOffloading:
         own = (*self._model.parameters(), *self._model.buffers())
         stay = {id(storage): storage for storage in map(Tensor.untyped_storage, own)}
 
-        def pack(tensor: Tensor) -> Tensor | _OnHost:
-            if not self._is_moved(tensor) or id(tensor.untyped_storage()) in stay:
+        def pack(tensor: Tensor) -> Tensor | _Packed:
+            is_moved = tensor.device.type == self._device.type and tensor.layout == torch.strided
+            if not is_moved or tensor.untyped_storage().nbytes() < _LEAST_BYTES:
                 return tensor
-            return self._on_host(tensor)
+            return tensor if id(tensor.untyped_storage()) in stay else self._packed(tensor)
 
         with saved_tensors_hooks(pack, _unpack), _left_alone(self._model):
             yield
 
-    def _is_moved(self, tensor: Tensor) -> bool:
-        if tensor.device.type != self._device.type or tensor.layout != torch.strided:
-            return False
-        size = tensor.numel() * tensor.element_size()
-        # What is expanded would be written out in full.
-        return _LEAST_BYTES <= size <= tensor.untyped_storage().nbytes()
+    @torch.no_grad()
+    def _packed(self, tensor: Tensor) -> _Packed:
+        """What the tensor stands on as a whole, unless it is but a small part of that."""
+        storage, size = tensor.untyped_storage(), tensor.element_size()
+        if 2 * tensor.numel() * size < storage.nbytes() and 0 not in tensor.stride():
+            return _Packed(self._on_host(tensor), None)
+        whole = tensor.as_strided((storage.nbytes() // size,), (1,), 0)
+        return _Packed(self._on_host(whole), (tensor.shape, tensor.stride(), tensor.storage_offset()))
 
     def _on_host(self, tensor: Tensor) -> _OnHost:
         storage = tensor.untyped_storage()
         if id(storage) not in self._moved:
             weakref.finalize(storage, self._moved.pop, id(storage), None).atexit = False
         moved = self._moved.setdefault(id(storage), {})
-        # A number for each time that something was written into it.
+        # The last is another number each time that something was written into it.
         name = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
         known = moved[name]() if name in moved else None
         if known is None:
@@ -93,12 +97,22 @@ class _OnHost:
         known = None if self._back is None else self._back()
         if known is None:
             known = self._tensor.to(self._device, non_blocking=True, copy=True)
-            self._back = weakref.ref(known)
+            self._back = weakref.ref(known)  # which lives as long as a view of it does
         return known
 
 
-def _unpack(packed: Tensor | _OnHost) -> Tensor:
-    return packed.back() if isinstance(packed, _OnHost) else packed
+class _Packed(NamedTuple):
+    """What autograd holds of a tensor: where it is, and (shape, strides, offset) in that, or None for all of it."""
+
+    of: _OnHost
+    place: tuple[torch.Size, tuple[int, ...], int] | None
+
+
+def _unpack(packed: Tensor | _Packed) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    tensor = packed.of.back()
+    return tensor if packed.place is None else tensor.as_strided(*packed.place)
 
 
 @contextlib.contextmanager

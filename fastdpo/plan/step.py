@@ -104,7 +104,7 @@ def _micro_batch(
     with _offloaded(tracker, policy) if setup.offloading else contextlib.nullcontext():
         logps = _score(setup, policy, calls, outputs=setup.outputs)
         with _attending(policy, calls):  # layers run again in the backward
-            logps.double().sum().backward()  # type: ignore[no-untyped-call]
+            logps.double().sum().backward()
 
 
 def _score(setup: Setup, model: PreTrainedModel | PeftModel, calls: Sequence[Call], outputs: tuple[str, ...]) -> Tensor:

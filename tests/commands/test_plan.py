@@ -76,7 +76,7 @@ def test_the_table_says_that_it_is_an_estimate(configuration: Path, capsys) -> N
     words = ["--model_name_or_path", str(configuration), "--length", "64+32", "--device", "cuda", "--memory", "24GiB"]
     assert main(["plan", *words]) == 0
     said = capsys.readouterr()
-    assert "pairs of 64 + 32 tokens, shared rows" in said.out and "nobody has measured them" in said.out
+    assert "pairs of 64 + 32 tokens, shared rows" in said.out and "Estimates: not measured." in said.out
     assert all(part in said.out for part in PARTS) and "\nfastdpo train --model_name_or_path" in said.out
     assert "full, activations kept" in said.err
 
