@@ -151,7 +151,7 @@ def _plan(argv: list[str]) -> int:
 
 
 def _plan_page() -> HelpPage:
-    from fastdpo.commands.plan import PlanParser
+    from fastdpo.commands.plan_flags import PlanParser
 
     return PlanParser().help_page()
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from rich.table import Table
 from transformers import AutoConfig
 
-from fastdpo.commands.flags import ModelArguments, ScriptArguments, TrainParser
+from fastdpo.commands.flags import ModelArguments, ScriptArguments
 from fastdpo.commands.pairs import load_pairs
+from fastdpo.commands.plan_flags import PlanArguments, PlanParser
+from fastdpo.commands.plan_table import STAGE_WORDS, show, words_of
 from fastdpo.commands.planned_command import command_for
 from fastdpo.commands.preparation import say
-from fastdpo.commands.terminal import SafeConsole
 from fastdpo.commands.trainer_from_flags import make_peft_config
 from fastdpo.data.columns import any_may_have_images
 from fastdpo.errors import UsageError, bad_input
@@ -38,117 +37,10 @@ from fastdpo.plan.layout import has_aux_loss, layout_of
 from fastdpo.plan.optimizers import check_optimizer
 from fastdpo.plan.search import Answer, Batches, Planner, describe
 from fastdpo.plan.setup import Setup
-from fastdpo.plan.sharding import STAGES
-from fastdpo.plan.tracker import PARTS
+from fastdpo.plan.ways import ways_of
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.datasets import DatasetPreparer, is_tokenised
 from fastdpo.trainer.models import hub_options_of
-
-EPILOG = """\
-Nothing is downloaded but the model's configuration (and, with --dataset_name, its tokenizer), no weights are loaded,
-and nothing is computed: a training step runs on tensors that have shapes and no numbers, and what it would hold is
-counted as it comes and goes. The step is the run's own: its model, attention, head, autograd and checkpointing.
-
-The table has a row for each way to train, with the largest micro-batch that fits. Batches are taken to be the longest
-rows of the data; where they do not fit as they are, --max_tokens_per_batch says in which parts they are to be taken,
-which changes nothing but time. The command below it is the first way that fits, the nearest to what the flags ask for.
-
-docs/guides/plan.md says how far estimates are from measured peaks on a CPU. On any other device they were not measured;
-1 GiB is left for the driver there, unless --reserve says otherwise.
-
-examples:
-  what fits on a GPU of 24 GiB, for a file of pairs:
-    fastdpo plan --model_name_or_path Qwen/Qwen2.5-7B-Instruct --dataset_name pairs.jsonl --device cuda --memory 24GiB
-
-  the same for prompts of 600 tokens with answers of 400, before there is any data:
-    fastdpo plan --model_name_or_path Qwen/Qwen2.5-7B-Instruct --length 600+400 --device cuda --memory 24GiB
-
-  eight devices; and all figures, for another program:
-    fastdpo plan --config run.yaml --device cuda --memory 80GB --devices 8 --json
-"""
-
-# What the table calls a way of sharing, and what accelerate is told.
-_STAGE_WORDS = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
-
-
-@dataclass
-class PlanArguments:
-    """For what machine, and for what data where there is none yet."""
-
-    device: str | None = field(
-        default=None, metadata={"help": "Kind of device: cpu, cuda, ... By default what a run here would use."}
-    )
-    memory: str | None = field(
-        default=None, metadata={"help": "Memory of one device: 24GiB, 80GB. By default this machine's."}
-    )
-    reserve: str | None = field(
-        default=None,
-        metadata={
-            "help": "What is left free of it. By default 1GiB on an accelerator, for its driver, and 0 on a CPU."
-        },
-    )
-    devices: int = field(default=1, metadata={"help": "How many devices share the run."})
-    stage: str | None = field(
-        default=None,
-        metadata={
-            "help": "How they share it. By default the first of DDP, ZeRO-2 and FSDP2 that fits.",
-            "choices": [*STAGES],
-        },
-    )
-    length: str | None = field(
-        default=None,
-        metadata={"help": "In the place of data: tokens of prompt and answer, 600+400; or of both together, 1000."},
-    )
-    json: bool = field(default=False, metadata={"help": "Print every figure as JSON, in bytes, and nothing else."})
-
-    def __post_init__(self) -> None:
-        if self.devices < 1:
-            raise ValueError(f"devices is {self.devices}; it should be at least 1")
-        if self.stage is not None and self.devices == 1:
-            raise ValueError(f"stage is {self.stage}, which would have no effect with one device; give --devices")
-        if self.length is not None:
-            self.lengths  # noqa: B018  (raises)
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Tokens of a prompt, and of each of its two answers."""
-        match = re.fullmatch(r"(\d+)(?:\+(\d+))?", self.length or "")
-        prompt, answer = (int(part or 0) for part in match.groups()) if match else (0, 0)
-        if match and match[2] is None:
-            prompt, answer = prompt // 2, prompt - prompt // 2
-        if min(prompt, answer) < 1:
-            raise ValueError(f"length is {self.length!r}; it should be like 600+400, or like 1000")
-        return prompt, answer
-
-
-class PlanParser(TrainParser):
-    """The flags of ``fastdpo train``, so that its command line and its files serve as they are, and a few."""
-
-    command = "plan"
-    summary = "what memory a training will need, and what fits, before any weights are loaded."
-    dataclasses = (*TrainParser.dataclasses, PlanArguments)
-    help_epilog = EPILOG
-    others_title = "flags of `fastdpo train`, accepted as they are (--help_all describes them)"
-
-    def groups(self) -> dict[str, Sequence[str]]:
-        lora = [f.name for f in fields(ModelArguments) if "lora" in f.name or f.name in ("use_peft", "use_dora")]
-        return {
-            "general": ["help", "help_all", "config"],
-            "machine": [f.name for f in fields(PlanArguments) if f.name != "length"],
-            "model": ["model_name_or_path", "model_revision", "dtype", "attn_implementation", "trust_remote_code"],
-            "pairs": ["dataset_name", "length", "max_length", "packing"],
-            "training": [
-                "per_device_train_batch_size",
-                "gradient_accumulation_steps",
-                "max_tokens_per_batch",
-                "gradient_checkpointing",
-                "precompute_ref_log_probs",
-                "optim",
-                "bf16",
-                "fp16",
-            ],
-            "adapters": [*lora, "load_in_4bit", "load_in_8bit", "use_bnb_nested_quant"],
-        }
 
 
 def run(argv: list[str]) -> int:
@@ -174,9 +66,9 @@ def run(argv: list[str]) -> int:
         batches = _batches(training_args, setup, rows)
         planner = Planner(batches, usable)
     answers: list[Answer] = []
-    for way in _ways(setup, model_args, training_args):
+    for way in ways_of(setup, lambda: make_peft_config(replace(model_args, use_peft=True))):
         for stage in _stages(plan_args):
-            say(f"  {way.method}, {_words(way)}{f', {_STAGE_WORDS[stage]}' if plan_args.devices > 1 else ''}")
+            say(f"  {way.method}, {words_of(way)}{f', {STAGE_WORDS[stage]}' if plan_args.devices > 1 else ''}")
             try:
                 answers.append(planner.answer(way, stage, plan_args.devices))
             except (NotImplementedError, ValueError) as error:
@@ -201,7 +93,7 @@ def run(argv: list[str]) -> int:
         }
         print(json.dumps(told, indent=1))
     else:
-        _show(answers, chosen, command, f"{device}, {in_words(memory)}", of_what, batches.layout)
+        show(answers, chosen, command, f"{device}, {in_words(memory)}", of_what, batches.layout)
     return 0 if chosen is not None else 1
 
 
@@ -318,80 +210,7 @@ def _batches(args: DPOConfig, setup: Setup, rows: list[Row]) -> Batches:
     )
 
 
-def _ways(setup: Setup, model_args: ModelArguments, args: DPOConfig) -> Iterator[Setup]:
-    """The run as it is asked for, and then others, the nearest first."""
-    seen: list[Setup] = []
-    for way in [setup, *_others(setup, model_args, args)]:
-        if way not in seen:
-            seen.append(way)
-            yield way
-
-
-def _others(setup: Setup, model_args: ModelArguments, args: DPOConfig) -> Iterator[Setup]:
-    kept, again = replace(setup, checkpointing=False), replace(setup, checkpointing=True)
-    yield from (kept, again)
-    if setup.reference == "model":
-        yield replace(again, reference="cache")
-        again = replace(again, reference="cache")
-    if setup.peft_config is None:
-        yield replace(again, optim="adamw_8bit")
-        adapter = make_peft_config(replace(model_args, use_peft=True))
-        reference = "adapter" if setup.reference in ("model", "adapter") else setup.reference
-        setup = replace(setup, peft_config=adapter, reference=reference)
-        kept, again = replace(setup, checkpointing=False), replace(setup, checkpointing=True)
-        yield from (kept, again)
-    if setup.bits is None:
-        yield replace(kept, bits=4)
-        yield replace(replace(setup, checkpointing=True), bits=4)
-
-
 def _stages(plan_args: PlanArguments) -> Sequence[str]:
     if plan_args.devices == 1:
         return ("ddp",)
     return ("ddp", "zero2", "fsdp2") if plan_args.stage is None else (plan_args.stage,)
-
-
-def _words(setup: Setup) -> str:
-    words = ["checkpointing" if setup.checkpointing else "activations kept"]
-    words += ["offloaded"] if setup.offloading else []
-    words += {"cache": ["reference cached"], "model": ["second model"]}.get(setup.reference, [])
-    words += [] if setup.optim in ("adamw_torch", "adamw_torch_fused") else [setup.optim]
-    return ", ".join(words)
-
-
-def _show(
-    answers: Sequence[Answer], chosen: Answer | None, command: str | None, machine: str, of_what: str, layout: str
-) -> None:
-    console = SafeConsole(soft_wrap=True)
-    several = answers[0].devices > 1
-    console.print(f"{machine}; {of_what}, {layout} rows; GiB at the peak of a training step")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("train")
-    table.add_column("how")
-    if several:
-        table.add_column("shared by")
-    for name in (*PARTS, "total"):
-        table.add_column(name, justify="right")
-    table.add_column("micro-batch", justify="right")
-    table.add_column("fits")
-    for answer in answers:
-        stage = [f"{answer.devices} x {_STAGE_WORDS[answer.stage]}"] if several else []
-        figures = [f"{answer.parts[name] / 2**30:.2f}" for name in PARTS]
-        how_many = f"{answer.tokens:,} tokens" + ("" if answer.max_tokens is None else ", in parts")
-        table.add_row(
-            answer.setup.method,
-            _words(answer.setup),
-            *stage,
-            *figures,
-            f"{answer.total / 2**30:.2f}",
-            how_many,
-            "yes" if answer.fits else "no",
-            style="bold" if answer is chosen else None,
-        )
-    SafeConsole(width=None if console.is_terminal else 170).print(table)
-    measured = "docs/guides/plan.md says how far from measured peaks" if machine.startswith("cpu") else "not measured"
-    console.print(f"Estimates: {measured}.")
-    if command is None:
-        console.print("\nNothing fits: shorter sequences (--max_length), a smaller model, or more memory or devices.")
-    else:
-        console.print(f"\n{command}")

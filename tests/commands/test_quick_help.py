@@ -19,7 +19,7 @@ from fastdpo.commands.cli import main
 from fastdpo.commands.evaluation_flags import EvalParser
 from fastdpo.commands.flags import TrainParser
 from fastdpo.commands.help_page import FlagHelp, HelpPage
-from fastdpo.commands.plan import PlanParser
+from fastdpo.commands.plan_flags import PlanParser
 from fastdpo.errors import UsageError
 
 PARSERS: dict[str, Callable[[], TrainParser]] = {
