@@ -103,6 +103,7 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_command(commands, "train", "train a model on preference pairs", _train)
     _add_command(commands, "check-data", "what training would make of a file of pairs, without training", _check_data)
+    _add_command(commands, "plan", "what memory a training will need, and what fits, before weights are loaded", _plan)
     _add_command(commands, "cache-ref", "compute the reference's log-probabilities once, to disk", _cache_ref)
     _add_command(commands, "eval", "whether a model is better, on held-out pairs, and how sure that is", _eval)
     _add_command(commands, "compare", "completions of several models side by side, for given prompts", _compare)
@@ -144,6 +145,20 @@ def _check_data(argv: list[str]) -> int:
     from fastdpo.commands.check_data import run
 
     return run(args)
+
+
+def _plan(argv: list[str]) -> int:
+    if print_help("plan", argv, _plan_page):
+        return 0
+    from fastdpo.commands.plan import run
+
+    return run(argv)
+
+
+def _plan_page() -> HelpPage:
+    from fastdpo.commands.plan_flags import PlanParser
+
+    return PlanParser().help_page()
 
 
 def _cache_ref(argv: list[str]) -> int:

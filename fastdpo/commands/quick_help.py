@@ -1,4 +1,4 @@
-"""The help of ``train``, ``cache-ref`` and ``eval``, at once.
+"""The help of ``train``, ``plan``, ``cache-ref`` and ``eval``, at once.
 
 Their flags are those of the installed ``transformers.TrainingArguments``, which takes seconds to import: it brings
 torch, PEFT, and bitsandbytes where that is installed. So the page that their parser makes is kept on disk, together

@@ -234,6 +234,12 @@ class DPOConfig(TrainingArguments):
             "memory. The steps and their gradients are the same."
         },
     )
+    activation_offloading: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep activations in the host's memory between forward and backward: less of a GPU's, for time."
+        },
+    )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes to tokenize with."})
 
     precompute_ref_log_probs: bool = field(

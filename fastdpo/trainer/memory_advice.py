@@ -38,6 +38,8 @@ def memory_advice(
         )
     if training and not args.activation_checkpointing:
         advice.append("--gradient_checkpointing: recomputes activations in the backward")
+    if training and not args.activation_offloading and not is_sharded and args.device.type != "cpu":
+        advice.append("--activation_offloading: keeps activations in the host's memory")
     if size > 1 and training:
         steps = args.gradient_accumulation_steps
         same = f" with --gradient_accumulation_steps above {steps}" + (": the same steps" if not couples else "")

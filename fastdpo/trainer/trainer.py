@@ -28,6 +28,7 @@ from fastdpo.data.vision import tokenizer_in
 from fastdpo.model.auto_class import has_vision
 from fastdpo.model.head import FusedHead
 from fastdpo.model.language_model import language_model
+from fastdpo.model.offloading import ActivationOffloading, check_offloading
 from fastdpo.model.packing_choice import Packing
 from fastdpo.model.scoring import Scorer, micro_batches, sums_of_rows
 from fastdpo.ref_cache.build import CachedSplit
@@ -56,6 +57,7 @@ from fastdpo.trainer.model_card import CardFacts, write_model_card
 from fastdpo.trainer.model_look import ModelLook
 from fastdpo.trainer.models import compute_dtype, fix_frequencies_of, make_models, settle_checkpointing
 from fastdpo.trainer.moving_reference import MovingReference
+from fastdpo.trainer.optimizers import check_optimizer_is_there
 from fastdpo.trainer.promises import check_best_metric, check_reporters
 from fastdpo.trainer.reference import Reference
 from fastdpo.trainer.resumable import ResumableRuns
@@ -143,6 +145,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
             args = DPOConfig(f"{name.rstrip('/').split('/')[-1]}-DPO")
         check_arguments(model, ref_model, args, data_collator, train_dataset, processing_class, peft_config)
         check_reporters(args)
+        check_optimizer_is_there(args)
         assert train_dataset is not None
         set_seed(args.seed)  # a new adapter is random
         later = _weights_come_later(args)
@@ -208,6 +211,11 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         )
         if self.accelerator.is_fsdp2:
             keep_output_dtypes(self.accelerator)
+        self._offloading: ActivationOffloading | None = None
+        if args.activation_offloading:
+            is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            check_offloading(args.device, is_sharded=is_sharded, compiles=args.torch_compile)
+            self._offloading = ActivationOffloading(policy, args.device)
         self._start_is_checked = not args.loss_options.takes_reference
         self._policy.root = self.model
         self._reference = Reference(self._policy, ref_model, args, self.accelerator, in_columns=has_reference_columns)
@@ -359,7 +367,8 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         # Gradient checkpointing runs layers again in the backward, which must find the same attention.
         attention = self._policy.attention
         attending = contextlib.nullcontext() if attention is None else attention.active()
-        with self._advising(training=True), attending:
+        offloading = contextlib.nullcontext() if self._offloading is None else self._offloading.active()
+        with self._advising(training=True), attending, offloading:
             for i, part in enumerate(parts):
                 # Processes may have different numbers of parts: they meet in the last one's backward.
                 is_last = i + 1 == len(parts)

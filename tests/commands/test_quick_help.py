@@ -19,9 +19,15 @@ from fastdpo.commands.cli import main
 from fastdpo.commands.evaluation_flags import EvalParser
 from fastdpo.commands.flags import TrainParser
 from fastdpo.commands.help_page import FlagHelp, HelpPage
+from fastdpo.commands.plan_flags import PlanParser
 from fastdpo.errors import UsageError
 
-PARSERS: dict[str, Callable[[], TrainParser]] = {"train": TrainParser, "cache-ref": CacheRefParser, "eval": EvalParser}
+PARSERS: dict[str, Callable[[], TrainParser]] = {
+    "train": TrainParser,
+    "plan": PlanParser,
+    "cache-ref": CacheRefParser,
+    "eval": EvalParser,
+}
 COMMANDS = [*PARSERS, "check-data", "compare", "chat", "merge", "export", "demo", "info"]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "numpy", "pandas", "matplotlib", "bitsandbytes")
 

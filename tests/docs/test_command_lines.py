@@ -113,11 +113,24 @@ def known_flags() -> set[str]:
 
     needed = {"check-data": ["a", "--model_name_or_path", "a"], "compare": ["--model", "a"], "chat": ["--model", "a"]}
     needed |= {"merge": ["a"], "export": ["a"]}
-    for command in ("train", "cache-ref", "eval", "check-data", "compare", "chat", "merge", "export", "demo", "info"):
+    commands = (
+        "train",
+        "plan",
+        "cache-ref",
+        "eval",
+        "check-data",
+        "compare",
+        "chat",
+        "merge",
+        "export",
+        "demo",
+        "info",
+    )
+    for command in commands:
         parsers.append(read_by_fastdpo([command, *needed.get(command, [])]).parser)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
-        for script in ("run", "train", "rlhf", "outputs", "startup", "cuda_blocks"):
+        for script in ("run", "train", "rlhf", "outputs", "startup", "cuda_blocks", "plan", "checkpointing"):
             read_by_script(script, [])
     parsers.append(launch_command_parser())  # whose flags a training takes as well
     flags = {flag for parser in parsers for flag in parser._option_string_actions}

@@ -1,0 +1,73 @@
+"""The command line that trains as ``fastdpo plan`` found that it fits."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from fastdpo.plan.search import Answer
+from fastdpo.plan.setup import Setup
+from fastdpo.report.facts import changed_settings
+
+# How accelerate is told of what processes share.
+_LAUNCHES = {
+    "ddp": [],
+    "zero1": ["--use_deepspeed", "--zero_stage", "1"],
+    "zero2": ["--use_deepspeed", "--zero_stage", "2"],
+    "zero3": ["--use_deepspeed", "--zero_stage", "3"],
+    "fsdp2": ["--use_fsdp", "--fsdp_version", "2"],
+}
+
+
+def command_for(
+    answer: Answer, asked: Setup, flags: dict[str, tuple[Any, Any]], leave_out: set[str], *, rows: int
+) -> str:
+    """What to type.
+
+    Args:
+        answer: what fits.
+        asked: the run as the flags have it.
+        flags: name -> (value, default) of all.
+        leave_out: names of those that training does not have.
+        rows: of a batch as it was asked for.
+    """
+    values = {name: value for name, (value, _) in changed_settings(flags).items() if name not in leave_out}
+    values |= _changes(answer, asked, flags, rows)
+    words = [word for name, value in values.items() if value is not None for word in _words(name, value, flags)]
+    start = ["fastdpo"]
+    if answer.devices > 1:
+        count = ["--num_processes", str(answer.devices)]
+        start = ["accelerate", "launch", *count, *_LAUNCHES[answer.stage], "-m", "fastdpo"]
+    return shlex.join([*start, "train", *words])
+
+
+def _changes(answer: Answer, asked: Setup, flags: dict[str, tuple[Any, Any]], rows: int) -> dict[str, Any]:
+    """name -> value of what the answer has otherwise than the flags."""
+    setup = answer.setup
+    changes: dict[str, Any] = {}
+    if setup.checkpointing != asked.checkpointing:
+        changes["gradient_checkpointing"] = setup.checkpointing
+    if setup.reference == "cache" != asked.reference:
+        changes["precompute_ref_log_probs"] = True
+    if setup.optim != asked.optim:
+        changes["optim"] = setup.optim
+    if setup.peft_config is not None and asked.peft_config is None:
+        changes["use_peft"] = True
+    if setup.bits == 4 and asked.bits is None:
+        changes["load_in_4bit"] = True
+    if answer.pairs != rows:
+        steps = -(-rows // answer.pairs) * flags["gradient_accumulation_steps"][0]
+        changes |= {"per_device_train_batch_size": answer.pairs, "gradient_accumulation_steps": steps}
+    if answer.max_tokens != flags["max_tokens_per_batch"][0]:
+        changes["max_tokens_per_batch"] = answer.max_tokens
+    return changes
+
+
+def _words(name: str, value: Any, flags: dict[str, tuple[Any, Any]]) -> list[str]:
+    if value is True:
+        return [f"--{name}"]
+    if value is False:
+        return [f"--no_{name}"]
+    if isinstance(value, (list, tuple)):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", str(getattr(value, "value", value))]

@@ -1,0 +1,88 @@
+"""Models that have shapes and no numbers, made from a configuration."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastdpo.model.auto_class import auto_class_of
+from fastdpo.model.language_model import described, language_model
+from fastdpo.model.randomness import disable_dropout
+from fastdpo.plan.quantized import quantize
+from fastdpo.plan.setup import Setup
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def make_base(setup: Setup) -> PreTrainedModel:
+    """The model without an adapter, of the class that a run would load it as, on the device ``meta``."""
+    config = copy.deepcopy(setup.config)
+    auto_class = auto_class_of("", images=False, config=config)
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class.from_config(
+            config,
+            dtype=setup.dtype,
+            attn_implementation=setup.attn_implementation,
+            trust_remote_code=setup.trust_remote_code,
+        )
+        if setup.bits:
+            quantize(model, setup.bits, setup.bits_compute, nested=setup.nested)
+    return model
+
+
+def make_policy(setup: Setup) -> PreTrainedModel | PeftModel:
+    """What is trained, in training mode, with checkpointing if the setup has it.
+
+    Raises:
+        NotImplementedError: checkpointing is on, and the model has none.
+    """
+    model: PreTrainedModel | PeftModel = make_base(setup)
+    if setup.peft_config is not None:
+        with torch.device("meta"):
+            model = get_peft_model(model, copy.deepcopy(setup.peft_config))
+    disable_dropout(model)
+    if setup.checkpointing:
+        lm = language_model(model)
+        if not lm.supports_gradient_checkpointing:
+            raise NotImplementedError(f"{described(lm)} has no gradient checkpointing; leave it out")
+        options = dict(setup.checkpointing_kwargs)
+        lm.activation_checkpointing_enable(
+            every_n_layers=options.pop("every_n_layers", 1),
+            offload=options.pop("offload", False),
+            activation_checkpointing_kwargs=options or None,
+        )
+    return model.train()
+
+
+def make_reference(setup: Setup) -> PreTrainedModel:
+    """The second model that stays beside the policy."""
+    model = make_base(setup).eval()
+    model.requires_grad_(False)
+    return model
+
+
+def placed(model: Module) -> Module:
+    """The same model, its tensors made anew on the CPU: inside a ``FakeTensorMode``, without numbers there either.
+
+    On ``meta`` an operation knows no device, and takes another way than on one.
+    """
+    made: dict[int, Tensor] = {}
+
+    def anew(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = anew(tensor)  # type: ignore[assignment]  # a parameter for a parameter
+    return model

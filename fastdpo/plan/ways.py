@@ -1,0 +1,41 @@
+"""Ways to train that need less memory than the one that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from peft import PeftConfig
+
+from fastdpo.plan.setup import Setup
+
+
+def ways_of(setup: Setup, make_adapter: Callable[[], PeftConfig | None]) -> Iterator[Setup]:
+    """The run as it is asked for, and then others, the nearest first.
+
+    Args:
+        setup: the run.
+        make_adapter: makes the configuration of the adapter that would be trained, where none is asked for.
+    """
+    seen: list[Setup] = []
+    for way in [setup, *_others(setup, make_adapter)]:
+        if way not in seen:
+            seen.append(way)
+            yield way
+
+
+def _others(setup: Setup, make_adapter: Callable[[], PeftConfig | None]) -> Iterator[Setup]:
+    kept, again = replace(setup, checkpointing=False), replace(setup, checkpointing=True)
+    yield from (kept, again)
+    if setup.reference == "model":
+        yield replace(again, reference="cache")
+        again = replace(again, reference="cache")
+    if setup.peft_config is None:
+        yield replace(again, optim="adamw_8bit")
+        reference = "adapter" if setup.reference in ("model", "adapter") else setup.reference
+        setup = replace(setup, peft_config=make_adapter(), reference=reference)
+        kept, again = replace(setup, checkpointing=False), replace(setup, checkpointing=True)
+        yield from (kept, again)
+    if setup.bits is None:
+        yield replace(kept, bits=4)
+        yield replace(replace(setup, checkpointing=True), bits=4)

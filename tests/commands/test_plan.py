@@ -1,0 +1,98 @@
+"""``fastdpo plan``: what it says, in a table and as JSON, and the command that it hands out."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import make_model
+from toy_data import make_tokenizer, text_rows, write_jsonl
+
+from fastdpo.commands.cli import main
+from fastdpo.commands.flags import TrainParser
+from fastdpo.plan.tracker import PARTS
+
+pytestmark = pytest.mark.usefixtures("quiet_and_uncached")
+
+
+@pytest.fixture(scope="module")
+def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's folder without its weights."""
+    folder = tmp_path_factory.mktemp("model")
+    make_model("llama").config.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> dict[str, Any]:
+    assert main(["plan", *words, "--json"]) == code
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_a_plan_is_a_command_to_train_with(configuration: Path, tmp_path: Path, capsys) -> None:
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", text_rows(12))
+    words = ["--model_name_or_path", str(configuration), "--dataset_name", str(pairs), "--beta", "0.2"]
+    found = plan(capsys, *words, "--device", "cpu", "--memory", "1GiB")
+    assert found["layout"] == "shared" and found["pairs"].startswith("the 8 longest of ")
+    first = found["answers"][0]
+    assert first["method"] == "full" and first["gradient_checkpointing"] and first["reference"] == "model"
+    assert first["fits"] and not first["measured"] and list(first["parts"]) == list(PARTS)
+    assert sum(first["parts"].values()) == first["total"]
+    methods = [answer["method"] for answer in found["answers"]]
+    assert methods == sorted(methods, key=["full", "LoRA", "QLoRA (4 bits)"].index) and len(set(methods)) == 3
+    program, command, *flags = shlex.split(found["command"])
+    assert (program, command) == ("fastdpo", "train")
+    script_args, _, args, _ = TrainParser().read(flags)
+    assert script_args.dataset_name == str(pairs) and args.beta == 0.2
+
+
+def test_what_does_not_fit_is_taken_in_parts_or_otherwise(configuration: Path, capsys) -> None:
+    words = ["--model_name_or_path", str(configuration), "--length", "150+100", "--device", "cpu"]
+    roomy = plan(capsys, *words, "--memory", "1GiB", "--no_gradient_checkpointing")
+    needed = roomy["answers"][0]["total"]
+    tight = plan(capsys, *words, "--memory", f"{needed * 0.7 / 2**20}MiB", "--no_gradient_checkpointing")
+    answer = tight["answers"][0]
+    assert answer["fits"] and answer["max_tokens_per_batch"] < roomy["answers"][0]["tokens"]
+    assert f"--max_tokens_per_batch {answer['max_tokens_per_batch']}" in tight["command"]
+    assert "--no_gradient_checkpointing" in tight["command"] and "--length" not in tight["command"]
+    nothing = plan(capsys, *words, "--memory", "0.01MiB", code=1)
+    assert nothing["command"] is None and not any(answer["fits"] for answer in nothing["answers"])
+
+
+def test_several_devices_are_told_how_to_start(configuration: Path, capsys) -> None:
+    words = ["--model_name_or_path", str(configuration), "--length", "20", "--device", "cuda", "--reserve", "0GiB"]
+    found = plan(capsys, *words, "--memory", "80GB", "--devices", "4", "--stage", "fsdp2", "--use_peft")
+    assert {answer["stage"] for answer in found["answers"]} == {"fsdp2"}
+    assert found["command"].startswith(
+        "accelerate launch --num_processes 4 --use_fsdp --fsdp_version 2 -m fastdpo train"
+    )
+
+
+def test_the_table_says_that_it_is_an_estimate(configuration: Path, capsys) -> None:
+    words = ["--model_name_or_path", str(configuration), "--length", "64+32", "--device", "cuda", "--memory", "24GiB"]
+    assert main(["plan", *words]) == 0
+    said = capsys.readouterr()
+    assert "pairs of 64 + 32 tokens, shared rows" in said.out and "Estimates: not measured." in said.out
+    assert all(part in said.out for part in PARTS) and "\nfastdpo train --model_name_or_path" in said.out
+    assert "full, activations kept" in said.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--length", "10"], "--memory is needed"),
+        (["--memory", "1GiB"], "--dataset_name is needed"),
+        (["--memory", "1GiB", "--length", "ten"], "length is 'ten'"),
+        (["--memory", "1GiB", "--length", "10", "--optim", "galore_adamw"], "whose memory is not known here"),
+        (["--memory", "1GiB", "--length", "10", "--load_in_4bit"], "needs --use_peft"),
+        (["--memory", "1GiB", "--length", "10", "--stage", "zero2"], "give --devices"),
+        (["--memory", "some", "--length", "10"], "is no amount of memory"),
+    ],
+)
+def test_input_that_is_refused(flags: list[str], said: str, configuration: Path, capsys) -> None:
+    assert main(["plan", "--model_name_or_path", str(configuration), "--device", "cuda", *flags]) == 2
+    assert said in capsys.readouterr().err
