@@ -246,7 +246,8 @@ def _finish(
             _note_results(trainer.args)  # before the report, which tells that nothing is left to be done
     if report is not None:
         report.write(metrics["train_runtime"], look=not stop.asked)
-        what = "adapter and tokenizer" if isinstance(trainer.model, PeftModel) else "model and tokenizer"
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        what = "adapter and tokenizer" if isinstance(policy, PeftModel) else "model and tokenizer"
         last = [entry for entry in trainer.state.log_history if "loss" in entry][-1:]
         console.print(
             Text.assemble(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import cast
 
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 # What a drafter's forward takes from the model that it drafts for.
@@ -20,8 +21,18 @@ def language_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 def embedding_rows(model: PreTrainedModel | PeftModel) -> int:
     """For how many tokens the model has embeddings."""
-    embedding = cast(nn.Embedding, model.get_input_embeddings())
-    return embedding.weight.shape[0]
+    return _rows(cast(nn.Embedding, model.get_input_embeddings()).weight)
+
+
+def vocabulary_rows(lm: PreTrainedModel) -> int:
+    """For how many tokens the model has logits."""
+    return _rows(cast(nn.Linear, lm.get_output_embeddings()).weight)
+
+
+def _rows(weight: Tensor) -> int:
+    # Of a parameter that ZeRO-3 divides nothing is here but its shape.
+    shape: torch.Size = getattr(weight, "ds_shape", weight.shape)
+    return shape[0]
 
 
 def described(lm: PreTrainedModel) -> str:

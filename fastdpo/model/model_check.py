@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.model.head_calls import IGNORE_INDEX
-from fastdpo.model.language_model import cannot_run, described
+from fastdpo.model.language_model import cannot_run, described, vocabulary_rows
 from fastdpo.model.precision import looked_at
 from fastdpo.model.rounding import at_most_rounding, moved_by_last_place
 from fastdpo.model.scoring import Scorer, evaluating
@@ -28,7 +28,7 @@ _CAUSAL_SETTINGS = {"is_decoder": True, "use_bidirectional_attention": False, "c
 
 def made_up_tokens(scorer: Scorer, device: torch.device) -> Tensor:
     """[1, 24] int64, a sequence of the model's vocabulary."""
-    vocabulary = scorer.lm.get_output_embeddings().weight.shape[0]
+    vocabulary = vocabulary_rows(scorer.lm)
     return torch.arange(_TOKENS, device=device).mul(7919).add(11).remainder(vocabulary)[None]
 
 
@@ -70,7 +70,7 @@ def check_causal(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> No
 
 def _leak(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """By how much log-probabilities move when the last token changes, and how much of that may be rounding, in nats."""
-    vocabulary = scorer.lm.get_output_embeddings().weight.shape[0]
+    vocabulary = vocabulary_rows(scorer.lm)
     ids = made_up_tokens(scorer, device)
 
     def logps(changed: int | None = None) -> Tensor:

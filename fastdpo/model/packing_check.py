@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdpo.model.attention import RowAttention
 from fastdpo.model.attention_backends import RowsNotSupportedError
 from fastdpo.model.config_lengths import lengths_in, longest_position
-from fastdpo.model.language_model import described
+from fastdpo.model.language_model import described, vocabulary_rows
 from fastdpo.model.made_up import SHORT, UNLIMITED, MadeUp, made_up
 from fastdpo.model.packing import PackedRow
 from fastdpo.model.precision import HALVES, in_float32
@@ -161,7 +161,7 @@ class RowsCheck:
 
     def _truth(self, seed: int) -> _Truth:
         if seed not in self._truths:
-            vocabulary = self._scorer.lm.get_output_embeddings().weight.shape[0]
+            vocabulary = vocabulary_rows(self._scorer.lm)
             made = made_up(
                 vocabulary,
                 lengths_in(self._config),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdpo.model.config_lengths import lengths_in, longest_position
 from fastdpo.model.head_calls import IGNORE_INDEX
-from fastdpo.model.language_model import described
+from fastdpo.model.language_model import described, vocabulary_rows
 from fastdpo.model.made_up import UNLIMITED
 from fastdpo.model.model_check import score_tokens
 from fastdpo.model.precision import looked_at
@@ -64,7 +64,7 @@ def dependence_on_padding(
 
 def _moved(scorer: Scorer, size: int, width: int, seed: int, device: torch.device, dtype: torch.dtype) -> float:
     """By how much log-probabilities move with padding up to ``width``, in nats; 0 where it may be rounding."""
-    vocabulary = scorer.lm.get_output_embeddings().weight.shape[0]
+    vocabulary = vocabulary_rows(scorer.lm)
     rng = random.Random(seed)
     ids = torch.tensor([[rng.randrange(vocabulary) for _ in range(size)]], device=device)
     alone = score_tokens(scorer, ids)

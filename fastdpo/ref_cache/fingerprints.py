@@ -45,12 +45,15 @@ _IDLE_CONFIG_KEYS = frozenset(
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of ``model`` without those of an adapter, under the names that they have without an adapter."""
+    """The tensors of ``model`` without those of an adapter, under the names that they have without an adapter.
+
+    Parameters are the model's own, so that those which are divided among processes can be told.
+    """
     if not isinstance(model, PeftModel):
-        return dict(model.state_dict())
+        return dict(model.state_dict(keep_vars=True))
     prefix = cast(str, model.base_model.prefix)
     weights = {}
-    for name, tensor in model.get_base_model().state_dict().items():
+    for name, tensor in model.get_base_model().state_dict(keep_vars=True).items():
         parts = name.split(".")
         if any(part == "modules_to_save" or part.startswith(prefix) for part in parts):
             continue
@@ -72,14 +75,20 @@ def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
         unique.setdefault(key, tensor)
     # hashlib lets go of the interpreter's lock.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        digests = dict(zip(unique, pool.map(_tensor_digest, unique.values()), strict=True))
+        digests = dict(zip(unique, pool.map(tensor_fingerprint, unique.values()), strict=True))
+    return joined_fingerprint({name: digests[key] for name, key in keys.items()})
+
+
+def joined_fingerprint(digests: Mapping[str, bytes]) -> str:
+    """:func:`weights_fingerprint` of tensors of which each has been read: name -> :func:`tensor_fingerprint`."""
     whole = hashlib.sha256()
-    for name in sorted(keys):
-        whole.update(f"{name}\0".encode() + digests[keys[name]])
+    for name in sorted(digests):
+        whole.update(f"{name}\0".encode() + digests[name])
     return whole.hexdigest()
 
 
-def _tensor_digest(tensor: Tensor) -> bytes:
+def tensor_fingerprint(tensor: Tensor) -> bytes:
+    """sha256 over the shape and the values of one tensor."""
     widened = tensor.dtype in (torch.bfloat16, torch.float16)
     digest = hashlib.sha256(f"{torch.float32 if widened else tensor.dtype} {tuple(tensor.shape)}".encode())
     for chunk in tensor.detach().reshape(-1).split(_CHUNK):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,25 +28,29 @@ _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def reference_identity(
     model: PreTrainedModel,
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor] | str,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
     collator: DataCollator,
     mixed_precision: str,
     ld_alpha: float | None = None,
     template_date: str | None = None,
+    *,
+    casts_weights: bool = False,
 ) -> dict[str, Any]:
     """The fields of :class:`fastdpo.ref_cache.key.CacheKey` beside those of the rows.
 
     Args:
         model: the reference, with an adapter or without.
-        weights: those of its tensors that count.
+        weights: those of its tensors that count; or the fingerprint of these, where it has been found.
         tokenizer: what the rows were tokenised with, and their images processed; None if they came tokenised.
         collator: what cuts and masks.
         mixed_precision: accelerate's name of the type under autocast; ``no`` for none.
+        casts_weights: there is no autocast: the weights themselves are put into that type.
         template_date: the day that a chat template which writes the date was rendered on.
         ld_alpha: what tokens beyond the pair's shorter completion count; None for as much as any.
     """
     dtype = str(model.dtype).removeprefix("torch.")
+    computed = str(_AUTOCAST_DTYPES.get(mixed_precision, dtype)).removeprefix("torch.")
     images = f", {image_fingerprint(tokenizer)}" if isinstance(tokenizer, ProcessorMixin) else ""
     tokenizer = None if tokenizer is None else tokenizer_in(tokenizer)
     collator = getattr(collator, "padded", collator)  # one that packs rows holds the one that cuts them
@@ -54,10 +59,10 @@ def reference_identity(
     module = "fastdpo.data" if kind is PreferenceCollator else kind.__module__
     options = dataclasses.asdict(collator) if isinstance(collator, PreferenceCollator) else {}
     return {
-        "weights": weights_fingerprint(weights),
+        "weights": weights if isinstance(weights, str) else weights_fingerprint(weights),
         "config": config_facts(model.config),
-        "weights_dtype": dtype,
-        "compute_dtype": str(_AUTOCAST_DTYPES.get(mixed_precision, dtype)).removeprefix("torch."),
+        "weights_dtype": computed if casts_weights else dtype,
+        "compute_dtype": computed,
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer) + images,
         "chat_template": None if tokenizer is None else _template(tokenizer, template_date),
         "max_length": options.get("max_length"),

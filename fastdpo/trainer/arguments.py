@@ -132,14 +132,13 @@ def find_unused_parameters(args: DPOConfig) -> None:
 
 
 def check_distribution(
-    args: DPOConfig, kind: str | None, *, has_reference: bool, is_fsdp2: bool, mixes_images: bool = False
+    args: DPOConfig, kind: str | None, *, is_fsdp2: bool = False, mixes_images: bool = False
 ) -> None:
     """Raises for what is not supported on several devices.
 
     Args:
         args: the run's.
         kind: what shards the model over processes, FSDP or DeepSpeed; None where each holds all of it.
-        has_reference: the reference is another model, or is asked beforehand.
         is_fsdp2: it is FSDP, in its second version.
         mixes_images: some rows have images, and others none.
     """
@@ -153,6 +152,12 @@ def check_distribution(
             f"max_tokens_per_batch is not supported with {kind}: its processes must run the model equally often. "
             "Use a smaller per_device_train_batch_size, with gradient_accumulation_steps"
         )
+    if kind and args.precompute_ref_log_probs and not is_fsdp2:
+        raise NotImplementedError(
+            f"precompute_ref_log_probs is not supported with {kind}. Leave it out, for a reference model beside the "
+            "policy; or use FSDP2 (fsdp_version: 2 in accelerate's configuration); or give the dataset the columns "
+            "ref_chosen_logps and ref_rejected_logps"
+        )
     if kind and args.sync_ref_model:
         raise NotImplementedError(
             f"sync_ref_model is not supported with {kind}: the reference's weights are in no one place, to be moved "
@@ -162,10 +167,4 @@ def check_distribution(
         raise NotImplementedError(
             f"rows without images among rows with images are not supported with {kind}: its processes must run the "
             "vision tower equally often, and would wait for each other for ever. Train on either kind at a time"
-        )
-    if kind and has_reference and not is_fsdp2:
-        raise NotImplementedError(
-            f"a reference model, or precompute_ref_log_probs, is not supported with {kind}. Use FSDP2 "
-            "(fsdp_version: 2 in accelerate's configuration), or give the dataset the columns ref_chosen_logps and "
-            "ref_rejected_logps, or train an adapter (peft_config), for which the reference is the model without it"
         )

@@ -25,6 +25,7 @@ from fastdpo.logps.wide import wide_dtype
 from fastdpo.model.packing import PackedRow
 from fastdpo.model.scoring import count_tokens, count_weight, model_inputs
 from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.zero import input_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,20 @@ class PairBatches(Trainer):
         return self.state.num_train_epochs, 0
 
     def _prepare_input(self, data: Any) -> Any:
-        return data.to(self.args.device) if isinstance(data, PackedRow) else super()._prepare_input(data)
+        if isinstance(data, (PackedRow, Tensor)):
+            # With DeepSpeed in 16 bits Trainer would round the reference's log-probabilities, and weights, to these.
+            return data.to(self.args.device)
+        if isinstance(data, dict) and self.is_deepspeed_enabled and "vision" in data:
+            others = super()._prepare_input({name: value for name, value in data.items() if name != "vision"})
+            return others | {"vision": self._in_input_dtype(data["vision"])}
+        return super()._prepare_input(data)
+
+    def _in_input_dtype(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        dtype, device = input_dtype(self.accelerator), self.args.device
+        return {
+            name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            for name, value in tensors.items()
+        }
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         # Of the sequences, each with its prompt: as many in every layout.

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from fastdpo.trainer.zero import gathered, local_part
+
 _CHUNK = 1 << 26  # bytes at a time, on their way from a device and from a disk
 HEADER = "(header)"  # of a safetensors file, beside its tensors
 
@@ -29,8 +31,8 @@ class WeightDigests:
     def of(self, model: nn.Module) -> dict[str, str]:
         """name -> digest of each parameter and persistent buffer; empty where no process could tell them.
 
-        Tied weights come once, by the first of their names. Where FSDP2 shards the model, all processes have to call
-        this together: a tensor at a time is gathered.
+        Tied weights come once, by the first of their names. Where FSDP2 or ZeRO-3 shards the model, all processes have
+        to call this together: a tensor at a time is gathered.
         """
         if _is_sharded_elsewhere(model):
             return {}
@@ -38,11 +40,12 @@ class WeightDigests:
 
     def _of_tensor(self, name: str, tensor: Tensor) -> str:
         if not isinstance(tensor, nn.Parameter) or tensor.requires_grad or isinstance(tensor, DTensor):
-            return tensor_digest(tensor)
-        state = (tensor.data_ptr(), tensor._version)
+            return _digest_of_whole(tensor)
+        part = local_part(tensor)
+        state = (part.data_ptr(), part._version)
         known = self._frozen.get(name)
         if known is None or known[0] != state:
-            known = self._frozen[name] = (state, tensor_digest(tensor))
+            known = self._frozen[name] = (state, _digest_of_whole(tensor))
         return known[1]
 
 
@@ -115,7 +118,11 @@ def _parts_of(path: Path, size: int) -> list[tuple[str, int, int]]:
     return [(HEADER, 0, begin), *tensors]
 
 
+def _digest_of_whole(tensor: Tensor) -> str:
+    with gathered([tensor]):
+        return tensor_digest(tensor)
+
+
 def _is_sharded_elsewhere(model: nn.Module) -> bool:
-    """By what holds no tensor whole that could be asked for it: DeepSpeed's ZeRO-3, and the first version of FSDP."""
-    zero3 = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    return zero3 or any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    """By what holds no tensor whole that could be asked for it: the first version of FSDP."""
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())

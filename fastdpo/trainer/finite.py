@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fastdpo.trainer.zero import local_part
+
 
 @dataclass
 class NotFinite:
@@ -56,7 +58,8 @@ class FiniteWatch:
     def see_gradients(self, model: nn.Module) -> None:
         """Those of a whole step, before they are clipped."""
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        self._names, self._gradients = list(gradients), _are_finite(gradients.values())
+        # DeepSpeed has taken them away, and made the step: their norm tells.
+        self._names, self._gradients = list(gradients), _are_finite(gradients.values()) if gradients else None
 
     def see_norm(self, norm: Tensor | float) -> None:
         """That of the gradients: a sum of squares, which may be infinite where none of them is."""
@@ -135,7 +138,8 @@ class _Flags:
 
 def weights_not_finite(model: nn.Module) -> list[str]:
     """Names of the parameters, or of this process's shards of them, with a NaN or an infinity; waits for the device."""
-    parameters = {name: p for name, p in model.named_parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1}
+    parts = {name: local_part(parameter) for name, parameter in model.named_parameters()}
+    parameters = {name: p for name, p in parts.items() if p.dtype.is_floating_point and p.dtype.itemsize > 1}
     if not parameters:
         return []
     flags = _are_finite(parameters.values()).tolist()

@@ -59,15 +59,20 @@ class FiniteRuns(Trainer):
         if grad_norm is None:
             self._see_gradients(model)
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
-        if norm is not None and self.accelerator.scaler is None:
+        if norm is not None and not self._scales_gradients:
             self.watch.see_norm(norm)
         self._stop_if(self.watch.end_of_step(self.state.global_step + 1, self.args.device))
         return norm
 
     def _see_gradients(self, model: nn.Module) -> None:
-        # A gradient scaler looks for infinities by itself, passes such steps over, and scales less.
-        if self.accelerator.scaler is None:
+        if not self._scales_gradients:
             self.watch.see_gradients(model)
+
+    @property
+    def _scales_gradients(self) -> bool:
+        # A gradient scaler looks for infinities by itself, passes such steps over, and scales less.
+        by_deepspeed = self.is_deepspeed_enabled and self.accelerator.mixed_precision == "fp16"
+        return by_deepspeed or self.accelerator.scaler is not None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As ``Trainer``'s, of what is finite; raises before a loss that is no number is written anywhere.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftModel
@@ -10,7 +12,8 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastdpo.trainer.config import DPOConfig
-from fastdpo.trainer.fsdp2 import reshard, shard_without_optimizer
+from fastdpo.trainer.frozen import hold_frozen, is_divided_later, let_go
+from fastdpo.trainer.fsdp2 import reshard
 from fastdpo.trainer.pair_metrics import PairSums, means_of
 from fastdpo.trainer.throughput import Throughput
 
@@ -50,23 +53,45 @@ class MeasuredRuns(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As ``Trainer``'s; adds the metrics, so that one of them can choose the best checkpoint."""
-        if self.accelerator.is_fsdp2 and not self.accelerator._models and self.optimizer is None:
-            # Before the training, which will find the model sharded. Trainer asks accelerate, which refuses.
-            self.accelerator._models.append(shard_without_optimizer(self.accelerator, self.model))
         self.eval_sums.take()  # of an evaluation that was broken off
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
-        if self.accelerator.is_fsdp2 and self.optimizer is None:
-            reshard(self.model)
-        elif self.optimizer is None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            # accelerate marks the model as prepared, and would not wrap it for the training: the processes' gradients
-            # would not be averaged, and nothing would say so.
-            setattr(self.model, "_is_accelerate_prepared", False)  # noqa: B010 (a module takes no bool, mypy says)
-            self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
+        with self._before_training() if self.optimizer is None else contextlib.nullcontext():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+            )
         if sums := self.eval_sums.take():
             # Trainer's own mean counts a short batch of several processes as a full one.
             metrics = {"loss": sums["loss"] / sums["weight"], **means_of(sums)}
             named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
             output = output._replace(metrics=(output.metrics or {}) | named)
         return output
+
+    @contextlib.contextmanager
+    def _before_training(self) -> Iterator[None]:
+        """The model can be evaluated until the block ends, and be trained afterwards as if it had not been."""
+        accelerator = self.accelerator
+        if not is_divided_later(accelerator):
+            yield
+            # accelerate marks the model as prepared, and would not wrap it for the training: the processes' gradients
+            # would not be averaged, and nothing would say so.
+            setattr(self.model, "_is_accelerate_prepared", False)  # noqa: B010 (a module takes no bool, mypy says)
+            accelerator._models = [model for model in accelerator._models if model is not self.model]
+            return
+        if self.is_deepspeed_enabled:
+            # Trainer takes the engine for that of the training, or refuses.
+            self.deepspeed = hold_frozen(accelerator, self.model)
+            accelerator._models.append(self.deepspeed)
+            try:
+                yield
+            finally:
+                let_go(accelerator, self.deepspeed)
+                accelerator._models = [model for model in accelerator._models if model is not self.deepspeed]
+                self.deepspeed, self.model_wrapped = None, self.model
+            return
+        if not accelerator._models:
+            # The training will find the model sharded. Trainer asks accelerate, which refuses FSDP2.
+            held: Any = hold_frozen(accelerator, self.model)
+            self.model = self.model_wrapped = held
+            accelerator._models.append(held)
+        yield
+        if accelerator.is_fsdp2:
+            reshard(self.model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -29,6 +28,7 @@ from fastdpo.model.randomness import disable_dropout
 from fastdpo.model.rotary import fix_frequencies
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.manifest import name_some
+from fastdpo.trainer.zero import copied
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def make_models(
     if ref_model is None and needs_reference:
         outside = trained_outside_adapters(policy) if isinstance(policy, PeftModel) else []
         if not isinstance(policy, PeftModel):
-            ref_model = load_model(name, args, images=images) if name else copy.deepcopy(policy)
+            ref_model = load_model(name, args, images=images) if name else copied(policy)
         elif is_sharded:
             if args.sync_ref_model:
                 raise NotImplementedError("sync_ref_model with an adapter is not supported with FSDP or DeepSpeed")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +26,15 @@ from fastdpo.model.packing_choice import Packing
 from fastdpo.model.scoring import Scorer, count_sequences, evaluating, pairs_of
 from fastdpo.ref_cache.build import CachedSplit, ReferenceBuilder
 from fastdpo.ref_cache.files import DEFAULT_FOLDER
-from fastdpo.ref_cache.fingerprints import base_weights
+from fastdpo.ref_cache.fingerprints import base_weights, joined_fingerprint, tensor_fingerprint
 from fastdpo.ref_cache.identity import reference_identity, row_words
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.datasets import EvalDataset
-from fastdpo.trainer.fsdp2 import keep_requires_grad, shard_without_optimizer
+from fastdpo.trainer.frozen import hold_frozen, is_divided_later, let_go, meets_in_forwards
+from fastdpo.trainer.fsdp2 import keep_requires_grad
 from fastdpo.trainer.models import compute_dtype
 from fastdpo.trainer.secrets import redacted
+from fastdpo.trainer.zero import copied, is_partitioned, of_whole, zero_stage
 
 
 class Reference:
@@ -42,7 +42,7 @@ class Reference:
 
     Args:
         policy: the model that is trained. Without ``model`` it is the reference itself, its adapter off.
-        model: the reference's own model, which is frozen; sharded, where FSDP2 shards the policy.
+        model: the reference's own model, which is frozen; sharded, where the policy is.
         args: the run's.
         accelerator: the run's.
         in_columns: the training data has the reference's log-probabilities.
@@ -65,6 +65,7 @@ class Reference:
         self._loss_options = args.loss_options
         self._is_cached = in_columns or args.precompute_ref_log_probs
         self._packing = Packing("padded")
+        self._is_held = False  # what computes the cache
         self.scorer: Scorer | None = None
         self.splits: dict[str, CachedSplit] = {}
         if model is not None:
@@ -148,19 +149,18 @@ class Reference:
         model = (self.scorer or self._policy).model
         # An adapter that changes nothing yet is left aside, so that the key does not depend on its random start.
         bare: PeftModel | None = None
-        if isinstance(model, PeftModel) and self._in_main_process(lambda: adapters_are_neutral(model)):
+        if isinstance(model, PeftModel) and self._is_neutral(model):
             bare = model
-        weights = model.state_dict() if bare is None else base_weights(bare)
-
-        @functools.cache
-        def scorer() -> Scorer:
-            if accelerator.is_fsdp2:
-                self._shard()
-            return self._policy if self.scorer is None else self.scorer
+        weights = model.state_dict(keep_vars=True) if bare is None else base_weights(bare)
+        found_together: str | None = None
+        if any(map(is_partitioned, weights.values())):
+            # Which takes all processes, while the main one is asked about the rest alone.
+            found_together = joined_fingerprint(of_whole(weights, tensor_fingerprint))
 
         def score(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-            found = scorer().score(to_device(collate(rows)), at_shorter=self._loss_options.ld_alpha is not None)
-            sums = found.in_pairs().sums
+            scorer, batch = self._held_scorer(), to_device(collate(rows))
+            at_shorter = self._loss_options.ld_alpha is not None
+            sums = scorer.score(batch, at_shorter=at_shorter).in_pairs().sums
             chosen, rejected = combine_segments(sums, self._loss_options, of_policy=False).chunk(2)
             return chosen, rejected
 
@@ -169,19 +169,20 @@ class Reference:
             accelerator=accelerator,
             identity=lambda: reference_identity(
                 language_model(model),
-                weights,
+                found_together or weights,
                 tokenizer,
                 collate,
                 accelerator.mixed_precision,
                 None if args.ld_reference == "policy" else args.ld_alpha,
                 args.template_date,
+                casts_weights=zero_stage(accelerator) is not None,
             ),
             score=score,
             max_length=args.max_length,
             about={"model": redacted(language_model(model).config._name_or_path or type(model).__name__)},
             describe_row=lambda row: row_words(row, tokenizer),
             show_progress=not args.disable_tqdm,
-            in_step=accelerator.is_fsdp2,
+            in_step=meets_in_forwards(accelerator),
             by_pair=by_pair,
         )
         train_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
@@ -196,34 +197,48 @@ class Reference:
             train_dataset = builder.with_columns(train_dataset, "train", train_size)
             eval_dataset = builder.with_columns_in_all(eval_dataset, "eval", eval_size)
         self.splits = builder.splits
-        self.scorer = None
-        scorer.cache_clear()
-        gc.collect()  # what FSDP has sharded is held by circles
+        self._let_go()
         return train_dataset, eval_dataset
 
     def _prepare(self, model: PreTrainedModel | PeftModel) -> nn.Module:
-        """``model`` on its device; or sharded as the policy will be."""
-        if self._accelerator.is_fsdp2:
-            # One for the cache is whole until the cache turns out to lack something.
-            return model if self._args.precompute_ref_log_probs else shard_without_optimizer(self._accelerator, model)
-        known = len(self._accelerator._models)
-        prepared: nn.Module = self._accelerator.prepare_model(model, evaluation_mode=True)
-        # Evaluation before training asks accelerate whether it prepared a model, and means the policy. What it notes is
-        # not what it returns, where it compiles.
-        del self._accelerator._models[known:]
-        return prepared
+        """``model`` held as the policy is in training; one for the cache is whole until the cache lacks something."""
+        if self._args.precompute_ref_log_probs and meets_in_forwards(self._accelerator):
+            return model
+        self._is_held = True
+        return hold_frozen(self._accelerator, model)
 
-    def _shard(self) -> None:
-        """Makes ``scorer`` one of a model that is sharded: the one that was given, or a copy of the policy as it is.
+    def _held_scorer(self) -> Scorer:
+        """Of what computes the cache, held as it is in training: the model that was given, or the policy as it is now.
 
-        The policy itself is sharded later, with its optimizer.
+        FSDP shards the policy itself later, with its optimiser: here a copy. DeepSpeed puts it into its precision, and
+        divides it, as it will for the training, and lets go of it.
         """
-        if self.scorer is None:
-            model = copy.deepcopy(self._policy.model).requires_grad_(False)  # its modes too: evaluation, adapters off
+        if self._is_held or not is_divided_later(self._accelerator):
+            return self._policy if self.scorer is None else self.scorer
+        self._is_held = True
+        if self.scorer is None and zero_stage(self._accelerator) is None:
+            model = copied(self._policy.model).requires_grad_(False)  # its modes too: evaluation, adapters off
             self.scorer = Scorer(model, model, FusedHead(model), self._packing.attention_of(model))
-        self.scorer.root = shard_without_optimizer(self._accelerator, self.scorer.root)
+        scorer = self._policy if self.scorer is None else self.scorer
+        scorer.root = hold_frozen(self._accelerator, scorer.root)
         dtype = compute_dtype(self._accelerator, self._policy.model)
-        self._packing.require(self.scorer, self._args.max_length, self._accelerator.device, dtype)
+        self._packing.require(scorer, self._args.max_length, self._accelerator.device, dtype)
+        return scorer
+
+    def _let_go(self) -> None:
+        """Nothing computes the cache any more."""
+        if self._is_held:
+            scorer = self._policy if self.scorer is None else self.scorer
+            let_go(self._accelerator, scorer.root)
+            scorer.root = scorer.model
+        self.scorer, self._is_held = None, False
+        gc.collect()  # what FSDP has sharded is held by circles
+
+    def _is_neutral(self, model: PeftModel) -> bool:
+        if any(map(is_partitioned, model.parameters())):
+            self._held_scorer()  # it cannot run otherwise, and all processes run it
+            return adapters_are_neutral(model)
+        return bool(self._in_main_process(lambda: adapters_are_neutral(model)))
 
     def _score(self, scorer: Scorer, inputs: dict[str, Any], root: nn.Module | None = None) -> Tensor:
         found = scorer.score(inputs, root=root, at_shorter=self._loss_options.ld_alpha is not None)

@@ -114,7 +114,7 @@ class ResumableRuns(YieldingEvaluations):
                 self.save_beside(folder)
             if self.args.world_size > 1:
                 torch.distributed.barrier()  # the other processes' files
-            if self.args.should_save or self.is_fsdp_enabled:
+            if self.args.should_save or self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 weights = self._digests.of(self.model)  # which asks all processes where FSDP shards them
             if self.args.should_save:
                 facts: dict[str, Any] = {

@@ -32,6 +32,7 @@ from fastdpo.model.offloading import ActivationOffloading, check_offloading
 from fastdpo.model.packing_choice import Packing
 from fastdpo.model.scoring import Scorer, micro_batches, sums_of_rows
 from fastdpo.ref_cache.build import CachedSplit
+from fastdpo.trainer import fsdp2, zero
 from fastdpo.trainer.arguments import check_arguments, check_distribution, find_unused_parameters
 from fastdpo.trainer.batch_beta import BatchBeta
 from fastdpo.trainer.batches import PairBatches
@@ -47,7 +48,7 @@ from fastdpo.trainer.datasets import (
 )
 from fastdpo.trainer.endings import Endings, look_at_endings
 from fastdpo.trainer.finite_runs import FiniteRuns, refuse_not_finite
-from fastdpo.trainer.fsdp2 import keep_output_dtypes, whole_weights
+from fastdpo.trainer.fsdp2 import keep_output_dtypes
 from fastdpo.trainer.hub import HubUploads
 from fastdpo.trainer.layout import BatchLayout
 from fastdpo.trainer.losses import BatchLosses
@@ -205,7 +206,6 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
         check_distribution(
             args,
             "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None,
-            has_reference=ref_model is not None or args.precompute_ref_log_probs,
             is_fsdp2=self.accelerator.is_fsdp2,
             mixes_images=self._preparer.mixes_images,
         )
@@ -216,6 +216,8 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
             is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
             check_offloading(args.device, is_sharded=is_sharded, compiles=args.torch_compile)
             self._offloading = ActivationOffloading(policy, args.device)
+        if self.is_deepspeed_enabled and not later:
+            policy.to(args.device)  # where it is looked at; DeepSpeed puts it there when the training begins
         self._start_is_checked = not args.loss_options.takes_reference
         self._policy.root = self.model
         self._reference = Reference(self._policy, ref_model, args, self.accelerator, in_columns=has_reference_columns)
@@ -382,7 +384,7 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
                 self.args,
                 training=training,
                 has_reference_model=self.ref_model is not None,
-                has_adapter=isinstance(self.model, PeftModel),
+                has_adapter=isinstance(self._policy.model, PeftModel),
                 is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
             )
 
@@ -397,6 +399,8 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
     ) -> tuple[Tensor, None, None]:
         """The loss of an evaluation batch. There are no logits to return."""
         inputs = self._prepare_inputs(inputs)
+        if self.deepspeed is not None:  # the engine, for which Trainer calls the model that is in it
+            model = self.deepspeed
         self._look_once(model)
         with torch.no_grad(), self.compute_loss_context_manager(), self._advising(training=False):
             losses, per_pair = self.pair_losses(model, inputs)
@@ -435,10 +439,14 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
             self._batch_beta.load(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As ``Trainer``'s; where FSDP shards the model, whole weights also if checkpoints hold shards."""
-        whole = self.is_fsdp_enabled and not _internal_call
-        with whole_weights(self.accelerator) if whole else contextlib.nullcontext():
+        """As ``Trainer``'s; where FSDP or DeepSpeed shards the model, whole weights also if checkpoints hold shards."""
+        with contextlib.nullcontext() if _internal_call else self._whole_weights():
             super().save_model(output_dir, _internal_call)
+
+    def _whole_weights(self) -> AbstractContextManager[None]:
+        if self.is_fsdp_enabled:
+            return fsdp2.whole_weights(self.accelerator)
+        return contextlib.nullcontext() if self.deepspeed is None else zero.whole_weights(self.deepspeed)
 
     def create_model_card(  # type: ignore[override]  # TRL's arguments, which come to the same calls
         self,
@@ -452,13 +460,12 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
             return
         facts = CardFacts(
             args=self.args,
-            model=self.model,
+            model=self._policy.model,  # around which FSDP's first version leaves something
             epochs=self.state.epoch,
             steps=self.state.global_step,
             log_history=self.state.log_history,
             has_chat_template=bool(getattr(self.processing_class, "chat_template", None)),
-            takes_images=has_vision(language_model(self.model).config)
-            and isinstance(self.processing_class, ProcessorMixin),
+            takes_images=has_vision(self._policy.lm.config) and isinstance(self.processing_class, ProcessorMixin),
             are_groups="completion_ids" in columns_of(self.train_dataset),
         )
         write_model_card(facts, model_name=model_name, dataset_name=dataset_name, tags=tags, **metadata)

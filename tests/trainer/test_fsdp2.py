@@ -26,15 +26,14 @@ from tiny_models import make_model
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from toy_data import make_tokenizer, text_rows
-from trainer_runs import LOGP_TOLERANCE, METRICS, make_trainer
+from trainer_runs import LOGP_TOLERANCE, METRICS, config, make_trainer
 from transformers import PreTrainedModel
 
 from fastdpo.model import packing_choice
 from fastdpo.model.attention_backends import RowsNotSupportedError
 from fastdpo.model.head import FusedHead
 from fastdpo.ref_cache import RefCacheError
-from fastdpo.trainer import DPOConfig, DPOTrainer
-from fastdpo.trainer import reference as trainer_reference
+from fastdpo.trainer import DPOTrainer, fsdp2
 from fastdpo.trainer.arguments import check_distribution
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -191,8 +190,8 @@ def freed(folder: Path) -> bool:
         sharded.append(weakref.ref(model.get_input_embeddings().weight))
         return model
 
-    shard_without_optimizer = trainer_reference.shard_without_optimizer
-    with launched(), mock.patch.object(trainer_reference, "shard_without_optimizer", watched):
+    shard_without_optimizer = fsdp2.shard_without_optimizer
+    with launched(), mock.patch.object(fsdp2, "shard_without_optimizer", watched):
         make(folder, RANKS, model=llama(), **CACHED)
     return [reference() is None for reference in sharded]
 
@@ -205,11 +204,7 @@ def error_of(work: Callable[[], Any]) -> str | None:
 
 
 def refusals(folder: Path) -> dict[str, str | None]:
-    with launched(FSDP_VERSION="1"):
-        found = {
-            "FSDP1, model": error_of(lambda: make(folder, RANKS, model=llama())),
-            "FSDP1, cache": error_of(lambda: make(folder, RANKS, model=llama(), **CACHED)),
-        }
+    found: dict[str, str | None] = {}
     with launched():
         found["parts"] = error_of(lambda: make(folder, RANKS, model=llama(), max_tokens_per_batch=64))
         trainer = make(folder, RANKS, model=llama())
@@ -387,18 +382,16 @@ def test_log_probabilities_are_float32_in_mixed_precision(name: str, found: Any,
 
 def test_what_is_refused(found: Any) -> None:
     for messages in found("refusals"):
-        for kind in ("model", "cache"):
-            message = messages[f"FSDP1, {kind}"]
-            assert message.startswith("NotImplementedError: a reference model, or precompute_ref_log_probs, is not")
-            assert "Use FSDP2 (fsdp_version: 2" in message
         assert "max_tokens_per_batch is not supported with FSDP" in messages["parts"]
         for kind in ("rows", "rows of the reference"):
             assert "it mixes rows. Use packing='padded'" in messages[kind]
         assert messages["stale"].startswith("RefCacheError") and "weights" in messages["stale"]
 
 
-def test_deepspeed_is_refused(tmp_path: Path) -> None:
-    args = DPOConfig(str(tmp_path), use_cpu=True)
-    with pytest.raises(NotImplementedError, match=r"not supported with DeepSpeed\. Use FSDP2"):
-        check_distribution(args, "DeepSpeed", has_reference=True, is_fsdp2=False)
-    check_distribution(args, "DeepSpeed", has_reference=False, is_fsdp2=False)
+@pytest.mark.parametrize("kind", ["FSDP", "DeepSpeed"])
+def test_the_cache_is_refused_elsewhere(kind: str, tmp_path: Path) -> None:
+    cached = config(tmp_path, precompute_ref_log_probs=True)
+    with pytest.raises(NotImplementedError, match=f"precompute_ref_log_probs is not .* with {kind}. Leave"):
+        check_distribution(cached, kind)
+    for fine in ((cached, None), (config(tmp_path), kind)):
+        check_distribution(*fine)

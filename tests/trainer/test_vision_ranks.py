@@ -73,8 +73,7 @@ def test_batches_without_images_stop_nobody(tmp_path: Path) -> None:
 
 
 def test_rows_without_images_are_refused_where_processes_would_wait(tmp_path: Path) -> None:
-    options = {"has_reference": False, "is_fsdp2": True}
-    check_distribution(config(tmp_path), None, mixes_images=True, **options)
-    check_distribution(config(tmp_path), "FSDP", mixes_images=False, **options)
+    check_distribution(config(tmp_path), None, mixes_images=True)
+    check_distribution(config(tmp_path), "FSDP", mixes_images=False)
     with pytest.raises(NotImplementedError, match="rows without images among .* are not supported with FSDP"):
-        check_distribution(config(tmp_path), "FSDP", mixes_images=True, **options)
+        check_distribution(config(tmp_path), "FSDP", mixes_images=True)
