@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from judge_server import judging
@@ -286,13 +283,10 @@ def test_a_kill_keeps_what_was_answered(folders: dict[str, str], tmp_path: Path)
             return longer(prompt, a, b)
 
         server.verdict = slow
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fastdpo", *words], cwd=tmp_path, env={**os.environ, "no_proxy": "*"}
-        )
-        while not reached.wait(0.05) and process.poll() is None:
+        program = processes.start(processes.MAIN, *words, no_proxy="*")
+        while not reached.wait(0.05) and program.process.is_alive():
             pass
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        program.kill()
         goes_on.set()
         assert reached.is_set() and len(JudgeAnswers(tmp_path / "out" / "judge_answers.jsonl")) == 4
         assert not (tmp_path / "out" / "evaluation.json").exists()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +11,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import processes
 import pytest
 import rich.console
 import torch
@@ -431,9 +429,7 @@ def test_processes_may_be_started_after_torch_has_started_threads() -> None:
         token_logps(torch.randn(300, 64), torch.randn(5000, 64), torch.zeros(300, dtype=torch.long))
         print(len(prepare(Dataset.from_list(chat_rows(6)), make_tokenizer(), num_proc=2)[0]))
     """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    path = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *sys.path])
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path})
+    result = processes.run(textwrap.dedent(code))
     assert result.stdout.split() == ["6"], result.stderr
 
 

@@ -594,7 +594,8 @@ def test_in_the_workers_of_a_dataloader() -> None:
         for batch in torch.utils.data.DataLoader(Rows(), num_workers=2, multiprocessing_context="fork"):
             torch.testing.assert_close(batch, here[None])
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)
+    done = processes.run(textwrap.dedent(code))
+    assert done.returncode == 0, done.stderr
 
 
 def test_float64_logits_below_any_float32() -> None:

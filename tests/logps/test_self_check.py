@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from cuda_host.build import build
@@ -561,7 +562,8 @@ from fastdpo.logps import self_check
 self_check.check = self_check.measure = None
 token_logps(torch.randn(3, 4, requires_grad=True), torch.randn(5, 4), torch.tensor([0, 1, 2])).logps.sum().backward()
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = processes.run(code)
+    assert done.returncode == 0, done.stderr
     assert not folder.parent.exists()
 
 

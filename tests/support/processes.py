@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -76,6 +77,18 @@ class Program:
 
     def __init__(self, words: list[str], process: BaseProcess, folder: tempfile.TemporaryDirectory[str]) -> None:
         self.words, self.process, self.folder = words, process, folder
+
+    def wait_for(self, line: str, timeout: float = 300) -> None:
+        """Until it has printed the line."""
+        end = time.monotonic() + timeout
+        while line not in Path(self.folder.name, "out").read_text().splitlines():
+            assert self.process.is_alive() and time.monotonic() < end, self.wait(timeout=1)
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """As a machine does."""
+        self.process.kill()
+        self.wait()
 
     def wait(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         self.process.join(timeout)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 from toy_data import make_tokenizer, text_rows, write_jsonl
 from trainer_runs import make_trainer
@@ -34,18 +32,18 @@ def test_a_second_run_is_refused_by_the_first_ones_process_until_it_is_dead(
     pairs = write_jsonl(tmp_path / "pairs.jsonl", text_rows(4))
     words = ["train", "--model_name_or_path", str(model), "--dataset_name", str(pairs), "--output_dir", str(run)]
     words += ["--max_steps", "1", "--use_cpu", "--report_pairs", "0", "--report_samples", "0"]
-    other = subprocess.Popen([sys.executable, "-c", HOLDER, run], stdout=subprocess.PIPE, text=True)
-    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    other = processes.start(HOLDER, str(run))
+    other.wait_for("held")
+    pid = other.process.pid
     try:
         assert main(words) == 2
         said = capsys.readouterr().err
-        assert f"{run}: process {other.pid} on " in said and "trains in this folder" in said and "--output_dir" in said
+        assert f"{run}: process {pid} on " in said and "trains in this folder" in said and "--output_dir" in said
         assert [path.name for path in run.iterdir()] == [LOCK_FILE]  # nothing of it was touched
-        with pytest.raises(InputError, match=f"process {other.pid} on"):
+        with pytest.raises(InputError, match=f"process {pid} on"):
             make_trainer(run, make_tokenizer()).train()
     finally:
-        other.send_signal(signal.SIGKILL)
-        other.wait()
+        other.kill()
     assert main(words) == 0
     assert (run / "model.safetensors").exists() and not (run / LOCK_FILE).exists()
 
