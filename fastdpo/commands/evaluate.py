@@ -42,7 +42,8 @@ def run(argv: list[str]) -> int:
         0.
 
     Raises:
-        UsageError: the flags, the pairs or a model cannot be used, or the judge does not answer.
+        UsageError: the flags, the pairs or a model cannot be used; or the judge does not answer, after all else was
+            written.
     """
     parser = EvalParser()
     script_args, model_args, training_args, _, eval_args = parser.read(argv)
@@ -99,6 +100,8 @@ def run(argv: list[str]) -> int:
     console.print(f"\nRead {shlex.quote(str(page))}; all figures are in {shlex.quote(str(folder / RESULTS_FILE))}.")
     for name in linked:
         console.print(f"{shlex.quote(str(Path(name) / REPORT_FILE))} links to it.")
+    if found.judge_stopped:
+        raise UsageError(found.judge_stopped)
     return 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -18,7 +18,7 @@ from fastdpo.evaluation.completions import JudgedPrompts, choose_prompts, comple
 from fastdpo.evaluation.held_out import HeldOut, load_tokenizers, read_held_out
 from fastdpo.evaluation.judge import Contest, JudgeFigures, Verdicts, judge_contests, judge_figures
 from fastdpo.evaluation.judge_answers import JudgeAnswers
-from fastdpo.evaluation.judge_client import JudgeClient
+from fastdpo.evaluation.judge_client import JudgeClient, JudgeError
 from fastdpo.evaluation.loading import Weights, in_turn, weights_of
 from fastdpo.evaluation.results import Figures, figures_of
 from fastdpo.evaluation.scores import Evaluated, PairPlaces, PairScores
@@ -69,6 +69,7 @@ class Evaluation:
         summaries: label -> what became of the rows; of models that read alike, of the first.
         layouts: how batches were laid out, model by model, in words.
         notes: what a reader should know.
+        judge_stopped: why contests are missing from ``judged``; empty where none are.
     """
 
     models: list[Evaluated]
@@ -78,6 +79,7 @@ class Evaluation:
     summaries: dict[str, DataSummary]
     layouts: dict[str, str]
     notes: list[str]
+    judge_stopped: str = ""
 
 
 def evaluate(
@@ -100,13 +102,14 @@ def evaluate(
         args: how rows are tokenised and cut, how they are laid out, and where models run; ``beta``, too.
         columns: whose values make parts of their own.
         how: how intervals are made.
-        judging: has completions judged, too: of each two models, or of a model alone with the data's chosen answers.
+        judging: has completions judged, too: of each two models, or of a model alone with the data's chosen answers. A
+            judge that does not answer leaves the rest as it is.
         say: told what is done next.
 
     Raises:
         fastdpo.data.terms.DataError: the rows cannot be used.
         ValueError, OSError, NotImplementedError: a model cannot be used.
-        InputError: a model's log-probabilities are no numbers; or the judge does not answer.
+        InputError: a model's log-probabilities are no numbers.
     """
     how = how or Resampling()
     for column in columns:
@@ -260,15 +263,20 @@ def _put_together(
     slices = slices_of(first.chosen_tokens, first.rejected_tokens, values)
     say(f"{len(places)} pairs, {len(np.unique(places.clusters))} prompts: intervals and tests …")
     figures = figures_of(evaluated, places, slices, args.beta, how)
-    judged = []
+    judged, stopped = [], ""
     if judging is not None and prompts is not None:
         texts = {name: found.texts[weights_of(name, args)] for name in models}
-        judged = _judge(models, texts, prompts, judging, how, show_progress=not args.disable_tqdm)
+        try:
+            for contest in _judge(models, texts, prompts, judging, how, show_progress=not args.disable_tqdm):
+                judged.append(contest)
+        except JudgeError as error:
+            stopped = str(error)
+            notes.append(f"Judged in part, or not at all: {stopped}.")
     summaries = {name: held_out[name].summary for name in models}
     seen: dict[int, str] = {}
     summaries = {name: each for name, each in summaries.items() if seen.setdefault(id(each), name) == name}
     layouts = {weights.source: words for weights, words in found.layouts.items()}
-    return Evaluation(evaluated, places, figures, judged, summaries, layouts, notes)
+    return Evaluation(evaluated, places, figures, judged, summaries, layouts, notes, stopped)
 
 
 def _in_common(
@@ -300,11 +308,11 @@ def _judge(
     how: Resampling,
     *,
     show_progress: bool,
-) -> list[JudgedContest]:
+) -> Iterator[JudgedContest]:
+    """Each two sides, as they are judged; raises JudgeError."""
     sides = [(name, texts[name]) for name in models]
     if len(sides) == 1:
         sides.append(("chosen answers of the data", prompts.chosen))
-    judged = []
     for (first, ours), (second, theirs) in combinations(sides, 2):
         contests = [
             Contest(prompt, a.text.strip(), b.text.strip(), a.tokens, b.tokens, not a.ended, not b.ended, row)
@@ -318,5 +326,4 @@ def _judge(
             label=f"Judging {_short(first)} and {_short(second)}",
             show_progress=show_progress,
         )
-        judged.append(JudgedContest(contests, verdicts, judge_figures((first, second), contests, verdicts, how)))
-    return judged
+        yield JudgedContest(contests, verdicts, judge_figures((first, second), contests, verdicts, how))

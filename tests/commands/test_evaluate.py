@@ -206,6 +206,11 @@ def test_a_judge_compares_two_models(
         assert main(["eval", "--dataset_name", folders["pairs.jsonl"], *models, *ALWAYS, *judge_words(server.url)]) == 2
     said = capsys.readouterr()
     assert "answers 401: no such key: (hidden)" in said.err and KEY not in said.out + said.err
+    # What was scored is not lost with it.
+    left = json.loads((Path(folders["adapter"]) / "evaluation.json").read_text())
+    assert left["slices"] == found["slices"] and left["judge"]["contests"] == []
+    assert any(note.startswith("Judged in part, or not at all: the judge at") for note in left["notes"])
+    assert "answers 401" in Page(Path(folders["adapter"]) / "evaluation.html").text
     assert KEY.encode() not in everything_written(tmp_path)
     (contest,) = found["judge"]["contests"]
     assert found["judge"]["model"] == "someone" and contest["sides"] == [folders["adapter"], folders["base"]]
