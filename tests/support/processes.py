@@ -24,8 +24,15 @@ from unittest import mock
 
 import torch
 
-# With a command come torch, transformers, datasets and peft.
-PRELOADED = ["fastdpo.commands.train", "fastdpo.commands.cache_ref", "torch.distributed.fsdp", "torch.testing"]
+# With a command come torch, transformers, datasets and peft; the others are imported late, in every process.
+PRELOADED = [
+    "fastdpo.commands.train",
+    "fastdpo.commands.cache_ref",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "torch.distributed.fsdp",
+    "torch.testing",
+]
 # What `python -m fastdpo` runs.
 MAIN = "import sys; from fastdpo.commands.cli import main; sys.exit(main())"
 _AT_FIRST = dict(os.environ)  # before any test has changed it
