@@ -44,6 +44,7 @@ class RowSequences(NamedTuple):
         ranked_references: those of the rankings; empty where rows have none.
         tokens: of the sequences of all rows, each with its context, also where rows have them in common.
         pair_rows: which row each pair belongs to.
+        places: of each row's sequences, row after row, the place in ``sequences``.
     """
 
     sequences: list[TokenSequence]
@@ -56,6 +57,7 @@ class RowSequences(NamedTuple):
     ranked_references: list[list[float]]
     tokens: int
     pair_rows: list[int]
+    places: list[int]
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def sequences_of(row: dict[str, Any], cut_to: Cut) -> RowSequences:
         tokens = sum(len(side.ids) for side in sides)
         weights = [1.0 if weight is None else weight]
         margins = [row[MARGIN_COLUMN]] if row.get(MARGIN_COLUMN) is not None else []
-        return RowSequences(sides, [(0, 1)], weights, margins, [], [], references, [], tokens, [0])
+        return RowSequences(sides, [(0, 1)], weights, margins, [], [], references, [], tokens, [0], [0, 1])
     masks, ranks = row.get("completion_mask"), row.get("ranks")
     in_pairs = {i for pair in row["pairs"] for i in pair}
     places: dict[int, int] = {}
@@ -127,6 +129,7 @@ def sequences_of(row: dict[str, Any], cut_to: Cut) -> RowSequences:
         ranked_references=[[said[i] for i in ranking]] if said and ranks else [],
         tokens=sum(len(sequence.ids) for sequence in sequences),
         pair_rows=[0] * len(row["pairs"]),
+        places=list(range(len(sequences))),
     )
 
 
@@ -157,6 +160,7 @@ def together(rows: Sequence[RowSequences], *, distinct: bool) -> RowSequences:
         ranked_references=[ranked for row in rows for ranked in row.ranked_references],
         tokens=sum(row.tokens for row in rows),
         pair_rows=[i for i, row in enumerate(rows) for _ in row.pairs],
+        places=[place for of_row in places for place in of_row],
     )
 
 

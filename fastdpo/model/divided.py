@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
 
 from fastdpo.model.head import FusedHead, HeadOutput
+from fastdpo.model.load_balancing import loss_of_all, recorded_losses
 from fastdpo.model.padded_parts import joined
-
-# By what name modules of transformers have their load-balancing loss, and what it takes.
-_LOSS = "load_balancing_loss_func"
-_TAKES = {"gate_logits", "attention_mask"}
 
 
 def score_divided(
@@ -66,7 +58,7 @@ def score_divided(
         log_sum_sq_probs=asked("log_sum_sq_probs"),
         mean_logits=asked("mean_logits"),
         is_top1=asked("is_top1"),
-        model_output=SimpleNamespace(aux_loss=_of_all(losses)) if losses else None,
+        model_output=SimpleNamespace(aux_loss=loss_of_all(losses)) if losses else None,
     )
 
 
@@ -75,55 +67,3 @@ def _alone(called: nn.Module, *, is_last: bool) -> Iterator[None]:
     """A forward in which a process waits for no other, unless it is the last one."""
     with contextlib.nullcontext() if is_last or not isinstance(called, DistributedDataParallel) else called.no_sync():
         yield
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The load-balancing loss
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A call of a model's load-balancing loss: the function, and its arguments by name."""
-
-    function: Callable[..., Tensor]
-    arguments: dict[str, Any]
-
-
-@contextlib.contextmanager
-def recorded_losses(lm: PreTrainedModel, model_kwargs: dict[str, Any]) -> Iterator[list[_Call]]:
-    """A list that gets the calls of transformers' function for the load-balancing loss, where that was asked for.
-
-    It stays empty where the model has another, or none.
-    """
-    calls: list[_Call] = []
-    module = sys.modules[type(lm).__module__]
-    function: Callable[..., Tensor] | None = getattr(module, _LOSS, None)
-    if function is None or not model_kwargs.get("output_router_logits"):
-        yield calls
-        return
-    signature = inspect.signature(function)
-    if not signature.parameters.keys() >= _TAKES:
-        yield calls
-        return
-
-    def record(*args: Any, **kwargs: Any) -> Tensor:
-        call = _Call(function, dict(signature.bind(*args, **kwargs).arguments))
-        calls.append(call)
-        return call.function(*args, **kwargs)
-
-    setattr(module, _LOSS, record)
-    try:
-        yield calls
-    finally:
-        setattr(module, _LOSS, function)
-
-
-def _of_all(calls: Sequence[_Call]) -> Tensor:
-    """The loss of all forwards' tokens."""
-    layers = zip(*(call.arguments["gate_logits"] for call in calls), strict=True)
-    gate_logits = tuple(torch.cat([x.flatten(0, -2) for x in layer]) for layer in layers)
-    # As of one row.
-    mask = torch.cat([call.arguments["attention_mask"].flatten() for call in calls])[None]
-    first = calls[0]
-    return first.function(**{**first.arguments, "gate_logits": gate_logits, "attention_mask": mask})

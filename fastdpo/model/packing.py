@@ -39,6 +39,8 @@ class PackedRow:
         edge_index: [K] int64, places in ``scored``: the scored tokens of the first sequence in order, of the second, …;
             None where these are all in order.
         cu_seqlens: [S + 1] int64, the sequences' bounds in ``edge_index``.
+        token_index: [M] int64, places in the row: the tokens of all sequences, as padded rows have them; None where
+            these are those of the row.
     """
 
     input_ids: Tensor
@@ -48,6 +50,7 @@ class PackedRow:
     targets: Tensor
     edge_index: Tensor | None
     cu_seqlens: Tensor
+    token_index: Tensor | None = None
 
     def of_sequences(self, values: Tensor) -> Tensor:
         """[K], sequence after sequence, of what is known of the scored tokens [E]."""
@@ -64,7 +67,12 @@ class PackedRow:
 
 
 def pack(
-    sequences: Sequence[TokenSequence], *, shared: bool, least: int = LEAST_SHARED, masked: float = 0.0
+    sequences: Sequence[TokenSequence],
+    *,
+    shared: bool,
+    least: int = LEAST_SHARED,
+    masked: float = 0.0,
+    places: Sequence[int] | None = None,
 ) -> PackedRow:
     """One row of these sequences.
 
@@ -72,20 +80,23 @@ def pack(
         sequences: at least one; in each at least one token that is scored has a predecessor.
         shared: what sequences begin with in common stands once. Otherwise each is there in full.
         least, masked: see :class:`fastdpo.model.tree.Prefixes`.
+        places: which of the sequences padded rows have, each at least once; by default once.
     """
     ids = [np.array(sequence.ids, dtype=np.int64) for sequence in sequences]
-    return pack_tree(sequences, Prefixes(ids, least, masked).tree() if shared else side_by_side(ids))
+    return pack_tree(sequences, Prefixes(ids, least, masked).tree() if shared else side_by_side(ids), places)
 
 
-def pack_tree(sequences: Sequence[TokenSequence], tree: Tree) -> PackedRow:
-    """One row of sequences that have been laid out."""
+def pack_tree(sequences: Sequence[TokenSequence], tree: Tree, places: Sequence[int] | None = None) -> PackedRow:
+    """One row of sequences that have been laid out; ``places`` as in :func:`pack`."""
     # Which scored token stands at each position of the row; -1 for none.
     edge_at = np.full(len(tree.ids), -1)
     scored: list[np.ndarray] = []
     edges: list[np.ndarray] = []
+    at: list[np.ndarray] = []
     count = 0
     for sequence, path in zip(sequences, tree.paths, strict=True):
         here = np.concatenate([np.arange(begin, end) for begin, end in path])
+        at.append(here)
         # The first token of all has nothing to be predicted from.
         first = max(sequence.begin, 1)
         tokens, predictors = here[first:], here[first - 1 : -1]
@@ -99,6 +110,7 @@ def pack_tree(sequences: Sequence[TokenSequence], tree: Tree) -> PackedRow:
         edges.append(edge_at[tokens])
     predictors, tokens = np.concatenate(scored, axis=1)
     sizes = list(map(len, edges))
+    of_padded = np.concatenate(at if places is None else [at[i] for i in places])
     return PackedRow(
         input_ids=torch.from_numpy(tree.ids)[None],
         position_ids=torch.from_numpy(tree.positions)[None],
@@ -107,4 +119,6 @@ def pack_tree(sequences: Sequence[TokenSequence], tree: Tree) -> PackedRow:
         targets=torch.from_numpy(tree.ids[tokens]),
         edge_index=None if count == sum(sizes) else torch.from_numpy(np.concatenate(edges)),
         cu_seqlens=torch.tensor([0, *accumulate(sizes)]),
+        # Their order is not looked at where they are as many: each then stands once.
+        token_index=None if len(of_padded) == len(tree.ids) else torch.from_numpy(of_padded),
     )

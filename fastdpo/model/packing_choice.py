@@ -73,7 +73,7 @@ def obstacles_in(
     has_own_collator: bool,
     pad_to_multiple_of: int | None,
     torch_compile: bool,
-    has_aux_loss: bool,
+    has_own_aux_loss: bool,
     has_dropout: bool,
     has_images: bool = False,
 ) -> dict[str, str | None]:
@@ -83,7 +83,7 @@ def obstacles_in(
         has_own_collator: the caller gave a collator.
         pad_to_multiple_of: what the length of a batch is to be a multiple of; None for no such wish.
         torch_compile: the model is compiled.
-        has_aux_loss: the loss has a load-balancing term.
+        has_own_aux_loss: the loss has a load-balancing term that the model computes in a way of its own.
         has_dropout: the policy has a dropout that is not 0.
         has_images: rows have images.
     """
@@ -96,8 +96,11 @@ def obstacles_in(
         packed = f"pad_to_multiple_of is {pad_to_multiple_of}, and packed rows are not padded"
     elif torch_compile:
         packed = "torch_compile is on, and every packed row would be compiled anew"
-    elif has_aux_loss:
-        shared = "the load-balancing loss of a mixture of experts counts a prompt once for each completion"
+    elif has_own_aux_loss:
+        shared = (
+            "the model computes its load-balancing loss in a way of its own, in which a prompt counts once for each "
+            "completion"
+        )
     elif has_dropout:
         shared = "dropout is active, and completions that share a prompt would share its noise"
     return {"shared": packed or shared, "repeated": packed}

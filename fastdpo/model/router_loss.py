@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastdpo.model.divided import recorded_losses
+from fastdpo.model.load_balancing import loss_of_all, recorded_losses
 from fastdpo.model.model_check import made_up_tokens
 from fastdpo.model.scoring import Scorer, evaluating
 
@@ -51,14 +51,14 @@ def has_router_loss(scorer: Scorer, device: torch.device) -> bool:
     return isinstance(getattr(out.model_output, "aux_loss", None), Tensor)
 
 
-def router_loss_divides(scorer: Scorer, device: torch.device) -> bool:
-    """Whether the loss, which is of all tokens of a batch, can be had of several forwards.
+def is_loss_of_tokens(scorer: Scorer, device: torch.device) -> bool:
+    """Whether the loss, which is of all tokens of a padded batch, can be had of packed rows and of several forwards.
 
-    It can where the model calls the function of transformers for it, which takes what routers said of each token; the
-    model is run on made-up tokens, and looked at.
+    It can where the model calls the function of transformers for it, once and for all of it: that function takes what
+    routers said of each token. The model is run on made-up tokens, and looked at.
     """
     ids = made_up_tokens(scorer, device)
     asked: dict[str, Any] = {"output_router_logits": True}
     with torch.no_grad(), evaluating(scorer.root), recorded_losses(scorer.lm, asked) as calls:
-        scorer.head(scorer.root, ids, torch.ones_like(ids), ids.clone(), **asked)
-    return len(calls) == 1
+        out = scorer.head(scorer.root, ids, torch.ones_like(ids), ids.clone(), **asked)
+    return len(calls) == 1 and bool(out.model_output.aux_loss == loss_of_all(calls))

@@ -78,7 +78,8 @@ class RowCollator:
                 return found | _with_images(self.padded, [rows[i] for i in indices])
             return found | self._padded(batch)
         shared = self.layout == "shared"
-        row = pack(batch.sequences, shared=shared, least=self.least_shared, masked=self.masked_cost)
+        least, masked = self.least_shared, self.masked_cost
+        row = pack(batch.sequences, shared=shared, least=least, masked=masked, places=batch.places)
         return found | {"row": row}
 
     def _padded(self, batch: RowSequences) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from fastdpo.model.divided import score_divided
 from fastdpo.model.head import FusedHead, HeadOutput
 from fastdpo.model.head_calls import IGNORE_INDEX
 from fastdpo.model.language_model import language_model
+from fastdpo.model.load_balancing import repeated_tokens
 from fastdpo.model.packing import PackedRow
 from fastdpo.model.recurrent import sequence_bounds
 
@@ -130,18 +131,19 @@ def _padded_ids(part: dict[str, Any]) -> list[Tensor]:
 def score_row(
     head: FusedHead, model: nn.Module, row: PackedRow, outputs: Sequence[str] = (), **model_kwargs: Any
 ) -> HeadOutput:
-    """Score a packed row, where its attention is active."""
-    return head.score_row(
-        model,
-        row.input_ids,
-        row.scored,
-        row.targets,
-        outputs=outputs,
-        position_ids=row.position_ids,
-        **{SEGMENTS: row.segments},
-        **sequence_bounds(head.lm, row.segments),
-        **model_kwargs,
-    )
+    """Score a packed row, where its attention is active; a load-balancing loss is that of padded rows."""
+    with repeated_tokens(head.lm, row.input_ids.numel(), row.token_index, model_kwargs):
+        return head.score_row(
+            model,
+            row.input_ids,
+            row.scored,
+            row.targets,
+            outputs=outputs,
+            position_ids=row.position_ids,
+            **{SEGMENTS: row.segments},
+            **sequence_bounds(head.lm, row.segments),
+            **model_kwargs,
+        )
 
 
 @dataclass

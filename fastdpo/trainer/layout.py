@@ -13,11 +13,12 @@ from transformers import DataCollator
 
 from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.vision_collator import VisionCollator
+from fastdpo.model.load_balancing import calls_known_function
 from fastdpo.model.packing_choice import choose_packing, obstacles_in
 from fastdpo.model.padded_parts import ACCELERATOR_FORWARD_COST, FORWARD_COST
 from fastdpo.model.padding_check import dependence_on_padding
 from fastdpo.model.randomness import has_dropout
-from fastdpo.model.router_loss import router_loss_divides
+from fastdpo.model.router_loss import is_loss_of_tokens
 from fastdpo.model.row_collator import RowCollator
 from fastdpo.model.scoring import Scorer
 from fastdpo.model.tree import MASKED_ON_CPU
@@ -68,6 +69,9 @@ class BatchLayout:
         self._row_tokens = _row_tokens(args, sequences_per_row)
         self._policy, self._args, self._accelerator = policy, args, accelerator
         scorers = [policy] if reference.scorer is None else [policy, reference.scorer]
+        has_own_aux_loss = has_aux_loss and not (
+            calls_known_function(policy.lm) if weights_come_later else is_loss_of_tokens(policy, accelerator.device)
+        )
         self.packing = choose_packing(
             args.packing,
             scorers,
@@ -75,7 +79,7 @@ class BatchLayout:
                 has_own_collator=has_own_collator,
                 pad_to_multiple_of=args.pad_multiple,
                 torch_compile=args.torch_compile,
-                has_aux_loss=has_aux_loss,
+                has_own_aux_loss=has_own_aux_loss,
                 has_dropout=has_dropout(policy.model),
                 has_images=has_images,
             ),
@@ -90,13 +94,12 @@ class BatchLayout:
                 f"padding_free is on, but {self.packing.reasons[0]}. Leave it out for padded rows"
             )
         # Processes meet in every forward of a model that is sharded, and have to have as many; and where it is compiled
-        # they cannot be kept from it. A load-balancing loss is of all tokens of a batch. A sequence's images are not
-        # told apart.
+        # they cannot be kept from it. A load-balancing loss is of all tokens of a batch, whatever the model makes of
+        # them. A sequence's images are not told apart.
         meets = accelerator.distributed_type not in _WHOLE_MODELS
         meets = meets or (args.torch_compile and accelerator.num_processes > 1)
-        divides = self.packing.layout == "padded" and not (has_own_collator or has_images or meets)
-        if divides and has_aux_loss:
-            divides = router_loss_divides(policy, accelerator.device)
+        cannot = has_own_collator or has_images or meets or has_own_aux_loss
+        divides = self.packing.layout == "padded" and not cannot
         kind = accelerator.device.type
         self._forward_cost = FORWARD_COST.get(kind, ACCELERATOR_FORWARD_COST) if divides else None
         width = getattr(policy.lm.config.get_text_config(), "hidden_size", None)
@@ -106,6 +109,8 @@ class BatchLayout:
         self._unchecked = ([policy] if args.precompute_ref_log_probs else scorers) if weights_come_later else []
         if accelerator.is_main_process:
             (logger.warning if self.packing.reasons else logger.info)("Batches are laid out in %s.", self.packing)
+            if has_aux_loss and args.max_tokens_per_batch is not None:
+                logger.info("The load-balancing loss is of the tokens of each part of a batch (max_tokens_per_batch).")
         if not weights_come_later:
             self._look_at_padding(scorers)
         policy.attention = self.packing.attention_of(policy.model)

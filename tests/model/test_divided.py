@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from tiny_families import make_family
 
 from fastdpo.data.collator import PreferenceCollator
 from fastdpo.model.head import FusedHead
-from fastdpo.model.router_loss import router_loss_divides
+from fastdpo.model.router_loss import is_loss_of_tokens
 from fastdpo.model.row_collator import RowCollator
 from fastdpo.model.scoring import Scorer
 
@@ -38,7 +37,7 @@ def test_the_load_balancing_loss_is_that_of_one_forward(model_type):
     for batch in (whole, divided):
         model = make_family(model_type, trained=True)
         scorer = Scorer(model, model, FusedHead(model))
-        assert router_loss_divides(scorer, torch.device("cpu"))
+        assert is_loss_of_tokens(scorer, torch.device("cpu"))
         scores = scorer.score(batch, output_router_logits=True)
         loss = scores.model_output.aux_loss
         loss.backward()
@@ -51,18 +50,3 @@ def test_the_load_balancing_loss_is_that_of_one_forward(model_type):
     torch.testing.assert_close(gradients, true, rtol=1e-3, atol=1e-4 * largest)
     # Not the mean of the forwards' losses, of which each is of its own tokens.
     assert Scorer(model, model, FusedHead(model)).score(divided).model_output is None
-
-
-def test_a_model_that_computes_its_loss_by_itself_is_told(monkeypatch):
-    model = make_family("mixtral")
-    forward = model.forward
-
-    def own(*args: Any, **kwargs: Any) -> Any:
-        out = forward(*args, **{**kwargs, "output_router_logits": False})
-        out.aux_loss = out.logits.sum()
-        return out
-
-    scorer = Scorer(model, model, FusedHead(model))
-    assert router_loss_divides(scorer, torch.device("cpu"))
-    monkeypatch.setattr(model, "forward", own)
-    assert not router_loss_divides(scorer, torch.device("cpu"))

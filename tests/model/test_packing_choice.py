@@ -151,7 +151,7 @@ def test_obstacles_rule_layouts_out():
 def test_settings_that_are_obstacles():
     def found(**settings: Any) -> dict[str, Any]:
         none = {"has_own_collator": False, "pad_to_multiple_of": None, "torch_compile": False}
-        return obstacles_in(**none | {"has_aux_loss": False, "has_dropout": False} | settings)
+        return obstacles_in(**none | {"has_own_aux_loss": False, "has_dropout": False} | settings)
 
     assert found() == {"shared": None, "repeated": None}
     for options, words in (
@@ -162,7 +162,10 @@ def test_settings_that_are_obstacles():
         reasons = found(**options)
         assert reasons["shared"] == reasons["repeated"]
         assert words in reasons["shared"]
-    for options, words in (({"has_aux_loss": True}, "load-balancing"), ({"has_dropout": True}, "dropout is active")):
+    for options, words in (
+        ({"has_own_aux_loss": True}, "load-balancing"),
+        ({"has_dropout": True}, "dropout is active"),
+    ):
         reasons = found(**options)
         assert words in reasons["shared"]
         assert reasons["repeated"] is None

@@ -23,7 +23,7 @@ from fastdpo.model.packing_choice import Packing, choose_packing, obstacles_in
 from fastdpo.model.padding_check import dependence_on_padding
 from fastdpo.model.randomness import disable_dropout, randomness_left
 from fastdpo.model.recurrent import stateful_kinds
-from fastdpo.model.router_loss import has_router_loss, router_loss_coef
+from fastdpo.model.router_loss import has_router_loss, is_loss_of_tokens, router_loss_coef
 from fastdpo.model.scoring import Scorer
 
 CPU = torch.device("cpu")
@@ -79,7 +79,8 @@ def survey(model_type: str) -> Family:
     except NotImplementedError as error:
         return refused(f"refused: {short(str(error))}")
     has_loss = has_router_loss(scorer, CPU)
-    packing = _packing_of(scorer, has_loss and router_loss_coef(model) > 0)
+    counts = has_loss and router_loss_coef(model) > 0
+    packing = _packing_of(scorer, has_own_aux_loss=counts and not is_loss_of_tokens(scorer, CPU))
     notes = ["random in evaluation, too"] if noise else []
     notes += _with_kernels(model, packing)
     if dependence_on_padding(scorer, 1024, CPU, model.dtype):
@@ -98,7 +99,7 @@ def survey(model_type: str) -> Family:
     )
 
 
-def _packing_of(scorer: Scorer, has_aux_loss: bool) -> Packing:
+def _packing_of(scorer: Scorer, *, has_own_aux_loss: bool) -> Packing:
     return choose_packing(
         "auto",
         [scorer],
@@ -106,7 +107,7 @@ def _packing_of(scorer: Scorer, has_aux_loss: bool) -> Packing:
             has_own_collator=False,
             pad_to_multiple_of=None,
             torch_compile=False,
-            has_aux_loss=has_aux_loss,
+            has_own_aux_loss=has_own_aux_loss,
             has_dropout=False,
         ),
         max_length=1024,
@@ -120,7 +121,7 @@ def _with_kernels(model: PreTrainedModel, packing: Packing) -> list[str]:
         return []
     with pytest.MonkeyPatch.context() as patch:
         packages = install_kernels(patch, model)
-        layout = _packing_of(scorer_of(model), has_aux_loss=False).layout
+        layout = _packing_of(scorer_of(model), has_own_aux_loss=False).layout
     return [f"{layout} with the kernels of {', '.join(packages)}"] if layout != packing.layout else []
 
 

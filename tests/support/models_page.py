@@ -53,8 +53,8 @@ that packed rows in bfloat16 are at most {times} times as far from the truth as 
   with torch in the place of the kernels.
 - **Gradients**: whether those of the fused head, in this layout, are those of whole logits in padded rows.
 - **bf16**: whether packed rows in bfloat16 are as exact as padded ones; `padded` where these are used.
-- **Aux loss**: whether it returns a load-balancing loss, which is then part of the loss (and the layout is `repeated`,
-  because that loss counts a prompt once for each completion).
+- **Aux loss**: whether it returns a load-balancing loss, which is then part of the loss, in every layout that of the
+  padded batch ([how a batch is laid out](guides/trainer.md#how-a-batch-is-laid-out)).
 - **Checkpointing**: whether it has gradient checkpointing; where it has none, that is off.
 - **Resume**: whether two steps and two more from a checkpoint are four unbroken ones, in weights, optimiser and losses,
   bit for bit in float32 on the CPU (`pytest tests/trainer/test_resume_families.py --run-slow`); or that the run is

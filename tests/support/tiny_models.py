@@ -68,6 +68,8 @@ def make_model(
     options = {"vocab_size": vocab_size, **_SIZES, **FAMILIES[model_type], **overrides}
     config = AutoConfig.for_model(model_type, **{name: value for name, value in options.items() if value is not None})
     torch.manual_seed(seed)
+    if dtype == torch.float64:
+        config._experts_implementation = "eager"  # grouped products have no float64
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     embedding = model.get_output_embeddings()
     with torch.no_grad():

@@ -28,14 +28,16 @@ def tokenizer():
     return make_tokenizer()
 
 
-def train(output_dir: Path, tokenizer: Any, dtype: torch.dtype = torch.float64, **options: Any) -> dict[str, Any]:
+def train(
+    output_dir: Path, tokenizer: Any, dtype: torch.dtype = torch.float64, family: str = "qwen3", **options: Any
+) -> dict[str, Any]:
     """Three steps with a reference that is another model."""
     recorder = GradientRecorder()
     trainer = make_trainer(
         output_dir,
         tokenizer,
-        model=make_model("qwen3", seed=1, dtype=dtype),
-        ref_model=make_model("qwen3", seed=2, dtype=dtype),
+        model=make_model(family, seed=1, dtype=dtype),
+        ref_model=make_model(family, seed=2, dtype=dtype),
         eval_dataset=Dataset.from_list(text_rows(5)),
         callbacks=[recorder],
         **({"rows": 9, "max_steps": 3, "per_device_train_batch_size": 3, "max_grad_norm": 0.0} | options),
@@ -52,7 +54,7 @@ def assert_same(got: dict[str, Any], expected: dict[str, Any], rtol: float) -> N
         for name, gradient in reference.items():
             assert (step[name] - gradient).norm() <= rtol * gradient.norm(), name
     logs = [run["trainer"].state.log_history[:3] + [run["metrics"]] for run in (got, expected)]
-    names = {*METRICS, "loss", "num_tokens", "grad_norm"}
+    names = {*METRICS, "loss", "num_tokens", "grad_norm", "aux_loss"}
     for entry, reference in zip(*logs, strict=True):
         for name in {*names, *(f"eval_{name}" for name in names)} & reference.keys():
             assert entry[name] == pytest.approx(reference[name], rel=max(rtol, 1e-12), abs=10 * rtol), name
@@ -69,6 +71,15 @@ def test_layouts_train_alike_to_the_last_places(tmp_path, tokenizer):
         assert runs[name]["trainer"].packing.layout == name
         assert_same(runs[name], runs["padded"], rtol=1e-11)  # three steps of Adam lose a digit
     assert (parameters(runs["shared"]) - parameters(runs["padded"])).abs().max() < 1e-10
+
+
+def test_a_load_balancing_loss_trains_alike(tmp_path, tokenizer):
+    """Under gradient checkpointing, too, which runs the routers twice."""
+    options = {"family": "mixtral", "dtype": torch.float32, "router_aux_loss_coef": 0.5, "gradient_checkpointing": True}
+    runs = {name: train(tmp_path, tokenizer, packing=name, **options) for name in ("padded", "auto")}
+    assert runs["auto"]["trainer"].packing.layout == "shared"
+    assert runs["auto"]["metrics"]["eval_aux_loss"] > 0
+    assert_same(runs["auto"], runs["padded"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -105,8 +116,7 @@ def test_packed_rows_are_the_default(tmp_path, tokenizer, caplog):
 @pytest.mark.parametrize(
     ("options", "layout", "reason"),
     [
-        ({"model_type": "mixtral"}, "repeated", "load-balancing loss"),
-        ({"model_type": "mixtral", "router_aux_loss_coef": 0.0}, "shared", None),
+        ({"model_type": "mixtral"}, "shared", None),
         ({"model_type": "gpt2", "disable_dropout": False}, "repeated", "dropout is active"),
         ({"model_type": "gpt2"}, "shared", None),
         ({"pad_to_multiple_of": 8}, "padded", "pad_to_multiple_of is 8"),
