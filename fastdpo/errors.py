@@ -11,6 +11,7 @@ INTERRUPTED = 130  # what a shell reports after Ctrl-C
 TERMINATED = 143  # and after SIGTERM
 HUNG_UP = 129  # and after SIGHUP
 READER_GONE = 141  # and after SIGPIPE
+RANK_LOST = 75  # sysexits' EX_TEMPFAIL: nothing is wrong with what was given, and the same again may work
 
 
 class UsageError(Exception):
@@ -23,6 +24,10 @@ class InputError(ValueError):
 
 class DivergedError(ArithmeticError):
     """A run came to numbers that are none. The message says where it began, and what is kept."""
+
+
+class LostRankError(RuntimeError):
+    """A process of a run that is several is gone. The message says which one, and what is kept."""
 
 
 class Stopped(KeyboardInterrupt):

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from fastdpo.commands.flags import ModelArguments, ScriptArguments, TrainParser
-from fastdpo.commands.preparation import bad_writes, check_names, console, say, say_what_was_prepared
+from fastdpo.commands.preparation import (
+    bad_writes,
+    check_names,
+    console,
+    say,
+    say_what_was_prepared,
+    telling_how_to_go_on,
+)
 from fastdpo.commands.trainer_from_flags import check_sources, make_trainer
 from fastdpo.errors import INTERRUPTED, Stopped, bad_input
 from fastdpo.ref_cache.files import DEFAULT_FOLDER, MANIFEST, RefCache
@@ -95,6 +102,7 @@ def run(argv: list[str]) -> int:
 
     Raises:
         UsageError: the flags, the data, the model or the cache that is there cannot be used.
+        LostRankError: another process of the run is gone.
     """
     script_args, model_args, training_args, *_, cache_args = CacheRefParser().read(argv)
     check_sources(script_args, model_args)
@@ -116,10 +124,11 @@ def _build(
         with training_args.main_process_first(desc="deleting the old cache"), bad_input():
             if training_args.process_index == 0:
                 _delete_caches(folder)
+    command = command_line([word for word in argv if word != "--rebuild"], "cache-ref")
     try:
-        trainer = make_trainer(script_args, model_args, training_args)
+        with telling_how_to_go_on(lambda: f"What was computed is kept in {folder}", lambda: command):
+            trainer = make_trainer(script_args, model_args, training_args)
     except KeyboardInterrupt as error:
-        command = command_line([word for word in argv if word != "--rebuild"], "cache-ref")
         say(f"\nStopped. What was computed is kept in {folder}. To go on:\n  {command}")
         return error.exit_code if isinstance(error, Stopped) else INTERRUPTED
     if trainer.is_world_process_zero():

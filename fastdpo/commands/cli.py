@@ -18,7 +18,7 @@ from fastdpo.commands.quick_help import print_help
 from fastdpo.commands.quiet import hush_other_libraries
 from fastdpo.commands.streams import ReaderGoneError, open_what_is_closed, safe_streams
 from fastdpo.data.visible import visible
-from fastdpo.errors import BAD_INPUT, INTERRUPTED, READER_GONE, Stopped, UsageError
+from fastdpo.errors import BAD_INPUT, INTERRUPTED, RANK_LOST, READER_GONE, LostRankError, Stopped, UsageError
 
 EPILOG = """\
 example:
@@ -41,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 1 for a training that diverged, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM or
-        SIGUSR1, 129 after SIGHUP, 141 where nobody reads standard output any more and there was nothing else to do.
-        ``--help`` and ``--version`` return 0. Errors that are not about the input propagate.
+        SIGUSR1, 129 after SIGHUP, 75 where another process of the run was lost, 141 where nobody reads standard output
+        any more and there was nothing else to do. ``--help`` and ``--version`` return 0. Errors that are not about the
+        input propagate.
     """
     if argv is None:
         open_what_is_closed()
@@ -76,6 +77,11 @@ def _run(args: argparse.Namespace) -> int:
 
         print(f"fastdpo {args.command}: error: {visible(redacted(str(error)))}", file=sys.stderr)
         return BAD_INPUT
+    except LostRankError as error:
+        if show_traceback:
+            raise
+        print(f"fastdpo {args.command}: {visible(str(error))}", file=sys.stderr)
+        return RANK_LOST
     except KeyboardInterrupt as error:
         if show_traceback:
             raise

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fastdpo.commands.terminal import SafeConsole
 from fastdpo.data.visible import visible
-from fastdpo.errors import UsageError
+from fastdpo.errors import LostRankError, UsageError
 from fastdpo.ref_cache.files import RefCacheError
 from fastdpo.trainer.disk import NotWrittenError, chain, why_not_written
+from fastdpo.trainer.lost_ranks import Ranks, naming_lost_ranks
 from fastdpo.trainer.saving import kept
 from fastdpo.trainer.trainer import DPOTrainer
 
@@ -21,6 +22,16 @@ console = SafeConsole(soft_wrap=True)
 def say(text: str) -> None:
     """A line on standard error, for who looks there alone."""
     print(visible(text), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def telling_how_to_go_on(kept: Callable[[], str], command: Callable[[], str]) -> Iterator[None]:
+    """Where a process of the run is gone, the others say which one, what is kept, and what to type; both asked then."""
+    try:
+        with naming_lost_ranks(Ranks.meet(), kept):
+            yield
+    except LostRankError as error:
+        raise LostRankError(f"{error}. Start all processes again, with:\n  {command()}") from error
 
 
 def check_names(**names: str | None) -> None:

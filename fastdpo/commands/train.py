@@ -15,10 +15,17 @@ from transformers import ProgressCallback
 
 from fastdpo.commands.flags import ReportArguments, ScriptArguments, TrainParser
 from fastdpo.commands.pairs import label_of
-from fastdpo.commands.preparation import bad_writes, check_names, console, say, say_what_was_prepared
+from fastdpo.commands.preparation import (
+    bad_writes,
+    check_names,
+    console,
+    say,
+    say_what_was_prepared,
+    telling_how_to_go_on,
+)
 from fastdpo.commands.trainer_from_flags import check_sources, make_trainer
 from fastdpo.errors import DIVERGED, INTERRUPTED, DivergedError, InputError, UsageError, bad_input
-from fastdpo.report.facts import all_settings, changed_settings
+from fastdpo.report.facts import all_settings, changed_settings, command_line
 from fastdpo.report.recorder import PICTURE_FILE, REPORT_FILE, RunReport, resume_command
 from fastdpo.trainer.checkpoints import (
     came_from,
@@ -32,6 +39,7 @@ from fastdpo.trainer.checkpoints import (
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.gentle_stop import GentleStop, stopping_on_signals
 from fastdpo.trainer.hub import UploadError, is_pushed, is_run_record, note_push
+from fastdpo.trainer.lost_ranks import kept_in
 from fastdpo.trainer.manifest import damage_in, read_manifest, write_manifest
 from fastdpo.trainer.model_card import CARD_FILE
 from fastdpo.trainer.progress import OneLineProgress, format_metrics
@@ -53,6 +61,7 @@ def run(argv: list[str]) -> int:
     Raises:
         UsageError: the flags, the data or the model cannot be used; another run is in the folder; the disk is full.
         Stopped: SIGTERM, SIGUSR1 or SIGHUP came where there was nothing to save.
+        LostRankError: another process of the run is gone.
     """
     parser = TrainParser()
     arguments = parser.read(argv)
@@ -63,7 +72,16 @@ def run(argv: list[str]) -> int:
         ref_cache=training_args.ref_cache,
         resume_from_checkpoint=training_args.resume_from_checkpoint,
     )
-    with stopping_on_signals(), bad_writes(training_args.folder), _alone(training_args):
+
+    def command() -> str:
+        return resume_command(argv) if find_checkpoints(training_args.folder) else command_line(argv)
+
+    with (
+        stopping_on_signals(),
+        bad_writes(training_args.folder),
+        telling_how_to_go_on(lambda: kept_in(training_args.folder), command),
+        _alone(training_args),
+    ):
         return _run(argv, parser, arguments)
 
 

@@ -52,6 +52,7 @@ from fastdpo.trainer.fsdp2 import keep_output_dtypes
 from fastdpo.trainer.hub import HubUploads
 from fastdpo.trainer.layout import BatchLayout
 from fastdpo.trainer.losses import BatchLosses
+from fastdpo.trainer.lost_ranks import WatchedRanks
 from fastdpo.trainer.measured import MeasuredRuns
 from fastdpo.trainer.memory_advice import advising, memory_advice
 from fastdpo.trainer.model_card import CardFacts, write_model_card
@@ -69,7 +70,7 @@ from fastdpo.trainer.weights import check_comes_back
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns, ResumableRuns):
+class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns, ResumableRuns):
     """Trains ``model`` on preference pairs with a DPO loss.
 
     Rows have ``chosen``, ``rejected`` and, unless these begin with it, ``prompt``, as strings or as message lists; or
@@ -304,13 +305,14 @@ class DPOTrainer(PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns
 
     def _precompute_reference(self) -> None:
         assert isinstance(self.train_dataset, Dataset)  # check_arguments refuses a stream
-        self.train_dataset, self.eval_dataset = self._reference.precompute(
-            self.train_dataset,
-            self.eval_dataset,
-            collate=self.data_collator,
-            to_device=self._prepare_inputs,
-            tokenizer=self.processing_class if self.data_summaries else None,
-        )
+        with self.naming_lost_ranks("What was written of the reference's log-probabilities is kept"):
+            self.train_dataset, self.eval_dataset = self._reference.precompute(
+                self.train_dataset,
+                self.eval_dataset,
+                collate=self.data_collator,
+                to_device=self._prepare_inputs,
+                tokenizer=self.processing_class if self.data_summaries else None,
+            )
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader[Any]:
         """As ``Trainer``'s; takes raw rows as well."""

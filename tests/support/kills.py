@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,13 +44,39 @@ class Moment:
 
 def run_process(words: list[str], log: Path, moment: Moment | None = None) -> int:
     """The exit code of ``fastdpo *words``, negative for a signal; its output goes to the file ``log``."""
-    process = processes.forking().Process(target=_run, args=(processes.here(), words, log, moment))
-    process.start()
-    process.join(timeout=300)
-    if process.is_alive():
+    return _exit_codes(words, [(log, moment, {})])[0]
+
+
+def run_ranks(words: list[str], logs: list[Path], moments: dict[int, Moment] | None = None) -> list[int]:
+    """The same of a process for each of ``logs``, which train together; ``moments`` are by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(len(logs))}
+    each = [
+        (log, (moments or {}).get(rank), together | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, log in enumerate(logs)
+    ]
+    return _exit_codes([*words, "--ddp_backend", "gloo"], each)
+
+
+def _exit_codes(words: list[str], each: list[tuple[Path, Moment | None, dict[str, str]]]) -> list[int]:
+    ranks = [
+        processes.forking().Process(target=_run, args=(processes.here(**environment), words, log, moment))
+        for log, moment, environment in each
+    ]
+    for process in ranks:
+        process.start()
+    until = time.monotonic() + 300
+    for process in ranks:
+        process.join(timeout=max(until - time.monotonic(), 0))
+    alive = [process for process in ranks if process.is_alive()]
+    for process in alive:
         process.kill()
-        raise TimeoutError(f"fastdpo {' '.join(words)}: still running. {log.read_text()}")
-    return process.exitcode
+    if alive:
+        said = "".join(log.read_text() for log, *_ in each if log.exists())
+        raise TimeoutError(f"fastdpo {' '.join(words)}: still running. {said}")
+    return [process.exitcode for process in ranks]
 
 
 def _run(here: processes.Here, words: list[str], log: Path, moment: Moment | None) -> None:
