@@ -47,6 +47,7 @@ from fastdpo.trainer.datasets import (
     most_sequences,
 )
 from fastdpo.trainer.endings import Endings, look_at_endings
+from fastdpo.trainer.expert_parallel import refuse_expert_parallel
 from fastdpo.trainer.finite_runs import FiniteRuns, refuse_not_finite
 from fastdpo.trainer.fsdp2 import keep_output_dtypes
 from fastdpo.trainer.hub import HubUploads
@@ -146,6 +147,7 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
             name = model if isinstance(model, str) else model.config._name_or_path or model.config.model_type
             args = DPOConfig(f"{name.rstrip('/').split('/')[-1]}-DPO")
         check_arguments(model, ref_model, args, data_collator, train_dataset, processing_class, peft_config)
+        refuse_expert_parallel({"the model": model, "the reference model": ref_model}, args.init_kwargs)
         check_reporters(args)
         check_optimizer_is_there(args)
         assert train_dataset is not None

@@ -111,6 +111,8 @@ def _arm(moment: Moment) -> None:
             original(*args, **kwargs)
             folder = Path(args[1])  # after self: a folder, or a file in it
             torn = (folder if folder.is_dir() else folder.parent) / file
+            if not torn.exists():  # one a rank
+                torn = torn.with_stem(f"{torn.stem}_{os.environ['RANK']}")
             os.truncate(torn, torn.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -6,6 +6,7 @@ up as ``accelerate launch`` does it, by environment variables.
 
 from __future__ import annotations
 
+import math
 import os
 import traceback
 import weakref
@@ -118,6 +119,8 @@ RUNS: dict[str, Callable[[Path], Options]] = {
         "model": with_adapter(llama(tie_word_embeddings=True), "q_proj", "v_proj"),
         "packing": "padded",
     },
+    # Without its load-balancing loss, which is of each process's own tokens.
+    "mixture": lambda _: {"model": make_model("mixtral", VOCABULARY), "router_aux_loss_coef": 0.0},
     "loaded": lambda shared: {"model": str(shared / "model")},
     "loaded, cached, adapter": lambda shared: {
         "model": str(shared / "model"),
@@ -181,6 +184,14 @@ def evaluated_first_on_ranks(folder: Path) -> dict[str, Any]:
         return evaluated_first(folder, RANKS)
 
 
+def balanced(folder: Path) -> dict[str, Any]:
+    """A mixture with its load-balancing loss, whose routers are not there before they are sharded."""
+    with launched():
+        trainer = make(folder, RANKS, model=make_model("mixtral", VOCABULARY), router_aux_loss_coef=0.5, max_steps=1)
+        trainer.train()
+    return {"layout": trainer.packing.layout, **trainer.state.log_history[0]}
+
+
 def freed(folder: Path) -> bool:
     """Whether what the cache was computed with is gone when the trainer is there."""
     sharded = []
@@ -224,6 +235,7 @@ CHECKS: dict[str, Callable[[Path], Any]] = {
     "bf16": mixed_precision,
     "bf16, cached": lambda folder: mixed_precision(folder, **CACHED),
     "evaluated first": evaluated_first_on_ranks,
+    "balanced": balanced,
     "freed": freed,
     "refusals": refusals,
 }
@@ -317,6 +329,13 @@ def test_two_processes_train_as_one(name: str, found: Any, expected: Any) -> Non
         assert rank["layout"] == one["layout"] == ("padded" if "padded" in name else "shared")
         assert_same_log(rank["log"], one["log"])
     assert_same_training(two[0]["weights"], one["weights"], one["start"])
+
+
+def test_a_load_balancing_loss_is_there_in_rows_that_share(found: Any) -> None:
+    for rank in found("balanced"):
+        assert rank["layout"] == "shared"
+        assert rank["loss"] == pytest.approx(math.log(2) + 0.5 * rank["aux_loss"], rel=1e-6)
+        assert rank["aux_loss"] > 1
 
 
 @pytest.mark.parametrize("name", RUNS)
