@@ -42,6 +42,11 @@ def test_its_weight_is_the_configurations():
     assert router_loss_coef(make_family("dbrx", ffn_config={"ffn_hidden_size": 48, "moe_loss_weight": 0.125})) == 0.125
 
 
+def test_routers_may_give_several_tensors_of_scores():
+    model = make_family("doge", is_moe=True, num_experts=16, num_experts_per_tok=4)
+    assert is_loss_of_tokens(Scorer(model, model, FusedHead(model)), torch.device("cpu"))
+
+
 def test_a_model_that_computes_its_loss_by_itself_is_told(monkeypatch):
     model = make_family("mixtral")
     forward = type(model).forward
