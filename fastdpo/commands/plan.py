@@ -33,7 +33,7 @@ from fastdpo.plan.devices import (
     memory_of,
     parse_memory,
 )
-from fastdpo.plan.layout import has_aux_loss, layout_of
+from fastdpo.plan.layout import has_own_aux_loss, layout_of
 from fastdpo.plan.optimizers import check_optimizer
 from fastdpo.plan.search import Answer, Batches, Planner, describe
 from fastdpo.plan.setup import Setup
@@ -197,7 +197,7 @@ def _batches(args: DPOConfig, setup: Setup, rows: list[Row]) -> Batches:
         has_own_collator=False,
         pad_to_multiple_of=args.pad_to_multiple_of,
         torch_compile=args.torch_compile,
-        has_aux_loss=has_aux_loss(setup, args.router_aux_loss_coef),
+        has_own_aux_loss=has_own_aux_loss(setup, args.router_aux_loss_coef),
         has_dropout=not args.disable_dropout,
     )
     return Batches(

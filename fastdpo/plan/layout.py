@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fastdpo.model.language_model import language_model
+from fastdpo.model.load_balancing import calls_known_function
 from fastdpo.model.packing import LAYOUTS
 from fastdpo.model.recurrent import stateful_kinds
 from fastdpo.model.router_loss import may_have_router_loss, router_loss_coef
@@ -14,10 +15,15 @@ from fastdpo.plan.setup import Setup
 from fastdpo.plan.step import trace_step
 
 
-def has_aux_loss(setup: Setup, coefficient: float | None) -> bool:
-    """Whether the loss will have a load-balancing term; ``coefficient``: what the run asks for, or None."""
+def has_own_aux_loss(setup: Setup, coefficient: float | None) -> bool:
+    """Whether the loss will have a load-balancing term that the model computes in a way of its own.
+
+    Args:
+        setup: the run.
+        coefficient: of the term, what the run asks for, or None.
+    """
     lm = language_model(make_policy(replace(setup, checkpointing=False)))
-    if not may_have_router_loss(lm):
+    if not may_have_router_loss(lm) or calls_known_function(lm):
         return False
     return bool(router_loss_coef(lm) if coefficient is None else coefficient)
 

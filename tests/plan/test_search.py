@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 from tiny_models import make_model
 
+from fastdpo.plan import layout
 from fastdpo.plan.batches import made_up_rows
 from fastdpo.plan.devices import in_words, parse_memory
-from fastdpo.plan.layout import has_aux_loss, layout_of
+from fastdpo.plan.layout import has_own_aux_loss, layout_of
 from fastdpo.plan.search import Batches, Planner
 from fastdpo.plan.setup import Setup
 
@@ -51,8 +52,13 @@ def test_the_layout_is_the_runs() -> None:
     assert layout_of(SETUP, "auto", {"shared": "dropout is active"}) == "repeated"
     assert layout_of(SETUP, "auto", {"shared": "no", "repeated": "no"}) == "padded"
     assert layout_of(Setup(make_model("mamba").config), "auto", {}) == "padded"
+
+
+def test_a_load_balancing_loss_of_a_models_own_is_told(monkeypatch) -> None:
     mixture = Setup(make_model("mixtral").config)
-    assert has_aux_loss(mixture, None) and not has_aux_loss(mixture, 0.0) and not has_aux_loss(SETUP, None)
+    assert not has_own_aux_loss(mixture, None)
+    monkeypatch.setattr(layout, "calls_known_function", lambda _: False)
+    assert has_own_aux_loss(mixture, None) and not has_own_aux_loss(mixture, 0.0) and not has_own_aux_loss(SETUP, None)
 
 
 @pytest.mark.parametrize(
