@@ -195,7 +195,7 @@ def _rows(
 def _batches(args: DPOConfig, setup: Setup, rows: list[Row]) -> Batches:
     obstacles = obstacles_in(
         has_own_collator=False,
-        pad_to_multiple_of=args.pad_to_multiple_of,
+        pad_to_multiple_of=args.pad_multiple,
         torch_compile=args.torch_compile,
         has_own_aux_loss=has_own_aux_loss(setup, args.router_aux_loss_coef),
         has_dropout=not args.disable_dropout,
@@ -206,7 +206,7 @@ def _batches(args: DPOConfig, setup: Setup, rows: list[Row]) -> Batches:
         args.max_tokens_per_batch,
         args.max_length,
         args.truncation_mode,
-        args.pad_to_multiple_of,
+        args.pad_multiple,
     )
 
 

@@ -87,6 +87,7 @@ class PlanParser(TrainParser):
     """The flags of ``fastdpo train``, so that its command line and its files serve as they are, and a few."""
 
     command = "plan"
+    launches = False
     summary = "what memory a training will need, and what fits, before any weights are loaded."
     dataclasses = (*TrainParser.dataclasses, PlanArguments)
     help_epilog = EPILOG

@@ -24,7 +24,6 @@ _DEVICE = "leave it out: the device is found, and use_cpu, fp16 and bf16 say wha
 # Name -> what to use instead.
 INSTEAD = {
     # TRL's DPOConfig
-    "activation_offloading": "use gradient_checkpointing, and max_tokens_per_batch",
     "base_model_attribute_name": "leave it out: the output embedding is found",
     "force_use_ref_model": "leave it out: a ref_model of fastdpo.DPOTrainer is used, beside an adapter too",
     "generate_during_eval": "use report_samples: report.html has completions of before and after; or fastdpo compare",

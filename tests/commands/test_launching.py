@@ -136,9 +136,11 @@ def test_a_process_that_was_started_reads_the_rest(monkeypatch: pytest.MonkeyPat
     assert args.beta == 0.3 and not {"num_processes", "accelerate_config"} & parser.asked.keys()
 
 
-def test_an_evaluation_starts_none(capsys: pytest.CaptureFixture[str], launched: list[str]) -> None:
+def test_an_evaluation_and_a_plan_start_none(capsys: pytest.CaptureFixture[str], launched: list[str]) -> None:
     """The flags of a training change nothing there."""
     assert main(["eval", "--num_processes", "2", "--model", "nowhere", "--use_cpu"]) == 2
+    assert "num_processes" not in capsys.readouterr().err and not launched
+    assert main(["plan", "--num_processes", "2", "--model_name_or_path", "./nowhere", "--use_cpu"]) == 2
     assert "num_processes" not in capsys.readouterr().err and not launched
 
 

@@ -85,7 +85,7 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("name", ["adapter", pytest.param("whole", marks=pytest.mark.slow)])
 def test_command_lines_of_trl_run(name: str, model: Path, data: Path, tmp_path: Path) -> None:
     words = LINES[name].replace("MODEL", str(model)).replace("DATA", str(data)).split()
     assert main(["train", *words, "--output_dir", str(tmp_path / "run"), *SHORT.split()]) == 0
@@ -94,7 +94,11 @@ def test_command_lines_of_trl_run(name: str, model: Path, data: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "losses", [[], ["--loss_type", "sigmoid", "bco_pair", "sft", "--loss_weights", "0.8", "0.2", "1"]]
+    "losses",
+    [
+        pytest.param([], marks=pytest.mark.slow, id="sigmoid"),
+        pytest.param(["--loss_type", "sigmoid", "bco_pair", "sft", "--loss_weights", "0.8", "0.2", "1"], id="mixed"),
+    ],
 )
 def test_command_lines_of_trl_about_images_run(losses: list[str], tmp_path: Path) -> None:
     make_vision_model("llava").save_pretrained(tmp_path / "model")
