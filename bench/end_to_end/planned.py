@@ -1,8 +1,8 @@
 """Runs in a process of its own, started by bench/plan.py: trains made-up models, and says what memory each took.
 
-The peak is of the process's resident memory, beyond what it held before the model was made, over all of the run: the
-models, the looks at them, the optimiser's steps. A run of a small model goes first, so that what libraries load and set
-up for themselves is there already; what a run frees goes back to the system before the next.
+The peak is of the process's resident memory while it trains, beyond what it held before the model was made; that of the
+looks at the models, which come before the first step, is told apart. A run of a small model goes first, so that what
+libraries load and set up for themselves is there already; what a run frees goes back to the system before the next.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def make_model(case: PlanCase, folder: Path) -> PreTrainedModel:
     )
 
 
-def train(case: PlanCase) -> tuple[list[float], list[float]]:
-    """The seconds of each step but the first, and the losses."""
+def train(case: PlanCase) -> tuple[list[float], list[float], int]:
+    """The seconds of each step but the first, the losses, and the peak before the first; from there it counts anew."""
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
             folder,
@@ -154,10 +154,12 @@ def train(case: PlanCase) -> tuple[list[float], list[float]]:
         dataset = Dataset.from_list(case.rows)
         clock = Clock("cpu")
         trainer = DPOTrainer(model, args=args, train_dataset=dataset, peft_config=case.peft_config, callbacks=[clock])
+        # What was looked at beforehand is over; it has a peak of its own, of short rows.
+        before = CPUMemory.peak()
+        CPUMemory.mark()
         trainer.train()
-    return [b - a for a, b in pairwise(clock.ends)], [
-        entry["loss"] for entry in trainer.state.log_history if "loss" in entry
-    ]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return [b - a for a, b in pairwise(clock.ends)], losses, before
 
 
 def work(job: Job) -> dict[str, Any]:
@@ -167,12 +169,13 @@ def work(job: Job) -> dict[str, Any]:
     for case in cases:
         held = CPUMemory.mark()
         try:
-            seconds, losses = train(case)
+            seconds, losses, before = train(case)
         except Exception as error:  # of one; the others are measured
             results.append({"failed": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"})
             continue
         peak = None if held is None else CPUMemory.peak() - held
-        results.append({"peak_bytes": peak, "seconds": seconds, "losses": losses})
+        looks = None if held is None else before - held
+        results.append({"peak_bytes": peak, "looks_bytes": looks, "seconds": seconds, "losses": losses})
     return {"results": results}
 
 

@@ -55,6 +55,8 @@ def show(
     SafeConsole(width=None if console.is_terminal else 170).print(table)
     measured = "docs/guides/plan.md says how far from measured peaks" if machine.startswith("cpu") else "not measured"
     console.print(f"Estimates: {measured}.")
+    if any(answer.setup.peft_config is not None for answer in answers):
+        console.print("Those of LoRA and QLoRA are too low: a run of a small model took 1.8 times what was estimated.")
     if command is None:
         console.print("\nNothing fits: shorter sequences (--max_length), a smaller model, or more memory or devices.")
     else:

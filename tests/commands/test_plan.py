@@ -15,6 +15,9 @@ from fastdpo.commands.cli import main
 from fastdpo.commands.flags import TrainParser
 from fastdpo.plan.tracker import PARTS
 
+# After it there is little else to be tried, which takes time.
+QLORA = ("--use_peft", "--load_in_4bit")
+
 pytestmark = pytest.mark.usefixtures("quiet_and_uncached")
 
 
@@ -51,7 +54,7 @@ def test_a_plan_is_a_command_to_train_with(configuration: Path, tmp_path: Path, 
 
 
 def test_what_does_not_fit_is_taken_in_parts_or_otherwise(configuration: Path, capsys) -> None:
-    words = ["--model_name_or_path", str(configuration), "--length", "150+100", "--device", "cpu"]
+    words = ["--model_name_or_path", str(configuration), "--length", "150+100", "--device", "cpu", *QLORA]
     roomy = plan(capsys, *words, "--memory", "1GiB", "--no_gradient_checkpointing")
     needed = roomy["answers"][0]["total"]
     tight = plan(capsys, *words, "--memory", f"{needed * 0.7 / 2**20}MiB", "--no_gradient_checkpointing")
@@ -65,7 +68,7 @@ def test_what_does_not_fit_is_taken_in_parts_or_otherwise(configuration: Path, c
 
 def test_several_devices_are_told_how_to_start(configuration: Path, capsys) -> None:
     words = ["--model_name_or_path", str(configuration), "--length", "20", "--device", "cuda", "--reserve", "0GiB"]
-    found = plan(capsys, *words, "--memory", "80GB", "--devices", "4", "--stage", "fsdp2", "--use_peft")
+    found = plan(capsys, *words, "--memory", "80GB", "--devices", "4", "--stage", "fsdp2", *QLORA)
     assert {answer["stage"] for answer in found["answers"]} == {"fsdp2"}
     assert found["command"].startswith(
         "accelerate launch --num_processes 4 --use_fsdp --fsdp_version 2 -m fastdpo train"
@@ -74,11 +77,11 @@ def test_several_devices_are_told_how_to_start(configuration: Path, capsys) -> N
 
 def test_the_table_says_that_it_is_an_estimate(configuration: Path, capsys) -> None:
     words = ["--model_name_or_path", str(configuration), "--length", "64+32", "--device", "cuda", "--memory", "24GiB"]
-    assert main(["plan", *words]) == 0
+    assert main(["plan", *words, *QLORA]) == 0
     said = capsys.readouterr()
     assert "pairs of 64 + 32 tokens, shared rows" in said.out and "Estimates: not measured." in said.out
     assert all(part in said.out for part in PARTS) and "\nfastdpo train --model_name_or_path" in said.out
-    assert "full, activations kept" in said.err
+    assert "QLoRA (4 bits), activations kept" in said.err
 
 
 @pytest.mark.parametrize(
