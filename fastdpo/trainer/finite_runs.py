@@ -188,7 +188,8 @@ class FiniteRuns(Trainer):
     def _weights_not_finite(self) -> list[str]:
         names = weights_not_finite(self.model)
         # Elsewhere all processes have the same ones, and one may save them alone.
-        return sorted(set(self._everyones(names) if self.is_fsdp_enabled or self.is_deepspeed_enabled else names))
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
+        return sorted(set(self._everyones(names) if sharded else names))
 
     def _everyones(self, words: list[str]) -> list[str]:
         """Those of all processes, which call this together."""

@@ -114,7 +114,8 @@ class ResumableRuns(YieldingEvaluations):
                 self.save_beside(folder)
             if self.args.world_size > 1:
                 torch.distributed.barrier()  # the other processes' files
-            if self.args.should_save or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
+            if self.args.should_save or sharded:
                 weights = self._digests.of(self.model)  # which asks all processes where FSDP shards them
             if self.args.should_save:
                 facts: dict[str, Any] = {

@@ -103,7 +103,7 @@ class CarefulSaves(Trainer):
 
     def _bytes_of_a_checkpoint(self) -> int:
         """As the last one; or at least, where there is none yet. 0 where its parts are spread over processes."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers:
             return 0
         last = find_checkpoints(self.args.folder)[-1:]
         if last and int(last[0].name.rpartition("-")[2]) <= self.state.global_step:
