@@ -150,13 +150,13 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group, ranks = group, dist.get_world_size(group)
-        gathered = values.new_empty((ranks, *values.shape))
+        gathered = values.new_empty((ranks * len(values), *values.shape[1:]))
         dist.all_gather_into_tensor(gathered, values.contiguous(), group=group)
-        return gathered.movedim(0, 2).flatten(2, 3)
+        return gathered.unflatten(0, (ranks, -1)).movedim(0, 2).flatten(2, 3)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         parts = grad.unflatten(2, (dist.get_world_size(ctx.group), -1)).movedim(2, 0).contiguous()
         own = torch.empty_like(parts[0])
-        dist.reduce_scatter_tensor(own, parts, group=ctx.group)
+        dist.reduce_scatter_tensor(own, parts.flatten(0, 1), group=ctx.group)
         return own, None
