@@ -36,4 +36,5 @@ class DataShare:
         """Of the rows of all processes [R * B, …] those of each share, once [R * B / copies, …]."""
         if self.copies == 1:
             return gathered
-        return gathered.unflatten(0, (self.count, self.copies, -1))[:, 0].flatten(0, 1)
+        rows: Tensor = gathered.unflatten(0, (self.count, self.copies, -1))[:, 0].flatten(0, 1)
+        return rows
