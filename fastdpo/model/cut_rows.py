@@ -152,7 +152,8 @@ class _Gather(torch.autograd.Function):
         ctx.group, ranks = group, dist.get_world_size(group)
         gathered = values.new_empty((ranks * len(values), *values.shape[1:]))
         dist.all_gather_into_tensor(gathered, values.contiguous(), group=group)
-        return gathered.unflatten(0, (ranks, -1)).movedim(0, 2).flatten(2, 3)
+        by_rank: Tensor = gathered.unflatten(0, (ranks, -1))
+        return by_rank.movedim(0, 2).flatten(2, 3)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from fastdpo.logps.outputs import TokenLogps
 from fastdpo.model.head_calls import IGNORE_INDEX, Probing, Scoring
-from fastdpo.model.head_layers import HeadLayer, find_heads, swapped_forward
+from fastdpo.model.head_layers import find_heads, swapped_forward
+from fastdpo.model.head_parts import HeadLayer
 from fastdpo.model.language_model import cannot_run, described, language_model
 from fastdpo.model.logit_transform import LogitTransform
 
