@@ -6,7 +6,7 @@ stands in that one's place: no logits are brought together, and the loss is told
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch.distributed as dist
 from peft.tuners.lora import Linear as LoraLinear
@@ -42,16 +42,16 @@ def part_of(head: HeadLayer, name: str) -> HeadPart:
     Raises:
         NotImplementedError: it is cut otherwise than over the vocabulary; ``name`` is the model's.
     """
-    weight, bias = cast(Tensor, head.weight), cast("Tensor | None", head.bias)
+    weight, bias = head.weight, head.bias
     if not isinstance(weight, DTensor) and not isinstance(bias, DTensor):
         return HeadPart(weight, bias)
     placements = getattr(weight, "placements", None)
     if isinstance(weight, DTensor) and (bias is None or isinstance(bias, DTensor)) and weight.device_mesh.ndim == 1:
-        of_bias = placements if bias is None else cast(DTensor, bias).placements
+        of_bias = placements if bias is None else bias.placements
         if placements == of_bias == (Replicate(),):
-            return HeadPart(weight.to_local(), None if bias is None else cast(DTensor, bias).to_local())
+            return HeadPart(weight.to_local(), None if bias is None else bias.to_local())
         if placements == of_bias == (Shard(0),):
-            local = None if bias is None else cast(DTensor, bias).to_local()
+            local = None if bias is None else bias.to_local()
             return HeadPart(weight.to_local(), local, weight.device_mesh.get_group())
     raise NotImplementedError(
         f"the output embedding of {name} is sharded ({placements}) inside its own forward, otherwise than by its "

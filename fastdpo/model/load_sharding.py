@@ -5,12 +5,12 @@ Each process has read its parts of the weights alone, and the modules' own forwa
 
 from __future__ import annotations
 
+import sys
 from typing import Any, cast
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import layer as lora_layer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
@@ -33,7 +33,7 @@ def is_load_sharded(model: PreTrainedModel | PeftModel) -> bool:
     return bool(sizes_of(model))
 
 
-def with_new_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+def with_new_adapter(model: PreTrainedModel | PeftModel, config: PeftConfig) -> PeftModel:
     """``model`` with a new adapter; of one that tensor parallelism has cut, with the very adapter of a whole one.
 
     PEFT gives the layers of an adapter the sizes of a rank's part, and has every rank draw its part by itself: in other
@@ -41,7 +41,8 @@ def with_new_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     is cut by rows for the whole one's. A whole adapter PEFT knows how to cut.
     """
     if not is_load_sharded(model):
-        return cast(PeftModel, get_peft_model(model, config))
+        return cast(PeftModel, get_peft_model(cast(PreTrainedModel, model), config))
+    lora_layer: Any = sys.modules[LoraLinear.__module__]
     sizes_by_peft = lora_layer._get_in_out_features
 
     def whole_sizes(module: nn.Module) -> tuple[int | None, int | None]:
@@ -49,7 +50,7 @@ def with_new_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
 
     lora_layer._get_in_out_features = whole_sizes
     try:
-        return cast(PeftModel, get_peft_model(model, config))
+        return cast(PeftModel, get_peft_model(cast(PreTrainedModel, model), config))
     finally:
         lora_layer._get_in_out_features = sizes_by_peft
 

@@ -46,8 +46,9 @@ def config_of(args: DPOConfig) -> ParallelismConfig | None:
 def data_ranks(args: DPOConfig, model: PreTrainedModel | PeftModel | None = None) -> int:
     """How many processes have data of their own; ``model`` where it may have been cut by itself."""
     config, sizes = config_of(args), {} if model is None else sizes_of(model)
-    copies = 1 if config is None else config.non_data_parallel_size
-    return args.world_size // int(sizes.get("tp", copies))
+    copies = sizes.get("tp", 1 if config is None else config.non_data_parallel_size)
+    ranks: int = args.world_size // copies
+    return ranks
 
 
 def loading_kwargs(args: DPOConfig) -> dict[str, Any]:
