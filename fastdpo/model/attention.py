@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -117,6 +118,30 @@ def _forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: query [1, Hq, N, D], key and value [1, Hkv, N, D], to [1, N, Hq, D]."""
+    segments = kwargs.get(SEGMENTS)
+    if segments is None:
+        raise RowsNotSupportedError(f"the model does not pass keyword arguments ({SEGMENTS}) on to its attention")
+    query, key, options = options_of(module, query, key, value, attention_mask, **kwargs)
+    tokens = (1, segments.length)
+    if (query.shape[0], query.shape[2]) != tokens or (key.shape[0], key.shape[2]) != tokens:
+        raise RowsNotSupportedError(
+            f"the model's attention has queries {tuple(query.shape)} and keys {tuple(key.shape)} for a row of "
+            f"{segments.length} tokens"
+        )
+    if options.window is not None and options.window >= segments.max_k:
+        options = replace(options, window=None)
+    return attend(module, query, key, value, segments, options), None
+
+
+def options_of(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -125,11 +150,12 @@ def _forward(
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """What transformers calls: query [1, Hq, N, D], key and value [1, Hkv, N, D], to [1, N, Hq, D]."""
-    segments = kwargs.get(SEGMENTS)
-    if segments is None:
-        raise RowsNotSupportedError(f"the model does not pass keyword arguments ({SEGMENTS}) on to its attention")
+) -> tuple[Tensor, Tensor, AttentionOptions]:
+    """What a layer's call of its attention asks for: the queries and the keys, of the values' dtype, and the options.
+
+    Raises:
+        RowsNotSupportedError: it is not to be causal attention, or is more than the options can express.
+    """
     if attention_mask is not None:
         raise RowsNotSupportedError("the model makes an attention mask of its own")
     if is_causal is False or not getattr(module, "is_causal", True):
@@ -137,14 +163,6 @@ def _forward(
     refused = [name for name in _REFUSED if kwargs.get(name) is not None]
     if refused:
         raise RowsNotSupportedError(f"the model's attention takes {', '.join(refused)}")
-    tokens = (1, segments.length)
-    if (query.shape[0], query.shape[2]) != tokens or (key.shape[0], key.shape[2]) != tokens:
-        raise RowsNotSupportedError(
-            f"the model's attention has queries {tuple(query.shape)} and keys {tuple(key.shape)} for a row of "
-            f"{segments.length} tokens"
-        )
-    if sliding_window is not None and sliding_window >= segments.max_k:
-        sliding_window = None
     if query.dtype != value.dtype:  # a norm of queries and keys in float32, under autocast
         query, key = query.to(value.dtype), key.to(value.dtype)
     options = AttentionOptions(
@@ -154,4 +172,4 @@ def _forward(
         softcap=softcap or None,
         sinks=s_aux,
     )
-    return attend(module, query, key, value, segments, options), None
+    return query, key, options

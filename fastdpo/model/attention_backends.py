@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +43,22 @@ class AttentionOptions:
     sinks: Tensor | None = None
 
 
+class KeyPieces(Protocol):
+    """Of :class:`fastdpo.model.segments.Segments`, what one call a segment needs."""
+
+    query_sizes: list[int]
+    piece_sizes: list[int]
+    key_pieces: list[list[int]]
+
+    def mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor: ...
+
+
 def attend_by_segment(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    segments: Segments,
+    segments: KeyPieces,
     options: AttentionOptions,
 ) -> Tensor:
     """One call a segment. A prompt with its chosen completion, which follows it, is a plain causal sequence."""

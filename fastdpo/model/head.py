@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from fastdpo.logps.outputs import TokenLogps
 from fastdpo.model.head_calls import IGNORE_INDEX, Probing, Scoring
-from fastdpo.model.head_layers import HeadLayer, find_heads, swapped_forward
+from fastdpo.model.head_layers import find_heads, swapped_forward
+from fastdpo.model.head_parts import HeadLayer
 from fastdpo.model.language_model import cannot_run, described, language_model
 from fastdpo.model.logit_transform import LogitTransform
 
@@ -174,6 +175,35 @@ class FusedHead:
         )
         mask = torch.ones_like(targets, dtype=torch.bool)
         return _lay_out(lambda values: values.squeeze(0), logps, mask, result, model_output)
+
+    def score_columns(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        targets: Tensor,
+        columns: Tensor,
+        outputs: Sequence[str] = (),
+        **model_kwargs: Any,
+    ) -> HeadOutput:
+        """Score some columns of rows with one forward of ``model``, which gets no attention mask.
+
+        Args:
+            model: as in a call of this object.
+            input_ids: [B, T] int64.
+            targets: [B, K] int64, what is predicted there, -100 for nothing.
+            columns: [K] int64, of ``input_ids``.
+            outputs, model_kwargs: as in a call of this object.
+
+        Returns:
+            :class:`HeadOutput`, fields of shape [B, K].
+
+        Raises:
+            NotImplementedError: as a call of this object.
+        """
+        logps, result, model_output = self._score_columns(
+            model, input_ids, None, targets, columns, outputs, None, model_kwargs
+        )
+        return _lay_out(lambda values: values, logps, targets != IGNORE_INDEX, result, model_output)
 
     def _score_columns(
         self,

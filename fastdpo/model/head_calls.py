@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fastdpo.logps.low_rank import LowRankUpdate
 from fastdpo.logps.outputs import TokenLogps
 from fastdpo.logps.primitive import token_logps
 from fastdpo.model.head_adapters import active_updates
-from fastdpo.model.head_layers import HeadLayer, check_adapter
+from fastdpo.model.head_layers import check_adapter
+from fastdpo.model.head_parts import HeadLayer, part_of
 from fastdpo.model.logit_transform import LogitTransform, fit_transform, probes
 
 IGNORE_INDEX = -100
@@ -53,12 +53,7 @@ class Scoring:
         """[B, K, H] or [B, T, H] to [B, K, 1]: log-probabilities, shrunk to where any transform is linear."""
         if self.result is not None:
             raise NotImplementedError(f"{self.name} calls its output embedding more than once in a forward")
-        for parameter in head.parameters():
-            if isinstance(parameter, DTensor):
-                raise NotImplementedError(
-                    f"the output embedding of {self.name} is sharded ({parameter.placements}) inside its own "
-                    "forward; tensor parallelism is not supported"
-                )
+        part = part_of(head, self.name)
         batch, kept = self.targets.shape
         expected = kept if self.only_columns else self.width
         if hidden.shape[:-1] != (batch, expected):
@@ -74,15 +69,16 @@ class Scoring:
             updates = active_updates(head, hidden)
         self.result = token_logps(
             hidden,
-            head.weight,
+            part.weight,
             self.targets,
-            head.bias,
+            part.bias,
             ignore_index=IGNORE_INDEX,
             logit_scale=self.transform.scale,
             softcap=self.transform.softcap,
             outputs=self.outputs,
             num_scored=self.num_scored,
             low_rank=updates,
+            group=part.group,
         )
         # Not a view: FSDP2 warns of those, whose hooks are lost where a model writes into its logits.
         return self.result.logps.unsqueeze(-1) * _SHRINK

@@ -10,19 +10,18 @@ import contextlib
 import types
 from collections.abc import Callable, Iterator, Sequence
 
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastdpo.model.head_adapters import why_not_supported
+from fastdpo.model.head_parts import HeadLayer, is_of_a_plan
 
 _HOW_NOT_TO_QUANTIZE = (
     ". Leave it out when the model is quantised: by default BitsAndBytesConfig does; where llm_int8_skip_modules is "
     "given, that must name it"
 )
-
-HeadLayer = nn.Linear | LoraLinear
 
 
 def find_heads(lm: PreTrainedModel, name: str) -> list[HeadLayer]:
@@ -51,7 +50,7 @@ def find_heads(lm: PreTrainedModel, name: str) -> list[HeadLayer]:
                 f"the output embedding of {name} is a {kind}; only nn.Linear is supported"
                 f"{_HOW_NOT_TO_QUANTIZE if _is_quantized(head) else ''}"
             )
-        if "forward" in vars(head) and _forward_slot(head) == "forward":
+        if "forward" in vars(head) and _forward_slot(head) == "forward" and not is_of_a_plan(head):
             raise NotImplementedError(
                 f"the forward of the output embedding of {name} was replaced already, by {head.forward!r}; remove "
                 "that first"
@@ -61,6 +60,12 @@ def find_heads(lm: PreTrainedModel, name: str) -> list[HeadLayer]:
 
 def check_adapter(head: nn.Module, name: str) -> None:
     """NotImplementedError where a layer of PEFT's, of the model ``name``, is more than low-rank updates."""
+    base = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    if is_of_a_plan(base):
+        raise NotImplementedError(
+            f"{name} has a PEFT adapter on its output embedding, which tensor parallelism has cut over the vocabulary: "
+            "take it out of target_modules"
+        )
     reason = why_not_supported(head)
     if reason is not None:
         raise NotImplementedError(

@@ -76,6 +76,7 @@ def obstacles_in(
     has_own_aux_loss: bool,
     has_dropout: bool,
     has_images: bool = False,
+    is_cut: bool = False,
 ) -> dict[str, str | None]:
     """Layout -> why a run with these settings cannot have it, or None.
 
@@ -86,10 +87,13 @@ def obstacles_in(
         has_own_aux_loss: the loss has a load-balancing term that the model computes in a way of its own.
         has_dropout: the policy has a dropout that is not 0.
         has_images: rows have images.
+        is_cut: sequences are cut over processes.
     """
     packed = shared = None
     if has_own_collator:
         packed = "data_collator is given, and makes the batches"
+    elif is_cut:
+        packed = "sequences are cut over processes (cp_size), and packed rows cannot be"
     elif has_images:
         packed = "rows have images, which are laid out by sequences"
     elif pad_to_multiple_of is not None:

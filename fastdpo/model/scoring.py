@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
@@ -16,8 +17,10 @@ from transformers import PreTrainedModel
 
 from fastdpo.logps.wide import segment_sums, widened
 from fastdpo.loss.gather import picked
+from fastdpo.loss.sequence_parallel import sum_over_group
 from fastdpo.loss.sequences import Sequences
 from fastdpo.model.attention import SEGMENTS, RowAttention
+from fastdpo.model.cut_rows import CutAttention, score_cut
 from fastdpo.model.divided import score_divided
 from fastdpo.model.head import FusedHead, HeadOutput
 from fastdpo.model.head_calls import IGNORE_INDEX
@@ -154,13 +157,17 @@ class Scorer:
         root: what is called: the model, or what is wrapped around it.
         model: the model.
         head: of the model.
-        attention: of the model; needed for packed rows. See :class:`RowAttention` for where the backward belongs.
+        attention: of the model; needed for packed rows, and for cut ones. See :class:`RowAttention` for where the
+            backward belongs.
+        cut: the ranks that padded rows are cut over; see :mod:`fastdpo.model.cut_rows`. Sums are then of all of them,
+            and the gradient of each rank's part is as many times what it is, which FSDP's mean over the ranks undoes.
     """
 
     root: nn.Module
     model: PreTrainedModel | PeftModel
     head: FusedHead
-    attention: RowAttention | None = None
+    attention: RowAttention | CutAttention | None = None
+    cut: dist.ProcessGroup | None = None
 
     @property
     def lm(self) -> PreTrainedModel:
@@ -212,6 +219,8 @@ class Scorer:
             labels = part["input_ids"].masked_fill(part["completion_mask"] == 0, IGNORE_INDEX)
             ids, mask = part["input_ids"], part["attention_mask"]
             model_kwargs = {**part.get("vision", {}), **model_kwargs}
+            if self.cut is not None:
+                return self._score_cut(called, part, labels, outputs, model_kwargs)
             if "forwards" in part:
                 out = score_divided(self.head, called, part, labels, outputs, model_kwargs)
             else:
@@ -221,7 +230,7 @@ class Scorer:
             order = pairs_of(part).t().flatten()
             sides = Sequences(labels[order, 1:], None, IGNORE_INDEX, at_shorter=True, look=False)
             return _divided_sums(out, outputs, sides, lambda values: values[order])
-        assert self.attention is not None, "a packed row needs the attention that was made for it"
+        assert isinstance(self.attention, RowAttention), "a packed row needs the attention that was made for it"
         row: PackedRow = part["row"]
         self.head.inspect_once(called)  # with what is no packed row
         with self.attention.active():
@@ -232,6 +241,46 @@ class Scorer:
         targets = row.of_sequences(row.targets)[places]
         sides = Sequences(targets, bounds, IGNORE_INDEX, at_shorter=True, look=False)
         return _divided_sums(out, outputs, sides, lambda values: row.of_sequences(values)[places])
+
+    def _score_cut(
+        self,
+        called: nn.Module,
+        part: dict[str, Any],
+        labels: Tensor,
+        outputs: Sequence[str],
+        model_kwargs: dict[str, Any],
+    ) -> SequenceScores:
+        """Of a padded micro-batch, that all ranks of ``cut`` have alike."""
+        assert self.cut is not None and isinstance(self.attention, CutAttention)
+        self.head.inspect_once(called)  # with rows that are whole
+        with self.attention.active():
+            out = score_cut(self.head, called, part["input_ids"], labels, self.cut, outputs, **model_kwargs)
+        columns = [out.logps, out.mask, *(getattr(out, name) for name in outputs)]
+        sums, lengths, *rest = _over_ranks(torch.stack([widened(x).sum(1) for x in columns]), self.cut)
+        return SequenceScores(
+            sums=sums.unsqueeze(1),
+            lengths=lengths.detach().round().to(torch.int64).unsqueeze(1),
+            outputs={name: values.detach() for name, values in zip(outputs, rest, strict=True)},
+            pairs=pairs_of(part),
+            model_output=out.model_output,
+        )
+
+
+def _over_ranks(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return sum_over_group(_Enlarged.apply(local, float(dist.get_world_size(group))), group)  # type: ignore[no-untyped-call]
+
+
+class _Enlarged(torch.autograd.Function):
+    """The values as they are, whose gradient is multiplied."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
 
 
 def are_alike(one: Scorer, other: Scorer) -> bool:

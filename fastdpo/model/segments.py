@@ -99,10 +99,7 @@ class Segments:
         """[queries, keys], 0 where a segment's query attends and -inf elsewhere; made once for all layers."""
         name = (queries, keys, window, dtype)
         if name not in self._masks:
-            # How many keys lie between; below 0 is the future.
-            distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-            self._masks[name] = torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+            self._masks[name] = causal_mask(queries, keys, window, dtype, device)
         return self._masks[name]
 
     def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
@@ -129,6 +126,14 @@ class Segments:
             return below if window is None else below & (depth[q] - depth[kv] < window)
 
         return attends
+
+
+def causal_mask(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[queries, keys], 0 where a query attends and -inf elsewhere; the last query is at the last key."""
+    # How many keys lie between; below 0 is the future.
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
 def _subtree_ends(segments: Sequence[Segment]) -> list[list[Range]]:

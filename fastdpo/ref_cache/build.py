@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.images import IMAGE_COLUMNS
 from fastdpo.data.row_digests import MASK_COLUMNS, rows_fingerprint
+from fastdpo.data.share import DataShare
 from fastdpo.data.terms import GROUP_TOKEN_COLUMNS, VISION_COLUMNS
 from fastdpo.logps.out_of_memory import is_out_of_memory
 from fastdpo.ref_cache.completions import Completions, completions_of
@@ -176,7 +177,8 @@ class ReferenceBuilder:
         lengths = longer_lengths(dataset, self.max_length)
         computing = np.flatnonzero(completions.computing)
         batches = [computing[batch] for batch in sorted_batches(lengths[computing], batch_size, done[computing])]
-        share = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        place = DataShare.of(self.accelerator)
+        share = batches[place.index :: place.count]
         dataset = dataset.select_columns([name for name in _SCORED_COLUMNS if name in dataset.column_names])
         scored: list[tuple[np.ndarray, np.ndarray]] = []
         written = time.monotonic()
@@ -196,7 +198,7 @@ class ReferenceBuilder:
             return self._score([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
 
         def keep() -> None:
-            if scored:
+            if scored and place.is_first:
                 cache.write_part(key, *_joined(scored))
 
         with bar, contextlib.ExitStack() as stack:
@@ -205,12 +207,12 @@ class ReferenceBuilder:
                 chosen, rejected = score(batch)
                 scored.append(completions.of_rows(batch, chosen.cpu().numpy(), rejected.cpu().numpy()))
                 if time.monotonic() - written >= PART_SECONDS:
-                    cache.write_part(key, *_joined(scored))
+                    keep()
                     scored, written = [], time.monotonic()
                 told[0] += len(batch)
                 bar.update(int(lengths[batch].sum()))
             # The main process has the most batches: one more than others, or as many.
-            if self.in_step and len(share) < len(batches[:: self.accelerator.num_processes]):
+            if self.in_step and len(share) < len(batches[:: place.count]):
                 score(batches[-1])
 
     def _score(self, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 _CHUNK = 1 << 24  # elements hashed at a time: 64 MB of float32
@@ -65,16 +66,19 @@ def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
     """sha256, as 64 hex digits, over names, shapes and values.
 
     Numbers of 16 bits count as the float32 that they are equal to. Tensors that share memory are read once. Reading
-    takes about a second for 2 GB a core.
+    takes about a second for 2 GB a core. Where one is a DTensor, all processes that hold a part of it have to call
+    this together: one tensor at a time is gathered.
     """
     unique: dict[tuple[Any, ...], Tensor] = {}
     keys = {}
     for name, tensor in weights.items():
-        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        place = tensor.to_local().data_ptr() if isinstance(tensor, DTensor) else tensor.data_ptr()
+        key = (tensor.device, place, tuple(tensor.shape), tensor.stride(), tensor.dtype)
         keys[name] = key
         unique.setdefault(key, tensor)
-    # hashlib lets go of the interpreter's lock.
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    # hashlib lets go of the interpreter's lock. Processes that gather have to do it in one order.
+    threads = 1 if any(isinstance(tensor, DTensor) for tensor in unique.values()) else min(16, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
         digests = dict(zip(unique, pool.map(tensor_fingerprint, unique.values()), strict=True))
     return joined_fingerprint({name: digests[key] for name, key in keys.items()})
 
@@ -91,7 +95,9 @@ def tensor_fingerprint(tensor: Tensor) -> bytes:
     """sha256 over the shape and the values of one tensor."""
     widened = tensor.dtype in (torch.bfloat16, torch.float16)
     digest = hashlib.sha256(f"{torch.float32 if widened else tensor.dtype} {tuple(tensor.shape)}".encode())
-    for chunk in tensor.detach().reshape(-1).split(_CHUNK):
+    tensor = tensor.detach()
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    for chunk in tensor.reshape(-1).split(_CHUNK):
         chunk = chunk.cpu()
         chunk = chunk.float() if widened else chunk
         digest.update(chunk.contiguous().view(torch.uint8).numpy())

@@ -17,6 +17,7 @@ from fastdpo.data.grouping import first_pair
 from fastdpo.data.vision import tokenizer_in
 from fastdpo.model.generation import Drawing, complete
 from fastdpo.model.language_model import language_model
+from fastdpo.model.load_sharding import is_load_sharded
 from fastdpo.model.scoring import evaluating
 from fastdpo.report.look_budget import LookBudget, pairs_of_run
 from fastdpo.report.snapshot import Sample, Snapshot, SnapshotSize
@@ -72,7 +73,7 @@ class SnapshotTaker:
             self._clock,
         )
         about: dict[str, Any] = {"key": self.key, "step": trainer.state.global_step, "rows_of": self._rows_of}
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_load_sharded(trainer.model):
             why = "the weights are sharded over processes, and these snapshots need them whole"
             return Snapshot(**about, no_rewards=why, no_samples=why)
         found: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import Trainer
 from fastdpo.data.files import TOKEN_COLUMNS
 from fastdpo.data.images import IMAGE_COLUMNS
 from fastdpo.data.row_digests import MASK_COLUMNS
+from fastdpo.data.share import DataShare
 from fastdpo.data.terms import (
     GROUP_COLUMNS,
     GROUP_TOKEN_COLUMNS,
@@ -45,6 +47,10 @@ class PairBatches(Trainer):
         of_pairs = (*TOKEN_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS, WEIGHT_COLUMN, *VISION_COLUMNS, *IMAGE_COLUMNS)
         margins = () if self.args.margin_alpha is None else (MARGIN_COLUMN,)
         self._signature_columns = [*margins, *of_pairs, *GROUP_TOKEN_COLUMNS, *GROUP_COLUMNS]
+
+    def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> tuple[Any, Any]:
+        # Ours cuts rows itself (fastdpo.model.cut_rows); Trainer's needs CUDA's attention kernels, and its labels.
+        return contextlib.nullcontext, inputs
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
@@ -92,7 +98,8 @@ class PairBatches(Trainer):
         if self.args.include_num_input_tokens_seen != "no":
             padding = self.args.include_num_input_tokens_seen == "all"
             tokens = torch.as_tensor(count_tokens(inputs, padding=padding), device=self.args.device)
-            self.state.num_input_tokens_seen += self.accelerator.gather(tokens).sum().item()
+            everyones = self.accelerator.gather(tokens).sum().item()
+            self.state.num_input_tokens_seen += everyones // DataShare.of(self.accelerator).copies
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As ``Trainer``'s, of the tokens that go through the model."""

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from fastdpo.errors import DivergedError, InputError
+from fastdpo.model.load_sharding import is_load_sharded
 from fastdpo.trainer.checkpoints import find_checkpoints
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.finite import FiniteWatch, NotFinite, weights_not_finite
@@ -188,7 +189,8 @@ class FiniteRuns(Trainer):
     def _weights_not_finite(self) -> list[str]:
         names = weights_not_finite(self.model)
         # Elsewhere all processes have the same ones, and one may save them alone.
-        return sorted(set(self._everyones(names) if self.is_fsdp_enabled or self.is_deepspeed_enabled else names))
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_load_sharded(self.model)
+        return sorted(set(self._everyones(names) if sharded else names))
 
     def _everyones(self, words: list[str]) -> list[str]:
         """Those of all processes, which call this together."""

@@ -13,7 +13,9 @@ from transformers import DataCollator
 
 from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.vision_collator import VisionCollator
+from fastdpo.model.cut_check import check_cut
 from fastdpo.model.load_balancing import calls_known_function
+from fastdpo.model.load_sharding import sizes_of
 from fastdpo.model.packing_choice import choose_packing, obstacles_in
 from fastdpo.model.padded_parts import ACCELERATOR_FORWARD_COST, FORWARD_COST
 from fastdpo.model.padding_check import dependence_on_padding
@@ -24,6 +26,7 @@ from fastdpo.model.scoring import Scorer
 from fastdpo.model.tree import MASKED_ON_CPU
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.models import compute_dtype
+from fastdpo.trainer.parallelism import attention_of, cut_ranks
 from fastdpo.trainer.reference import Reference
 
 logger = logging.getLogger(__name__)
@@ -68,6 +71,7 @@ class BatchLayout:
     ) -> None:
         self._row_tokens = _row_tokens(args, sequences_per_row)
         self._policy, self._args, self._accelerator = policy, args, accelerator
+        self._cut = cut_ranks(accelerator)
         scorers = [policy] if reference.scorer is None else [policy, reference.scorer]
         has_own_aux_loss = has_aux_loss and not (
             calls_known_function(policy.lm) if weights_come_later else is_loss_of_tokens(policy, accelerator.device)
@@ -82,6 +86,7 @@ class BatchLayout:
                 has_own_aux_loss=has_own_aux_loss,
                 has_dropout=has_dropout(policy.model),
                 has_images=has_images,
+                is_cut=self._cut is not None,
             ),
             max_length=args.max_length,
             device=accelerator.device,
@@ -98,6 +103,7 @@ class BatchLayout:
         # them. A sequence's images are not told apart.
         meets = accelerator.distributed_type not in _WHOLE_MODELS
         meets = meets or (args.torch_compile and accelerator.num_processes > 1)
+        meets = meets or sizes_of(policy.model).get("dp", 1) > 1
         cannot = has_own_collator or has_images or meets or has_own_aux_loss
         divides = self.packing.layout == "padded" and not cannot
         kind = accelerator.device.type
@@ -113,7 +119,7 @@ class BatchLayout:
                 logger.info("The load-balancing loss is of the tokens of each part of a batch (max_tokens_per_batch).")
         if not weights_come_later:
             self._look_at_padding(scorers)
-        policy.attention = self.packing.attention_of(policy.model)
+        policy.attention, policy.cut = attention_of(policy.model, self.packing, self._cut), self._cut
         reference.lay_out(self.packing)
 
     def collator(self, padded: DataCollator) -> DataCollator:
@@ -144,6 +150,9 @@ class BatchLayout:
             dtype = compute_dtype(self._accelerator, self._policy.model)
             self.packing.require(scorer, self._args.max_length, self._accelerator.device, dtype, self._row_tokens)
             self._look_at_padding([scorer])
+            if self._cut is not None:
+                with self._accelerator.autocast():
+                    check_cut(scorer, self._accelerator.device, dtype)
         self._unchecked = []
 
     def _look_at_padding(self, scorers: Sequence[Scorer]) -> None:

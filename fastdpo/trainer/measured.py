@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from fastdpo.data.share import DataShare
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.frozen import hold_frozen, is_divided_later, let_go
 from fastdpo.trainer.fsdp2 import reshard
@@ -37,12 +39,17 @@ class MeasuredRuns(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As ``Trainer``'s; adds the metrics since the last time to the training loss."""
-        if "loss" in logs and (sums := self.sums.take(self.accelerator.reduce)):
+        if "loss" in logs and (sums := self.sums.take(self._over_shares)):
             tokens = None if self.args.include_num_input_tokens_seen == "no" else self.state.num_input_tokens_seen
             logs.update(means_of(sums) | self._throughput.rates(sums["pairs"], tokens))
             if tokens is not None:
                 logs["num_tokens"] = tokens
         super().log(logs, start_time)
+
+    def _over_shares(self, sums: Tensor) -> Tensor:
+        """Those of all processes, which are the same in those that have the same data."""
+        total: Tensor = self.accelerator.reduce(sums)
+        return total / DataShare.of(self.accelerator).copies
 
     def evaluation_loop(
         self,

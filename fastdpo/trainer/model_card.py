@@ -24,6 +24,7 @@ from fastdpo.data.visible import code_span, in_markdown, visible_line
 from fastdpo.loss.options import LossOptions
 from fastdpo.model.language_model import language_model
 from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.parallelism import data_ranks
 from fastdpo.trainer.secrets import redacted
 from fastdpo.trainer.whole_files import whole_or_not_at_all
 
@@ -198,7 +199,7 @@ def _settings(facts: CardFacts, loss: str) -> dict[str, Any]:
     if args.sync_ref_model:
         settings |= {"sync_ref_model": f"alpha {args.mixup_alpha:g}, every {args.sync_steps} steps"}
     settings |= {setting: getattr(args, setting) for setting in _SETTINGS}
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * data_ranks(args, facts.model)
     kind = "groups of answers" if facts.are_groups else "pairs"
     settings |= {"epochs": facts.epochs, "optimiser steps": facts.steps, f"{kind} a step": rows}
     if facts.are_groups:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from fastdpo.model.adapters import (
@@ -23,11 +23,13 @@ from fastdpo.model.adapters import (
 from fastdpo.model.auto_class import auto_class_of
 from fastdpo.model.language_model import described, language_model
 from fastdpo.model.liger_kernels import put_liger_kernels_in
+from fastdpo.model.load_sharding import check_adapter_of_plan, is_load_sharded, with_new_adapter
 from fastdpo.model.quantization import make_trainable
 from fastdpo.model.randomness import disable_dropout
 from fastdpo.model.rotary import fix_frequencies
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.manifest import name_some
+from fastdpo.trainer.parallelism import loading_kwargs, refuse_copy
 from fastdpo.trainer.zero import copied
 
 logger = logging.getLogger(__name__)
@@ -58,14 +60,16 @@ def make_models(
     name = model if isinstance(model, str) else None
     policy = load_model(model, args, images=images) if isinstance(model, str) else model
     if peft_config is not None:
-        policy = get_peft_model(policy, peft_config)
+        policy = with_new_adapter(policy, peft_config)
+    if isinstance(policy, PeftModel) and is_load_sharded(policy):
+        check_adapter_of_plan(policy)
     check_trainable(policy, args, is_sharded=is_sharded)
     if ref_model is not None:
         _refuse_shared(policy, ref_model)
     if ref_model is None and needs_reference:
         outside = trained_outside_adapters(policy) if isinstance(policy, PeftModel) else []
         if not isinstance(policy, PeftModel):
-            ref_model = load_model(name, args, images=images) if name else copied(policy)
+            ref_model = load_model(name, args, images=images) if name else _copy(policy)
         elif is_sharded:
             if args.sync_ref_model:
                 raise NotImplementedError("sync_ref_model with an adapter is not supported with FSDP or DeepSpeed")
@@ -82,6 +86,7 @@ def make_models(
                     "FSDP or DeepSpeed ZeRO-3 yet. Merge it into its base (fastdpo merge), and give peft_config"
                 )
         elif args.sync_ref_model or outside or not adapters_are_neutral(policy):
+            refuse_copy(policy)
             # What is trained outside the adapter would take the model without it along.
             ref_model = copy_of_what_is_trained(policy)
     if args.use_liger_kernel:
@@ -93,6 +98,11 @@ def make_models(
         if ref_model is not None:
             disable_dropout(ref_model)
     return policy, ref_model
+
+
+def _copy(policy: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+    refuse_copy(policy)
+    return copied(policy)
 
 
 def _refuse_shared(policy: PreTrainedModel | PeftModel, ref_model: PreTrainedModel | PeftModel) -> None:
@@ -113,6 +123,7 @@ def load_model(name: str, args: DPOConfig, *, images: bool = False) -> PreTraine
     """
     # float32 weights: steps of 1e-6 are lost in bfloat16 ones.
     kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **args.init_kwargs}
+    kwargs |= loading_kwargs(args)
     if kwargs.get("quantization_config") is not None and args.device.type == "cpu":
         kwargs.setdefault("device_map", {"": "cpu"})  # by itself, it goes to the accelerator that use_cpu rules out
     if is_adapter(name, **hub_options_of(args)):

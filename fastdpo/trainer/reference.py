@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,10 @@ from fastdpo.data.terms import REFERENCE_COLUMNS
 from fastdpo.logps.wide import wide_dtype, widened
 from fastdpo.loss.pair_losses import combine_segments
 from fastdpo.model.adapters import adapters_are_neutral
+from fastdpo.model.cut_check import check_cut
 from fastdpo.model.head import FusedHead
 from fastdpo.model.language_model import language_model
+from fastdpo.model.load_sharding import is_load_sharded, sizes_of
 from fastdpo.model.packing_choice import Packing
 from fastdpo.model.scoring import Scorer, count_sequences, evaluating, pairs_of
 from fastdpo.ref_cache.build import CachedSplit, ReferenceBuilder
@@ -33,6 +36,7 @@ from fastdpo.trainer.datasets import EvalDataset
 from fastdpo.trainer.frozen import hold_frozen, is_divided_later, let_go, meets_in_forwards
 from fastdpo.trainer.fsdp2 import keep_requires_grad
 from fastdpo.trainer.models import compute_dtype
+from fastdpo.trainer.parallelism import attention_of
 from fastdpo.trainer.secrets import redacted
 from fastdpo.trainer.zero import copied, is_partitioned, of_whole, zero_stage
 
@@ -81,7 +85,8 @@ class Reference:
         """Take batches in this layout, which has been found to suit the reference, or will be."""
         self._packing = packing
         if self.scorer is not None:
-            self.scorer.attention = packing.attention_of(self.scorer.model)
+            self.scorer.cut = self._policy.cut
+            self.scorer.attention = attention_of(self.scorer.model, packing, self.scorer.cut)
 
     def sums(self, policy: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
         """Its log-probabilities of a micro-batch, with no gradient; None where the loss takes no reference.
@@ -164,10 +169,9 @@ class Reference:
             chosen, rejected = combine_segments(sums, self._loss_options, of_policy=False).chunk(2)
             return chosen, rejected
 
-        builder = ReferenceBuilder(
-            root=Path(args.ref_cache or args.folder / DEFAULT_FOLDER),
-            accelerator=accelerator,
-            identity=lambda: reference_identity(
+        @functools.cache
+        def identity() -> dict[str, Any]:
+            return reference_identity(
                 language_model(model),
                 found_together or weights,
                 tokenizer,
@@ -176,13 +180,21 @@ class Reference:
                 None if args.ld_reference == "policy" else args.ld_alpha,
                 args.template_date,
                 casts_weights=zero_stage(accelerator) is not None,
-            ),
+            )
+
+        sharded = sizes_of(model)
+        if sharded:
+            identity()  # by all processes together, which hold a part of the weights each
+        builder = ReferenceBuilder(
+            root=Path(args.ref_cache or args.folder / DEFAULT_FOLDER),
+            accelerator=accelerator,
+            identity=identity,
             score=score,
             max_length=args.max_length,
             about={"model": redacted(language_model(model).config._name_or_path or type(model).__name__)},
             describe_row=lambda row: row_words(row, tokenizer),
             show_progress=not args.disable_tqdm,
-            in_step=meets_in_forwards(accelerator),
+            in_step=meets_in_forwards(accelerator) or sharded.get("dp", 1) > 1,
             by_pair=by_pair,
         )
         train_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
@@ -218,11 +230,14 @@ class Reference:
         self._is_held = True
         if self.scorer is None and zero_stage(self._accelerator) is None:
             model = copied(self._policy.model).requires_grad_(False)  # its modes too: evaluation, adapters off
-            self.scorer = Scorer(model, model, FusedHead(model), self._packing.attention_of(model))
+            cut = self._policy.cut
+            self.scorer = Scorer(model, model, FusedHead(model), attention_of(model, self._packing, cut), cut)
         scorer = self._policy if self.scorer is None else self.scorer
         scorer.root = hold_frozen(self._accelerator, scorer.root)
         dtype = compute_dtype(self._accelerator, self._policy.model)
         self._packing.require(scorer, self._args.max_length, self._accelerator.device, dtype)
+        if scorer.cut is not None:
+            check_cut(scorer, self._accelerator.device, dtype)
         return scorer
 
     def _let_go(self) -> None:
@@ -238,6 +253,8 @@ class Reference:
         if any(map(is_partitioned, model.parameters())):
             self._held_scorer()  # it cannot run otherwise, and all processes run it
             return adapters_are_neutral(model)
+        if is_load_sharded(model):
+            return adapters_are_neutral(model)  # all processes run it
         return bool(self._in_main_process(lambda: adapters_are_neutral(model)))
 
     def _score(self, scorer: Scorer, inputs: dict[str, Any], root: nn.Module | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from fastdpo.data.row_digests import numbers_fingerprint, row_digests, rows_fingerprint
 from fastdpo.data.terms import MARGIN_COLUMN, WEIGHT_COLUMN, is_prepared
 from fastdpo.model.adapters import has_transformers_adapter
+from fastdpo.model.load_sharding import is_load_sharded
 from fastdpo.trainer.checkpoints import last_whole, refuse_damaged
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.digests import WeightDigests
@@ -114,7 +115,8 @@ class ResumableRuns(YieldingEvaluations):
                 self.save_beside(folder)
             if self.args.world_size > 1:
                 torch.distributed.barrier()  # the other processes' files
-            if self.args.should_save or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_load_sharded(self.model)
+            if self.args.should_save or sharded:
                 weights = self._digests.of(self.model)  # which asks all processes where FSDP shards them
             if self.args.should_save:
                 facts: dict[str, Any] = {

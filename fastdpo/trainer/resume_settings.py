@@ -17,6 +17,7 @@ from fastdpo.errors import InputError
 from fastdpo.loss.options import LossOptions
 from fastdpo.model.quantization import quantization_of
 from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.parallelism import data_ranks
 
 # Which rows come at which step: with ignore_data_skip, which starts at the beginning of the rows, they may differ.
 ORDER = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "group_by_prompt", "pairs_per_step")
@@ -82,7 +83,7 @@ _FROM_NOW_ON = (
 
 def settings_of(args: DPOConfig) -> dict[str, Any]:
     """Those that a resume looks at, as JSON has them."""
-    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * data_ranks(args)
     derived: dict[str, Any] = {"pairs_per_step": pairs, "processes": args.world_size}
     derived[QUANTIZATION] = quantization_of(args.init_kwargs.get("quantization_config"))
     names = dict.fromkeys((*ORDER, *OPTIMIZER, *REFERENCE, *_FROM_NOW_ON))

@@ -11,9 +11,10 @@ from typing import Any, cast
 
 from peft import PeftModel
 from torch.nn import Module
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
+from fastdpo.model.load_sharding import is_load_sharded
 from fastdpo.trainer.checkpoints import find_checkpoints, find_torn
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.disk import (
@@ -36,6 +37,7 @@ class CarefulSaves(Trainer):
     """``transformers.Trainer``, which writes its arguments with the tokens in them, and what a full disk lets it."""
 
     args: DPOConfig
+    model: PreTrainedModel | PeftModel  # Trainer says that it may be None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -103,7 +105,7 @@ class CarefulSaves(Trainer):
 
     def _bytes_of_a_checkpoint(self) -> int:
         """As the last one; or at least, where there is none yet. 0 where its parts are spread over processes."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or is_load_sharded(self.model):
             return 0
         last = find_checkpoints(self.args.folder)[-1:]
         if last and int(last[0].name.rpartition("-")[2]) <= self.state.global_step:

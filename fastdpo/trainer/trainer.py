@@ -28,6 +28,7 @@ from fastdpo.data.vision import tokenizer_in
 from fastdpo.model.auto_class import has_vision
 from fastdpo.model.head import FusedHead
 from fastdpo.model.language_model import language_model
+from fastdpo.model.load_sharding import sizes_of
 from fastdpo.model.offloading import ActivationOffloading, check_offloading
 from fastdpo.model.packing_choice import Packing
 from fastdpo.model.scoring import Scorer, micro_batches, sums_of_rows
@@ -61,6 +62,7 @@ from fastdpo.trainer.model_look import ModelLook
 from fastdpo.trainer.models import compute_dtype, fix_frequencies_of, make_models, settle_checkpointing
 from fastdpo.trainer.moving_reference import MovingReference
 from fastdpo.trainer.optimizers import check_optimizer_is_there
+from fastdpo.trainer.parallelism import check_images_cut, check_parallelism, gathered_once
 from fastdpo.trainer.promises import check_best_metric, check_reporters
 from fastdpo.trainer.reference import Reference
 from fastdpo.trainer.resumable import ResumableRuns
@@ -165,6 +167,7 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
             is_sharded=later,
             images=images,
         )
+        check_parallelism(policy, ref_model, args)
         if not later:
             refuse_not_finite({"the model": policy, "the reference model": ref_model})
         fix_frequencies_of((policy, ref_model), args)
@@ -204,14 +207,20 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if not later and self.is_world_process_zero():
+        sharded = sizes_of(policy)
+        if not (later or sharded) and self.is_world_process_zero():
             check_comes_back(policy, args.folder)
         check_distribution(
             args,
-            "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None,
-            is_fsdp2=self.accelerator.is_fsdp2,
+            "DeepSpeed"
+            if self.is_deepspeed_enabled
+            else "FSDP"
+            if self.is_fsdp_enabled or sharded.get("dp", 1) > 1
+            else None,
+            is_fsdp2=self.accelerator.is_fsdp2 or bool(sharded),
             mixes_images=self._preparer.mixes_images,
         )
+        check_images_cut(self.accelerator, has_images=self._preparer.has_images)
         if self.accelerator.is_fsdp2:
             keep_output_dtypes(self.accelerator)
         self._offloading: ActivationOffloading | None = None
@@ -410,7 +419,7 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
             losses, per_pair = self.pair_losses(model, inputs)
         # Row by row, because the last batch repeats rows to give every process as many, and these are cut off here.
         of_rows = torch.stack([sums_of_rows(values, inputs) for values in per_pair.values()], dim=-1)
-        gathered = self.accelerator.gather_for_metrics(of_rows)
+        gathered = gathered_once(self.accelerator, of_rows)
         self.eval_sums.add(dict(zip(per_pair, gathered.unbind(-1), strict=True)))
         return losses.mean(), None, None
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,13 +18,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from accelerate import DistributedType, PartialState
+import torch.distributed as dist
+from accelerate import DistributedType, ParallelismConfig, PartialState
 from broken_runs import id_rows
 from limited_ranks import Outcome, run_limited
 from peft import LoraConfig
 from ranks import launched
 from tiny_models import make_model
 from trainer_runs import make_trainer
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from fastdpo.trainer import DPOTrainer
@@ -56,6 +60,30 @@ def zero_launched(**settings: str) -> Iterator[None]:
         finally:
             gc.collect()
             unset_hf_deepspeed_config()  # or models that are made from here on would be sharded, too
+
+
+@contextlib.contextmanager
+def torchrun_launched() -> Iterator[None]:
+    """As on a rank of ``torchrun``; accelerate has meshes for GPUs alone, see :func:`ranks.launched`."""
+    with (
+        mock.patch.dict(os.environ, {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_FSDP": "false"}),
+        mock.patch.object(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU)),
+    ):
+        yield
+
+
+def cut_model(seed: int, **sizes: int) -> Any:
+    """The same model as :func:`small_model`, of which each rank has loaded its part; by all ranks together."""
+    folder = Path(tempfile.gettempdir()) / f"matrix-models-{os.getppid()}" / str(seed)
+    if dist.get_rank() == 0:
+        small_model(seed).save_pretrained(folder)
+    dist.barrier()
+    config = DistributedConfig(tp_plan="auto", **sizes)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", distributed_config=config)
+
+
+def cp_options(**sizes: int) -> Options:
+    return {"parallelism_config": ParallelismConfig(**sizes)}
 
 
 def zero_config(stage: int, *, offload: bool = False, **zero: Any) -> Options:
@@ -130,6 +158,15 @@ ENGINES: dict[str, Engine] = {
     "ZeRO-1": Engine(zero_launched, "DEEPSPEED, stage 1", zero_options(1)),
     "ZeRO-2": Engine(zero_launched, "DEEPSPEED, stage 2", zero_options(2)),
     "ZeRO-3": Engine(zero_launched, "DEEPSPEED, stage 3", zero_options(3)),
+    "TP": Engine(torchrun_launched, "MULTI_GPU, tp 2", data_parallel=1, models=lambda seed: cut_model(seed, tp_size=2)),
+    "TP x DP": Engine(
+        torchrun_launched,
+        "MULTI_GPU, dp_shard 2, tp 2",
+        ranks=4,
+        models=lambda seed: cut_model(seed, tp_size=2, fsdp_size=2),
+    ),
+    "CP": Engine(launched, "FSDP, version 2, cp 2", cp_options(cp_size=2), data_parallel=1),
+    "CP x DP": Engine(launched, "FSDP, version 2, dp_shard 2, cp 2", cp_options(cp_size=2, dp_shard_size=2), ranks=4),
 }
 ALONE = Engine(contextlib.nullcontext, "NO", ranks=1, data_parallel=1)
 CELLS = [Cell(engine, reference, layout) for engine in ENGINES for reference in REFERENCES for layout in LAYOUTS]
@@ -143,7 +180,9 @@ def engine_of(trainer: DPOTrainer) -> str:
         kind += f", stage {trainer.model_wrapped.zero_optimization_stage()}"
     if accelerator.distributed_type == DistributedType.FSDP:
         kind += f", version {accelerator.state.fsdp_plugin.fsdp_version}"
-    return kind
+    config = accelerator.parallelism_config
+    sizes = {} if config is None else {name: getattr(config, f"{name}_size") for name in ("dp_shard", "cp", "tp")}
+    return ", ".join([kind, *(f"{name} {size}" for name, size in sizes.items() if size > 1)])
 
 
 def make_cell(cell: Cell, engine: Engine, folder: Path, **more: Any) -> DPOTrainer:

@@ -1,0 +1,163 @@
+"""Padded rows cut over processes (context parallelism): each computes some positions of every row.
+
+A row of T positions is cut into 2R chunks for R ranks. Rank r has chunks r and 2R - 1 - r, of which the one has as many
+keys to attend to as the other has not: the ranks have equal work. In every layer the ranks bring their keys and values
+together, once, and each attends from its own positions, bottom-right causally; the loss is told of sums over the ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from fastdpo.model.attention import attention_configs, options_of
+from fastdpo.model.attention_backends import attend_by_segment
+from fastdpo.model.head import FusedHead, HeadOutput
+from fastdpo.model.head_calls import IGNORE_INDEX
+from fastdpo.model.language_model import language_model
+from fastdpo.model.segments import causal_mask
+
+# The keyword argument by which a cut reaches the attention.
+CUT = "cut_rows"
+
+_NAME = "fastdpo_cut_rows"
+
+
+class RowCut:
+    """What of a row of some length this process has.
+
+    Args:
+        group: the ranks that have the same rows.
+        width: T, a multiple of twice as many as there are ranks.
+
+    Attributes:
+        group: as given.
+        positions: [T / R] int64, those of this rank.
+        query_sizes, piece_sizes, key_pieces: as :class:`fastdpo.model.segments.Segments` has them, of the queries of
+            this rank, and of the keys of all, rank by rank.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, width: int, device: torch.device) -> None:
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        size = width // (2 * ranks)
+        self.group = group
+        chunks = (rank, 2 * ranks - 1 - rank)
+        self.positions = torch.cat([torch.arange(i * size, (i + 1) * size, device=device) for i in chunks])
+        self.query_sizes = [size, size]
+        self.piece_sizes = [size] * (2 * ranks)
+        places = [2 * i if i < ranks else 2 * (2 * ranks - 1 - i) + 1 for i in range(2 * ranks)]
+        self.key_pieces = [places[: chunk + 1] for chunk in chunks]
+        self._masks: dict[tuple[Any, ...], Tensor] = {}
+
+    def mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """As :meth:`fastdpo.model.segments.Segments.mask`."""
+        name = (queries, keys, window, dtype)
+        if name not in self._masks:
+            self._masks[name] = causal_mask(queries, keys, window, dtype, device)
+        return self._masks[name]
+
+
+class CutAttention:
+    """Puts the attention of cut rows into a model, for the time of a ``with`` block; see :class:`RowAttention`.
+
+    Args:
+        model: the model, or the PEFT model around it.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        self._configs = attention_configs(language_model(model))
+        AttentionInterface.register(_NAME, _forward)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """The model attends across the ranks, and takes nothing but cut rows, until the block ends."""
+        before = [config._attn_implementation for config in self._configs]
+        try:
+            for config in self._configs:
+                config._attn_implementation = _NAME
+            yield
+        finally:
+            for config, own in zip(self._configs, before, strict=True):
+                config._attn_implementation = own
+
+
+def score_cut(
+    head: FusedHead,
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    group: dist.ProcessGroup,
+    outputs: Sequence[str] = (),
+    **model_kwargs: Any,
+) -> HeadOutput:
+    """Score this rank's positions of padded rows, where :class:`CutAttention` is active.
+
+    Args:
+        head: of the model.
+        model: what is called; every rank of ``group`` calls it with the same rows.
+        input_ids, labels: [B, T] int64, the whole rows, padded on the right; as for a call of ``head``.
+        group: the ranks that the rows are cut over.
+        outputs: as in a call of ``head``.
+        model_kwargs: passed on to ``model``.
+
+    Returns:
+        Fields of shape [B, K]: of the K positions of this rank at which any row has a label to predict; of one, if
+        there is none.
+    """
+    rows, tokens = input_ids.shape
+    width = tokens + -tokens % (2 * dist.get_world_size(group))
+    cut = RowCut(group, width, input_ids.device)
+    ids = F.pad(input_ids, (0, width - tokens))[:, cut.positions]
+    targets = F.pad(labels[:, 1:], (0, width - tokens + 1), value=IGNORE_INDEX)[:, cut.positions]
+    columns = (targets != IGNORE_INDEX).any(0).nonzero().squeeze(1)
+    if not len(columns):  # whoever has no label still has keys, and meets the others in the backward
+        columns = columns.new_zeros(1)
+    model_kwargs |= {"position_ids": cut.positions.expand(rows, -1), CUT: cut}
+    return head.score_columns(model, ids, targets[:, columns], columns, outputs, **model_kwargs)
+
+
+def _forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """What transformers calls: query [B, Hq, t, D], key and value [B, Hkv, t, D] of this rank, to [B, t, Hq, D]."""
+    cut: RowCut | None = kwargs.get(CUT)
+    if cut is None:
+        raise NotImplementedError(f"the model does not pass keyword arguments ({CUT}) on to its attention")
+    query, key, options = options_of(module, query, key, value, attention_mask, **kwargs)
+    tokens = len(cut.positions)
+    if query.shape[2] != tokens or key.shape[2] != tokens:
+        raise NotImplementedError(
+            f"the model's attention has {query.shape[2]} queries and {key.shape[2]} keys for the {tokens} positions of "
+            "a rank"
+        )
+    # One exchange for both.
+    together: Tensor = _Gather.apply(torch.cat((key, value), -1), cut.group)  # type: ignore[no-untyped-call]
+    key, value = together.split((key.shape[-1], value.shape[-1]), -1)
+    return attend_by_segment(module, query, key, value, cut, options), None
+
+
+class _Gather(torch.autograd.Function):
+    """[B, H, t, D] of every rank to [B, H, R t, D], rank by rank; the gradient is the sum of what the ranks have."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ranks = group, dist.get_world_size(group)
+        gathered = values.new_empty((ranks * len(values), *values.shape[1:]))
+        dist.all_gather_into_tensor(gathered, values.contiguous(), group=group)
+        by_rank: Tensor = gathered.unflatten(0, (ranks, -1))
+        return by_rank.movedim(0, 2).flatten(2, 3)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        parts = grad.unflatten(2, (dist.get_world_size(ctx.group), -1)).movedim(2, 0).contiguous()
+        own = torch.empty_like(parts[0])
+        dist.reduce_scatter_tensor(own, parts.flatten(0, 1), group=ctx.group)
+        return own, None

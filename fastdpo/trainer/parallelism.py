@@ -1,0 +1,199 @@
+"""Tensor and context parallelism: what a run loads for it, what it can have, and what is said where it cannot.
+
+The parallelism is transformers' and accelerate's. A model is cut where it is loaded (``DistributedConfig``, or
+``tp_plan``), and accelerate's ``ParallelismConfig`` says which processes have the same data.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch.distributed as dist
+from accelerate import Accelerator, ParallelismConfig
+from accelerate.utils import str_to_bool
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from fastdpo.data.share import DataShare
+from fastdpo.model.attention import RowAttention
+from fastdpo.model.cut_rows import CutAttention
+from fastdpo.model.language_model import language_model
+from fastdpo.model.load_sharding import is_load_sharded, sizes_of
+from fastdpo.model.packing_choice import Packing
+from fastdpo.model.router_loss import may_have_router_loss, router_loss_coef
+from fastdpo.trainer.config import DPOConfig
+
+# By what from_pretrained is told to cut a model.
+_CUTS = ("distributed_config", "tp_plan", "tp_size")
+
+_HOW = (
+    "give the model's name or path, which is then loaded so; or load it with "
+    "from_pretrained(..., distributed_config=DistributedConfig(tp_size=..., fsdp_size=...))"
+)
+
+
+def config_of(args: DPOConfig) -> ParallelismConfig | None:
+    """What the run, or ``accelerate launch``, was told of parallelism; None for nothing."""
+    if args.parallelism_config is not None:
+        return args.parallelism_config
+    asked = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false")
+    return ParallelismConfig() if str_to_bool(asked) else None
+
+
+def data_ranks(args: DPOConfig, model: PreTrainedModel | PeftModel | None = None) -> int:
+    """How many processes have data of their own; ``model`` where it may have been cut by itself."""
+    config, sizes = config_of(args), {} if model is None else sizes_of(model)
+    copies = sizes.get("tp", 1 if config is None else config.non_data_parallel_size)
+    ranks: int = args.world_size // copies
+    return ranks
+
+
+def loading_kwargs(args: DPOConfig) -> dict[str, Any]:
+    """What ``from_pretrained`` takes beside ``args.model_init_kwargs`` to cut the model as the run was told."""
+    config = config_of(args)
+    if config is None or not config.tp_enabled or any(name in args.init_kwargs for name in _CUTS):
+        return {}
+    return {
+        "distributed_config": DistributedConfig(
+            tp_size=config.tp_size, tp_plan="auto", fsdp_size=config.dp_shard_size * config.dp_replicate_size
+        )
+    }
+
+
+def check_parallelism(
+    policy: PreTrainedModel | PeftModel,
+    ref_model: PreTrainedModel | PeftModel | None,
+    args: DPOConfig,
+) -> None:
+    """Raises for what is not supported with models that are cut over processes, or are to be.
+
+    Args:
+        policy: what is trained.
+        ref_model: the reference's own model.
+        args: the run's.
+
+    Raises:
+        ValueError: the models are not cut alike, or otherwise than the run was told.
+        NotImplementedError: the message says what to use.
+    """
+    config, sizes = config_of(args), sizes_of(policy)
+    if config is not None and config.sp_enabled:
+        raise NotImplementedError(
+            f"sp_size is {config.sp_size}: sequence parallelism by DeepSpeed (Ulysses) is not supported. Use cp_size "
+            "with FSDP2, which cuts sequences as well"
+        )
+    if config is not None and config.tp_enabled and not sizes:
+        raise ValueError(f"tp_size is {config.tp_size} in the run's ParallelismConfig, and the model is whole: {_HOW}")
+    if ref_model is not None and sizes_of(ref_model) != sizes and (sizes_of(ref_model) or sizes["tp"] > 1):
+        raise ValueError(
+            "model and ref_model are not cut over processes alike: load both with the same DistributedConfig, or leave "
+            "ref_model out and give model by its name or path"
+        )
+    if config is not None and config.cp_enabled and not sizes:
+        _check_cutting(policy, config, args)
+    if sizes:
+        _check_cut(config, sizes, args)
+
+
+def _check_cut(config: ParallelismConfig | None, sizes: dict[str, int], args: DPOConfig) -> None:
+    """The same, of a policy that ``from_pretrained`` cut into these sizes."""
+    what = f"a model that from_pretrained cut over processes ({', '.join(f'{k}={v}' for k, v in sizes.items())})"
+    engine = _engine_of(args)
+    if engine is not None:
+        raise NotImplementedError(
+            f"{what} is not supported with accelerate's {engine}, which would cut it again. Leave {engine} out of "
+            "accelerate's configuration, and give fsdp_size beside tp_size to DistributedConfig"
+        )
+    if sizes["pp"] > 1:
+        raise NotImplementedError(f"{what} is not supported with pipeline parallelism; use tp_size and fsdp_size")
+    if config is not None and config.cp_enabled:
+        raise NotImplementedError(f"{what} is not supported with cp_size; use one of them")
+    if config is not None and config.tp_size not in (1, sizes["tp"]):
+        raise ValueError(f"tp_size is {config.tp_size} in the run's ParallelismConfig, and the model has {sizes['tp']}")
+    if args.sync_ref_model:
+        raise NotImplementedError(
+            f"sync_ref_model is not supported with {what}: the reference's weights are in no one place, to be moved "
+            "and saved. Train on processes that each hold all of the model (DDP), or leave it out"
+        )
+    if args.torch_compile:
+        raise NotImplementedError(f"torch_compile is not supported with {what}; leave it out")
+
+
+def _engine_of(args: DPOConfig) -> str | None:
+    """What of accelerate shards models: FSDP, DeepSpeed, or nothing."""
+    if args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+        return "FSDP"
+    return "DeepSpeed" if args.deepspeed_plugin is not None else None
+
+
+def cut_ranks(accelerator: Accelerator) -> dist.ProcessGroup | None:
+    """The ranks that sequences are cut over, this process among them; None where they are whole."""
+    config = accelerator.parallelism_config
+    if config is None or not config.cp_enabled:
+        return None
+    ranks: dist.ProcessGroup = accelerator.torch_device_mesh["cp"].get_group()
+    return ranks
+
+
+def attention_of(
+    model: PreTrainedModel | PeftModel, packing: Packing, cut: dist.ProcessGroup | None
+) -> RowAttention | CutAttention | None:
+    """What ``model`` needs to take a run's batches."""
+    return packing.attention_of(model) if cut is None else CutAttention(model)
+
+
+def _check_cutting(policy: PreTrainedModel | PeftModel, config: ParallelismConfig, args: DPOConfig) -> None:
+    """Raises for what is not supported with sequences that are cut over processes."""
+    what = f"cp_size={config.cp_size}"
+    if _engine_of(args) != "FSDP":
+        raise ValueError(
+            f"{what} cuts sequences over processes, which accelerate does with FSDP2 alone: start the run with it "
+            "(accelerate launch --use_fsdp --fsdp_version 2)"
+        )
+    if args.ld_alpha is not None:
+        raise NotImplementedError(f"ld_alpha is not supported with {what}; leave one of them out")
+    lm = language_model(policy)
+    coef = args.router_aux_loss_coef
+    if may_have_router_loss(lm) and (router_loss_coef(lm) if coef is None else coef):
+        raise NotImplementedError(
+            "the load-balancing loss of a mixture of experts, which is of all tokens of a batch, is not supported with "
+            f"{what}: give router_aux_loss_coef 0, or use processes that have whole sequences"
+        )
+    if args.torch_compile:
+        raise NotImplementedError(f"torch_compile is not supported with {what}; leave it out")
+
+
+def refuse_copy(policy: PreTrainedModel | PeftModel) -> None:
+    """Raises where a copy of the policy would have to be the reference, and it is cut over processes.
+
+    The copy's modules would keep the forwards that the plan put into the policy's: it would be the policy.
+    """
+    if is_load_sharded(policy):
+        raise NotImplementedError(
+            "model is cut over processes (a DistributedConfig or tp_plan), and cannot be copied to be the reference: "
+            "give its name or path, which is loaded twice; or a ref_model that is loaded in the same way; or "
+            "precompute_ref_log_probs; or a new adapter (peft_config), whose reference is the model without it"
+        )
+
+
+def gathered_once(accelerator: Accelerator, of_rows: Tensor) -> Tensor:
+    """What all processes have of an evaluation's batch, row by row; of those that have the same rows, once.
+
+    The rows that the last batch repeats, to give every process as many, are cut off.
+    """
+    share = DataShare.of(accelerator)
+    if share.copies == 1:
+        gathered: Tensor = accelerator.gather_for_metrics(of_rows)
+        return gathered
+    rows = share.once(accelerator.gather(of_rows))
+    state = accelerator.gradient_state
+    return rows[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else rows
+
+
+def check_images_cut(accelerator: Accelerator, *, has_images: bool) -> None:
+    """Raises where rows with images would be cut over processes."""
+    if has_images and cut_ranks(accelerator) is not None:
+        raise NotImplementedError("rows with images are not supported with cp_size; use processes that have whole rows")
