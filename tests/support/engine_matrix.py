@@ -138,6 +138,8 @@ class Cell(NamedTuple):
 
 
 def small_model(seed: int, **options: Any) -> Any:
+    """Whole in every process, also where a run before it had ZeRO-3, with which models are divided as they are made."""
+    unset_hf_deepspeed_config()
     return make_model("llama", VOCABULARY, seed=seed, num_hidden_layers=LAYERS, **options)
 
 
