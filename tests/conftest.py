@@ -51,6 +51,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Libraries that look at the end for what nobody let go of are to find nothing."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For models so small that threads cost more than they give; and so that sums have the same order everywhere."""
