@@ -82,7 +82,7 @@ class PairBatches(Trainer):
             # With DeepSpeed in 16 bits Trainer would round the reference's log-probabilities, and weights, to these.
             return data.to(self.args.device)
         if isinstance(data, dict) and self.is_deepspeed_enabled and "vision" in data:
-            others = super()._prepare_input({name: value for name, value in data.items() if name != "vision"})
+            others: Any = super()._prepare_input({name: value for name, value in data.items() if name != "vision"})
             return others | {"vision": self._in_input_dtype(data["vision"])}
         return super()._prepare_input(data)
 

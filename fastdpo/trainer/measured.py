@@ -85,13 +85,14 @@ class MeasuredRuns(Trainer):
             return
         if self.is_deepspeed_enabled:
             # Trainer takes the engine for that of the training, or refuses.
-            self.deepspeed = hold_frozen(accelerator, self.model)
-            accelerator._models.append(self.deepspeed)
+            engine: Any = hold_frozen(accelerator, self.model)
+            self.deepspeed = engine
+            accelerator._models.append(engine)
             try:
                 yield
             finally:
-                let_go(accelerator, self.deepspeed)
-                accelerator._models = [model for model in accelerator._models if model is not self.deepspeed]
+                let_go(accelerator, engine)
+                accelerator._models = [model for model in accelerator._models if model is not engine]
                 self.deepspeed, self.model_wrapped = None, self.model
             return
         if not accelerator._models:

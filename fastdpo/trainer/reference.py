@@ -246,6 +246,7 @@ class Reference:
             scorer = self._policy if self.scorer is None else self.scorer
             let_go(self._accelerator, scorer.root)
             scorer.root = scorer.model
+            del scorer  # the last that holds it
         self.scorer, self._is_held = None, False
         gc.collect()  # what FSDP has sharded is held by circles
 

@@ -229,7 +229,9 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
             check_offloading(args.device, is_sharded=is_sharded, compiles=args.torch_compile)
             self._offloading = ActivationOffloading(policy, args.device)
         if self.is_deepspeed_enabled and not later:
-            policy.to(args.device)  # where it is looked at; DeepSpeed puts it there when the training begins
+            cast(nn.Module, policy).to(
+                args.device
+            )  # where it is looked at; DeepSpeed puts it there when the training begins
         self._start_is_checked = not args.loss_options.takes_reference
         self._policy.root = self.model
         self._reference = Reference(self._policy, ref_model, args, self.accelerator, in_columns=has_reference_columns)

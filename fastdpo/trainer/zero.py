@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastdpo.model.language_model import language_model
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 # Of modules, which keep them when an engine's hooks are gone, and have the next engine's backward use the old one.
 _LEFT_BY_HOOKS = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")
@@ -32,8 +33,7 @@ def is_partitioned(tensor: Tensor) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a parameter: all of it, unless ZeRO-3 has divided it."""
-    part: Tensor = tensor.ds_tensor if is_partitioned(tensor) else tensor
-    return part
+    return cast(Any, tensor).ds_tensor if is_partitioned(tensor) else tensor
 
 
 def inference_engine(accelerator: Accelerator, model: nn.Module) -> nn.Module:
@@ -102,7 +102,7 @@ def of_whole(tensors: Mapping[str, Tensor], work: Callable[[Tensor], T]) -> dict
     return found
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: M) -> M:
     """A copy of a model, whole in every process, also where ZeRO-3 has divided the model itself."""
     with gathered(model.parameters()):
         return copy.deepcopy(model)

@@ -38,6 +38,8 @@ TOLERANCE = 1e-5  # relative, of losses and gradient norms: float32
 LIMIT = 60.0  # seconds for a cell
 PAGE = Path(__file__).parents[2] / "docs" / "devices-matrix.md"
 
+NEEDS_DEEPSPEED = "needs DeepSpeed: pip install -e '.[deepspeed]'"
+
 Options = dict[str, Any]
 Steps = list[dict[str, float]]
 

@@ -16,10 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import Here, forking, here, take_over
 
-# Imported once, by the process that the ranks are forked from.
-_HEAVY = ["torch", "transformers", "datasets", "peft", "accelerate"]
 _POLL, _GRACE = 0.02, 20.0  # seconds; the latter for a rank to import, and to say what a broken collective was
 
 
@@ -65,9 +63,8 @@ def _attempt(
     work: Callable[[str], Any], names: list[str], ranks: int, limit: float, place: Path
 ) -> dict[str, list[Outcome]]:
     """Outcomes up to the first that is not good, or of all."""
-    context: Any = mp.get_context("forkserver")
-    context.set_forkserver_preload(_HEAVY)
-    shared = (work, names, ranks, limit, str(place))
+    context = forking()
+    shared = (here(), work, names, ranks, limit, str(place))
     processes = [context.Process(target=_on_rank, args=(rank, *shared), daemon=True) for rank in range(ranks)]
     for process in processes:
         process.start()
@@ -102,7 +99,10 @@ def _await(files: list[Path], processes: list[Any], seconds: float) -> None:
         time.sleep(_POLL)
 
 
-def _on_rank(rank: int, work: Callable[[str], Any], names: list[str], ranks: int, limit: float, place: str) -> None:
+def _on_rank(
+    rank: int, there: Here, work: Callable[[str], Any], names: list[str], ranks: int, limit: float, place: str
+) -> None:
+    take_over(there)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), OMP_NUM_THREADS="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # asked for, and not used: the group is there

@@ -5,14 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from engine_matrix import CELLS, PAGE, STEPS, Cell, Outcome, cells_of, measure, page, verdict
+from engine_matrix import CELLS, NEEDS_DEEPSPEED, PAGE, STEPS, Cell, Outcome, cells_of, measure, page, verdict
 from limited_ranks import run_limited
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 
 
+# Not tested elsewhere by default, and needs nothing that is not installed for the tests.
+SAMPLE = [Cell("FSDP1", "second model", "packed"), Cell("FSDP1", "adapter", "padded")]
+
+
 @pytest.mark.slow
 def test_all_cells_and_the_page(tmp_path: Path):
+    pytest.importorskip("deepspeed", reason=NEEDS_DEEPSPEED)
     found = measure(CELLS, tmp_path)
     wrong = [text for text in found.values() if text != "equal" and not text.startswith("refused: ")]
     assert not wrong, "\n\n".join(wrong)
@@ -29,6 +34,17 @@ def _hang_or_raise(name: str) -> str:
     if name == "raises":
         raise ValueError("as it should")
     return name
+
+
+def test_some_cells_are_what_the_page_says(tmp_path: Path):
+    said = cells_of(PAGE.read_text(encoding="utf-8"))
+    assert measure(SAMPLE, tmp_path) == {cell: said[cell] for cell in SAMPLE}
+
+
+def test_the_page_has_every_cell_and_no_other():
+    said = cells_of(PAGE.read_text(encoding="utf-8"))
+    assert list(said) == CELLS
+    assert page(said) == PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
