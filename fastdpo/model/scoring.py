@@ -252,6 +252,12 @@ class Scorer:
     ) -> SequenceScores:
         """Of a padded micro-batch, that all ranks of ``cut`` have alike."""
         assert self.cut is not None and isinstance(self.attention, CutAttention)
+        mask = part["attention_mask"]
+        if bool((mask[:, 1:] > mask[:, :-1]).any()):  # the attention of cut rows knows of none
+            raise ValueError(
+                "a batch has rows with padding before or among their tokens, which cannot be cut over processes "
+                "(cp_size); have data_collator pad them on the right"
+            )
         self.head.inspect_once(called)  # with rows that are whole
         with self.attention.active():
             out = score_cut(self.head, called, part["input_ids"], labels, self.cut, outputs, **model_kwargs)

@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 import torch.distributed as dist
-from accelerate import Accelerator, ParallelismConfig
+from accelerate import Accelerator, DistributedType, ParallelismConfig
 from accelerate.utils import str_to_bool
 from peft import PeftModel
 from torch import Tensor
@@ -28,6 +28,9 @@ from fastdpo.trainer.config import DPOConfig
 
 # By what from_pretrained is told to cut a model.
 _CUTS = ("distributed_config", "tp_plan", "tp_size")
+
+# What accelerate makes of processes for which it has no device meshes.
+_WITHOUT_MESHES = (DistributedType.MULTI_CPU,)
 
 _HOW = (
     "give the model's name or path, which is then loaded so; or load it with "
@@ -80,6 +83,12 @@ def check_parallelism(
         NotImplementedError: the message says what to use.
     """
     config, sizes = config_of(args), sizes_of(policy)
+    cuts = sizes.get("tp", 1) > 1 or (config is not None and config.total_size > 1)
+    if cuts and args.distributed_state.distributed_type in _WITHOUT_MESHES:
+        raise NotImplementedError(
+            "tensor and context parallelism are not supported among processes of a CPU, for which accelerate has no "
+            "device meshes; start the run on GPUs, without use_cpu"
+        )
     if config is not None and config.sp_enabled:
         raise NotImplementedError(
             f"sp_size is {config.sp_size}: sequence parallelism by DeepSpeed (Ulysses) is not supported. Use cp_size "
@@ -120,6 +129,12 @@ def _check_cut(config: ParallelismConfig | None, sizes: dict[str, int], args: DP
         )
     if args.torch_compile:
         raise NotImplementedError(f"torch_compile is not supported with {what}; leave it out")
+    if args.load_best_model_at_end:
+        raise NotImplementedError(
+            f"load_best_model_at_end is not supported with {what}: whole weights cannot be put back into its parts. "
+            "Leave it out; each checkpoint is a whole model, and trainer_state.json names the best one "
+            "(best_model_checkpoint, by metric_for_best_model)"
+        )
 
 
 def _engine_of(args: DPOConfig) -> str | None:

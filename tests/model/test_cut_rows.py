@@ -6,7 +6,7 @@ import contextlib
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -152,3 +152,14 @@ def test_models_that_do_not_suit_are_refused(tmp_path: Path) -> None:
         assert right == ""
         for words, kind in ((falcon, "falcon_h1"), (mamba, "mamba")):
             assert kind in words and "cut over processes" in words and "cp_size 1" in words
+
+
+def test_padding_before_the_tokens_is_refused() -> None:
+    model, rows = make("llama"), batch()
+    # Which is told before any rank is asked.
+    scorer = Scorer(model, model, FusedHead(model), CutAttention(model), cast(dist.ProcessGroup, object()))
+    for place in (0, 1):
+        mask = rows["attention_mask"].clone()
+        mask[1, place] = 0
+        with pytest.raises(ValueError, match="padding before or among .* pad them on the right"):
+            scorer.score(rows | {"attention_mask": mask})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import ParallelismConfig
+from accelerate import DistributedType, ParallelismConfig
 from tiny_models import make_model
 from transformers.distributed import DistributedConfig
 
@@ -91,6 +91,7 @@ def test_pairs_a_step_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (TP, {"tp_size": 4}, {}, ValueError, r"tp_size is 4.*and the model has 2"),
         (TP, {}, {"sync_ref_model": True}, NotImplementedError, r"sync_ref_model.*leave it out"),
         (TP, {}, {"torch_compile": True}, NotImplementedError, r"torch_compile.*leave it out"),
+        (TP, {}, {"load_best_model_at_end": True}, NotImplementedError, r"load_best_model_at_end.*each checkpoint is"),
         (TP | {"pp": 2}, {}, {}, NotImplementedError, r"pipeline parallelism; use tp_size and fsdp_size"),
     ],
 )
@@ -146,3 +147,14 @@ def test_what_cut_sequences_cannot_have_is_refused(
         setattr(args, name, value)
     with pytest.raises(NotImplementedError, match=words):
         check_parallelism(make_model(kind), None, args)
+
+
+@pytest.mark.parametrize(("sizes", "config"), [(TP, {}), ({}, {"tp_size": 2}), ({}, {"cp_size": 2})])
+def test_processes_of_a_cpu_have_no_meshes(
+    sizes: dict[str, int], config: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model,) = cut_as(monkeypatch, sizes)
+    args = args_of(tmp_path, ParallelismConfig(**config) if config else None)
+    args.distributed_state = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU)
+    with pytest.raises(NotImplementedError, match=r"no device meshes; start the run on GPUs"):
+        check_parallelism(model, None, args)
