@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, cast, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -24,6 +24,8 @@ from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.run_files import INSTEAD, advice
 
 _NOT_SETTINGS = ("config", "help_all", "num_processes", "accelerate_config")
+# Numbers whose default is one, and that may be None as well.
+TAKES_NONE = ("max_length",)
 _DEEP = 500  # brackets: half of what Python's reader of JSON takes
 
 EPILOG = """\
@@ -259,7 +261,7 @@ class _Words(argparse.HelpFormatter):
             names.append(f"--no_{action.dest}")
         if action.nargs in (0, "?"):
             return ", ".join(names)
-        kinds: dict[Any, str] = {int: "N", float: "X"}
+        kinds: dict[Any, str] = {int: "N", _number_or_none: "N", float: "X"}
         choices = list(action.choices or ())
         value = f"{{{','.join(map(str, choices))}}}" if 0 < len(choices) < 6 else kinds.get(action.type, "VALUE")
         return f"{', '.join(names)} {value}{' ...' if action.nargs == '+' else ''}"
@@ -279,6 +281,13 @@ def _bool_or_word(text: str) -> bool | str:
     except argparse.ArgumentTypeError:
         return text
     return value
+
+
+def _number_or_none(text: str) -> int | None:
+    return None if text.lower() in ("none", "null") else int(text)
+
+
+_number_or_none.__name__ = "int"  # which argparse says of what is none
 
 
 class TrainParser(HfArgumentParser):
@@ -311,6 +320,7 @@ class TrainParser(HfArgumentParser):
         self.add_argument("--help_all", action="store_true", help="Describe every flag, and exit.")
         for action in list(self._actions):
             self._mend(action)
+        self._hints = {name: hint for kind in self.dataclasses for name, hint in get_type_hints(kind).items()}
 
     def _mend(self, action: argparse.Action) -> None:
         """What HfArgumentParser makes of a field, where it is not what a person would type or read."""
@@ -318,6 +328,8 @@ class TrainParser(HfArgumentParser):
             action.help = HELP[action.dest]
         if action.dest == "include_num_input_tokens_seen":  # a word or a bool, of which it allows the bool alone
             action.type = _bool_or_word
+        elif action.dest in TAKES_NONE:
+            action.type = _number_or_none
         elif action.dest == "logging_first_step":  # where policy and reference agree: the loss that tells a sound start
             action.default = True
             self.add_argument("--no_logging_first_step", action="store_false", dest=action.dest, default=True)
@@ -352,6 +364,9 @@ class TrainParser(HfArgumentParser):
         with bad_input():
             try:
                 return self.parse_dict(values)
+            except json.JSONDecodeError as error:  # of a flag that is JSON; it is not said which
+                wrong = [f"--{name}" for name, value in values.items() if value == error.doc]
+                raise ValueError(f"{', '.join(wrong) or 'a flag'}: no valid JSON ({error}): {error.doc}") from error
             except RecursionError as error:  # of a flag that is JSON; it is not said which
                 deep = [f"--{name}" for name, value in values.items() if _is_deep(value)]
                 raise ValueError(f"{', '.join(deep) or 'a flag'}: {error}") from error
@@ -425,12 +440,18 @@ class TrainParser(HfArgumentParser):
             if value is not None:
                 self._launch_flags.add(key, value)
             return
-        if key not in self._names() or key in ("config", "help", "help_all"):
+        if key in ("config", "help", "help_all"):
+            raise UsageError(f"--config {path}: {key} is for the command line; leave it out of the file.")
+        if key not in self._names():
             raise UsageError(f"--config {path}: unknown key {key!r}.{self._nearest(key, '')}")
+        if value is None and self._hints.get(key) in (int, float):
+            raise UsageError(f"--config {path}: {key}: null is no value for it; leave it out, or give one.")
         # "No value", which the command line cannot say for every type, nor none of a list.
         if value is None or value == [] or (value == "" and self._takes_several(key)):
             setattr(namespace, key, value)
             return
+        if value is False and self._takes_no(key):
+            value = "no"  # which YAML reads as false
         try:
             words = _as_words(key, value)
         except (ValueError, TypeError, RecursionError) as error:
@@ -443,6 +464,9 @@ class TrainParser(HfArgumentParser):
 
     def _takes_several(self, name: str) -> bool:
         return any(action.nargs == "+" for action in self._actions if action.dest == name)
+
+    def _takes_no(self, name: str) -> bool:
+        return any("no" in (action.choices or ()) for action in self._actions if action.dest == name)
 
     def _names(self) -> set[str]:
         return {action.dest for action in self._actions}
@@ -464,5 +488,13 @@ class TrainParser(HfArgumentParser):
 def _as_words(key: str, value: Any) -> list[str]:
     """A YAML value as command-line words."""
     if isinstance(value, list):
-        return [f"--{key}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
-    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
+        return [f"--{key}", *(_as_json(item) if isinstance(item, dict) else str(item) for item in value)]
+    return [f"--{key}={_as_json(value) if isinstance(value, dict) else value}"]
+
+
+def _as_json(values: dict[str, Any]) -> str:
+    """With numbers such as 1e-7, which YAML's older version takes for words (a flag of its own is read by its type)."""
+    numbers = {
+        k: float(v) for k, v in values.items() if isinstance(v, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", v)
+    }
+    return json.dumps(values | numbers)

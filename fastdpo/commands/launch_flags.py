@@ -89,6 +89,8 @@ class LaunchFlags:
                 f"{given[0]} is for starting processes, and this is one that accelerate launch or torchrun has "
                 "started: leave the launcher out, or the flag (in --config, too)."
             )
+        if asked.num_processes is not None and asked.num_processes < 1:
+            raise UsageError(f"num_processes is {asked.num_processes}; it should be at least 1")
         raise LaunchAskedError(self._launch_words(asked.num_processes, asked.accelerate_config))
 
     def _launch_words(self, num_processes: int | None, accelerate_config: str | None) -> list[str]:

@@ -111,6 +111,8 @@ def _memory(plan_args: PlanArguments) -> tuple[int, int, str]:
     with bad_input("--reserve"):
         reserved = RESERVED.get(device, RESERVED_ON_ACCELERATOR)
         reserved = reserved if plan_args.reserve is None else parse_memory(plan_args.reserve)
+    if memory < 1:
+        raise UsageError(f"--memory {plan_args.memory} is none; it should be like 24GiB, 80GB or 512MiB.")
     if reserved >= memory:
         raise UsageError(f"--reserve leaves nothing of {in_words(memory)}.")
     return memory, memory - reserved, device

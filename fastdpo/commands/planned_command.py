@@ -5,9 +5,13 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from fastdpo.commands.flags import TAKES_NONE
 from fastdpo.plan.search import Answer
 from fastdpo.plan.setup import Setup
 from fastdpo.report.facts import changed_settings
+
+# Stands for data that are not there yet.
+PAIRS = "pairs.jsonl"
 
 # How accelerate is told of what processes share.
 _LAUNCHES = {
@@ -32,8 +36,11 @@ def command_for(
         rows: of a batch as it was asked for.
     """
     values = {name: value for name, (value, _) in changed_settings(flags).items() if name not in leave_out}
+    if not (values.get("dataset_name") or values.get("datasets")):
+        values["dataset_name"] = PAIRS
     values |= _changes(answer, asked, flags, rows)
-    words = [word for name, value in values.items() if value is not None for word in _words(name, value, flags)]
+    said = {name: value for name, value in values.items() if value is not None or name in TAKES_NONE}
+    words = [word for name, value in said.items() for word in _words(name, value, flags)]
     start = ["fastdpo"]
     if answer.devices > 1:
         count = ["--num_processes", str(answer.devices)]

@@ -453,6 +453,9 @@ def test_bad_flags(
     ("content", "expected"),
     [
         ("betta: 0.2", "unknown key 'betta'. Did you mean beta?"),
+        ("config: other.yaml", "config is for the command line; leave it out of the file"),
+        ("beta: null", "beta: null is no value for it; leave it out, or give one"),
+        ("seed: null", "seed: null is no value for it"),
         ("beta: strong", "argument --beta: invalid float value: 'strong'"),
         ("truncation_mode: keep", "invalid choice: 'keep'"),
         ("beta: [0.1", "line 1: not valid YAML"),
@@ -492,6 +495,31 @@ def test_yaml_values_are_defaults_and_the_command_line_wins(tmp_path: Path, monk
     assert model_args.use_peft is True
     assert model_args.lora_target_modules == ["q_proj"]
     assert os.environ["ANOTHER_ONE"] == "new"
+
+
+def test_words_that_yaml_takes_for_others(tmp_path: Path) -> None:
+    """Its ``no`` is false, and its 1e-7 a word."""
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "eval_strategy: no\nsave_strategy: off\nuse_cpu: true\nuse_peft: no\nlearning_rate: 1e-6\n"
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-7, name: 1e}\n"
+        "max_length: null\n"
+    )
+    _, model_args, args, _ = TrainParser().read(["--config", str(config)])
+    assert (args.eval_strategy, args.save_strategy, model_args.use_peft) == ("no", "no", False)
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-7, "name": "1e"}
+    assert args.max_length is None
+
+
+def test_no_limit_can_be_said_on_the_command_line() -> None:
+    assert TrainParser().read(["--use_cpu", "--max_length", "None"])[2].max_length is None
+    with pytest.raises(UsageError, match="--max-length: invalid int value: 'ten'"):
+        TrainParser().read(["--max_length", "ten"])
+
+
+def test_a_flag_that_is_not_json_is_named() -> None:
+    with pytest.raises(UsageError, match=r"--gradient_checkpointing_kwargs: no valid JSON .*'use_reentrant'"):
+        TrainParser().read(["--use_cpu", "--gradient_checkpointing_kwargs", "{'use_reentrant': False}"])
 
 
 def test_flags_of_trl_mean_the_same() -> None:

@@ -123,6 +123,8 @@ def test_trls_names_of_settings_are_known(launched: list[str], monkeypatch: pyte
 def test_what_cannot_be_started(launched: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert main(["train", "--accelerate_config", "fsdp3"]) == 2
     assert "--accelerate_config fsdp3: no such file, and none of fsdp1, fsdp2, " in capsys.readouterr().err
+    assert main(["train", "--num_processes", "0"]) == 2
+    assert "num_processes is 0; it should be at least 1" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert main(["train", "--num_processes", "2"]) == 2
     assert "num_processes is for starting processes, and this is one that accelerate launch" in capsys.readouterr().err

@@ -68,11 +68,14 @@ def test_what_does_not_fit_is_taken_in_parts_or_otherwise(configuration: Path, c
 
 def test_several_devices_are_told_how_to_start(configuration: Path, capsys) -> None:
     words = ["--model_name_or_path", str(configuration), "--length", "20", "--device", "cuda", "--reserve", "0GiB"]
+    words += ["--max_length", "None"]
     found = plan(capsys, *words, "--memory", "80GB", "--devices", "4", "--stage", "fsdp2", *QLORA)
     assert {answer["stage"] for answer in found["answers"]} == {"fsdp2"}
     assert found["command"].startswith(
         "accelerate launch --num_processes 4 --use_fsdp --fsdp_version 2 -m fastdpo train"
     )
+    script_args, _, args, _ = TrainParser().read([*shlex.split(found["command"].split(" train ")[1]), "--use_cpu"])
+    assert script_args.dataset_name == "pairs.jsonl" and args.max_length is None
 
 
 def test_the_table_says_that_it_is_an_estimate(configuration: Path, capsys) -> None:
@@ -93,6 +96,7 @@ def test_the_table_says_that_it_is_an_estimate(configuration: Path, capsys) -> N
         (["--memory", "1GiB", "--length", "10", "--optim", "galore_adamw"], "whose memory is not known here"),
         (["--memory", "1GiB", "--length", "10", "--load_in_4bit"], "needs --use_peft"),
         (["--memory", "1GiB", "--length", "10", "--stage", "zero2"], "give --devices"),
+        (["--memory", "0", "--length", "10"], "--memory 0 is none; it should be like 24GiB"),
         (["--memory", "some", "--length", "10"], "is no amount of memory"),
     ],
 )
