@@ -65,9 +65,14 @@ def run(argv: list[str]) -> int:
     with bad_input(f"--model_name_or_path {model_args.model_name_or_path}"):
         batches = _batches(training_args, setup, rows)
         planner = Planner(batches, usable)
+    if not _stages(plan_args, setup):
+        raise UsageError(
+            f"--stage {plan_args.stage}: precompute_ref_log_probs is not supported with DeepSpeed; leave it out, or "
+            "use fsdp2."
+        )
     answers: list[Answer] = []
     for way in ways_of(setup, lambda: make_peft_config(replace(model_args, use_peft=True))):
-        for stage in _stages(plan_args):
+        for stage in _stages(plan_args, way):
             say(f"  {way.method}, {words_of(way)}{f', {STAGE_WORDS[stage]}' if plan_args.devices > 1 else ''}")
             try:
                 answers.append(planner.answer(way, stage, plan_args.devices))
@@ -173,6 +178,11 @@ def _rows(
     vocabulary = setup.config.get_text_config().vocab_size
     if plan_args.length is not None:
         prompt, answer = plan_args.lengths
+        if args.max_length is not None and prompt + answer > args.max_length:
+            raise UsageError(
+                f"--length {plan_args.length}: {prompt + answer} tokens are above max_length, {args.max_length}, to "
+                f"which a run cuts them. Give --max_length {prompt + answer}, or a shorter length."
+            )
         return made_up_rows(prompt, answer, count, vocabulary), f"pairs of {prompt} + {answer} tokens"
     if not (script_args.names or script_args.datasets):
         raise UsageError("--dataset_name is needed, the pairs to train on; or --length, where there are none yet.")
@@ -212,7 +222,9 @@ def _batches(args: DPOConfig, setup: Setup, rows: list[Row]) -> Batches:
     )
 
 
-def _stages(plan_args: PlanArguments) -> Sequence[str]:
+def _stages(plan_args: PlanArguments, way: Setup) -> Sequence[str]:
     if plan_args.devices == 1:
         return ("ddp",)
-    return ("ddp", "zero2", "fsdp2") if plan_args.stage is None else (plan_args.stage,)
+    stages = ("ddp", "zero2", "fsdp2") if plan_args.stage is None else (plan_args.stage,)
+    # A training refuses a cached reference with DeepSpeed.
+    return [stage for stage in stages if not (way.reference == "cache" and stage.startswith("zero"))]
