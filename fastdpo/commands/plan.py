@@ -112,7 +112,8 @@ def _memory(plan_args: PlanArguments) -> tuple[int, int, str]:
         reserved = RESERVED.get(device, RESERVED_ON_ACCELERATOR)
         reserved = reserved if plan_args.reserve is None else parse_memory(plan_args.reserve)
     if reserved >= memory:
-        raise UsageError(f"--reserve leaves nothing of {in_words(memory)}.")
+        kept, all_of_it = in_words(reserved), in_words(memory)
+        raise UsageError(f"--reserve: {kept} are to be left free, of {all_of_it}; give a smaller one.")
     return memory, memory - reserved, device
 
 
