@@ -59,7 +59,7 @@ def show(
     if machine.startswith("cpu"):
         console.print(
             f"They hold with {MALLOC_VARIABLE.split('=')[0]} set as below; glibc's malloc keeps much of what is freed "
-            "otherwise, and a run takes up to 1.8 times as much."
+            "otherwise, and a run takes up to 3 times as much."
         )
     if command is None:
         console.print("\nNothing fits: shorter sequences (--max_length), a smaller model, or more memory or devices.")
