@@ -3,10 +3,14 @@
 The peak is of the process's resident memory while it trains, beyond what it held before the model was made; that of the
 looks at the models, which come before the first step, is told apart. A run of a small model goes first, so that what
 libraries load and set up for themselves is there already; what a run frees goes back to the system before the next.
+
+glibc's malloc keeps much of what is freed, and more of it the larger the blocks are that were freed before; a job says
+whether it may, or hands each block of 128 KiB and more back at once, as ``MALLOC_MMAP_THRESHOLD_=131072`` has it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import tempfile
 from collections.abc import Sequence
@@ -26,7 +30,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.model.quantization import make_quantization_config
 from fastdpo.plan.batches import Row, made_up_rows
+from fastdpo.plan.devices import MALLOC_THRESHOLD
 from fastdpo.plan.setup import Setup
+
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 _LLAMA = {
     "model_type": "llama",
@@ -163,6 +170,8 @@ def train(case: PlanCase) -> tuple[list[float], list[float], int]:
 
 
 def work(job: Job) -> dict[str, Any]:
+    if not job["keeps_freed"] and ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MALLOC_THRESHOLD) != 1:
+        raise OSError("this system's malloc has no threshold to set")
     cases = [PlanCase(**case) for case in job["cases"]]
     train(replace(cases[0], model="llama-small", prompt=20, completion=20, max_tokens=None, steps=2))
     results: list[dict[str, Any]] = []
@@ -179,8 +188,10 @@ def work(job: Job) -> dict[str, Any]:
     return {"results": results}
 
 
-def job_of(cases: Sequence[PlanCase], folder: Path, threads: int) -> Job:
-    return {"cases": [asdict(case) for case in cases], "folder": str(folder), "threads": threads}
+def job_of(cases: Sequence[PlanCase], folder: Path, threads: int, *, keeps_freed: bool = False) -> Job:
+    """The job to measure ``cases``; with ``keeps_freed`` malloc may keep what is freed, as it does by itself."""
+    job = {"cases": [asdict(case) for case in cases], "folder": str(folder), "threads": threads}
+    return job | {"keeps_freed": keeps_freed}
 
 
 if __name__ == "__main__":

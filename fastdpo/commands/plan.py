@@ -119,7 +119,8 @@ def _memory(plan_args: PlanArguments) -> tuple[int, int, str]:
     if memory < 1:
         raise UsageError(f"--memory {plan_args.memory} is none; it should be like 24GiB, 80GB or 512MiB.")
     if reserved >= memory:
-        raise UsageError(f"--reserve leaves nothing of {in_words(memory)}.")
+        kept, all_of_it = in_words(reserved), in_words(memory)
+        raise UsageError(f"--reserve: {kept} are to be left free, of {all_of_it}; give a smaller one.")
     return memory, memory - reserved, device
 
 

@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 from fastdpo.commands.flags import TAKES_NONE
+from fastdpo.plan.devices import MALLOC_VARIABLE
 from fastdpo.plan.search import Answer
 from fastdpo.plan.setup import Setup
 from fastdpo.report.facts import changed_settings
@@ -45,7 +46,9 @@ def command_for(
     if answer.devices > 1:
         count = ["--num_processes", str(answer.devices)]
         start = ["accelerate", "launch", *count, *_LAUNCHES[answer.stage], "-m", "fastdpo"]
-    return shlex.join([*start, "train", *words])
+    command = shlex.join([*start, "train", *words])
+    # Without it a CPU run takes more than was counted.
+    return f"{MALLOC_VARIABLE} {command}" if answer.setup.device == "cpu" else command
 
 
 def _changes(answer: Answer, asked: Setup, flags: dict[str, tuple[Any, Any]], rows: int) -> dict[str, Any]:

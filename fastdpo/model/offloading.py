@@ -70,7 +70,7 @@ class ActivationOffloading:
         if 2 * tensor.numel() * size < storage.nbytes() and 0 not in tensor.stride():
             return _Packed(self._on_host(tensor), None)
         whole = tensor.as_strided((storage.nbytes() // size,), (1,), 0)
-        return _Packed(self._on_host(whole), (tensor.shape, tensor.stride(), tensor.storage_offset()))
+        return _Packed(self._on_host(whole), (tensor.shape, tensor.stride(), int(tensor.storage_offset())))
 
     def _on_host(self, tensor: Tensor) -> _OnHost:
         storage = tensor.untyped_storage()

@@ -13,14 +13,18 @@ from transformers import PreTrainedModel
 from fastdpo.model.auto_class import auto_class_of
 from fastdpo.model.language_model import described, language_model
 from fastdpo.model.randomness import disable_dropout
+from fastdpo.plan.layers import stack_of
 from fastdpo.plan.quantized import quantize
 from fastdpo.plan.setup import Setup
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def make_base(setup: Setup) -> PreTrainedModel:
-    """The model without an adapter, of the class that a run would load it as, on the device ``meta``."""
+def make_base(setup: Setup, layers: int | None = None) -> PreTrainedModel:
+    """The model without an adapter, of the class that a run would load it as, on the device ``meta``.
+
+    With ``layers``, it has so many of them and no more.
+    """
     config = copy.deepcopy(setup.config)
     auto_class = auto_class_of("", images=False, config=config)
     with torch.device("meta"):
@@ -30,18 +34,22 @@ def make_base(setup: Setup) -> PreTrainedModel:
             attn_implementation=setup.attn_implementation,
             trust_remote_code=setup.trust_remote_code,
         )
+        if layers is not None:
+            stack = stack_of(model)
+            assert stack is not None
+            del stack[layers:]
         if setup.bits:
             quantize(model, setup.bits, setup.bits_compute, nested=setup.nested)
     return model
 
 
-def make_policy(setup: Setup) -> PreTrainedModel | PeftModel:
-    """What is trained, in training mode, with checkpointing if the setup has it.
+def make_policy(setup: Setup, layers: int | None = None) -> PreTrainedModel | PeftModel:
+    """What is trained, in training mode, with checkpointing if the setup has it; ``layers``: see :func:`make_base`.
 
     Raises:
         NotImplementedError: checkpointing is on, and the model has none.
     """
-    model: PreTrainedModel | PeftModel = make_base(setup)
+    model: PreTrainedModel | PeftModel = make_base(setup, layers)
     if setup.peft_config is not None:
         with torch.device("meta"):
             model = get_peft_model(model, copy.deepcopy(setup.peft_config))
@@ -56,12 +64,13 @@ def make_policy(setup: Setup) -> PreTrainedModel | PeftModel:
             offload=options.pop("offload", False),
             activation_checkpointing_kwargs=options or None,
         )
-    return model.train()
+    model.train()
+    return model
 
 
-def make_reference(setup: Setup) -> PreTrainedModel:
+def make_reference(setup: Setup, layers: int | None = None) -> PreTrainedModel:
     """The second model that stays beside the policy."""
-    model = make_base(setup).eval()
+    model = make_base(setup, layers).eval()
     model.requires_grad_(False)
     return model
 

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastdpo.model.language_model import language_model
 from fastdpo.model.row_collator import RowCollator
 from fastdpo.plan.batches import Row, largest_part, make_collator, tokens_of
+from fastdpo.plan.layers import Repetition, repetition_in
+from fastdpo.plan.models import make_policy
 from fastdpo.plan.setup import Setup
 from fastdpo.plan.sharding import share_of, units_of
 from fastdpo.plan.step import trace_step
@@ -93,6 +96,7 @@ class Planner:
     def __init__(self, batches: Batches, memory: int) -> None:
         self._batches, self._memory = batches, memory
         self._traced: dict[tuple[int, int, int | None], tuple[dict[str, int], int]] = {}
+        self._repetitions: dict[int, Repetition | None] = {}
         self._setups: list[Setup] = []  # kept, so that no other has its id
 
     def answer(self, setup: Setup, stage: str = "ddp", devices: int = 1) -> Answer:
@@ -150,8 +154,15 @@ class Planner:
             collator = self._batches.collator(setup.device, max_tokens)
             part, count = largest_part(collator, self._batches.rows[:pairs])
             others = count > 1 or pairs < len(self._batches.rows)
-            self._traced[name] = trace_step(setup, part, others=others), tokens_of(part)
+            parts = trace_step(setup, part, others=others, repetition=self._repetition(setup))
+            self._traced[name] = parts, tokens_of(part)
         return self._traced[name]
+
+    def _repetition(self, setup: Setup) -> Repetition | None:
+        if id(setup) not in self._repetitions:
+            every = int(setup.checkpointing_kwargs.get("every_n_layers", 1))
+            self._repetitions[id(setup)] = repetition_in(language_model(make_policy(setup)), every)
+        return self._repetitions[id(setup)]
 
 
 def describe(answer: Answer) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -21,6 +22,7 @@ from fastdpo.model.head_layers import find_heads, swapped_forward
 from fastdpo.model.language_model import described, language_model
 from fastdpo.model.logit_transform import LogitTransform
 from fastdpo.model.offloading import ActivationOffloading
+from fastdpo.plan.layers import Repetition, mark_layers
 from fastdpo.plan.models import make_policy, make_reference, placed
 from fastdpo.plan.optimizers import state_bytes, step_bytes
 from fastdpo.plan.setup import Setup
@@ -38,7 +40,9 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def trace_step(setup: Setup, part: dict[str, Any], *, others: bool) -> dict[str, int]:
+def trace_step(
+    setup: Setup, part: dict[str, Any], *, others: bool, repetition: Repetition | None = None
+) -> dict[str, int]:
     """Part of memory -> bytes, at the moment of a training step at which all together are most.
 
     The run's own code runs: the model's forward, the attention over packed rows, the fused head, autograd, gradient
@@ -48,14 +52,32 @@ def trace_step(setup: Setup, part: dict[str, Any], *, others: bool) -> dict[str,
         setup: the run.
         part: a micro-batch of :class:`fastdpo.model.row_collator.RowCollator`.
         others: the step has other micro-batches, so that gradients are there while this one's activations are.
+        repetition: of the model's layers, where few of them shall be run in the place of all.
 
     Raises:
         NotImplementedError: the model cannot be run so; the message says why.
     """
+    peak = None if repetition is None else _told_by_few(setup, part, others, repetition)
+    return _trace(setup, part, others, None).peak if peak is None else peak
+
+
+def _told_by_few(setup: Setup, part: dict[str, Any], others: bool, repetition: Repetition) -> dict[str, int] | None:
+    try:
+        small, large = (_trace(setup, part, others, size) for size in repetition.sizes)
+        return repetition.peak(small, large)
+    except Exception:  # of a model that counts its layers itself; if it is another error, all layers have it too
+        return None
+
+
+def _trace(setup: Setup, part: dict[str, Any], others: bool, layers: int | None) -> MemoryTracker:
     tracker = MemoryTracker(_workspace(setup))
-    policy = make_policy(setup)
-    reference = make_reference(setup) if setup.reference == "model" else None
-    calls = list(_calls(part))  # while indices have their values
+    policy = make_policy(setup, layers)
+    reference = make_reference(setup, layers) if setup.reference == "model" else None
+    mark_layers(language_model(policy), tracker, "policy")
+    if reference is not None:
+        mark_layers(reference, tracker, "reference")
+    # While indices have their values; of a row of its own, which makes its masks anew and keeps them.
+    calls = list(_calls(copy.deepcopy(part)))
     with _without_numbers(), tracker:
         with tracker.labelled("weights"):
             placed(policy)
@@ -67,10 +89,11 @@ def trace_step(setup: Setup, part: dict[str, Any], *, others: bool) -> dict[str,
             parameter.register_post_accumulate_grad_hook(lambda p: tracker.relabel(p.grad, "gradients"))
         kinds = [(parameter.shape, parameter.dtype) for parameter in trained]
         tracker.add("optimizer", state_bytes(setup.optim, kinds))
+        tracker.events.clear()  # nothing was given back yet, so that there is more from here on
         for _ in range(2 if others else 1):
             _micro_batch(setup, tracker, policy, reference, calls)
         tracker.for_a_moment("workspace", step_bytes(setup.optim, kinds, all_at_once=setup.device != "cpu"))
-    return tracker.peak
+    return tracker
 
 
 def count_parameters(setup: Setup) -> tuple[int, int]:
@@ -195,5 +218,5 @@ def _workspace(setup: Setup) -> int:
         return _CUDA_WORKSPACE if setup.device == "cuda" else _PORTABLE_WORKSPACE
     if is_portable(torch.device("cpu")):
         return _CPU_PORTABLE
-    width = setup.config.get_text_config().hidden_size
+    width: int = setup.config.get_text_config().hidden_size
     return torch.get_num_threads() * (_CPU_SUMS + 3 * 4 * _CPU_BLOCK * width)

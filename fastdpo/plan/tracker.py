@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +14,9 @@ from torch.utils._pytree import tree_iter
 
 # What memory is held for, in the order in which it is told.
 PARTS = ("weights", "reference", "gradients", "optimizer", "activations", "head", "workspace")
+
+# Bytes of each of them.
+Event = tuple[int, ...]
 
 # Of what lies in another memory, and is not counted.
 ELSEWHERE = "elsewhere"
@@ -45,16 +47,27 @@ class MemoryTracker(TorchDispatchMode):
         workspace: bytes that fastdpo's own operations take up inside, which nobody outside can see.
 
     Attributes:
-        peak: part -> bytes, at the moment at which all together were most.
+        events: what was held of each part, each time that it became more.
+        marks: (what was begun, the number of events before it).
     """
 
     def __init__(self, workspace: int = 0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._workspace = workspace
-        self._held: Counter[str] = Counter()
+        self._held = dict.fromkeys((*PARTS, ELSEWHERE), 0)
         self._storages: dict[int, tuple[str, int]] = {}
         self._label = "activations"
-        self.peak: dict[str, int] = dict.fromkeys(PARTS, 0)
+        self.events: list[Event] = []
+        self.marks: list[tuple[tuple[str, int], int]] = []
+
+    @property
+    def peak(self) -> dict[str, int]:
+        """Part -> bytes, at the moment at which all together were most."""
+        return dict(zip(PARTS, max(self.events, key=sum, default=(0,) * len(PARTS)), strict=True))
+
+    def mark(self, name: tuple[str, int]) -> None:
+        """What comes from now on belongs to this, until the next mark."""
+        self.marks.append((name, len(self.events)))
 
     @property
     def held(self) -> dict[str, int]:
@@ -119,6 +132,4 @@ class MemoryTracker(TorchDispatchMode):
         self._held[part] -= size
 
     def _look(self) -> None:
-        held = self.held
-        if sum(held.values()) > sum(self.peak.values()):
-            self.peak = held
+        self.events.append(tuple(self._held[part] for part in PARTS))

@@ -22,14 +22,17 @@ def test_the_table_compares(
 
     def run_job(module: str, job: dict[str, Any], timeout: float) -> dict[str, Any]:
         assert [PlanCase(**case) for case in job["cases"]] == SMALL
-        return {"results": [{"peak_bytes": 2 * estimates[0]}, {"failed": "no memory"}]}
+        peak = (3 if job["keeps_freed"] else 2) * estimates[0]
+        return {"results": [{"peak_bytes": peak}, {"failed": "no memory"}]}
 
     monkeypatch.setattr(plan, "CASES", SMALL)
     monkeypatch.setattr(plan, "run_job", run_job)
     assert plan.main(["--json", str(tmp_path / "plan.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("llama-small, full, shared, checkpointing") and lines[1].endswith("-50.0%")
-    assert lines[2].endswith("failed       -")
+    assert lines[1].startswith("llama-small, full, shared, checkpointing")
+    doubled = f"{2 * estimates[0] / 2**20:,.0f}"
+    assert lines[1].split()[-3:] == [doubled, "-50.0%", f"{3 * estimates[0] / 2**20:,.0f}"]
+    assert lines[2].split()[-3:] == ["failed", "-", "failed"]
     kept = json.loads((tmp_path / "plan.json").read_text())["results"]
     assert [sum(one["estimate"].values()) for one in kept] == estimates
 
