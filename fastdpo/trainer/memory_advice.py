@@ -11,9 +11,7 @@ from fastdpo.logps.out_of_memory import is_out_of_memory
 from fastdpo.trainer.config import DPOConfig
 
 
-def memory_advice(
-    args: DPOConfig, *, training: bool, has_reference_model: bool, has_adapter: bool, is_sharded: bool = False
-) -> list[str]:
+def memory_advice(args: DPOConfig, *, training: bool, has_reference_model: bool, has_adapter: bool) -> list[str]:
     """What would save memory, what costs least first, each with its flag.
 
     Args:
@@ -21,7 +19,6 @@ def memory_advice(
         training: in a training step, not in an evaluation.
         has_reference_model: whether a reference model is held beside the policy.
         has_adapter: whether an adapter is trained, not the whole model.
-        is_sharded: whether by FSDP or DeepSpeed, with which batches are not taken in parts.
     """
     name = "per_device_train_batch_size" if training else "per_device_eval_batch_size"
     size, budget = getattr(args, name), args.max_tokens_per_batch
@@ -29,7 +26,7 @@ def memory_advice(
     couples = args.loss_options.couples_pairs or args.sft_reduction == "batch"
     if budget is not None:
         advice.append(f"--max_tokens_per_batch below {budget}: smaller parts of the same batch")
-    elif size > 1 and not is_sharded and not couples:
+    elif size > 1 and not couples:
         tokens = f", such as {args.max_length}" if args.max_length else ""
         advice.append(f"--max_tokens_per_batch{tokens}: takes the same batch in parts")
     if has_reference_model:

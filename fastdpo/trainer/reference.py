@@ -35,6 +35,7 @@ from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.datasets import EvalDataset
 from fastdpo.trainer.frozen import hold_frozen, is_divided_later, let_go, meets_in_forwards
 from fastdpo.trainer.fsdp2 import keep_requires_grad
+from fastdpo.trainer.lockstep import idle_parts
 from fastdpo.trainer.models import compute_dtype
 from fastdpo.trainer.parallelism import attention_of
 from fastdpo.trainer.secrets import redacted
@@ -166,6 +167,8 @@ class Reference:
             scorer, batch = self._held_scorer(), to_device(collate(rows))
             at_shorter = self._loss_options.ld_alpha is not None
             sums = scorer.score(batch, at_shorter=at_shorter).in_pairs().sums
+            for part in idle_parts(accelerator, batch):
+                scorer.score(part, at_shorter=at_shorter)
             chosen, rejected = combine_segments(sums, self._loss_options, of_policy=False).chunk(2)
             return chosen, rejected
 
