@@ -15,13 +15,13 @@ def runs_in_step(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def idle_parts(accelerator: Accelerator, batch: dict[str, Any]) -> list[dict[str, Any]]:
+def idle_parts(accelerator: Accelerator, batch: dict[str, Any], max_tokens: int | None) -> list[dict[str, Any]]:
     """What this process runs beside the parts of its batch, to run as many as the one that has the most.
 
     They are copies of its own last part, and are to count nothing. Empty where processes need not meet, or no batch is
-    taken in parts. To be called by all processes together.
+    taken in parts (``max_tokens`` is None). To be called by all processes together, before any runs its own.
     """
-    if "micro_batches" not in batch or accelerator.num_processes == 1 or not runs_in_step(accelerator):
+    if max_tokens is None or accelerator.num_processes == 1 or not runs_in_step(accelerator):
         return []
     parts = micro_batches(batch)
     count = torch.tensor([len(parts)], device=accelerator.device)

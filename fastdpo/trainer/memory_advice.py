@@ -11,7 +11,9 @@ from fastdpo.logps.out_of_memory import is_out_of_memory
 from fastdpo.trainer.config import DPOConfig
 
 
-def memory_advice(args: DPOConfig, *, training: bool, has_reference_model: bool, has_adapter: bool) -> list[str]:
+def memory_advice(
+    args: DPOConfig, *, training: bool, has_reference_model: bool, has_adapter: bool, is_sharded: bool = False
+) -> list[str]:
     """What would save memory, what costs least first, each with its flag.
 
     Args:
@@ -19,6 +21,7 @@ def memory_advice(args: DPOConfig, *, training: bool, has_reference_model: bool,
         training: in a training step, not in an evaluation.
         has_reference_model: whether a reference model is held beside the policy.
         has_adapter: whether an adapter is trained, not the whole model.
+        is_sharded: whether by FSDP or DeepSpeed, with which activations are not offloaded.
     """
     name = "per_device_train_batch_size" if training else "per_device_eval_batch_size"
     size, budget = getattr(args, name), args.max_tokens_per_batch

@@ -166,8 +166,9 @@ class Reference:
         def score(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
             scorer, batch = self._held_scorer(), to_device(collate(rows))
             at_shorter = self._loss_options.ld_alpha is not None
+            idle = idle_parts(accelerator, batch, args.max_tokens_per_batch)
             sums = scorer.score(batch, at_shorter=at_shorter).in_pairs().sums
-            for part in idle_parts(accelerator, batch):
+            for part in idle:
                 scorer.score(part, at_shorter=at_shorter)
             chosen, rejected = combine_segments(sums, self._loss_options, of_policy=False).chunk(2)
             return chosen, rejected

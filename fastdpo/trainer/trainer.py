@@ -390,7 +390,7 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
         attention = self._policy.attention
         attending = contextlib.nullcontext() if attention is None else attention.active()
         offloading = contextlib.nullcontext() if self._offloading is None else self._offloading.active()
-        idle = idle_parts(self.accelerator, inputs)
+        idle = idle_parts(self.accelerator, inputs, self.args.max_tokens_per_batch)
         with self._advising(training=True), attending, offloading:
             for i, part in enumerate((*parts, *idle)):
                 # Processes may have different numbers of parts: they meet in the last one's backward.
@@ -424,6 +424,7 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
                 training=training,
                 has_reference_model=self.ref_model is not None,
                 has_adapter=isinstance(self._policy.model, PeftModel),
+                is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
             )
 
         return advising("a training step" if training else "an evaluation", advice)
@@ -440,9 +441,10 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
         if self.deepspeed is not None:  # the engine, for which Trainer calls the model that is in it
             model = self.deepspeed
         self._look_once(model)
+        idle = idle_parts(self.accelerator, inputs, self.args.max_tokens_per_batch)
         with torch.no_grad(), self.compute_loss_context_manager(), self._advising(training=False):
             losses, per_pair = self.pair_losses(model, inputs)
-            for part in idle_parts(self.accelerator, inputs):
+            for part in idle:
                 self.pair_losses(model, part)
         # Row by row, because the last batch repeats rows to give every process as many, and these are cut off here.
         of_rows = torch.stack([sums_of_rows(values, inputs) for values in per_pair.values()], dim=-1)
