@@ -25,8 +25,9 @@ from fastdpo.model.cut_check import check_cut
 from fastdpo.model.head import FusedHead
 from fastdpo.model.language_model import language_model
 from fastdpo.model.load_sharding import is_load_sharded, sizes_of
+from fastdpo.model.model_check import check_causal
 from fastdpo.model.packing_choice import Packing
-from fastdpo.model.scoring import Scorer, count_sequences, evaluating, pairs_of
+from fastdpo.model.scoring import Scorer, are_alike, count_sequences, evaluating, pairs_of
 from fastdpo.ref_cache.build import CachedSplit, ReferenceBuilder
 from fastdpo.ref_cache.files import DEFAULT_FOLDER
 from fastdpo.ref_cache.fingerprints import base_weights, joined_fingerprint, tensor_fingerprint
@@ -166,7 +167,9 @@ class Reference:
         def score(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
             scorer, batch = self._held_scorer(), to_device(collate(rows))
             at_shorter = self._loss_options.ld_alpha is not None
-            idle = idle_parts(accelerator, batch, args.max_tokens_per_batch)
+            # Elsewhere processes need not have as many batches either.
+            meets = meets_in_forwards(accelerator)
+            idle = idle_parts(accelerator, batch, args.max_tokens_per_batch) if meets else []
             sums = scorer.score(batch, at_shorter=at_shorter).in_pairs().sums
             for part in idle:
                 scorer.score(part, at_shorter=at_shorter)
@@ -242,6 +245,8 @@ class Reference:
         self._packing.require(scorer, self._args.max_length, self._accelerator.device, dtype)
         if scorer.cut is not None:
             check_cut(scorer, self._accelerator.device, dtype)
+        if self.scorer is not None and not are_alike(self._policy, scorer):
+            check_causal(scorer, self._accelerator.device, dtype)
         return scorer
 
     def _let_go(self) -> None:

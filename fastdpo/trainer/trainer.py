@@ -249,7 +249,8 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
         pictured = None if data_collator is not None else self._preparer.pictured
         self._look = ModelLook(
             self._policy,
-            self._reference.scorer,
+            # One that makes the cache is looked at when it does, and is gone afterwards.
+            None if later and args.precompute_ref_log_probs else self._reference.scorer,
             args,
             self.accelerator,
             None if pictured is None else lambda: self._prepare_inputs(padded([pictured])),

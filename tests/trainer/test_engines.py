@@ -195,6 +195,13 @@ def adapter_on_head(engine: Engine, folder: Path) -> dict[str, Any]:
     return trained(engine, folder, model=small_model(0), ref_model=None, peft_config=on_head())
 
 
+def adapter_on_head_refused(engine: Engine, folder: Path) -> str:
+    """PEFT's policy for FSDP1 wraps what is trained, layer by layer, and the head has the weights no more."""
+    with pytest.raises(NotImplementedError) as raised:
+        adapter_on_head(engine, folder)
+    return str(raised.value)
+
+
 def on_head() -> LoraConfig:
     return LoraConfig(target_modules=["q_proj", "lm_head"], r=4)
 
@@ -285,13 +292,15 @@ COMPARED: dict[str, Callable[[Engine, Path], Any]] = {
     "loaded, cached, trained adapter": loaded_trained_adapter_cache,
 }
 AS_ONE = {f"{engine}: {name}": (engine, check) for engine in SHARDING for name, check in COMPARED.items()}
+del AS_ONE["FSDP1: adapter on the head"]  # refused
 AS_ONE |= {f"{engine}: trained": (engine, trained) for engine in OTHERS}
 RESUMED = {f"{engine}: resumed": (engine, resumed) for engine in (*SHARDING, *OTHERS)}
 RESUMED |= {f"{engine}: adapter resumed": (engine, with_adapter_resumed) for engine in SHARDING}
 HELD = {f"{engine}: held": (engine, held) for engine in SHARDING}
 DIVERGED = {f"{engine}: diverged": (engine, diverged) for engine in SHARDING}
 HALVES = {f"{engine}: bf16": (engine, log_probabilities_keep_their_type) for engine in ("ZeRO-1", "ZeRO-2", "ZeRO-3")}
-CHECKS = {**AS_ONE, **RESUMED, **HELD, **DIVERGED, **HALVES}
+REFUSED = "FSDP1: refused"
+CHECKS = {**AS_ONE, **RESUMED, **HELD, **DIVERGED, **HALVES, REFUSED: ("FSDP1", adapter_on_head_refused)}
 
 
 def on_rank(name: str, folder: Path) -> Any:
@@ -384,3 +393,9 @@ def test_log_probabilities_are_not_rounded_to_16_bits(name: str, found: Any) -> 
         assert rank["kept"].dtype == torch.float64 and rank["kept"].item() == -150.37
         assert rank["computed"] == {torch.bfloat16}
         assert rank["margin"] == 0 and rank["logps"] != torch.tensor(rank["logps"]).bfloat16().item()
+
+
+@pytest.mark.parametrize("name", [REFUSED])
+def test_an_adapter_on_the_head_is_refused_with_fsdp1(name: str, found: Any) -> None:
+    for message in found(name):
+        assert "PEFT adapter on its output embedding" in message and "target_modules" in message
