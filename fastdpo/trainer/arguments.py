@@ -131,15 +131,13 @@ def find_unused_parameters(args: DPOConfig) -> None:
         args.ddp_find_unused_parameters = True
 
 
-def check_distribution(
-    args: DPOConfig, kind: str | None, *, is_fsdp2: bool = False, mixes_images: bool = False
-) -> None:
+def check_distribution(args: DPOConfig, kind: str | None, *, is_cut: bool = False, mixes_images: bool = False) -> None:
     """Raises for what is not supported on several devices.
 
     Args:
         args: the run's.
         kind: what shards the model over processes, FSDP or DeepSpeed; None where each holds all of it.
-        is_fsdp2: it is FSDP, in its second version.
+        is_cut: processes have parts of layers or of sequences.
         mixes_images: some rows have images, and others none.
     """
     if args.n_gpu > 1:
@@ -147,16 +145,10 @@ def check_distribution(
             f"{args.n_gpu} devices are visible to one process, for which Trainer uses nn.DataParallel. Start one "
             "process per device (torchrun, accelerate launch), or show it one (CUDA_VISIBLE_DEVICES)"
         )
-    if kind and args.max_tokens_per_batch is not None:
+    if kind and is_cut and args.max_tokens_per_batch is not None:
         raise NotImplementedError(
-            f"max_tokens_per_batch is not supported with {kind}: its processes must run the model equally often. "
+            f"max_tokens_per_batch is not supported with {kind} where layers or sequences are cut over processes, too. "
             "Use a smaller per_device_train_batch_size, with gradient_accumulation_steps"
-        )
-    if kind and args.precompute_ref_log_probs and not is_fsdp2:
-        raise NotImplementedError(
-            f"precompute_ref_log_probs is not supported with {kind}. Leave it out, for a reference model beside the "
-            "policy; or use FSDP2 (fsdp_version: 2 in accelerate's configuration); or give the dataset the columns "
-            "ref_chosen_logps and ref_rejected_logps"
         )
     if kind and args.sync_ref_model:
         raise NotImplementedError(

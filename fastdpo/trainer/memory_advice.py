@@ -21,7 +21,7 @@ def memory_advice(
         training: in a training step, not in an evaluation.
         has_reference_model: whether a reference model is held beside the policy.
         has_adapter: whether an adapter is trained, not the whole model.
-        is_sharded: whether by FSDP or DeepSpeed, with which batches are not taken in parts.
+        is_sharded: whether by FSDP or DeepSpeed, with which activations are not offloaded.
     """
     name = "per_device_train_batch_size" if training else "per_device_eval_batch_size"
     size, budget = getattr(args, name), args.max_tokens_per_batch
@@ -29,7 +29,7 @@ def memory_advice(
     couples = args.loss_options.couples_pairs or args.sft_reduction == "batch"
     if budget is not None:
         advice.append(f"--max_tokens_per_batch below {budget}: smaller parts of the same batch")
-    elif size > 1 and not is_sharded and not couples:
+    elif size > 1 and not couples:
         tokens = f", such as {args.max_length}" if args.max_length else ""
         advice.append(f"--max_tokens_per_batch{tokens}: takes the same batch in parts")
     if has_reference_model:

@@ -25,8 +25,9 @@ from fastdpo.model.cut_check import check_cut
 from fastdpo.model.head import FusedHead
 from fastdpo.model.language_model import language_model
 from fastdpo.model.load_sharding import is_load_sharded, sizes_of
+from fastdpo.model.model_check import check_causal
 from fastdpo.model.packing_choice import Packing
-from fastdpo.model.scoring import Scorer, count_sequences, evaluating, pairs_of
+from fastdpo.model.scoring import Scorer, are_alike, count_sequences, evaluating, pairs_of
 from fastdpo.ref_cache.build import CachedSplit, ReferenceBuilder
 from fastdpo.ref_cache.files import DEFAULT_FOLDER
 from fastdpo.ref_cache.fingerprints import base_weights, joined_fingerprint, tensor_fingerprint
@@ -35,6 +36,7 @@ from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.datasets import EvalDataset
 from fastdpo.trainer.frozen import hold_frozen, is_divided_later, let_go, meets_in_forwards
 from fastdpo.trainer.fsdp2 import keep_requires_grad
+from fastdpo.trainer.lockstep import idle_parts
 from fastdpo.trainer.models import compute_dtype
 from fastdpo.trainer.parallelism import attention_of
 from fastdpo.trainer.secrets import redacted
@@ -165,7 +167,12 @@ class Reference:
         def score(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
             scorer, batch = self._held_scorer(), to_device(collate(rows))
             at_shorter = self._loss_options.ld_alpha is not None
+            # Elsewhere processes need not have as many batches either.
+            meets = meets_in_forwards(accelerator)
+            idle = idle_parts(accelerator, batch, args.max_tokens_per_batch) if meets else []
             sums = scorer.score(batch, at_shorter=at_shorter).in_pairs().sums
+            for part in idle:
+                scorer.score(part, at_shorter=at_shorter)
             chosen, rejected = combine_segments(sums, self._loss_options, of_policy=False).chunk(2)
             return chosen, rejected
 
@@ -238,6 +245,8 @@ class Reference:
         self._packing.require(scorer, self._args.max_length, self._accelerator.device, dtype)
         if scorer.cut is not None:
             check_cut(scorer, self._accelerator.device, dtype)
+        if self.scorer is not None and not are_alike(self._policy, scorer):
+            check_causal(scorer, self._accelerator.device, dtype)
         return scorer
 
     def _let_go(self) -> None:

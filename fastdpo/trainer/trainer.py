@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -53,6 +54,7 @@ from fastdpo.trainer.finite_runs import FiniteRuns, refuse_not_finite
 from fastdpo.trainer.fsdp2 import keep_output_dtypes
 from fastdpo.trainer.hub import HubUploads
 from fastdpo.trainer.layout import BatchLayout
+from fastdpo.trainer.lockstep import idle_parts, runs_in_step
 from fastdpo.trainer.losses import BatchLosses
 from fastdpo.trainer.lost_ranks import WatchedRanks
 from fastdpo.trainer.measured import MeasuredRuns
@@ -62,7 +64,13 @@ from fastdpo.trainer.model_look import ModelLook
 from fastdpo.trainer.models import compute_dtype, fix_frequencies_of, make_models, settle_checkpointing
 from fastdpo.trainer.moving_reference import MovingReference
 from fastdpo.trainer.optimizers import check_optimizer_is_there
-from fastdpo.trainer.parallelism import check_images_cut, check_parallelism, gathered_once, keep_attention
+from fastdpo.trainer.parallelism import (
+    check_images_cut,
+    check_parallelism,
+    cut_ranks,
+    gathered_once,
+    keep_attention,
+)
 from fastdpo.trainer.promises import check_best_metric, check_reporters
 from fastdpo.trainer.reference import Reference
 from fastdpo.trainer.resumable import ResumableRuns
@@ -217,7 +225,7 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
             else "FSDP"
             if self.is_fsdp_enabled or sharded.get("dp", 1) > 1
             else None,
-            is_fsdp2=self.accelerator.is_fsdp2 or bool(sharded),
+            is_cut=bool(sharded) or cut_ranks(self.accelerator) is not None,
             mixes_images=self._preparer.mixes_images,
         )
         check_images_cut(self.accelerator, has_images=self._preparer.has_images)
@@ -233,6 +241,7 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
             cast(nn.Module, policy).to(
                 args.device
             )  # where it is looked at; DeepSpeed puts it there when the training begins
+        self._is_idle = False  # what is run counts nothing, and is run for others' sake
         self._start_is_checked = not args.loss_options.takes_reference
         self._policy.root = self.model
         self._reference = Reference(self._policy, ref_model, args, self.accelerator, in_columns=has_reference_columns)
@@ -247,7 +256,8 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
         pictured = None if data_collator is not None else self._preparer.pictured
         self._look = ModelLook(
             self._policy,
-            self._reference.scorer,
+            # One that makes the cache is looked at when it does, and is gone afterwards.
+            None if later and args.precompute_ref_log_probs else self._reference.scorer,
             args,
             self.accelerator,
             None if pictured is None else lambda: self._prepare_inputs(padded([pictured])),
@@ -357,6 +367,8 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
         With ``return_outputs`` also what metrics are made of, each [B].
         """
         losses, per_pair = self.pair_losses(model, inputs)
+        if self._is_idle:
+            return losses.sum().to(torch.promote_types(self.model.dtype, torch.float32)) * 0
         self.watch.see_losses(sums_of_rows(losses, inputs), inputs.get("rows"))
         if not self._start_is_checked:
             self._start_is_checked = True
@@ -386,13 +398,32 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
         attention = self._policy.attention
         attending = contextlib.nullcontext() if attention is None else attention.active()
         offloading = contextlib.nullcontext() if self._offloading is None else self._offloading.active()
+        idle = idle_parts(self.accelerator, inputs, self.args.max_tokens_per_batch)
         with self._advising(training=True), attending, offloading:
-            for i, part in enumerate(parts):
+            for i, part in enumerate((*parts, *idle)):
                 # Processes may have different numbers of parts: they meet in the last one's backward.
-                is_last = i + 1 == len(parts)
-                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                is_last = i + 1 == len(parts) + len(idle)
+                self._is_idle = i >= len(parts)
+                with contextlib.nullcontext() if is_last else self._before_the_last(model):
                     total = total + super().training_step(model, part, num_items_in_batch)
+        self._is_idle = False
         return total
+
+    @contextlib.contextmanager
+    def _before_the_last(self, model: nn.Module) -> Iterator[None]:
+        """A part's backward, after which there are others before gradients are whole."""
+        if not runs_in_step(self.accelerator):
+            with self.accelerator.no_sync(model):
+                yield
+            return
+        # Sharded gradients are added up as they come, and need no room for whole ones; DeepSpeed would make its step.
+        state = self.accelerator.gradient_state
+        before = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            yield
+        finally:
+            state._set_sync_gradients(before)
 
     def _advising(self, *, training: bool) -> AbstractContextManager[None]:
         def advice() -> list[str]:
@@ -418,8 +449,11 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
         if self.deepspeed is not None:  # the engine, for which Trainer calls the model that is in it
             model = self.deepspeed
         self._look_once(model)
+        idle = idle_parts(self.accelerator, inputs, self.args.max_tokens_per_batch)
         with torch.no_grad(), self.compute_loss_context_manager(), self._advising(training=False):
             losses, per_pair = self.pair_losses(model, inputs)
+            for part in idle:
+                self.pair_losses(model, part)
         # Row by row, because the last batch repeats rows to give every process as many, and these are cut off here.
         of_rows = torch.stack([sums_of_rows(values, inputs) for values in per_pair.values()], dim=-1)
         gathered = gathered_once(self.accelerator, of_rows)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from broken_runs import id_rows, losses
+from datasets import Dataset
 from engine_matrix import (
     ALONE,
     ENGINES,
@@ -27,7 +28,7 @@ from engine_matrix import (
     zero_options,
 )
 from limited_ranks import run_limited
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from ranks import launched
 from safetensors.torch import load_file
 from torch import Tensor
@@ -142,6 +143,35 @@ def adapter_evaluated_first(engine: Engine, folder: Path) -> dict[str, Any]:
     return {"log": log_of(trainer), "saved": whole_file(folder) if trainer.is_world_process_zero() else None}
 
 
+def rows_of_unlike_lengths() -> Dataset:
+    """Of which one process's batch is taken in more parts than the other's."""
+    lengths = [(40, 60), (5, 4), (6, 3), (4, 7)] * STEPS
+    return Dataset.from_list(
+        [
+            {
+                "prompt_ids": [3, 9, 17, 4 + i],
+                "chosen_ids": list(range(7, 7 + a)),
+                "rejected_ids": list(range(9, 9 + b)),
+            }
+            for i, (a, b) in enumerate(lengths)
+        ]
+    )
+
+
+def in_parts(engine: Engine, folder: Path, **options: Any) -> dict[str, Any]:
+    rows = rows_of_unlike_lengths()
+    more: Options = {"train_dataset": rows, "max_tokens_per_batch": 40, "train_sampling_strategy": "sequential"}
+    return evaluated(engine, folder, **(more | {"eval_dataset": rows.select(range(6))} | options))
+
+
+def cache_in_parts(engine: Engine, folder: Path) -> dict[str, Any]:
+    return in_parts(engine, folder, precompute_ref_log_probs=True)
+
+
+def adapter_in_parts(engine: Engine, folder: Path) -> dict[str, Any]:
+    return in_parts(engine, folder, model=small_model(0), ref_model=None, peft_config=LORA)
+
+
 def accumulated(engine: Engine, folder: Path) -> dict[str, Any]:
     size = PAIRS // engine.data_parallel // 2
     return trained(engine, folder, per_device_train_batch_size=size, gradient_accumulation_steps=2)
@@ -152,8 +182,24 @@ def tied_and_copied(engine: Engine, folder: Path) -> dict[str, Any]:
     return trained(engine, folder, model=small_model(0, tie_word_embeddings=True), ref_model=None)
 
 
+def cached_policy(engine: Engine, folder: Path) -> dict[str, Any]:
+    """The reference is the policy itself, asked before the training; in a folder that a run after it reads."""
+    options: Options = {"model": small_model(0), "ref_model": None, "precompute_ref_log_probs": True}
+    options |= {"ref_cache": str(folder / "cache"), "precompute_ref_batch_size": 3}  # one has a batch more
+    found = trained(engine, folder, **options)
+    again = make(engine, folder, **(options | {"model": small_model(0)}))
+    return found | {"read": again.reference_splits["train"].rows_read}
+
+
 def adapter_on_head(engine: Engine, folder: Path) -> dict[str, Any]:
     return trained(engine, folder, model=small_model(0), ref_model=None, peft_config=on_head())
+
+
+def adapter_on_head_refused(engine: Engine, folder: Path) -> str:
+    """PEFT's policy for FSDP1 wraps what is trained, layer by layer, and the head has the weights no more."""
+    with pytest.raises(NotImplementedError) as raised:
+        adapter_on_head(engine, folder)
+    return str(raised.value)
 
 
 def on_head() -> LoraConfig:
@@ -193,6 +239,27 @@ def loaded_adapter(engine: Engine, folder: Path) -> dict[str, Any]:
     return loaded(engine, folder, peft_config=LORA)
 
 
+def loaded_cache(engine: Engine, folder: Path) -> dict[str, Any]:
+    return loaded(engine, folder, precompute_ref_log_probs=True)
+
+
+def loaded_trained_adapter_cache(engine: Engine, folder: Path) -> dict[str, Any]:
+    """An adapter that was trained before, whose reference is what it is now."""
+    if engine is ALONE or torch.distributed.get_rank() == 0:
+        model = small_model(0)
+        model.save_pretrained(folder / "base")
+        adapted = get_peft_model(type(model).from_pretrained(folder / "base"), LORA)
+        torch.manual_seed(0)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        adapted.save_pretrained(folder / "adapter")
+    if engine is not ALONE:
+        torch.distributed.barrier()
+    options: Options = {"model": str(folder / "adapter"), "ref_model": None, "precompute_ref_log_probs": True}
+    return trained(engine, folder / "run", **options)
+
+
 def log_probabilities_keep_their_type(engine: Engine, folder: Path) -> dict[str, Any]:
     """In bfloat16: what goes into the loss is not rounded; policy and reference agree before the first step."""
     trainer = make(engine, folder, model=small_model(0), bf16=True, use_cpu=engine.options.get("use_cpu", True))
@@ -212,20 +279,28 @@ COMPARED: dict[str, Callable[[Engine, Path], Any]] = {
     "evaluated": evaluated,
     "evaluated first": evaluated_first,
     "adapter evaluated first": adapter_evaluated_first,
+    "parts": in_parts,
+    "cache in parts": cache_in_parts,
+    "adapter in parts": adapter_in_parts,
     "accumulated": accumulated,
     "tied and copied": tied_and_copied,
+    "cached policy": cached_policy,
     "adapter on the head": adapter_on_head,
     "loaded": loaded,
     "loaded, new adapter": loaded_adapter,
+    "loaded, cached": loaded_cache,
+    "loaded, cached, trained adapter": loaded_trained_adapter_cache,
 }
 AS_ONE = {f"{engine}: {name}": (engine, check) for engine in SHARDING for name, check in COMPARED.items()}
+del AS_ONE["FSDP1: adapter on the head"]  # refused
 AS_ONE |= {f"{engine}: trained": (engine, trained) for engine in OTHERS}
 RESUMED = {f"{engine}: resumed": (engine, resumed) for engine in (*SHARDING, *OTHERS)}
 RESUMED |= {f"{engine}: adapter resumed": (engine, with_adapter_resumed) for engine in SHARDING}
 HELD = {f"{engine}: held": (engine, held) for engine in SHARDING}
 DIVERGED = {f"{engine}: diverged": (engine, diverged) for engine in SHARDING}
 HALVES = {f"{engine}: bf16": (engine, log_probabilities_keep_their_type) for engine in ("ZeRO-1", "ZeRO-2", "ZeRO-3")}
-CHECKS = {**AS_ONE, **RESUMED, **HELD, **DIVERGED, **HALVES}
+REFUSED = "FSDP1: refused"
+CHECKS = {**AS_ONE, **RESUMED, **HELD, **DIVERGED, **HALVES, REFUSED: ("FSDP1", adapter_on_head_refused)}
 
 
 def on_rank(name: str, folder: Path) -> Any:
@@ -285,6 +360,7 @@ def test_two_processes_are_as_one(name: str, found: Any, tmp_path: Path) -> None
     ranks, one = found(name), expected(AS_ONE[name][1], tmp_path)
     for rank in ranks:
         assert_same_log(rank["log"], one["log"], rel=TOLERANCE, abs=1e-4)
+        assert rank.get("read") == one.get("read")
     assert_same_weights(ranks[0]["saved"], one["saved"])
 
 
@@ -317,3 +393,9 @@ def test_log_probabilities_are_not_rounded_to_16_bits(name: str, found: Any) -> 
         assert rank["kept"].dtype == torch.float64 and rank["kept"].item() == -150.37
         assert rank["computed"] == {torch.bfloat16}
         assert rank["margin"] == 0 and rank["logps"] != torch.tensor(rank["logps"]).bfloat16().item()
+
+
+@pytest.mark.parametrize("name", [REFUSED])
+def test_an_adapter_on_the_head_is_refused_with_fsdp1(name: str, found: Any) -> None:
+    for message in found(name):
+        assert "PEFT adapter on its output embedding" in message and "target_modules" in message

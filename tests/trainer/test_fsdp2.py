@@ -27,7 +27,7 @@ from tiny_models import make_model
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from toy_data import make_tokenizer, text_rows
-from trainer_runs import LOGP_TOLERANCE, METRICS, config, make_trainer
+from trainer_runs import LOGP_TOLERANCE, METRICS, make_trainer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fastdpo.model import packing_choice
@@ -35,7 +35,6 @@ from fastdpo.model.attention_backends import RowsNotSupportedError
 from fastdpo.model.head import FusedHead
 from fastdpo.ref_cache import RefCacheError
 from fastdpo.trainer import DPOTrainer, fsdp2
-from fastdpo.trainer.arguments import check_distribution
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -217,7 +216,6 @@ def error_of(work: Callable[[], Any]) -> str | None:
 def refusals(folder: Path) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     with launched():
-        found["parts"] = error_of(lambda: make(folder, RANKS, model=llama(), max_tokens_per_batch=64))
         trainer = make(folder, RANKS, model=llama())
         with mock.patch.object(packing_choice, "check_rows", side_effect=RowsNotSupportedError("it mixes rows")):
             found["rows"] = error_of(trainer.train)
@@ -403,16 +401,6 @@ def test_log_probabilities_are_float32_in_mixed_precision(name: str, found: Any,
 
 def test_what_is_refused(found: Any) -> None:
     for messages in found("refusals"):
-        assert "max_tokens_per_batch is not supported with FSDP" in messages["parts"]
         for kind in ("rows", "rows of the reference"):
             assert "it mixes rows. Use packing='padded'" in messages[kind]
         assert messages["stale"].startswith("RefCacheError") and "weights" in messages["stale"]
-
-
-@pytest.mark.parametrize("kind", ["FSDP", "DeepSpeed"])
-def test_the_cache_is_refused_elsewhere(kind: str, tmp_path: Path) -> None:
-    cached = config(tmp_path, precompute_ref_log_probs=True)
-    with pytest.raises(NotImplementedError, match=f"precompute_ref_log_probs is not .* with {kind}. Leave"):
-        check_distribution(cached, kind)
-    for fine in ((cached, None), (config(tmp_path), kind)):
-        check_distribution(*fine)

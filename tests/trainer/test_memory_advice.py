@@ -44,7 +44,6 @@ def test_advice_names_what_is_not_in_use(tmp_path):
         ({"max_tokens_per_batch": 64}, {}, "--max_tokens_per_batch below 64", "such as"),
         ({"loss_type": "aot"}, {}, "--per_device_train_batch_size below 8", "--max_tokens_per_batch"),
         ({"loss_type": "aot"}, {}, "--per_device_train_batch_size below 8", "same steps"),
-        ({}, {"is_sharded": True}, "--per_device_train_batch_size below 8", "--max_tokens_per_batch"),
         ({}, {"training": False}, "--per_device_eval_batch_size below 8", "gradient_"),
     ],
 )
