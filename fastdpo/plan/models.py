@@ -70,7 +70,8 @@ def make_policy(setup: Setup, layers: int | None = None) -> PreTrainedModel | Pe
 
 def make_reference(setup: Setup, layers: int | None = None) -> PreTrainedModel:
     """The second model that stays beside the policy."""
-    model = make_base(setup, layers).eval()
+    model = make_base(setup, layers)
+    model.eval()
     model.requires_grad_(False)
     return model
 
