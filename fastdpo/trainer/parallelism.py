@@ -153,6 +153,15 @@ def cut_ranks(accelerator: Accelerator) -> dist.ProcessGroup | None:
     return ranks
 
 
+def keep_attention(accelerator: Accelerator) -> None:
+    """Has accelerate leave the attention of models as it is; to be called before any model is prepared.
+
+    For its own context parallelism it takes the masks from every attention, for good, and so refuses sliding windows.
+    """
+    if cut_ranks(accelerator) is not None:
+        accelerator._prepare_cp = lambda *args: args
+
+
 def attention_of(
     model: PreTrainedModel | PeftModel, packing: Packing, cut: dist.ProcessGroup | None
 ) -> RowAttention | CutAttention | None:

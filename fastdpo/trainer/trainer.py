@@ -62,7 +62,7 @@ from fastdpo.trainer.model_look import ModelLook
 from fastdpo.trainer.models import compute_dtype, fix_frequencies_of, make_models, settle_checkpointing
 from fastdpo.trainer.moving_reference import MovingReference
 from fastdpo.trainer.optimizers import check_optimizer_is_there
-from fastdpo.trainer.parallelism import check_images_cut, check_parallelism, gathered_once
+from fastdpo.trainer.parallelism import check_images_cut, check_parallelism, gathered_once, keep_attention
 from fastdpo.trainer.promises import check_best_metric, check_reporters
 from fastdpo.trainer.reference import Reference
 from fastdpo.trainer.resumable import ResumableRuns
@@ -221,6 +221,7 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
             mixes_images=self._preparer.mixes_images,
         )
         check_images_cut(self.accelerator, has_images=self._preparer.has_images)
+        keep_attention(self.accelerator)
         if self.accelerator.is_fsdp2:
             keep_output_dtypes(self.accelerator)
         self._offloading: ActivationOffloading | None = None

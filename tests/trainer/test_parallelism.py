@@ -8,13 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import DistributedType, ParallelismConfig
+from accelerate import Accelerator, DistributedType, ParallelismConfig
 from tiny_models import make_model
 from transformers.distributed import DistributedConfig
 
 from fastdpo.data.share import DataShare
 from fastdpo.trainer import DPOConfig, parallelism
-from fastdpo.trainer.parallelism import check_parallelism, config_of, data_ranks, gathered_once, loading_kwargs
+from fastdpo.trainer.parallelism import (
+    check_parallelism,
+    config_of,
+    data_ranks,
+    gathered_once,
+    keep_attention,
+    loading_kwargs,
+)
 
 TP = {"tp": 2, "dp": 1, "pp": 1, "ep": 1}
 
@@ -158,3 +165,16 @@ def test_processes_of_a_cpu_have_no_meshes(
     args.distributed_state = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU)
     with pytest.raises(NotImplementedError, match=r"no device meshes; start the run on GPUs"):
         check_parallelism(model, None, args)
+
+
+def test_accelerate_leaves_sliding_windows_to_cut_rows() -> None:
+    assert hasattr(Accelerator, "_prepare_cp")  # what would take the masks from every attention, or refuse
+    accelerator = accelerator_of(0, 2, cp_size=2)
+    accelerator.torch_device_mesh = {"cp": SimpleNamespace(get_group=lambda: None)}
+    keep_attention(accelerator)
+    assert not hasattr(accelerator, "_prepare_cp")  # no ranks that rows are cut over
+    accelerator.torch_device_mesh = {"cp": SimpleNamespace(get_group=object)}
+    keep_attention(accelerator)
+    model = make_model("gemma2", sliding_window=5)
+    assert accelerator._prepare_cp(model, None) == (model, None)
+    assert not any(module._forward_pre_hooks for module in model.modules())
