@@ -193,7 +193,7 @@ def _check_cutting(policy: PreTrainedModel | PeftModel, config: ParallelismConfi
 def refuse_copy(policy: PreTrainedModel | PeftModel) -> None:
     """Raises where a copy of the policy would have to be the reference, and it is cut over processes.
 
-    The copy's modules would keep the forwards that the plan put into the policy's: it would be the policy.
+    A copy, where torch makes one at all, would keep the forwards that the plan put into the policy's modules.
     """
     if is_load_sharded(policy):
         raise NotImplementedError(
