@@ -75,9 +75,9 @@ def test_gradients_of_other_micro_batches_are_there() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_more_tokens_need_more(layout: str, checkpointing: bool) -> None:
     setup = setup_of(checkpointing=checkpointing)
-    totals = [sum(peak(setup, pairs=pairs, length=60, layout=layout).values()) for pairs in (2, 4, 8, 16)]
+    totals = [sum(peak(setup, pairs=pairs, length=60, layout=layout).values()) for pairs in (2, 8)]
     assert totals == sorted(totals) and totals[0] < totals[-1]
-    longer = [sum(peak(setup, length=length, layout=layout).values()) for length in (40, 80, 160)]
+    longer = [sum(peak(setup, length=length, layout=layout).values()) for length in (40, 160)]
     assert longer == sorted(longer) and longer[0] < longer[-1]
 
 
@@ -107,7 +107,7 @@ def test_frozen_weights_have_no_gradient_and_4_bits_are_an_eighth() -> None:
     assert whole["optimizer"] == packed["optimizer"] == 2 * 4 * trained
     linear = sum(
         module.weight.numel()
-        for name, module in make_policy(replace(adapter, peft_config=None)).named_modules()
+        for name, module in make_policy(replace(adapter, peft_config=None, reference="none")).named_modules()
         if isinstance(module, torch.nn.Linear) and "lm_head" not in name
     )
     # Half a byte a number, and a scale of 4 bytes for 64 of them.
