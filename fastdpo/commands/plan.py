@@ -65,14 +65,9 @@ def run(argv: list[str]) -> int:
     with bad_input(f"--model_name_or_path {model_args.model_name_or_path}"):
         batches = _batches(training_args, setup, rows)
         planner = Planner(batches, usable)
-    if not _stages(plan_args, setup):
-        raise UsageError(
-            f"--stage {plan_args.stage}: precompute_ref_log_probs is not supported with DeepSpeed; leave it out, or "
-            "use fsdp2."
-        )
     answers: list[Answer] = []
     for way in ways_of(setup, lambda: make_peft_config(replace(model_args, use_peft=True))):
-        for stage in _stages(plan_args, way):
+        for stage in _stages(plan_args):
             say(f"  {way.method}, {words_of(way)}{f', {STAGE_WORDS[stage]}' if plan_args.devices > 1 else ''}")
             try:
                 answers.append(planner.answer(way, stage, plan_args.devices))
@@ -223,9 +218,7 @@ def _batches(args: DPOConfig, setup: Setup, rows: list[Row]) -> Batches:
     )
 
 
-def _stages(plan_args: PlanArguments, way: Setup) -> Sequence[str]:
+def _stages(plan_args: PlanArguments) -> Sequence[str]:
     if plan_args.devices == 1:
         return ("ddp",)
-    stages = ("ddp", "zero2", "fsdp2") if plan_args.stage is None else (plan_args.stage,)
-    # A training refuses a cached reference with DeepSpeed.
-    return [stage for stage in stages if not (way.reference == "cache" and stage.startswith("zero"))]
+    return ("ddp", "zero2", "fsdp2") if plan_args.stage is None else (plan_args.stage,)

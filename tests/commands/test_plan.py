@@ -80,15 +80,6 @@ def test_several_devices_are_told_how_to_start(configuration: Path, capsys) -> N
     assert script_args.dataset_name == "pairs.jsonl" and args.max_length is None
 
 
-def test_no_reference_is_cached_where_a_training_refuses_it(configuration: Path, capsys) -> None:
-    words = ["--model_name_or_path", str(configuration), "--length", "20", "--device", "cuda", "--memory", "80GB"]
-    words += ["--devices", "2", "--stage", "zero2"]
-    found = plan(capsys, *words)
-    assert {answer["reference"] for answer in found["answers"]} == {"model", "adapter"}
-    assert main(["plan", *words, "--precompute_ref_log_probs"]) == 2
-    assert "precompute_ref_log_probs is not supported with DeepSpeed" in capsys.readouterr().err
-
-
 def test_the_table_says_that_it_is_an_estimate(configuration: Path, capsys) -> None:
     words = ["--model_name_or_path", str(configuration), "--length", "64+32", "--device", "cuda", "--memory", "24GiB"]
     assert main(["plan", *words, *QLORA]) == 0
