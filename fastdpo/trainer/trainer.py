@@ -34,7 +34,7 @@ from fastdpo.model.offloading import ActivationOffloading, check_offloading
 from fastdpo.model.packing_choice import Packing
 from fastdpo.model.scoring import Scorer, micro_batches, sums_of_rows
 from fastdpo.ref_cache.build import CachedSplit
-from fastdpo.trainer import fsdp2, zero
+from fastdpo.trainer import fsdp1, fsdp2, zero
 from fastdpo.trainer.arguments import check_arguments, check_distribution, find_unused_parameters
 from fastdpo.trainer.batch_beta import BatchBeta
 from fastdpo.trainer.batches import PairBatches
@@ -490,8 +490,20 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As ``Trainer``'s; where FSDP or DeepSpeed shards the model, whole weights also if checkpoints hold shards."""
-        with contextlib.nullcontext() if _internal_call else self._whole_weights():
+        with contextlib.nullcontext() if _internal_call else self._whole_weights(), fsdp1.plain_names(self.model):
             super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, *args: Any, **kwargs: Any) -> None:
+        with fsdp1.plain_names(self.model):  # it saves shards of the model, too
+            super()._save_optimizer_and_scheduler(*args, **kwargs)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        fsdp1.refuse_loading(self.accelerator, self.model)
+        super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        fsdp1.refuse_loading(self.accelerator, self.model)
+        super()._load_best_model()
 
     def _whole_weights(self) -> AbstractContextManager[None]:
         if self.is_fsdp_enabled:
