@@ -37,6 +37,7 @@ CALLS: dict[str, tuple[str, ...]] = {
             "train",
             "cache-ref",
             "check-data",
+            "plan",
             "eval",
             "compare",
             "chat",

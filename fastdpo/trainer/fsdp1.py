@@ -40,7 +40,7 @@ def refuse_loading(accelerator: Accelerator, model: Any) -> None:
     Raises:
         NotImplementedError: FSDP is in its first version, and trains an adapter, or writes every process's shards.
     """
-    plugin = accelerator.state.fsdp_plugin
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)  # there with FSDP alone
     if plugin is None or accelerator.is_fsdp2:
         return
     is_adapter = isinstance(accelerator.unwrap_model(model), PeftModel)

@@ -74,7 +74,7 @@ def test_few_layers_tell_of_all(case: str) -> None:
 
 def test_layers_that_are_not_alike_are_all_run() -> None:
     own_sizes = LoraConfig(
-        task_type="CAUSAL_LM", target_modules="all-linear", rank_pattern={rf"layers\.{i}\.": i + 1 for i in range(12)}
+        task_type="CAUSAL_LM", target_modules="all-linear", rank_pattern={rf"layers\.{i}\..*": i + 1 for i in range(12)}
     )
     setup = Setup(make_model("llama", num_hidden_layers=12).config, peft_config=own_sizes)
     assert repetition_in(language_model(make_policy(setup))) is None
