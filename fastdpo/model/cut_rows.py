@@ -66,7 +66,9 @@ class RowCut:
 
 
 class CutAttention:
-    """Puts the attention of cut rows into a model, for the time of a ``with`` block; see :class:`RowAttention`.
+    """Puts the attention of cut rows into a model, for the time of a ``with`` block.
+
+    See :class:`~fastdpo.model.attention.RowAttention`.
 
     Args:
         model: the model, or the PEFT model around it.
