@@ -331,6 +331,7 @@ class DPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it should be at least 1, or None")
+        self._check_sizes()
         if self.ref_cache is not None:
             self.precompute_ref_log_probs = True
         if self.precompute_ref_batch_size is not None and not self.precompute_ref_log_probs:
@@ -391,6 +392,17 @@ class DPOConfig(TrainingArguments):
                 )
             return
         self.liger_kernel_config = body_only(self.liger_kernel_config)
+
+    def _check_sizes(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it should be at least 1")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise ValueError(f"learning_rate is {self.learning_rate}; it should be a finite number, 0 or above")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ValueError(
+                f"num_train_epochs is {self.num_train_epochs}; it should be above 0, or max_steps should be given"
+            )
 
     def _check_sync(self) -> None:
         idle = [name for name in ("ref_model_mixup_alpha", "ref_model_sync_steps") if getattr(self, name) is not None]
