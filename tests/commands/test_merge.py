@@ -79,7 +79,7 @@ def test_a_folder_that_others_load(
     assert AutoConfig.from_pretrained(tmp_path / "m").dtype == torch.bfloat16
     assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template == CHAT_TEMPLATE
     settings = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
-    assert "eos_token" in settings and not {"is_local", "local_files_only"} & settings.keys(), "those of this session"
+    assert "eos_token" in settings and not {"is_local", "local_files_only"} & settings.keys(), "of who read it"
     generation = GenerationConfig.from_pretrained(tmp_path / "m")
     assert generation.eos_token_id == [2, 6] and generation.top_k == 7
     card = (tmp_path / "m" / "README.md").read_text(encoding="utf-8")
