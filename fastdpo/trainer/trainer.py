@@ -238,9 +238,8 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
             check_offloading(args.device, is_sharded=is_sharded, compiles=args.torch_compile)
             self._offloading = ActivationOffloading(policy, args.device)
         if self.is_deepspeed_enabled and not later:
-            cast(nn.Module, policy).to(
-                args.device
-            )  # where it is looked at; DeepSpeed puts it there when the training begins
+            # Where it is looked at; DeepSpeed puts it there when the training begins.
+            cast(nn.Module, policy).to(args.device)
         self._is_idle = False  # what is run counts nothing, and is run for others' sake
         self._start_is_checked = not args.loss_options.takes_reference
         self._policy.root = self.model
