@@ -66,6 +66,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def one_thread_in_processes() -> Iterator[None]:
+    """The same in processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
 def quiet_and_uncached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No rows that another module's tests prepared, here and in processes that tests start; short error messages."""
     import datasets

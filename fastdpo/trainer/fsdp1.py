@@ -47,9 +47,9 @@ def refuse_loading(accelerator: Accelerator, model: Any) -> None:
     if is_adapter or plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
         what = "an adapter" if is_adapter else f"state_dict_type {plugin.state_dict_type.name}"
         raise NotImplementedError(
-            f"checkpoints of FSDP's first version with {what} are not gone on from: not all that they hold would come "
-            "back. Use FSDP2 (fsdp_version: 2 in accelerate's configuration), or, for a whole model, "
-            "fsdp_state_dict_type: FULL_STATE_DICT"
+            f"checkpoints of FSDP's first version with {what} are not loaded (resume_from_checkpoint, "
+            "load_best_model_at_end): not all that they hold would come back. Use FSDP2 (fsdp_version: 2 in "
+            "accelerate's configuration), or, for a whole model, fsdp_state_dict_type: FULL_STATE_DICT"
         )
 
 

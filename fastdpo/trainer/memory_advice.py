@@ -12,9 +12,17 @@ from fastdpo.trainer.config import DPOConfig
 
 
 def memory_advice(
-    args: DPOConfig, *, training: bool, has_reference_model: bool, has_adapter: bool, is_sharded: bool = False
+    args: DPOConfig,
+    *,
+    training: bool,
+    has_reference_model: bool,
+    has_adapter: bool,
+    is_sharded: bool = False,
+    is_stream: bool = False,
+    takes_parts: bool = True,
+    can_checkpoint: bool = True,
 ) -> list[str]:
-    """What would save memory, what costs least first, each with its flag.
+    """What would save memory, what costs least first, each with its flag; none that the run would be refused.
 
     Args:
         args: the run's.
@@ -22,6 +30,9 @@ def memory_advice(
         has_reference_model: whether a reference model is held beside the policy.
         has_adapter: whether an adapter is trained, not the whole model.
         is_sharded: whether by FSDP or DeepSpeed, with which activations are not offloaded.
+        is_stream: whether training rows are read as they are needed, of which no reference is asked beforehand.
+        takes_parts: whether a batch can be taken in parts.
+        can_checkpoint: whether the model has gradient checkpointing.
     """
     name = "per_device_train_batch_size" if training else "per_device_eval_batch_size"
     size, budget = getattr(args, name), args.max_tokens_per_batch
@@ -29,16 +40,17 @@ def memory_advice(
     couples = args.loss_options.couples_pairs or args.sft_reduction == "batch"
     if budget is not None:
         advice.append(f"--max_tokens_per_batch below {budget}: smaller parts of the same batch")
-    elif size > 1 and not couples:
+    elif size > 1 and takes_parts and not couples:
         tokens = f", such as {args.max_length}" if args.max_length else ""
         advice.append(f"--max_tokens_per_batch{tokens}: takes the same batch in parts")
-    if has_reference_model:
+    if has_reference_model and not (is_stream or args.sync_ref_model):
         advice.append(
             "--precompute_ref_log_probs, or --ref_cache FOLDER: asks the reference once, and frees it before training"
         )
-    if training and not args.activation_checkpointing:
+    if training and can_checkpoint and not args.activation_checkpointing:
         advice.append("--gradient_checkpointing: recomputes activations in the backward")
-    if training and not args.activation_offloading and not is_sharded and args.device.type != "cpu":
+    cannot_offload = is_sharded or args.torch_compile or args.device.type == "cpu"
+    if training and not (args.activation_offloading or cannot_offload):
         advice.append("--activation_offloading: keeps activations in the host's memory")
     if size > 1 and training:
         steps = args.gradient_accumulation_steps

@@ -218,16 +218,18 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
         sharded = sizes_of(policy)
         if not (later or sharded) and self.is_world_process_zero():
             check_comes_back(policy, args.folder)
-        check_distribution(
-            args,
+        kind = (
             "DeepSpeed"
             if self.is_deepspeed_enabled
             else "FSDP"
             if self.is_fsdp_enabled or sharded.get("dp", 1) > 1
-            else None,
-            is_cut=bool(sharded) or cut_ranks(self.accelerator) is not None,
-            mixes_images=self._preparer.mixes_images,
+            else None
         )
+        is_cut = bool(sharded) or cut_ranks(self.accelerator) is not None
+        check_distribution(args, kind, is_cut=is_cut, mixes_images=self._preparer.mixes_images)
+        if args.load_best_model_at_end:  # at the end of a training it would be late
+            fsdp1.refuse_loading(self.accelerator, policy)
+        self._takes_parts = data_collator is None and not (kind and is_cut)
         check_images_cut(self.accelerator, has_images=self._preparer.has_images)
         keep_attention(self.accelerator)
         if self.accelerator.is_fsdp2:
@@ -432,6 +434,9 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
                 has_reference_model=self.ref_model is not None,
                 has_adapter=isinstance(self._policy.model, PeftModel),
                 is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+                is_stream=isinstance(self.train_dataset, IterableDataset),
+                takes_parts=self._takes_parts,
+                can_checkpoint=self._policy.lm.supports_gradient_checkpointing,
             )
 
         return advising("a training step" if training else "an evaluation", advice)
@@ -499,10 +504,6 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         fsdp1.refuse_loading(self.accelerator, self.model)
         super()._load_from_checkpoint(*args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        fsdp1.refuse_loading(self.accelerator, self.model)
-        super()._load_best_model()
 
     def _whole_weights(self) -> AbstractContextManager[None]:
         if self.is_fsdp_enabled:

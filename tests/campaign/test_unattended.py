@@ -38,12 +38,12 @@ pytestmark = [pytest.mark.campaign, pytest.mark.usefixtures("quiet_and_uncached"
 
 
 @pytest.fixture(scope="module")
-def arena(tmp_path_factory: pytest.TempPathFactory, quiet_and_uncached: None) -> Iterator[Arena]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        arena = Arena(tmp_path_factory.mktemp("arena"))
-        with arena.started():
-            yield arena
+def arena(
+    tmp_path_factory: pytest.TempPathFactory, quiet_and_uncached: None, one_thread_in_processes: None
+) -> Iterator[Arena]:
+    arena = Arena(tmp_path_factory.mktemp("arena"))
+    with arena.started():
+        yield arena
 
 
 @pytest.fixture(scope="module")

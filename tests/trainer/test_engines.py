@@ -201,6 +201,18 @@ def resume_refused(engine: Engine, folder: Path, **options: Any) -> str:
     return str(raised.value)
 
 
+def best_refused(engine: Engine, folder: Path, **options: Any) -> str:
+    """When the trainer is made."""
+    best = {"eval_dataset": id_rows(5, VOCABULARY), "eval_strategy": "steps", "save_strategy": "steps"}
+    with pytest.raises(NotImplementedError) as raised:
+        make(engine, folder, model=small_model(0), **best, load_best_model_at_end=True, **options)
+    return str(raised.value)
+
+
+def adapter_best_refused(engine: Engine, folder: Path) -> str:
+    return best_refused(engine, folder, peft_config=LORA)
+
+
 def adapter_resume_refused(engine: Engine, folder: Path) -> str:
     return resume_refused(engine, folder, peft_config=LORA)
 
@@ -315,6 +327,8 @@ REFUSED = {
     "FSDP1: adapter on the head": ("FSDP1", adapter_on_head_refused),
     "FSDP1: adapter resumed": ("FSDP1", adapter_resume_refused),
     "FSDP1, shards: resumed": ("FSDP1, shards", resume_refused),
+    "FSDP1: adapter's best": ("FSDP1", adapter_best_refused),
+    "FSDP1, shards: best": ("FSDP1, shards", best_refused),
 }
 CHECKS = {**AS_ONE, **RESUMED, **HELD, **DIVERGED, **HALVES, **REFUSED}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,6 @@ STEPS, SAVE_STEPS = 10, 3
 
 
 pytestmark = pytest.mark.usefixtures("quiet_and_uncached", "one_thread_in_processes")
-
-
-@pytest.fixture(scope="module")
-def one_thread_in_processes() -> Iterator[None]:
-    """Sums in the same order everywhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
 
 
 @pytest.fixture(scope="module")

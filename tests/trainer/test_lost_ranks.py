@@ -27,14 +27,6 @@ STEPS, SAVE_STEPS = 6, 2
 pytestmark = pytest.mark.usefixtures("quiet_and_uncached", "one_thread_in_processes")
 
 
-@pytest.fixture(scope="module")
-def one_thread_in_processes() -> Iterator[None]:
-    """Sums in the same order everywhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Who is gone
 # --------------------------------------------------------------------------------------------------------------------

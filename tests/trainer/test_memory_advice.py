@@ -13,6 +13,7 @@ from fastdpo.trainer import DPOConfig, DPOTrainer
 from fastdpo.trainer.memory_advice import advising, memory_advice
 
 WHOLE = {"training": True, "has_reference_model": True, "has_adapter": False}
+UNCHECKPOINTED = {"gradient_checkpointing": False}
 CPU_ERROR = "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
 
 
@@ -45,12 +46,27 @@ def test_advice_names_what_is_not_in_use(tmp_path):
         ({"loss_type": "aot"}, {}, "--per_device_train_batch_size below 8", "--max_tokens_per_batch"),
         ({"loss_type": "aot"}, {}, "--per_device_train_batch_size below 8", "same steps"),
         ({}, {"training": False}, "--per_device_eval_batch_size below 8", "gradient_"),
+        ({}, {"takes_parts": False}, "--per_device_train_batch_size below 8", "--max_tokens_per_batch"),
+        ({}, {"is_stream": True}, "--max_tokens_per_batch", "--precompute_ref_log_probs"),
+        ({"sync_ref_model": True}, {}, "--max_tokens_per_batch", "--precompute_ref_log_probs"),
+        (UNCHECKPOINTED, {}, "--gradient_checkpointing", "--activation_offloading"),
+        (UNCHECKPOINTED, {"can_checkpoint": False}, "--max_tokens_per_batch", "--gradient_checkpointing"),
     ],
 )
 def test_advice_is_no_flag_that_would_be_refused(tmp_path, options, changes, present, absent):
     advice = "\n".join(memory_advice(config(tmp_path, **options), **WHOLE | changes))
     assert present in advice
     assert absent not in advice
+
+
+def test_activations_are_offloaded_where_that_is_supported(tmp_path, monkeypatch):
+    monkeypatch.setattr(DPOConfig, "device", torch.device("cuda"))
+    flag = "--activation_offloading"
+    assert flag in "\n".join(memory_advice(config(tmp_path), **WHOLE))
+    assert flag not in "\n".join(memory_advice(config(tmp_path), **WHOLE, is_sharded=True))
+    compiled = config(tmp_path)
+    compiled.torch_compile = True
+    assert flag not in "\n".join(memory_advice(compiled, **WHOLE))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU_ERROR)])
