@@ -23,6 +23,7 @@ from fastdpo.commands.trainer_from_flags import make_peft_config
 from fastdpo.data.columns import any_may_have_images
 from fastdpo.errors import UsageError, bad_input
 from fastdpo.model.adapters import is_adapter
+from fastdpo.model.offloading import check_offloading
 from fastdpo.model.packing_choice import obstacles_in
 from fastdpo.plan.batches import Row, longest_rows, made_up_rows
 from fastdpo.plan.devices import (
@@ -60,6 +61,7 @@ def run(argv: list[str]) -> int:
     with bad_input():
         check_optimizer(str(getattr(training_args.optim, "value", training_args.optim)))
     memory, usable, device = _memory(plan_args)
+    stages = _stages(plan_args, training_args, device)
     setup = _setup(model_args, training_args, device, bf16_is_asked=parser.asked["bf16"][0] is not None)
     rows, of_what = _rows(script_args, model_args, training_args, plan_args, setup)
     with bad_input(f"--model_name_or_path {model_args.model_name_or_path}"):
@@ -67,7 +69,7 @@ def run(argv: list[str]) -> int:
         planner = Planner(batches, usable)
     answers: list[Answer] = []
     for way in ways_of(setup, lambda: make_peft_config(replace(model_args, use_peft=True))):
-        for stage in _stages(plan_args):
+        for stage in stages:
             say(f"  {way.method}, {words_of(way)}{f', {STAGE_WORDS[stage]}' if plan_args.devices > 1 else ''}")
             try:
                 answers.append(planner.answer(way, stage, plan_args.devices))
@@ -79,7 +81,7 @@ def run(argv: list[str]) -> int:
             if answers[-1].fits:
                 break  # less sharing sends less
     chosen = next((answer for answer in answers if answer.fits), None)
-    command = None if chosen is None else command_for(chosen, setup, parser.asked, _plan_flags(), rows=len(rows))
+    command = None if chosen is None else command_for(chosen, setup, parser.asked, _plan_flags())
     if plan_args.json:
         told = {
             "model": model_args.model_name_or_path,
@@ -215,10 +217,17 @@ def _batches(args: DPOConfig, setup: Setup, rows: list[Row]) -> Batches:
         args.max_length,
         args.truncation_mode,
         args.pad_multiple,
+        accumulates=args.gradient_accumulation_steps > 1,
     )
 
 
-def _stages(plan_args: PlanArguments) -> Sequence[str]:
+def _stages(plan_args: PlanArguments, args: DPOConfig, device: str) -> Sequence[str]:
+    """The ways of sharing to try, that which sends least first."""
+    if args.activation_offloading:
+        with bad_input():
+            is_sharded = plan_args.stage not in (None, "ddp")
+            check_offloading(torch.device(device), is_sharded=is_sharded, compiles=args.torch_compile)
+        return ("ddp",)
     if plan_args.devices == 1:
         return ("ddp",)
     return ("ddp", "zero2", "fsdp2") if plan_args.stage is None else (plan_args.stage,)

@@ -14,19 +14,11 @@ from fastdpo.report.facts import changed_settings
 # Stands for data that are not there yet.
 PAIRS = "pairs.jsonl"
 
-# How accelerate is told of what processes share.
-_LAUNCHES = {
-    "ddp": [],
-    "zero1": ["--use_deepspeed", "--zero_stage", "1"],
-    "zero2": ["--use_deepspeed", "--zero_stage", "2"],
-    "zero3": ["--use_deepspeed", "--zero_stage", "3"],
-    "fsdp2": ["--use_fsdp", "--fsdp_version", "2"],
-}
+# How the command is told of what processes share (see commands/profiles).
+_PROFILES = {"ddp": "multi_gpu", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
 
 
-def command_for(
-    answer: Answer, asked: Setup, flags: dict[str, tuple[Any, Any]], leave_out: set[str], *, rows: int
-) -> str:
+def command_for(answer: Answer, asked: Setup, flags: dict[str, tuple[Any, Any]], leave_out: set[str]) -> str:
     """What to type.
 
     Args:
@@ -34,24 +26,21 @@ def command_for(
         asked: the run as the flags have it.
         flags: name -> (value, default) of all.
         leave_out: names of those that training does not have.
-        rows: of a batch as it was asked for.
     """
     values = {name: value for name, (value, _) in changed_settings(flags).items() if name not in leave_out}
     if not (values.get("dataset_name") or values.get("datasets")):
         values["dataset_name"] = PAIRS
-    values |= _changes(answer, asked, flags, rows)
+    values |= _changes(answer, asked, flags)
     said = {name: value for name, value in values.items() if value is not None or name in TAKES_NONE}
     words = [word for name, value in said.items() for word in _words(name, value, flags)]
-    start = ["fastdpo"]
     if answer.devices > 1:
-        count = ["--num_processes", str(answer.devices)]
-        start = ["accelerate", "launch", *count, *_LAUNCHES[answer.stage], "-m", "fastdpo"]
-    command = shlex.join([*start, "train", *words])
+        words += ["--num_processes", str(answer.devices), "--accelerate_config", _PROFILES[answer.stage]]
+    command = shlex.join(["fastdpo", "train", *words])
     # Without it a CPU run takes more than was counted.
     return f"{MALLOC_VARIABLE} {command}" if answer.setup.device == "cpu" else command
 
 
-def _changes(answer: Answer, asked: Setup, flags: dict[str, tuple[Any, Any]], rows: int) -> dict[str, Any]:
+def _changes(answer: Answer, asked: Setup, flags: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
     """name -> value of what the answer has otherwise than the flags."""
     setup = answer.setup
     changes: dict[str, Any] = {}
@@ -65,9 +54,6 @@ def _changes(answer: Answer, asked: Setup, flags: dict[str, tuple[Any, Any]], ro
         changes["use_peft"] = True
     if setup.bits == 4 and asked.bits is None:
         changes["load_in_4bit"] = True
-    if answer.pairs != rows:
-        steps = -(-rows // answer.pairs) * flags["gradient_accumulation_steps"][0]
-        changes |= {"per_device_train_batch_size": answer.pairs, "gradient_accumulation_steps": steps}
     if answer.max_tokens != flags["max_tokens_per_batch"][0]:
         changes["max_tokens_per_batch"] = answer.max_tokens
     return changes

@@ -33,6 +33,7 @@ class Batches:
         max_length: of a sequence.
         truncation_mode: how a longer one is cut.
         multiple: what a padded batch's width is a multiple of.
+        accumulates: a step has several of them, so that there are gradients already while one runs.
     """
 
     rows: Sequence[Row]
@@ -41,6 +42,7 @@ class Batches:
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     multiple: int | None = None
+    accumulates: bool = False
 
     def collator(self, device: str, max_tokens: int | None) -> RowCollator:
         return make_collator(
@@ -95,15 +97,12 @@ class Planner:
 
     def __init__(self, batches: Batches, memory: int) -> None:
         self._batches, self._memory = batches, memory
-        self._traced: dict[tuple[int, int, int | None], tuple[dict[str, int], int]] = {}
+        self._traced: dict[tuple[int, int | None], tuple[dict[str, int], int]] = {}
         self._repetitions: dict[int, Repetition | None] = {}
         self._setups: list[Setup] = []  # kept, so that no other has its id
 
     def answer(self, setup: Setup, stage: str = "ddp", devices: int = 1) -> Answer:
         """For one setup.
-
-        Where the model is divided, processes run it equally often, and a batch is not taken in parts; smaller batches,
-        more of which make a step, are looked for then.
 
         Raises:
             NotImplementedError, ValueError: the model cannot be run so, or the optimiser is not known.
@@ -111,8 +110,8 @@ class Planner:
         self._setups.append(setup)
         units = units_of(setup)
 
-        def at(pairs: int, max_tokens: int | None) -> Answer:
-            parts, tokens = self._trace(setup, pairs, max_tokens)
+        def at(max_tokens: int | None) -> Answer:
+            parts, tokens = self._trace(setup, max_tokens)
             shared = share_of(parts, stage, devices, units)
             return Answer(setup, stage, devices, pairs, max_tokens, tokens, shared, self._memory)
 
@@ -120,20 +119,13 @@ class Planner:
         fixed = {"weights": units.whole, "reference": units.whole if setup.reference == "model" else 0}
         fixed = share_of(dict.fromkeys(PARTS, 0) | fixed, stage, devices, units)
         is_hopeless = sum(fixed.values()) > self._memory
-        if devices > 1 and stage != "ddp":
-            pairs = 1 if is_hopeless else pairs
-            whole = at(pairs, None)
-            while not whole.fits and pairs > 1:
-                pairs = -(-pairs // 2)
-                whole = at(pairs, None)
-            return whole
         alone, _ = largest_part(self._batches.collator(setup.device, None), self._batches.rows[:1])
         if is_hopeless:
-            return at(pairs, tokens_of(alone))
-        whole = at(pairs, self._batches.max_tokens)
+            return at(tokens_of(alone))
+        whole = at(self._batches.max_tokens)
         if whole.fits or whole.tokens <= tokens_of(alone):
             return whole
-        least = at(pairs, tokens_of(alone))
+        least = at(tokens_of(alone))
         if not least.fits:
             return least
         slope = (whole.total - least.total) / (whole.tokens - least.tokens)
@@ -142,18 +134,18 @@ class Planner:
             rounded = int(budget) // _ROUND * _ROUND
             if rounded <= least.tokens:
                 break
-            found = at(pairs, rounded)
+            found = at(rounded)
             if found.fits:
                 return found
             budget *= _BACK
         return least
 
-    def _trace(self, setup: Setup, pairs: int, max_tokens: int | None) -> tuple[dict[str, int], int]:
-        name = id(setup), pairs, max_tokens
+    def _trace(self, setup: Setup, max_tokens: int | None) -> tuple[dict[str, int], int]:
+        name = id(setup), max_tokens
         if name not in self._traced:
             collator = self._batches.collator(setup.device, max_tokens)
-            part, count = largest_part(collator, self._batches.rows[:pairs])
-            others = count > 1 or pairs < len(self._batches.rows)
+            part, count = largest_part(collator, self._batches.rows)
+            others = count > 1 or self._batches.accumulates
             parts = trace_step(setup, part, others=others, repetition=self._repetition(setup))
             self._traced[name] = parts, tokens_of(part)
         return self._traced[name]

@@ -28,14 +28,12 @@ def _others(setup: Setup, make_adapter: Callable[[], PeftConfig | None]) -> Iter
     kept, again = replace(setup, checkpointing=False), replace(setup, checkpointing=True)
     yield from (kept, again)
     if setup.reference == "model":
-        yield replace(again, reference="cache")
         again = replace(again, reference="cache")
+        yield again
     if setup.peft_config is None:
         yield replace(again, optim="adamw_8bit")
-        reference = "adapter" if setup.reference in ("model", "adapter") else setup.reference
+        reference = "adapter" if setup.reference == "model" else setup.reference
         setup = replace(setup, peft_config=make_adapter(), reference=reference)
-        kept, again = replace(setup, checkpointing=False), replace(setup, checkpointing=True)
-        yield from (kept, again)
+        yield from (replace(setup, checkpointing=checkpointing) for checkpointing in (False, True))
     if setup.bits is None:
-        yield replace(kept, bits=4)
-        yield replace(replace(setup, checkpointing=True), bits=4)
+        yield from (replace(setup, checkpointing=checkpointing, bits=4) for checkpointing in (False, True))

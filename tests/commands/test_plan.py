@@ -13,6 +13,7 @@ from toy_data import make_tokenizer, text_rows, write_jsonl
 
 from fastdpo.commands.cli import main
 from fastdpo.commands.flags import TrainParser
+from fastdpo.commands.launching import LAUNCHED, LaunchAskedError
 from fastdpo.plan.devices import MALLOC_VARIABLE
 from fastdpo.plan.tracker import PARTS
 
@@ -68,15 +69,19 @@ def test_what_does_not_fit_is_taken_in_parts_or_otherwise(configuration: Path, c
     assert nothing["command"] is None and not any(answer["fits"] for answer in nothing["answers"])
 
 
-def test_several_devices_are_told_how_to_start(configuration: Path, capsys) -> None:
+def test_several_devices_are_told_how_to_start(configuration: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", LAUNCHED):
+        monkeypatch.delenv(name, raising=False)
     words = ["--model_name_or_path", str(configuration), "--length", "20", "--device", "cuda", "--reserve", "0GiB"]
     words += ["--max_length", "None"]
     found = plan(capsys, *words, "--memory", "80GB", "--devices", "4", "--stage", "fsdp2", *QLORA)
     assert {answer["stage"] for answer in found["answers"]} == {"fsdp2"}
-    assert found["command"].startswith(
-        "accelerate launch --num_processes 4 --use_fsdp --fsdp_version 2 -m fastdpo train"
-    )
-    script_args, _, args, _ = TrainParser().read([*shlex.split(found["command"].split(" train ")[1]), "--use_cpu"])
+    flags = shlex.split(found["command"])[2:]
+    with pytest.raises(LaunchAskedError) as asked:
+        TrainParser().read(flags)
+    assert asked.value.words[-2:] == ["--num_processes", "4"] and asked.value.words[1].endswith("fsdp2.yaml")
+    monkeypatch.setenv(LAUNCHED, "1")
+    script_args, _, args, _ = TrainParser().read([*flags, "--use_cpu"])
     assert script_args.dataset_name == "pairs.jsonl" and args.max_length is None
 
 
@@ -97,6 +102,14 @@ def test_the_table_says_that_it_is_an_estimate(configuration: Path, capsys) -> N
         (["--memory", "2GiB", "--length", "ten"], "length is 'ten'"),
         (["--memory", "2GiB", "--length", "10", "--optim", "galore_adamw"], "whose memory is not known here"),
         (["--memory", "2GiB", "--length", "10", "--load_in_4bit"], "needs --use_peft"),
+        (
+            ["--memory", "2GiB", "--activation_offloading", "--device", "cpu"],
+            "activation_offloading is on, which",
+        ),
+        (
+            ["--memory", "2GiB", "--activation_offloading", "--devices", "2", "--stage", "zero2"],
+            "activation_offloading is not supported with FSDP or DeepSpeed",
+        ),
         (["--memory", "2GiB", "--length", "10", "--stage", "zero2"], "give --devices"),
         (["--memory", "0", "--length", "10"], "--memory 0 is none; it should be like 24GiB"),
         (["--memory", "2GiB", "--length", "600+800"], "above max_length, 1024"),

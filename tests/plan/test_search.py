@@ -39,11 +39,21 @@ def test_a_batch_is_taken_in_the_largest_parts_that_fit() -> None:
     assert more.total > between
 
 
-def test_where_the_model_is_divided_batches_become_smaller() -> None:
-    whole = answer(2**40, stage="fsdp2", devices=2)
-    found = answer(whole.total - 1, stage="fsdp2", devices=2)
-    assert found.max_tokens is None and found.pairs < 8
-    assert whole.parts["weights"] * 2 >= answer(2**40).parts["weights"] > whole.parts["weights"]
+def test_gradients_of_the_steps_other_batches_are_there() -> None:
+    alone, one_of_several = answer(2**40), answer(2**40, replace(BATCHES, accumulates=True))
+    assert alone.parts["gradients"] == 0 < one_of_several.parts["gradients"]
+    assert one_of_several.total > alone.total
+
+
+@pytest.mark.parametrize("stage", ["zero2", "fsdp2"])
+def test_where_the_model_is_divided_a_batch_is_taken_in_parts_too(stage: str) -> None:
+    whole, least = (answer(memory, stage=stage, devices=2) for memory in (2**40, 1))
+    found = answer((whole.total + least.total) // 2, stage=stage, devices=2)
+    assert found.fits and found.pairs == 8 and least.tokens <= found.tokens <= found.max_tokens < whole.tokens
+    asked = answer(2**40, replace(BATCHES, max_tokens=2 * TOKENS), stage, 2)
+    assert asked.max_tokens == 2 * TOKENS and asked.tokens < whole.tokens
+    alone = answer(2**40).parts["weights"]
+    assert whole.parts["weights"] == (alone if stage == "zero2" else -(-alone // 2))
 
 
 def test_the_layout_is_the_runs() -> None:
