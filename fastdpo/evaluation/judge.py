@@ -237,7 +237,7 @@ def judge_contests(
 def _stop_if_all_are(refused: dict[str, QuestionRefusedError], answers: JudgeAnswers) -> None:
     """Raises where questions were refused, and none was answered: it is not the questions then."""
     if refused and not answers.any_was_of_use:
-        first = next(iter(refused.values()))
+        first = next(iter(refused.copy().values()))  # other threads may put more in
         raise JudgeError(f"{first}. It has refused all {len(refused)} questions that it was asked")
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdpo.model.head_calls import IGNORE_INDEX
-from fastdpo.model.language_model import described
+from fastdpo.model.language_model import described, vocabulary_rows
 from fastdpo.model.precision import looked_at
 from fastdpo.model.rounding import at_most_rounding, moved_by_last_place
 from fastdpo.model.scoring import Scorer, evaluating
@@ -55,7 +55,7 @@ def check_cut(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> None:
 def _moved(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """By how much sums of made-up rows differ, and how much of that may be rounding, in nats."""
     assert scorer.cut is not None
-    vocabulary = scorer.lm.get_output_embeddings().weight.shape[0]
+    vocabulary = vocabulary_rows(scorer.lm)
     width = 2 * _CHUNK * dist.get_world_size(scorer.cut) - 1
     ids = torch.arange(2 * width, device=device).mul(7919).add(11).remainder(vocabulary).view(2, width)
     mask = torch.ones_like(ids)

@@ -20,7 +20,10 @@ from fastdpo.model.language_model import described, language_model
 
 
 def sizes_of(model: PreTrainedModel | PeftModel) -> dict[str, int]:
-    """How many processes share what: ``tp`` a layer's weights, ``dp`` (FSDP) all weights; empty where it is not so."""
+    """How many processes share what; empty where they share nothing.
+
+    ``tp`` is for a layer's weights, ``dp`` (FSDP) for all weights, ``pp`` for layers, ``ep`` for experts.
+    """
     lm = language_model(model)
     if not getattr(lm, "is_distributed_loading_by_transformers", False):
         return {}
