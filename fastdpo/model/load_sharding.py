@@ -36,6 +36,11 @@ def is_load_sharded(model: PreTrainedModel | PeftModel) -> bool:
     return bool(sizes_of(model))
 
 
+def shares_all_weights(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether processes with different data share all weights, by FSDP where it was loaded, and meet in forwards."""
+    return sizes_of(model).get("dp", 1) > 1
+
+
 def with_new_adapter(model: PreTrainedModel | PeftModel, config: PeftConfig) -> PeftModel:
     """``model`` with a new adapter; of one that tensor parallelism has cut, with the very adapter of a whole one.
 

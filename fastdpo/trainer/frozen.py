@@ -8,11 +8,12 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from fastdpo.trainer import fsdp1, fsdp2, zero
+from fastdpo.trainer.lockstep import runs_in_step
 
 
 def is_divided_later(accelerator: Accelerator) -> bool:
     """Whether FSDP or DeepSpeed takes hold of the policy when the training begins, and not before."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return runs_in_step(accelerator)  # the same engines
 
 
 def meets_in_forwards(accelerator: Accelerator) -> bool:

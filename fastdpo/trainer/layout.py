@@ -15,7 +15,7 @@ from fastdpo.data.collator import PreferenceCollator
 from fastdpo.data.vision_collator import VisionCollator
 from fastdpo.model.cut_check import check_cut
 from fastdpo.model.load_balancing import calls_known_function
-from fastdpo.model.load_sharding import sizes_of
+from fastdpo.model.load_sharding import shares_all_weights
 from fastdpo.model.packing_choice import choose_packing, obstacles_in
 from fastdpo.model.padded_parts import ACCELERATOR_FORWARD_COST, FORWARD_COST
 from fastdpo.model.padding_check import dependence_on_padding
@@ -103,7 +103,7 @@ class BatchLayout:
         # them. A sequence's images are not told apart.
         meets = accelerator.distributed_type not in _WHOLE_MODELS
         meets = meets or (args.torch_compile and accelerator.num_processes > 1)
-        meets = meets or sizes_of(policy.model).get("dp", 1) > 1
+        meets = meets or shares_all_weights(policy.model)
         cannot = has_own_collator or has_images or meets or has_own_aux_loss
         divides = self.packing.layout == "padded" and not cannot
         kind = accelerator.device.type

@@ -24,7 +24,7 @@ from fastdpo.model.adapters import adapters_are_neutral
 from fastdpo.model.cut_check import check_cut
 from fastdpo.model.head import FusedHead
 from fastdpo.model.language_model import language_model
-from fastdpo.model.load_sharding import is_load_sharded, sizes_of
+from fastdpo.model.load_sharding import is_load_sharded, shares_all_weights
 from fastdpo.model.model_check import check_causal
 from fastdpo.model.packing_choice import Packing
 from fastdpo.model.scoring import Scorer, are_alike, count_sequences, evaluating, pairs_of
@@ -189,8 +189,7 @@ class Reference:
                 casts_weights=zero_stage(accelerator) is not None,
             )
 
-        sharded = sizes_of(model)
-        if sharded:
+        if is_load_sharded(model):
             identity()  # by all processes together, which hold a part of the weights each
         builder = ReferenceBuilder(
             root=Path(args.ref_cache or args.folder / DEFAULT_FOLDER),
@@ -201,7 +200,7 @@ class Reference:
             about={"model": redacted(language_model(model).config._name_or_path or type(model).__name__)},
             describe_row=lambda row: row_words(row, tokenizer),
             show_progress=not args.disable_tqdm,
-            in_step=meets_in_forwards(accelerator) or sharded.get("dp", 1) > 1,
+            in_step=meets_in_forwards(accelerator) or shares_all_weights(model),
             by_pair=by_pair,
         )
         train_size = args.precompute_ref_batch_size or args.per_device_train_batch_size

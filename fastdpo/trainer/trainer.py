@@ -29,7 +29,7 @@ from fastdpo.data.vision import tokenizer_in
 from fastdpo.model.auto_class import has_vision
 from fastdpo.model.head import FusedHead
 from fastdpo.model.language_model import language_model
-from fastdpo.model.load_sharding import sizes_of
+from fastdpo.model.load_sharding import is_load_sharded, shares_all_weights
 from fastdpo.model.offloading import ActivationOffloading, check_offloading
 from fastdpo.model.packing_choice import Packing
 from fastdpo.model.scoring import Scorer, micro_batches, sums_of_rows
@@ -215,17 +215,12 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        sharded = sizes_of(policy)
-        if not (later or sharded) and self.is_world_process_zero():
+        is_sharded = is_load_sharded(policy)
+        if not (later or is_sharded) and self.is_world_process_zero():
             check_comes_back(policy, args.folder)
-        kind = (
-            "DeepSpeed"
-            if self.is_deepspeed_enabled
-            else "FSDP"
-            if self.is_fsdp_enabled or sharded.get("dp", 1) > 1
-            else None
-        )
-        is_cut = bool(sharded) or cut_ranks(self.accelerator) is not None
+        kind = "FSDP" if self.is_fsdp_enabled or shares_all_weights(policy) else None
+        kind = "DeepSpeed" if self.is_deepspeed_enabled else kind
+        is_cut = is_sharded or cut_ranks(self.accelerator) is not None
         check_distribution(args, kind, is_cut=is_cut, mixes_images=self._preparer.mixes_images)
         if args.load_best_model_at_end:  # at the end of a training it would be late
             fsdp1.refuse_loading(self.accelerator, policy)
@@ -236,8 +231,8 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
             keep_output_dtypes(self.accelerator)
         self._offloading: ActivationOffloading | None = None
         if args.activation_offloading:
-            is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-            check_offloading(args.device, is_sharded=is_sharded, compiles=args.torch_compile)
+            has_engine = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            check_offloading(args.device, is_sharded=has_engine, compiles=args.torch_compile)
             self._offloading = ActivationOffloading(policy, args.device)
         if self.is_deepspeed_enabled and not later:
             # Where it is looked at; DeepSpeed puts it there when the training begins.

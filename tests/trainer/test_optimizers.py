@@ -59,18 +59,27 @@ def test_a_run_that_diverges_stops_before_its_state_is_saved(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "package"),
-    [("adamw_8bit", "bitsandbytes"), ("adamw_torch_8bit", "torchao"), ("lion_32bit", "bitsandbytes")],
+    ("name", "package", "by_pip"),
+    [
+        ("adamw_8bit", "bitsandbytes", "bitsandbytes"),
+        ("adamw_torch_8bit", "torchao", "torchao"),
+        ("lion_32bit", "bitsandbytes", "bitsandbytes"),
+        ("galore_adamw_8bit", "galore_torch", "galore-torch"),
+        ("apollo_adamw_layerwise", "apollo_torch", "apollo-torch"),
+        ("adalomo", "lomo_optim", "lomo-optim"),
+        ("schedule_free_adamw", "schedulefree", "schedulefree"),
+        ("stable_adamw", "optimi", "torch-optimi"),
+    ],
 )
 def test_what_is_not_installed_is_said_in_a_line_and_first(
-    name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, package: str, by_pip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optimizers_module, "find_spec", lambda _: None)
-    with pytest.raises(ImportError, match=f"^optim is '{name}', which needs {package}: pip install {package}$"):
+    with pytest.raises(ImportError, match=f"^optim is '{name}', which needs {package}: pip install {by_pip}$"):
         DPOTrainer(model(), args=config(tmp_path, optim=name), train_dataset=ROWS)
 
 
 def test_others_need_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizers_module, "find_spec", lambda _: None)
-    for name in ("adamw_torch_fused", "adamw_torch", "sgd", "adafactor", "galore_adamw_8bit"):
+    for name in ("adamw_torch_fused", "adamw_torch", "sgd", "adafactor"):
         optimizers_module.check_optimizer_is_there(config(tmp_path, optim=name))
