@@ -1,8 +1,11 @@
-"""Whether the optimiser that ``--optim`` names is there."""
+"""What the optimiser that ``--optim`` names needs, and which arguments it would leave without a word."""
 
 from __future__ import annotations
 
+from dataclasses import fields
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from fastdpo.trainer.config import DPOConfig
 
@@ -23,13 +26,93 @@ _PACKAGES = {
     "ademamix": ("bitsandbytes", "bitsandbytes"),
 }
 
+# Words in the names of optimisers that step while backward still runs: before the gradients are clipped, the parts of a
+# batch are brought together, and anyone can see that a gradient is not finite.
+_STEP_IN_BACKWARD = ("layerwise", "lomo")
 
-def check_optimizer_is_there(args: DPOConfig) -> None:
-    """Raises ImportError for an optimiser of a package that is not installed.
+# Names of optimisers -> the arguments that transformers does not hand on to them.
+_BETAS = ("adam_beta1", "adam_beta2", "adam_epsilon")
+_NOT_HANDED_ON = {
+    "galore_adamw": ("weight_decay", *_BETAS),
+    "galore_adamw_8bit": ("weight_decay", *_BETAS),
+    "galore_adafactor": ("weight_decay",),
+    "apollo_adamw": ("weight_decay",),
+    "grokadamw": _BETAS,
+}
 
-    By itself, that would be found after the data was prepared and the reference asked.
+# Names of optimisers -> the classes of what they keep for a weight beside tensors, which a checkpoint is not read back
+# with unless they are named.
+_GALORE = ("galore_torch.galore_projector.GaLoreProjector",)
+_STATE_CLASSES = {
+    "galore_adamw": _GALORE,
+    "galore_adamw_8bit": _GALORE,
+    "galore_adafactor": _GALORE,
+    "apollo_adamw": (
+        "apollo_torch.random_projector.GradientProjector",
+        "apollo_torch.svd_projector.GaLoreProjector",
+    ),
+}
+
+
+def check_optimizer(args: DPOConfig) -> None:
+    """Looks at ``args.optim`` and what it is given, before the data are prepared and the reference is asked.
+
+    Raises:
+        ImportError: its package is not installed.
+        ValueError: it steps while backward runs; it is not given an argument that was set; or it keeps its state where
+            no resumed run finds it, and would be resumed.
     """
-    name = str(getattr(args.optim, "value", args.optim))
+    name = optimizer_name(args)
     found = next((package for word, package in _PACKAGES.items() if word in name), None)
     if found is not None and find_spec(found[0]) is None:
         raise ImportError(f"optim is {name!r}, which needs {found[0]}: pip install {found[1]}")
+    if any(word in name for word in _STEP_IN_BACKWARD):
+        raise ValueError(
+            f"optim is {name!r}, which changes a weight as soon as backward reaches it: max_grad_norm and weight_decay "
+            "have no effect then, a batch's parts are not summed, and a gradient that is not finite is found too late. "
+            "For little memory use adamw_8bit or galore_adamw, with gradient_checkpointing and max_tokens_per_batch"
+        )
+    _check_arguments(name, args)
+    if name == "grokadamw" and args.save_strategy != "no" and not args.save_only_model:
+        raise ValueError(
+            "optim is 'grokadamw', whose state is not brought back from a checkpoint: a resumed run would be another. "
+            "Set save_only_model (or save_strategy: 'no'), or use another optimiser"
+        )
+
+
+def _check_arguments(name: str, args: DPOConfig) -> None:
+    unset = {field.name: field.default for field in fields(DPOConfig)}
+    lost = [each for each in _NOT_HANDED_ON.get(name, ()) if getattr(args, each) != unset[each]]
+    if lost:
+        them = "it" if len(lost) == 1 else "them"
+        raise ValueError(
+            f"{' and '.join(f'{each} is {getattr(args, each)}' for each in lost)}, but transformers does not hand "
+            f"{them} on to {name}: leave {them} out, or use another optimiser"
+        )
+
+
+def optimizer_name(args: DPOConfig) -> str:
+    """``args.optim`` as it is written."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def state_classes(args: DPOConfig) -> list[Any]:
+    """The classes of what the optimiser keeps beside tensors, for ``torch.serialization.safe_globals``."""
+    paths = [path.rpartition(".") for path in _STATE_CLASSES.get(optimizer_name(args), ())]
+    return [getattr(import_module(module), name) for module, _, name in paths]
+
+
+def settle_weights(optimizer: Any) -> None:
+    """Puts the weights in the model that the optimiser means to be used.
+
+    Schedule-free optimisers train at points between two averages, which the model holds until they are told that
+    training rests (Defazio et al., "The Road Less Scheduled", arXiv 2405.15682: y of equation 3, where x is what is
+    evaluated). A training step goes on from there.
+
+    Args:
+        optimizer: the trainer's, or None before it has one.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's is around it
+    rest = getattr(inner, "eval", None)
+    if callable(rest):
+        rest()

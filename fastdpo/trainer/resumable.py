@@ -26,6 +26,7 @@ from fastdpo.trainer.digests import WeightDigests
 from fastdpo.trainer.evaluations import YieldingEvaluations
 from fastdpo.trainer.leftovers import writing_into
 from fastdpo.trainer.manifest import read_manifest, write_manifest
+from fastdpo.trainer.optimizers import settle_weights, state_classes
 from fastdpo.trainer.resume_settings import compare_settings, follow_settings, settings_of
 from fastdpo.trainer.weights import check_weights, load_adapter_weights, load_weights
 
@@ -135,6 +136,11 @@ class ResumableRuns(YieldingEvaluations):
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As ``Trainer``'s; the weights are those that are evaluated, also where none were evaluated before."""
+        settle_weights(self.optimizer)
+        super().save_model(output_dir, _internal_call)
+
     def save_beside(self, checkpoint: Path) -> None:
         """Write what a checkpoint holds beside the model and the optimiser, in the process that saves."""
 
@@ -187,7 +193,8 @@ class ResumableRuns(YieldingEvaluations):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         optimizer: Any = self.optimizer
         fresh = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with torch.serialization.safe_globals(state_classes(self.args)):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         self.load_beside(Path(checkpoint))

@@ -63,7 +63,7 @@ from fastdpo.trainer.model_card import CardFacts, write_model_card
 from fastdpo.trainer.model_look import ModelLook
 from fastdpo.trainer.models import compute_dtype, fix_frequencies_of, make_models, settle_checkpointing
 from fastdpo.trainer.moving_reference import MovingReference
-from fastdpo.trainer.optimizers import check_optimizer_is_there
+from fastdpo.trainer.optimizers import check_optimizer
 from fastdpo.trainer.parallelism import (
     check_images_cut,
     check_parallelism,
@@ -159,7 +159,7 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
         check_arguments(model, ref_model, args, data_collator, train_dataset, processing_class, peft_config)
         refuse_expert_parallel({"the model": model, "the reference model": ref_model}, args.init_kwargs)
         check_reporters(args)
-        check_optimizer_is_there(args)
+        check_optimizer(args)
         assert train_dataset is not None
         set_seed(args.seed)  # a new adapter is random
         later = _weights_come_later(args)

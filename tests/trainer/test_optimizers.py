@@ -1,4 +1,4 @@
-"""Optimisers of ``--optim`` in 8 bits: trained, watched, saved, and resumed to the unbroken run's bits."""
+"""Optimisers of ``--optim``: trained, watched, saved, and resumed to the unbroken run's bits; what they leave out."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from broken_runs import id_rows, losses, run
+from broken_runs import differences, id_rows, losses, run
 from tiny_models import make_model
 from trainer_runs import config
+from transformers import Trainer, TrainingArguments
 
 from fastdpo.errors import DivergedError
 from fastdpo.trainer import DPOTrainer
@@ -82,4 +83,100 @@ def test_what_is_not_installed_is_said_in_a_line_and_first(
 def test_others_need_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizers_module, "find_spec", lambda _: None)
     for name in ("adamw_torch_fused", "adamw_torch", "sgd", "adafactor"):
-        optimizers_module.check_optimizer_is_there(config(tmp_path, optim=name))
+        optimizers_module.check_optimizer(config(tmp_path, optim=name))
+
+
+LOW_RANK = {"optim_target_modules": ["mlp", "self_attn"], "optim_args": "rank=4,update_proj_gap=3"}
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "galore_adafactor", "apollo_adamw", "apollo_svd"])
+def test_what_is_kept_beside_tensors_is_resumed(name: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"optim": name, "learning_rate": 1e-3} | LOW_RANK
+    if name == "apollo_svd":
+        options |= {"optim": "apollo_adamw", "optim_args": "rank=4,update_proj_gap=3,proj=svd"}
+    expected = run(tmp_path / "unbroken", model, ROWS, **options)
+    got = run(tmp_path / "resumed", model, ROWS, str(tmp_path / "unbroken" / "checkpoint-2"), **options)
+    assert losses(got) == losses(expected) and len(losses(got)) == 4
+    ours, theirs = got.model.state_dict(), expected.model.state_dict()
+    assert [name for name, value in theirs.items() if not torch.equal(ours[name], value)] == []
+
+
+@pytest.mark.parametrize("name", ["schedule_free_adamw", "schedule_free_sgd"])
+def test_schedule_free_saves_what_it_evaluates(name: str, tmp_path: Path) -> None:
+    options = {"optim": name, "learning_rate": 0.1, "eval_dataset": ROWS}
+    trainer = run(tmp_path / "unbroken", model, ROWS, **options)
+    trainer.save_model(str(tmp_path / "saved"))
+    trainer.evaluate()
+    trained = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    for folder in (tmp_path / "saved", tmp_path / "unbroken" / "checkpoint-4"):
+        saved = type(trainer.model).from_pretrained(folder)
+        assert all(torch.equal(value, trained[name]) for name, value in saved.state_dict().items()), folder
+    trainer.optimizer.train()  # where it is trained, which is what would have been saved
+    assert not all(torch.equal(value, trained[name]) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["schedule_free_adamw", "schedule_free_radam"])
+def test_a_resumed_schedule_free_run_is_the_unbroken_one(name: str, tmp_path: Path) -> None:
+    options = {"optim": name, "learning_rate": 1e-2}
+    expected = run(tmp_path / "unbroken", model, ROWS, **options)
+    got = run(tmp_path / "resumed", model, ROWS, str(tmp_path / "unbroken" / "checkpoint-2"), **options)
+    assert len(losses(got)) == 4 and differences(got, expected) == []
+
+
+@pytest.mark.parametrize("name", ["galore_adamw_layerwise", "apollo_adamw_layerwise", "lomo", "adalomo"])
+def test_what_steps_while_backward_runs_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^optim is '{name}', which changes a weight as soon as backward reaches it"):
+        DPOTrainer(model(), args=config(tmp_path, optim=name, **LOW_RANK), train_dataset=ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("galore_adamw", {"weight_decay": 0.1}, "weight_decay is 0.1, .* hand it on to galore_adamw: leave it out"),
+        (
+            "galore_adamw",
+            {"adam_beta1": 0.8, "adam_beta2": 0.9},
+            "is 0.8 and adam_beta2 is 0.9, .* leave them out",
+        ),
+        ("apollo_adamw", {"weight_decay": 0.1}, "weight_decay is 0.1"),
+        ("grokadamw", {"adam_epsilon": 1e-6}, "adam_epsilon is 1e-06"),
+    ],
+)
+def test_arguments_that_would_be_lost_are_refused(
+    name: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        DPOTrainer(model(), args=config(tmp_path, optim=name, **LOW_RANK, **options), train_dataset=ROWS)
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "galore_adafactor", "apollo_adamw", "grokadamw"])
+def test_they_are_lost_in_transformers(name: str, tmp_path: Path) -> None:
+    """And no others: what :func:`check_optimizer` refuses does not change a weight there."""
+    arguments = {"weight_decay": 0.5, "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1.0}
+
+    def trained(**options: Any) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        options |= {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 2, **LOW_RANK}
+        told = {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+        kept = TrainingArguments(str(tmp_path), optim=name, **told, **options)
+        rows = [{"input_ids": torch.arange(4, 12), "labels": torch.arange(4, 12)} for _ in range(6)]
+        trainer = Trainer(model(), kept, train_dataset=rows)
+        trainer.train()
+        return trainer.model.state_dict()
+
+    plain = trained()
+    without_effect = [
+        argument
+        for argument, value in arguments.items()
+        if all(torch.equal(plain[key], other) for key, other in trained(**{argument: value}).items())
+    ]
+    # Adafactor has neither betas nor an epsilon by these names, and does not look as if it had.
+    named = optimizers_module._NOT_HANDED_ON[name]
+    assert [each for each in without_effect if each in named or "adafactor" not in name] == list(named)
+
+
+def test_grokadamw_trains_where_nothing_is_resumed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="whose state is not brought back from a checkpoint.*save_only_model"):
+        DPOTrainer(model(), args=config(tmp_path, optim="grokadamw", save_strategy="steps"), train_dataset=ROWS)
+    trainer = run(tmp_path, model, ROWS, optim="grokadamw", save_only_model=True)
+    assert len(losses(trainer)) == 4
