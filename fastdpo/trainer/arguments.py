@@ -27,7 +27,12 @@ def check_arguments(
     processing_class: Any,
     peft_config: Any,
 ) -> None:
-    """Raises for what can be told from the arguments alone, before anything is loaded."""
+    """Raises for what can be told from the arguments alone, before anything is loaded.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be, or contradicts another.
+        NotImplementedError: what is asked for is not supported; the message says what to do.
+    """
     if not isinstance(args, DPOConfig):
         raise TypeError(f"args is a {type(args).__name__}; it should be a fastdpo DPOConfig")
     if not isinstance(model, (str, PreTrainedModel, PeftModel)):
@@ -101,7 +106,12 @@ def check_arguments(
 
 
 def _check_stream(args: DPOConfig, *, images: bool) -> None:
-    """Raises for what a run on pairs that are read as they are needed cannot have."""
+    """Raises for what a run on pairs that are read as they are needed cannot have.
+
+    Raises:
+        ValueError: something is missing, or contradicts it.
+        NotImplementedError: it is not supported.
+    """
     if images:
         raise NotImplementedError(
             "train_dataset is a stream of rows with images, which is not supported; leave the streaming out"
@@ -129,34 +139,3 @@ def find_unused_parameters(args: DPOConfig) -> None:
     reentrant = cast(dict[str, Any], args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     if args.ddp_find_unused_parameters is None and not reentrant:
         args.ddp_find_unused_parameters = True
-
-
-def check_distribution(args: DPOConfig, kind: str | None, *, is_cut: bool = False, mixes_images: bool = False) -> None:
-    """Raises for what is not supported on several devices.
-
-    Args:
-        args: the run's.
-        kind: what shards the model over processes, FSDP or DeepSpeed; None where each holds all of it.
-        is_cut: processes have parts of layers or of sequences.
-        mixes_images: some rows have images, and others none.
-    """
-    if args.n_gpu > 1:
-        raise NotImplementedError(
-            f"{args.n_gpu} devices are visible to one process, for which Trainer uses nn.DataParallel. Start one "
-            "process per device (torchrun, accelerate launch), or show it one (CUDA_VISIBLE_DEVICES)"
-        )
-    if kind and is_cut and args.max_tokens_per_batch is not None:
-        raise NotImplementedError(
-            f"max_tokens_per_batch is not supported with {kind} where layers or sequences are cut over processes, too. "
-            "Use a smaller per_device_train_batch_size, with gradient_accumulation_steps"
-        )
-    if kind and args.sync_ref_model:
-        raise NotImplementedError(
-            f"sync_ref_model is not supported with {kind}: the reference's weights are in no one place, to be moved "
-            "and saved. Train on processes that each hold all of the model (DDP), or leave it out"
-        )
-    if kind and mixes_images:
-        raise NotImplementedError(
-            f"rows without images among rows with images are not supported with {kind}: its processes must run the "
-            "vision tower equally often, and would wait for each other for ever. Train on either kind at a time"
-        )

@@ -55,9 +55,16 @@ def is_half_written(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def trial_folder(inside: Path) -> Iterator[Path]:
-    """A folder for the duration of the block."""
-    with tempfile.TemporaryDirectory(prefix=_TRIAL, dir=inside) as name, held(Path(name) / _TRIAL_LOCK):
-        yield Path(name)
+    """A folder for the duration of the block; ``inside`` is made, and goes again where nobody else put something in."""
+    is_new = not inside.exists()
+    inside.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=_TRIAL, dir=inside) as name, held(Path(name) / _TRIAL_LOCK):
+            yield Path(name)
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # there is something in it
+                inside.rmdir()
 
 
 def remove_leftovers(output_dir: Path) -> list[str]:

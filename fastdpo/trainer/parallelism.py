@@ -25,6 +25,7 @@ from fastdpo.model.load_sharding import is_load_sharded, sizes_of
 from fastdpo.model.packing_choice import Packing
 from fastdpo.model.router_loss import may_have_router_loss, router_loss_coef
 from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.engines import asked_engine, check_distribution, refuse_moving_reference
 
 # By what from_pretrained is told to cut a model.
 _CUTS = ("distributed_config", "tp_plan", "tp_size")
@@ -108,9 +109,9 @@ def check_parallelism(
 
 
 def _check_cut(config: ParallelismConfig | None, sizes: dict[str, int], args: DPOConfig) -> None:
-    """The same, of a policy that ``from_pretrained`` cut into these sizes."""
+    """The same, of a policy that ``from_pretrained`` cut into these sizes; raises what it does."""
     what = f"a model that from_pretrained cut over processes ({', '.join(f'{k}={v}' for k, v in sizes.items())})"
-    engine = _engine_of(args)
+    engine = asked_engine(args)
     if engine is not None:
         raise NotImplementedError(
             f"{what} is not supported with accelerate's {engine}, which would cut it again. Leave {engine} out of "
@@ -122,11 +123,9 @@ def _check_cut(config: ParallelismConfig | None, sizes: dict[str, int], args: DP
         raise NotImplementedError(f"{what} is not supported with cp_size; use one of them")
     if config is not None and config.tp_size not in (1, sizes["tp"]):
         raise ValueError(f"tp_size is {config.tp_size} in the run's ParallelismConfig, and the model has {sizes['tp']}")
-    if args.sync_ref_model:
-        raise NotImplementedError(
-            f"sync_ref_model is not supported with {what}: the reference's weights are in no one place, to be moved "
-            "and saved. Train on processes that each hold all of the model (DDP), or leave it out"
-        )
+    refuse_moving_reference(args, what)
+    if sizes["dp"] > 1:
+        check_distribution(args, "FSDP", is_cut=True)
     if args.torch_compile:
         raise NotImplementedError(f"torch_compile is not supported with {what}; leave it out")
     if args.load_best_model_at_end:
@@ -137,11 +136,10 @@ def _check_cut(config: ParallelismConfig | None, sizes: dict[str, int], args: DP
         )
 
 
-def _engine_of(args: DPOConfig) -> str | None:
-    """What of accelerate shards models: FSDP, DeepSpeed, or nothing."""
-    if args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
-        return "FSDP"
-    return "DeepSpeed" if args.deepspeed_plugin is not None else None
+def cuts_sequences(args: DPOConfig) -> bool:
+    """Whether processes are to have parts of sequences."""
+    config = config_of(args)
+    return config is not None and config.cp_enabled
 
 
 def cut_ranks(accelerator: Accelerator) -> dist.ProcessGroup | None:
@@ -170,9 +168,14 @@ def attention_of(
 
 
 def _check_cutting(policy: PreTrainedModel | PeftModel, config: ParallelismConfig, args: DPOConfig) -> None:
-    """Raises for what is not supported with sequences that are cut over processes."""
+    """Raises for what is not supported with sequences that are cut over processes.
+
+    Raises:
+        ValueError: nothing would cut them.
+        NotImplementedError: the message says what to leave out.
+    """
     what = f"cp_size={config.cp_size}"
-    if _engine_of(args) != "FSDP":
+    if asked_engine(args) != "FSDP":
         raise ValueError(
             f"{what} cuts sequences over processes, which accelerate does with FSDP2 alone: start the run with it "
             "(accelerate launch --use_fsdp --fsdp_version 2)"
@@ -194,6 +197,9 @@ def refuse_copy(policy: PreTrainedModel | PeftModel) -> None:
     """Raises where a copy of the policy would have to be the reference, and it is cut over processes.
 
     A copy, where torch makes one at all, would keep the forwards that the plan put into the policy's modules.
+
+    Raises:
+        NotImplementedError: it is; the message says what to use.
     """
     if is_load_sharded(policy):
         raise NotImplementedError(
@@ -218,6 +224,10 @@ def gathered_once(accelerator: Accelerator, of_rows: Tensor) -> Tensor:
 
 
 def check_images_cut(accelerator: Accelerator, *, has_images: bool) -> None:
-    """Raises where rows with images would be cut over processes."""
+    """Raises where rows with images would be cut over processes.
+
+    Raises:
+        NotImplementedError: they would.
+    """
     if has_images and cut_ranks(accelerator) is not None:
         raise NotImplementedError("rows with images are not supported with cp_size; use processes that have whole rows")

@@ -266,6 +266,6 @@ def test_an_adapter_that_was_loaded_to_stay_is_refused(folders: dict[str, Path],
 def test_an_adapters_name_is_refused_where_its_copy_cannot_be(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastdpo.trainer.trainer._weights_come_later", lambda args: True)
+    monkeypatch.setattr("fastdpo.trainer.setup.weights_come_later", lambda args: True)
     with pytest.raises(NotImplementedError, match="a copy of it, which is not supported with FSDP .* Merge it"):
         make_trainer(tmp_path, str(folders["adapter"]))

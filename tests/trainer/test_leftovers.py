@@ -102,3 +102,13 @@ def test_only_torn_checkpoints_that_were_ours_are_removed(tmp_path: Path) -> Non
     assert remove_torn(tmp_path, None) == [torn]
     assert foreign.is_dir() and not torn.exists()
     assert find_checkpoints(tmp_path) == [first, whole]
+
+
+def test_a_trial_leaves_no_folder_that_was_not_there(tmp_path: Path) -> None:
+    made, used = tmp_path / "new" / "run", tmp_path / "used"
+    for folder in (made, used):
+        with trial_folder(folder) as place:
+            assert place.parent == folder
+            if folder == used:
+                (folder / "kept").touch()
+    assert not made.exists() and [path.name for path in used.iterdir()] == ["kept"]

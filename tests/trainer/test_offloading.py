@@ -23,7 +23,7 @@ def test_a_run_on_a_cpu_is_told_that_there_is_nowhere_to_move_them(tmp_path: Pat
 def test_it_changes_no_bit_of_a_run(
     checkpointing: bool, packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastdpo.trainer.trainer.check_offloading", lambda *_, **__: None)
+    monkeypatch.setattr("fastdpo.trainer.setup.check_offloading", lambda *_, **__: None)
     options = {"packing": packing, "gradient_checkpointing": checkpointing, "max_tokens_per_batch": 24}
     expected = run(tmp_path / "kept", lambda: make_model("llama"), ROWS, save_strategy="no", **options)
     options |= {"activation_offloading": True}

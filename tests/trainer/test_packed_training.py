@@ -187,7 +187,7 @@ def test_what_was_asked_for_is_done_or_refused(tmp_path, tokenizer):
 
 
 def test_what_could_not_be_checked_before_is_checked_at_the_first_step(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("fastdpo.trainer.trainer._weights_come_later", lambda args: True)
+    monkeypatch.setattr("fastdpo.trainer.setup.weights_come_later", lambda args: True)
     make_trainer(tmp_path, tokenizer, peft_config=LORA).train()
     trainer = make_trainer(tmp_path, tokenizer, model=make_model("mamba"), precompute_ref_log_probs=False)
     assert trainer.packing.layout == "shared"

@@ -16,7 +16,7 @@ from tiny_vision import make_processor, make_vision_model, vision_rows
 from trainer_runs import config
 
 from fastdpo.trainer import DPOTrainer
-from fastdpo.trainer.arguments import check_distribution
+from fastdpo.trainer.engines import refuse_mixed_images
 
 FAMILY, PAIRS = "qwen2_5_vl", 4  # pairs a step, on all processes
 
@@ -72,8 +72,7 @@ def test_batches_without_images_stop_nobody(tmp_path: Path) -> None:
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
-def test_rows_without_images_are_refused_where_processes_would_wait(tmp_path: Path) -> None:
-    check_distribution(config(tmp_path), None, mixes_images=True)
-    check_distribution(config(tmp_path), "FSDP", mixes_images=False)
+def test_rows_without_images_are_refused_where_processes_would_wait() -> None:
+    refuse_mixed_images(None)
     with pytest.raises(NotImplementedError, match="rows without images among .* are not supported with FSDP"):
-        check_distribution(config(tmp_path), "FSDP", mixes_images=True)
+        refuse_mixed_images("FSDP")
