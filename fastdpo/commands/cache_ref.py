@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from fastdpo.commands.flags import ModelArguments, ScriptArguments, TrainParser
+from fastdpo.commands.arguments import ModelArguments, ScriptArguments
+from fastdpo.commands.flags import TrainParser
 from fastdpo.commands.preparation import (
     bad_writes,
     check_names,

@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastdpo.commands.arguments import ModelArguments
 from fastdpo.commands.evaluation_flags import FOLDER, OF_JUDGE, EvalArguments, EvalParser
 from fastdpo.commands.evaluation_tables import print_evaluation
-from fastdpo.commands.flags import ModelArguments
 from fastdpo.commands.pairs import label_of, load_held_out
 from fastdpo.commands.preparation import bad_writes, check_names, console, say
 from fastdpo.commands.trainer_from_flags import init_kwargs_of

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fastdpo.commands.flags import ModelArguments, ScriptArguments, TrainParser
+from fastdpo.commands.arguments import ModelArguments, ScriptArguments
+from fastdpo.commands.flags import TrainParser
 
 FOLDER = "evaluation"  # where the first model has none of its own
 

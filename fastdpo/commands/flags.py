@@ -5,23 +5,22 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
-from fastdpo.commands.help_page import FlagHelp, HelpPage
-from fastdpo.commands.launch_flags import LaunchFlags, profiles, takes
+from fastdpo.commands.arguments import ModelArguments, ReportArguments, ScriptArguments
+from fastdpo.commands.config_file import ConfigFile
+from fastdpo.commands.flag_words import Words, bool_or_word, number_or_none
+from fastdpo.commands.help_page import HelpPage
+from fastdpo.commands.launch_flags import LaunchFlags, profiles
 from fastdpo.errors import UsageError, bad_input
-from fastdpo.report.snapshot import SnapshotSize
 from fastdpo.trainer.config import DPOConfig
-from fastdpo.trainer.run_files import INSTEAD, advice
+from fastdpo.trainer.run_files import INSTEAD
 
 _NOT_SETTINGS = ("config", "help_all", "num_processes", "accelerate_config")
 # Numbers whose default is one, and that may be None as well.
@@ -84,210 +83,8 @@ HELP = {
 }
 
 
-@dataclass
-class ScriptArguments:
-    """Which pairs."""
-
-    dataset_name: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Pairs: a Hub dataset, folders, or files (.jsonl, .json, .parquet, .arrow, .csv, .tsv; text also "
-            "compressed: .gz, .bz2, .xz, .zst), one after another."
-        },
-    )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of the dataset, where it has several."}
-    )
-    dataset_train_split: str = field(default="train", metadata={"help": "Split, or slice of one, to train on."})
-    dataset_test_split: str = field(
-        default="test", metadata={"help": "Split, or slice of one, to evaluate on when --eval_strategy is not 'no'."}
-    )
-    format: str | None = field(
-        default=None,
-        metadata={"help": "Format of the pairs, where it cannot be told: a name of docs/data.md, or FILE.py:FUNCTION."},
-    )
-    columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns of other names: prompt=question,chosen=good,rejected=bad."}
-    )
-    datasets: list[str] | None = field(
-        default=None,
-        metadata={"help": "A mixture, as a list in --config: entries with path, name, data_files, split, fraction."},
-    )
-    test_split_size: float | None = field(
-        default=None, metadata={"help": "Share, or number, of the pairs to hold out, and to evaluate on."}
-    )
-    dataset_streaming: bool = field(
-        default=False,
-        metadata={"help": "Read pairs as they are needed, for sets larger than memory. Needs --max_steps."},
-    )
-    streaming: bool = field(default=False, metadata={"help": "The same, as TRL's mixtures call it."})
-    ignore_bias_buffers: bool = field(
-        default=False, metadata={"help": "DDP: leave out buffers that are bool, such as masks, which some cannot send."}
-    )
-    dataset_shuffle_buffer: int = field(
-        default=10_000,
-        metadata={"help": "Streamed pairs come in random order from among so many; 0 for their own order."},
-    )
-
-    @property
-    def names(self) -> list[str]:
-        """What ``dataset_name`` names."""
-        return [self.dataset_name] if isinstance(self.dataset_name, str) else self.dataset_name or []
-
-    @property
-    def is_streamed(self) -> bool:
-        return self.dataset_streaming or self.streaming
-
-    def __post_init__(self) -> None:
-        if isinstance(self.dataset_name, list) and len(self.dataset_name) == 1:  # the one, as in TRL
-            (self.dataset_name,) = self.dataset_name  # type: ignore[assignment]  # a list is what the parser makes
-        if self.dataset_shuffle_buffer < 0:
-            raise ValueError(f"dataset_shuffle_buffer is {self.dataset_shuffle_buffer}; it should be at least 0")
-
-
-@dataclass
-class ModelArguments:
-    """Which model, LoRA, and weights in 4 or 8 bits under it."""
-
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Model to start from: a Hub id, or a folder written by save_pretrained. An adapter's is trained "
-            "further, with what it was as the reference."
-        },
-    )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
-    dtype: str | None = field(
-        default="float32",
-        metadata={"help": "Type of the loaded weights.", "choices": ["auto", "bfloat16", "float16", "float32"]},
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention to use: sdpa, eager, flash_attention_2, ..."}
-    )
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the model itself stays as it is."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules that get an adapter; chosen by the model's type if not given."}
-    )
-    lora_target_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Parameters (rather than modules) that get an adapter, as in some MoE models."}
-    )
-    lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that are trained whole, beside the adapter."}
-    )
-    lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "Task type in the adapter's configuration."})
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) instead."})
-    use_dora: bool = field(default=False, metadata={"help": "DoRA: magnitude and direction learnt apart."})
-    load_in_4bit: bool = field(
-        default=False,
-        metadata={"help": "QLoRA: the model's weights in 4 bits, under an adapter. Needs bitsandbytes."},
-    )
-    load_in_8bit: bool = field(default=False, metadata={"help": "The model's weights in 8 bits, under an adapter."})
-    bnb_4bit_quant_type: str = field(
-        default="nf4", metadata={"help": "Which numbers 4 bits stand for.", "choices": ["fp4", "nf4"]}
-    )
-    use_bnb_nested_quant: bool = field(
-        default=False, metadata={"help": "4 bits: the scales of the weights in 8 bits as well."}
-    )
-    bnb_4bit_quant_storage: str | None = field(
-        default=None,
-        metadata={
-            "help": "4 bits: type of the tensors that hold them. By default uint8.",
-            "choices": ["uint8", "float16", "bfloat16", "float32"],
-        },
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save"):
-            given = getattr(self, name)  # also with commas between names, which are no part of any
-            if isinstance(given, list) and all(re.fullmatch(r"[\w.]+(,\s*[\w.]+)*,?", word) for word in given):
-                setattr(self, name, [part.strip() for word in given for part in word.split(",") if part.strip()])
-        # A pattern, or "all-linear", PEFT takes as a string only; and a string for a pattern, which a bare name as
-        # one is not: it would have to be the whole of the module's name.
-        if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:
-            (target,) = self.lora_target_modules
-            if not re.fullmatch(r"[\w.]+", target):
-                self.lora_target_modules = target  # type: ignore[assignment]  # a list is what the parser makes
-        if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("load_in_4bit and load_in_8bit are both given; leave one of them out")
-
-
-@dataclass
-class ReportArguments:
-    """What report.html shows of the policy, before and after training."""
-
-    report_pairs: int | None = field(
-        default=None,
-        metadata={
-            "help": "Pairs whose implicit rewards are drawn; 0 for none. By default up to 64: as many as take little "
-            "of the run's time, completions included at most a tenth (or 4 seconds)."
-        },
-    )
-    report_samples: int | None = field(
-        default=None,
-        metadata={"help": "Prompts that are completed, greedily; 0 for none. By default up to 4, as time allows."},
-    )
-    report_max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Most tokens of such a completion. By default up to 64, as time allows."}
-    )
-
-    def __post_init__(self) -> None:
-        for name, least in (("report_pairs", 0), ("report_samples", 0), ("report_max_new_tokens", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; it should be at least {least}")
-
-    def size(self) -> SnapshotSize:
-        return SnapshotSize(self.report_pairs, self.report_samples, self.report_max_new_tokens)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Flags
-# --------------------------------------------------------------------------------------------------------------------
-
-
-class _Words(argparse.HelpFormatter):
-    """One spelling of each flag, where argparse lists --a_b and --a-b; short choices; defaults that say something."""
-
-    def describe(self, action: argparse.Action) -> FlagHelp:
-        text = self._expand_help(action) if action.help else ""
-        return FlagHelp(action.dest, self._format_action_invocation(action), text)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        names = [name for name in action.option_strings if "-" not in name.lstrip("-")]
-        if action.default is True or (action.nargs == "?" and action.default is None):
-            names.append(f"--no_{action.dest}")
-        if action.nargs in (0, "?"):
-            return ", ".join(names)
-        kinds: dict[Any, str] = {int: "N", _number_or_none: "N", float: "X"}
-        choices = list(action.choices or ())
-        value = f"{{{','.join(map(str, choices))}}}" if 0 < len(choices) < 6 else kinds.get(action.type, "VALUE")
-        return f"{', '.join(names)} {value}{' ...' if action.nargs == '+' else ''}"
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        says_something = action.default not in (None, False, argparse.SUPPRESS)
-        return (action.help or "") + (" (default: %(default)s)" if says_something else "")
-
-
 def _is_deep(value: Any) -> bool:
     return isinstance(value, str) and max(value.count("{"), value.count("[")) > _DEEP
-
-
-def _bool_or_word(text: str) -> bool | str:
-    try:
-        value: bool = string_to_bool(text)
-    except argparse.ArgumentTypeError:
-        return text
-    return value
-
-
-def _number_or_none(text: str) -> int | None:
-    return None if text.lower() in ("none", "null") else int(text)
-
-
-_number_or_none.__name__ = "int"  # which argparse says of what is none
 
 
 class TrainParser(HfArgumentParser):
@@ -327,9 +124,9 @@ class TrainParser(HfArgumentParser):
         if action.dest in HELP:
             action.help = HELP[action.dest]
         if action.dest == "include_num_input_tokens_seen":  # a word or a bool, of which it allows the bool alone
-            action.type = _bool_or_word
+            action.type = bool_or_word
         elif action.dest in TAKES_NONE:
-            action.type = _number_or_none
+            action.type = number_or_none
         elif action.dest == "logging_first_step":  # where policy and reference agree: the loss that tells a sound start
             action.default = True
             self.add_argument("--no_logging_first_step", action="store_false", dest=action.dest, default=True)
@@ -353,7 +150,7 @@ class TrainParser(HfArgumentParser):
         if early.help_all:
             print(self.help_page().render(everything=True))
             self.exit()
-        namespace = self._read_yaml(Path(early.config)) if early.config else None
+        namespace = self._config_file(Path(early.config)).read() if early.config else None
         namespace, unknown = self.parse_known_args(argv, namespace)
         if unknown := self._launch_flags.take(unknown):
             self._refuse(unknown)
@@ -379,7 +176,7 @@ class TrainParser(HfArgumentParser):
 
     def help_page(self) -> HelpPage:
         """What ``--help`` and ``--help_all`` say."""
-        describe = _Words(self.prog).describe
+        describe = Words(self.prog).describe
         first = {action.dest: action for action in reversed(self._actions)}  # --x, and not --no_x, which comes later
         sections = [(title, [describe(first[name]) for name in names]) for title, names in self.groups().items()]
         shown = {flag.name for _, flags in sections for flag in flags}
@@ -409,64 +206,8 @@ class TrainParser(HfArgumentParser):
             "report": [f.name for f in fields(ReportArguments)],
         }
 
-    def _read_yaml(self, path: Path) -> argparse.Namespace:
-        with bad_input(f"--config {path}"):
-            text = path.read_text(encoding="utf-8")
-        try:
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f", line {mark.line + 1}" if mark else ""
-            raise UsageError(f"--config {path}{line}: not valid YAML: {getattr(error, 'problem', error)}.") from error
-        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-            # What PyYAML makes dates, numbers and marked values of raises errors of their own.
-            raise UsageError(f"--config {path}: a value cannot be read ({error}).") from error
-        if not isinstance(values, dict):
-            raise UsageError(f"--config {path}: needed a mapping of flags to values, found {type(values).__name__}.")
-        variables = values.pop("env", None) or {}
-        if not isinstance(variables, dict):
-            raise UsageError(f"--config {path}: env should be a mapping of names to values.")
-        with bad_input(f"--config {path}, env"):
-            os.environ.update({str(name): str(value) for name, value in variables.items()})
-        if lines := advice(map(str, values.keys() - self._names())):
-            raise UsageError("\n  ".join([f"--config {path}: of these keys", *lines]))
-        namespace = self.parse_args([])
-        for key, value in values.items():
-            self._apply_yaml_value(path, str(key), value, namespace)
-        return namespace
-
-    def _apply_yaml_value(self, path: Path, key: str, value: Any, namespace: argparse.Namespace) -> None:
-        if takes(key) and key not in self._names():
-            if value is not None:
-                self._launch_flags.add(key, value)
-            return
-        if key in ("config", "help", "help_all"):
-            raise UsageError(f"--config {path}: {key} is for the command line; leave it out of the file.")
-        if key not in self._names():
-            raise UsageError(f"--config {path}: unknown key {key!r}.{self._nearest(key, '')}")
-        if value is None and self._hints.get(key) in (int, float):
-            raise UsageError(f"--config {path}: {key}: null is no value for it; leave it out, or give one.")
-        # "No value", which the command line cannot say for every type, nor none of a list.
-        if value is None or value == [] or (value == "" and self._takes_several(key)):
-            setattr(namespace, key, value)
-            return
-        if value is False and self._takes_no(key):
-            value = "no"  # which YAML reads as false
-        try:
-            words = _as_words(key, value)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise UsageError(f"--config {path}, {key}: a value that JSON has no form for ({error}).") from error
-        try:
-            # Through the same parser as the command line: the same types, choices and messages.
-            self.parse_args(words, namespace)
-        except UsageError as error:
-            raise UsageError(f"--config {path}: {str(error).splitlines()[0]}") from error
-
-    def _takes_several(self, name: str) -> bool:
-        return any(action.nargs == "+" for action in self._actions if action.dest == name)
-
-    def _takes_no(self, name: str) -> bool:
-        return any("no" in (action.choices or ()) for action in self._actions if action.dest == name)
+    def _config_file(self, path: Path) -> ConfigFile:
+        return ConfigFile(path, self, self._hints, self._launch_flags, lambda name: self._nearest(name, ""))
 
     def _names(self) -> set[str]:
         return {action.dest for action in self._actions}
@@ -483,18 +224,3 @@ class TrainParser(HfArgumentParser):
         if lines := [f"{flag}: {INSTEAD[name]}" for flag, name in names.items() if name in INSTEAD]:
             raise UsageError("\n  ".join(lines))
         raise UsageError(f"unknown flag {flags[0]}.{self._nearest(flags[0].lstrip('-'), '--')}")
-
-
-def _as_words(key: str, value: Any) -> list[str]:
-    """A YAML value as command-line words."""
-    if isinstance(value, list):
-        return [f"--{key}", *(_as_json(item) if isinstance(item, dict) else str(item) for item in value)]
-    return [f"--{key}={_as_json(value) if isinstance(value, dict) else value}"]
-
-
-def _as_json(values: dict[str, Any]) -> str:
-    """With numbers such as 1e-7, which YAML's older version takes for words (a flag of its own is read by its type)."""
-    numbers = {
-        k: float(v) for k, v in values.items() if isinstance(v, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", v)
-    }
-    return json.dumps(values | numbers)

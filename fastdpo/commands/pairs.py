@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import datasets
 
-from fastdpo.commands.flags import ScriptArguments
+from fastdpo.commands.arguments import ScriptArguments
 from fastdpo.data.files import load_preferences, stream_preferences
 from fastdpo.data.json_text import UNREADABLE, what_is_wrong
 from fastdpo.data.mixture import Part, hold_out, load_mixture, stream_mixture

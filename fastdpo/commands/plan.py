@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoConfig
 
-from fastdpo.commands.flags import ModelArguments, ScriptArguments
+from fastdpo.commands.arguments import ModelArguments, ScriptArguments
 from fastdpo.commands.pairs import load_pairs
 from fastdpo.commands.plan_flags import PlanArguments, PlanParser
 from fastdpo.commands.plan_table import STAGE_WORDS, show, words_of

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
-from fastdpo.commands.flags import ModelArguments, TrainParser
+from fastdpo.commands.arguments import ModelArguments
+from fastdpo.commands.flags import TrainParser
 from fastdpo.plan.sharding import STAGES
 
 EPILOG = """\

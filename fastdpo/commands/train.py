@@ -13,7 +13,8 @@ from peft import PeftModel
 from rich.text import Text
 from transformers import ProgressCallback
 
-from fastdpo.commands.flags import ReportArguments, ScriptArguments, TrainParser
+from fastdpo.commands.arguments import ReportArguments, ScriptArguments
+from fastdpo.commands.flags import TrainParser
 from fastdpo.commands.pairs import label_of
 from fastdpo.commands.preparation import (
     bad_writes,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from fastdpo.commands.flags import ModelArguments, ScriptArguments
+from fastdpo.commands.arguments import ModelArguments, ScriptArguments
 from fastdpo.commands.pairs import check_sources as check_pairs
 from fastdpo.commands.pairs import load_pairs
 from fastdpo.data.columns import any_may_have_images

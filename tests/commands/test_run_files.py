@@ -13,8 +13,9 @@ from datasets import Dataset
 from tiny_vision import make_processor, make_vision_model, vision_rows
 from toy_data import chat_rows, text_rows, write_jsonl
 
+from fastdpo.commands.arguments import ModelArguments
 from fastdpo.commands.cli import main
-from fastdpo.commands.flags import ModelArguments, TrainParser
+from fastdpo.commands.flags import TrainParser
 from fastdpo.commands.trainer_from_flags import leave_out_masks, make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")

@@ -14,10 +14,13 @@ import yaml
 from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig
 
 import fastdpo
-from fastdpo.commands.flags import ModelArguments, ScriptArguments, TrainParser
+from fastdpo.commands.arguments import ModelArguments, ScriptArguments
+from fastdpo.commands.flags import TrainParser
 from fastdpo.data.mixture import Part
 from fastdpo.errors import UsageError
 from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.loss_arguments import LossArguments
+from fastdpo.trainer.row_arguments import RowArguments
 from fastdpo.trainer.run_files import INSTEAD, TAKEN
 
 # What TRL's DPOConfig has of transformers.TrainingArguments, that its Trainer (or accelerate, through it) does here as
@@ -40,11 +43,12 @@ INHERITED = """
     fsdp_config deepspeed debug skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint
 """
 BEFORE = {each.name for each in fields(transformers.TrainingArguments)}
+DECLARED = {name for kind in (DPOConfig, RowArguments, LossArguments) for name in vars(kind)["__annotations__"]}
 
 
 def classes_of(name: str) -> list[str]:
     """In which classes a field of TRL's DPOConfig is; one, if all is well."""
-    declared = name in vars(DPOConfig)["__annotations__"]
+    declared = name in DECLARED
     classes = {
         "declared": declared and name not in TAKEN,
         "inherited": name in INHERITED.split() and not declared,
@@ -87,20 +91,22 @@ def sources(folder: Path, *patterns: str) -> str:
 
 def test_every_field_is_read_somewhere() -> None:
     """By more than its declaration: what nobody reads is accepted and ignored."""
-    declarations = {"flags.py", "run_files.py", "resume_settings.py", "mixture.py", "memory_advice.py"}
     room = Path(fastdpo.__file__).parent
-    here = "\n".join(path.read_text(encoding="utf-8") for path in room.rglob("*.py") if path.name not in declarations)
+    arguments = room / "commands" / "arguments.py"
+    declarations = {arguments, room / "commands" / "flags.py", room / "data" / "mixture.py"}
+    declarations |= {room / "trainer" / name for name in ("run_files.py", "resume_settings.py", "memory_advice.py")}
+    here = "\n".join(path.read_text(encoding="utf-8") for path in room.rglob("*.py") if path not in declarations)
     there = sources(
         Path(transformers.__file__).parent,
         *("trainer*.py", "training_args.py", "integrations/*.py", "optimization.py", "utils/generic.py"),
     )
     # An attribute of something, an argument, or a name in quotes.
     read_here = set(re.findall(r"(?:(?<=\.)|(?<=\"))[a-z]\w+(?=\W)|(?<=[ (])[a-z]\w+(?==\S)", here))
-    read_here |= set(re.findall(r"(?<=\bself\.)\w+", (room / "commands" / "flags.py").read_text(encoding="utf-8")))
+    read_here |= set(re.findall(r"(?<=\bself\.)\w+", arguments.read_text(encoding="utf-8")))
     read_there = set(re.findall(r"(?<=\bargs\.)\w+|(?<=\bself\.)\w+|(?<=\bstate\.)\w+", there))
     ours = {each.name for kind in (DPOConfig, ScriptArguments, ModelArguments) for each in fields(kind)}
     assert "no_such_field" not in read_here and "beta" in read_here and "save_steps" in read_there
-    inherited = BEFORE - vars(DPOConfig)["__annotations__"].keys()
+    inherited = BEFORE - DECLARED
     unread = {name for name in ours if name not in (read_there | read_here if name in inherited else read_here)}
     assert not unread - TAKEN.keys()
 
