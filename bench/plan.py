@@ -5,8 +5,8 @@
     python bench/plan.py --json plan.json     and every figure
 
 They are trained one after another in another process (end_to_end/planned.py says how their peaks are measured), and
-estimated here, from their configurations and lengths alone. Then they are trained again in a process whose malloc may
-keep what is freed, as glibc's does unless MALLOC_MMAP_THRESHOLD_ is set: the last column.
+estimated here, from their configurations and lengths alone. Then they are trained again in a process with torch's own
+allocator, which cannot use again much of what is freed (docs/guides/plan.md): the last column.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def estimate(case: PlanCase) -> dict[str, int]:
 
 
 def table_of(results: list[dict[str, Any]]) -> str:
-    rows = [["run", *PARTS, "estimate", "measured", "off by", "malloc keeps"]]
+    rows = [["run", *PARTS, "estimate", "measured", "off by", "torch's allocator"]]
     for result in results:
         parts = result["estimate"]
         total, peak = sum(parts.values()), result["measured"].get("peak_bytes")
         figures = [f"{parts[name] / 2**20:,.0f}" for name in PARTS]
         told = [f"{peak / 2**20:,.0f}", f"{total / peak - 1:+.1%}"] if peak else ["failed", "-"]
-        loose = result["measured_keeping_freed"].get("peak_bytes")
+        loose = result["measured_with_torchs"].get("peak_bytes")
         told.append(f"{loose / 2**20:,.0f}" if loose else "failed")
         rows.append([result["name"], *figures, f"{total / 2**20:,.0f}", *told])
     return align(rows)
@@ -97,14 +97,14 @@ def main(arguments: list[str] | None = None) -> int:
     progress, results = Progress(), []
     with tempfile.TemporaryDirectory() as folder:
         found = []
-        for keeps_freed in (False, True):
-            progress.say(f"{len(cases)} runs{', malloc keeps what is freed' if keeps_freed else ''}")
-            job = job_of(cases, Path(folder), args.threads, keeps_freed=keeps_freed)
+        for memory in ("ours", "torch"):
+            progress.say(f"{len(cases)} runs, memory: {memory}")
+            job = job_of(cases, Path(folder), args.threads, memory)
             of_job = run_job("end_to_end.planned", job, args.timeout)
             found.append(of_job.get("results", [of_job] * len(cases)))
     for case, measured, loose in zip(cases, *found, strict=True):
         progress.say(f"estimate: {case.name}")
-        figures = {"measured": measured, "measured_keeping_freed": loose}
+        figures = {"measured": measured, "measured_with_torchs": loose}
         results.append({"name": case.name, "estimate": estimate(case), **figures})
     if args.json:
         args.json.write_text(json.dumps(report | {"results": results}, indent=1) + "\n")
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(table_of(results))
     print(
         "MiB; estimates from configurations and lengths alone, peaks of processes that trained; in "
-        "the last column by a malloc that keeps what is freed"
+        "the last column with torch's own allocator"
     )
     return 0
 

@@ -4,8 +4,9 @@ The peak is of the process's resident memory while it trains, beyond what it hel
 looks at the models, which come before the first step, is told apart. A run of a small model goes first, so that what
 libraries load and set up for themselves is there already; what a run frees goes back to the system before the next.
 
-glibc's malloc keeps much of what is freed, and more of it the larger the blocks are that were freed before; a job says
-whether it may, or hands each block of 128 KiB and more back at once, as ``MALLOC_MMAP_THRESHOLD_=131072`` has it.
+Where tensors' memory is taken from, a job says: ``"ours"``, as `fastdpo train` has it on a CPU; ``"torch"``, whose
+allocator cannot use much of what is freed again; or a number of bytes, which is torch's with glibc's malloc handing
+each block of so many back to the system at once, as ``MALLOC_MMAP_THRESHOLD_`` has it.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fastdpo import DPOConfig, DPOTrainer
+from fastdpo.logps.cpu_memory import use_tensor_memory
 from fastdpo.model.quantization import make_quantization_config
 from fastdpo.plan.batches import Row, made_up_rows
-from fastdpo.plan.devices import MALLOC_THRESHOLD
 from fastdpo.plan.setup import Setup
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -134,8 +135,9 @@ def make_model(case: PlanCase, folder: Path) -> PreTrainedModel:
     )
 
 
-def train(case: PlanCase) -> tuple[list[float], list[float], int]:
-    """The seconds of each step but the first, the losses, and the peak before the first; from there it counts anew."""
+def train(case: PlanCase) -> tuple[dict[str, list[float]], int]:
+    """The seconds of each step but the first, by the wall clock and of all cores, and the losses; and the peak before
+    the first step, from which it counts anew."""
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
             folder,
@@ -165,33 +167,43 @@ def train(case: PlanCase) -> tuple[list[float], list[float], int]:
         before = CPUMemory.peak()
         CPUMemory.mark()
         trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return [b - a for a, b in pairwise(clock.ends)], losses, before
+    seconds = {
+        name: [b - a for a, b in pairwise(ends)]
+        for name, ends in (("seconds", clock.ends), ("cpu_seconds", clock.cpu_ends))
+    }
+    return seconds | {"losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]}, before
+
+
+def take_memory(memory: str | int) -> None:
+    """Has tensors' memory taken from there, from now on."""
+    if memory == "ours" and not use_tensor_memory():
+        raise OSError("fastdpo's memory of CPU tensors is not to be had here")
+    if isinstance(memory, int) and ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, memory) != 1:
+        raise OSError("this system's malloc has no threshold to set")
 
 
 def work(job: Job) -> dict[str, Any]:
-    if not job["keeps_freed"] and ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MALLOC_THRESHOLD) != 1:
-        raise OSError("this system's malloc has no threshold to set")
+    take_memory(job["memory"])
     cases = [PlanCase(**case) for case in job["cases"]]
     train(replace(cases[0], model="llama-small", prompt=20, completion=20, max_tokens=None, steps=2))
     results: list[dict[str, Any]] = []
     for case in cases:
         held = CPUMemory.mark()
         try:
-            seconds, losses, before = train(case)
+            told, before = train(case)
         except Exception as error:  # of one; the others are measured
             results.append({"failed": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"})
             continue
         peak = None if held is None else CPUMemory.peak() - held
         looks = None if held is None else before - held
-        results.append({"peak_bytes": peak, "looks_bytes": looks, "seconds": seconds, "losses": losses})
+        results.append({"peak_bytes": peak, "looks_bytes": looks, **told})
     return {"results": results}
 
 
-def job_of(cases: Sequence[PlanCase], folder: Path, threads: int, *, keeps_freed: bool = False) -> Job:
-    """The job to measure ``cases``; with ``keeps_freed`` malloc may keep what is freed, as it does by itself."""
+def job_of(cases: Sequence[PlanCase], folder: Path, threads: int, memory: str | int = "ours") -> Job:
+    """The job to measure ``cases``, with tensors' memory taken from there."""
     job = {"cases": [asdict(case) for case in cases], "folder": str(folder), "threads": threads}
-    return job | {"keeps_freed": keeps_freed}
+    return job | {"memory": memory}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from fastdpo.commands.terminal import SafeConsole
-from fastdpo.plan.devices import MALLOC_VARIABLE
 from fastdpo.plan.search import Answer
 from fastdpo.plan.setup import Setup
 from fastdpo.plan.tracker import PARTS
@@ -56,11 +55,6 @@ def show(
     SafeConsole(width=None if console.is_terminal else 170).print(table)
     measured = "docs/guides/plan.md says how far from measured peaks" if machine.startswith("cpu") else "not measured"
     console.print(f"Estimates: {measured}.")
-    if machine.startswith("cpu"):
-        console.print(
-            f"They hold with {MALLOC_VARIABLE.split('=')[0]} set as below; glibc's malloc keeps much of what is freed "
-            "otherwise, and a run takes up to 3 times as much."
-        )
     if command is None:
         console.print("\nNothing fits: shorter sequences (--max_length), a smaller model, or more memory or devices.")
     else:

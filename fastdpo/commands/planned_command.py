@@ -6,7 +6,6 @@ import shlex
 from typing import Any
 
 from fastdpo.commands.flags import TAKES_NONE
-from fastdpo.plan.devices import MALLOC_VARIABLE
 from fastdpo.plan.search import Answer
 from fastdpo.plan.setup import Setup
 from fastdpo.report.facts import changed_settings
@@ -35,9 +34,7 @@ def command_for(answer: Answer, asked: Setup, flags: dict[str, tuple[Any, Any]],
     words = [word for name, value in said.items() for word in _words(name, value, flags)]
     if answer.devices > 1:
         words += ["--num_processes", str(answer.devices), "--accelerate_config", _PROFILES[answer.stage]]
-    command = shlex.join(["fastdpo", "train", *words])
-    # Without it a CPU run takes more than was counted.
-    return f"{MALLOC_VARIABLE} {command}" if answer.setup.device == "cpu" else command
+    return shlex.join(["fastdpo", "train", *words])
 
 
 def _changes(answer: Answer, asked: Setup, flags: dict[str, tuple[Any, Any]]) -> dict[str, Any]:

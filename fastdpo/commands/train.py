@@ -26,6 +26,7 @@ from fastdpo.commands.preparation import (
 )
 from fastdpo.commands.trainer_from_flags import check_sources, make_trainer
 from fastdpo.errors import DIVERGED, INTERRUPTED, DivergedError, InputError, UsageError, bad_input
+from fastdpo.logps.cpu_memory import use_tensor_memory
 from fastdpo.report.facts import all_settings, changed_settings, command_line
 from fastdpo.report.recorder import PICTURE_FILE, REPORT_FILE, RunReport, resume_command
 from fastdpo.trainer.checkpoints import (
@@ -107,6 +108,8 @@ def _run(argv: list[str], parser: TrainParser, arguments: tuple[Any, ...]) -> in
             )
         return 0
     _take_over(checkpoint, training_args, parser)
+    if training_args.device.type == "cpu":
+        use_tensor_memory()
     trainer = make_trainer(script_args, model_args, training_args)
     if trainer.is_world_process_zero():
         _say_what_it_trains_on(trainer, output_dir)

@@ -107,6 +107,12 @@ def cpu_products() -> dict[str, str]:
     return _told(_FOLDER / FACTS["cpu_library"], "fastdpo_cpu_products")
 
 
+def cpu_library() -> ctypes.CDLL | None:
+    """The CPU library, where it is in use."""
+    name = FACTS["cpu_library"]
+    return None if name is None else ctypes.CDLL(str(_FOLDER / name))
+
+
 def _told(library: Path, function: str) -> dict[str, Any]:
     """The JSON that one of a library's functions returns."""
     tell = getattr(ctypes.CDLL(str(library)), function)

@@ -13,12 +13,6 @@ _UNITS = {"": 2**30, "gib": 2**30, "g": 2**30, "gb": 10**9, "mib": 2**20, "mb": 
 RESERVED = {"cpu": 0}
 RESERVED_ON_ACCELERATOR = 1 << 30
 
-# glibc's malloc hands a freed block back to the system only from a size that it raises as it goes, to 32 MiB: it keeps
-# what tensors of all sizes leave between each other, half as much again as a step holds, and more with adapters. A
-# threshold that is set stays as it is.
-MALLOC_THRESHOLD = 128 << 10
-MALLOC_VARIABLE = f"MALLOC_MMAP_THRESHOLD_={MALLOC_THRESHOLD}"
-
 
 def parse_memory(words: str) -> int:
     """Bytes, of ``24GiB``, ``80GB``, ``512MiB``; of a number alone, GiB.

@@ -569,6 +569,28 @@ def test_errors_of_the_program_itself_are_not_hidden(
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("device", "expected"), [("cpu", [True]), ("cuda", [])])
+def test_on_a_cpu_memory_is_taken_from_our_allocator_before_a_model_is_loaded(
+    device: str,
+    expected: list[bool],
+    model: Path,
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[bool] = []
+
+    def stop_here(*_: Any) -> None:
+        assert taken == expected
+        raise UsageError("it comes to loading")
+
+    monkeypatch.setattr(train_command, "use_tensor_memory", lambda: taken.append(True))
+    monkeypatch.setattr(train_command, "make_trainer", stop_here)
+    found = train_command.DPOConfig.device.fget  # which also sets up what else the arguments know of the machine
+    monkeypatch.setattr(train_command.DPOConfig, "device", property(lambda args: found(args) and torch.device(device)))
+    assert main(train_words(model, pairs, tmp_path / "run")) == 2 and taken == expected
+
+
 def test_help_does_not_wait_for_transformers() -> None:
     code = (
         "import sys; from fastdpo.commands.cli import main; code = main(['--help']); "
