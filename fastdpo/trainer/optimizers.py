@@ -13,7 +13,6 @@ from fastdpo.trainer.config import DPOConfig
 _PACKAGES = {
     "galore": ("galore_torch", "galore-torch"),
     "apollo": ("apollo_torch", "apollo-torch"),
-    "lomo": ("lomo_optim", "lomo-optim"),
     "grokadamw": ("grokadamw", "grokadamw"),
     "schedule_free": ("schedulefree", "schedulefree"),
     "stable_adamw": ("optimi", "torch-optimi"),
@@ -63,15 +62,15 @@ def check_optimizer(args: DPOConfig) -> None:
             no resumed run finds it, and would be resumed.
     """
     name = optimizer_name(args)
-    found = next((package for word, package in _PACKAGES.items() if word in name), None)
-    if found is not None and find_spec(found[0]) is None:
-        raise ImportError(f"optim is {name!r}, which needs {found[0]}: pip install {found[1]}")
     if any(word in name for word in _STEP_IN_BACKWARD):
         raise ValueError(
             f"optim is {name!r}, which changes a weight as soon as backward reaches it: max_grad_norm and weight_decay "
             "have no effect then, a batch's parts are not summed, and a gradient that is not finite is found too late. "
             "For little memory use adamw_8bit or galore_adamw, with gradient_checkpointing and max_tokens_per_batch"
         )
+    found = next((package for word, package in _PACKAGES.items() if word in name), None)
+    if found is not None and find_spec(found[0]) is None:
+        raise ImportError(f"optim is {name!r}, which needs {found[0]}: pip install {found[1]}")
     _check_arguments(name, args)
     if name == "grokadamw" and args.save_strategy != "no" and not args.save_only_model:
         raise ValueError(
