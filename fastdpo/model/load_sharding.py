@@ -18,6 +18,9 @@ from transformers import PreTrainedModel
 
 from fastdpo.model.language_model import described, language_model
 
+# What has PEFT train a copy of a module, or of some of its rows.
+_COPYING = ("modules_to_save", "trainable_token_indices")
+
 
 def sizes_of(model: PreTrainedModel | PeftModel) -> dict[str, int]:
     """How many processes share what; empty where they share nothing.
@@ -50,6 +53,14 @@ def with_new_adapter(model: PreTrainedModel | PeftModel, config: PeftConfig) -> 
     """
     if not is_load_sharded(model):
         return cast(PeftModel, get_peft_model(cast(PreTrainedModel, model), config))
+    if shares_all_weights(model):
+        copying = [name for name in _COPYING if getattr(config, name, None)]
+        if copying:
+            raise NotImplementedError(
+                f"{described(language_model(model))} has its weights sharded by FSDP as it is loaded (fsdp_size), and "
+                f"{copying[0]} would train copies of some of them, which FSDP has none of. Leave {copying[0]} out, or "
+                "start the run with FSDP2 in its place (accelerate launch --use_fsdp --fsdp_version 2)"
+            )
     lora_layer: Any = sys.modules[LoraLinear.__module__]
     sizes_by_peft = lora_layer._get_in_out_features
 
@@ -70,11 +81,10 @@ def check_adapter_of_plan(model: PeftModel) -> None:
         NotImplementedError: it is of a kind for which PEFT knows nothing of the cut; the message says what to use.
     """
     name = described(language_model(model))
+    cut = "cut by tensor parallelism" if sizes_of(model)["tp"] > 1 else "cut over processes by its plan"
 
     def refused(what: str, advice: str) -> NotImplementedError:
-        return NotImplementedError(
-            f"{name} is cut by tensor parallelism, and {what}, which is not supported with it: {advice}"
-        )
+        return NotImplementedError(f"{name} is {cut}, and {what}, which is not supported with it: {advice}")
 
     if sizes_of(model)["tp"] > 1 and sizes_of(model)["dp"] > 1:
         # Its parts would be trained by each group of ranks by themselves: nobody averages their gradients.

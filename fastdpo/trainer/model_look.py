@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from fastdpo.model.expert_check import check_experts
 from fastdpo.model.model_check import check_causal
 from fastdpo.model.randomness import randomness_left
 from fastdpo.model.router_loss import has_router_loss, may_have_router_loss, router_loss_coef
@@ -59,8 +60,8 @@ class ModelLook:
         """Look, unless that was done; ``model`` is the policy as it is called now, where something is around it.
 
         Raises:
-            NotImplementedError: a model cannot be run, sees the future, or does not look at images; the message names
-                it.
+            NotImplementedError: a model cannot be run, sees the future, computes something else with its experts
+                spread over processes, or does not look at images; the message names it.
             ValueError: as above, found by looking.
         """
         if self._is_done:
@@ -75,6 +76,7 @@ class ModelLook:
         with self._accelerator.autocast():
             for scorer in scorers:
                 check_causal(scorer, device, dtype)
+                check_experts(scorer, device, dtype)
                 if self._example is not None:
                     check_images(scorer, self._example(), device, dtype)
             noise = randomness_left(policy, device) if self._args.disable_dropout else None

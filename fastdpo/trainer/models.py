@@ -21,6 +21,7 @@ from fastdpo.model.adapters import (
     trained_outside_adapters,
 )
 from fastdpo.model.auto_class import auto_class_of
+from fastdpo.model.cut_weights import check_read_in_parts, sum_gradients_once
 from fastdpo.model.language_model import described, language_model
 from fastdpo.model.liger_kernels import put_liger_kernels_in
 from fastdpo.model.load_sharding import check_adapter_of_plan, is_load_sharded, with_new_adapter
@@ -28,6 +29,7 @@ from fastdpo.model.quantization import make_trainable
 from fastdpo.model.randomness import disable_dropout
 from fastdpo.model.rotary import fix_frequencies
 from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.expert_parallel import check_expert_parallel
 from fastdpo.trainer.manifest import name_some
 from fastdpo.trainer.parallelism import loading_kwargs, refuse_copy
 from fastdpo.trainer.zero import copied
@@ -61,8 +63,10 @@ def make_models(
     policy = load_model(model, args, images=images) if isinstance(model, str) else model
     if peft_config is not None:
         policy = with_new_adapter(policy, peft_config)
-    if isinstance(policy, PeftModel) and is_load_sharded(policy):
-        check_adapter_of_plan(policy)
+    if is_load_sharded(policy):
+        if isinstance(policy, PeftModel):
+            check_adapter_of_plan(policy)
+        sum_gradients_once(policy)
     check_trainable(policy, args, is_sharded=is_sharded)
     if ref_model is not None:
         _refuse_shared(policy, ref_model)
@@ -89,6 +93,10 @@ def make_models(
             refuse_copy(policy)
             # What is trained outside the adapter would take the model without it along.
             ref_model = copy_of_what_is_trained(policy)
+    check_expert_parallel({"model": policy, "ref_model": ref_model})
+    for each in (policy, ref_model):
+        if each is not None and is_load_sharded(each):
+            check_read_in_parts(each)
     if args.use_liger_kernel:
         for each in (policy, ref_model):
             if each is not None:

@@ -21,7 +21,7 @@ from fastdpo.trainer.arguments import check_arguments
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.datasets import EvalDataset, TrainDataset, columns_of
 from fastdpo.trainer.engines import check_distribution, engine_of, weights_come_later
-from fastdpo.trainer.expert_parallel import refuse_expert_parallel
+from fastdpo.trainer.expert_parallel import check_expert_setting
 from fastdpo.trainer.finite_runs import refuse_not_finite
 from fastdpo.trainer.models import fix_frequencies_of, make_models, settle_checkpointing
 from fastdpo.trainer.moving_reference import MovingReference
@@ -77,7 +77,8 @@ def set_up(
         TypeError, ValueError, NotImplementedError: as the trainer does.
     """
     check_arguments(model, ref_model, args, data_collator, train_dataset, processing_class, peft_config)
-    refuse_expert_parallel({"the model": model, "the reference model": ref_model}, args.init_kwargs)
+    if isinstance(model, str):
+        check_expert_setting(args.init_kwargs)
     check_reporters(args)
     check_optimizer(args)
     engine = engine_of(args)

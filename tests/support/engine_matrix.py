@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -74,14 +74,14 @@ def torchrun_launched() -> Iterator[None]:
         yield
 
 
-def cut_model(seed: int, **sizes: int) -> Any:
+def cut_model(seed: int, family: str = "llama", **config: Any) -> Any:
     """The same model as :func:`small_model`, of which each rank has loaded its part; by all ranks together."""
-    folder = Path(tempfile.gettempdir()) / f"matrix-models-{os.getppid()}" / str(seed)
+    folder = Path(tempfile.gettempdir()) / f"matrix-models-{os.getppid()}" / family / str(seed)
     if dist.get_rank() == 0:
-        small_model(seed).save_pretrained(folder)
+        small_model(seed, family).save_pretrained(folder)
     dist.barrier()
-    config = DistributedConfig(tp_plan="auto", **sizes)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", distributed_config=config)
+    config = {"distributed_config": DistributedConfig(**config)}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **config)
 
 
 def cp_options(**sizes: int) -> Options:
@@ -119,6 +119,7 @@ class Engine:
         data_parallel: among how many of them the pairs are divided.
         kind: what :func:`engine_of` finds once the model is trained.
         models: makes the policy's and the reference's model; by their seeds.
+        family: of the models.
     """
 
     launch: Callable[[], AbstractContextManager[None]]
@@ -127,6 +128,13 @@ class Engine:
     ranks: int = 2
     data_parallel: int = 2
     models: Callable[[int], Any] = field(default=lambda seed: small_model(seed))
+    family: str = "llama"
+
+
+def mixture_engine(kind: str, *, ranks: int = 2, data_parallel: int = 2, **config: Any) -> Engine:
+    """Of a mixture of experts that ``from_pretrained`` spreads over processes."""
+    models = functools.partial(cut_model, family="mixtral", **config)
+    return Engine(torchrun_launched, kind, {}, ranks, data_parallel, models, "mixtral")
 
 
 class Cell(NamedTuple):
@@ -139,10 +147,12 @@ class Cell(NamedTuple):
         return ", ".join(self)
 
 
-def small_model(seed: int, **options: Any) -> Any:
+def small_model(seed: int, family: str = "llama", **options: Any) -> Any:
     """Whole in every process, also where a run before it had ZeRO-3, with which models are divided as they are made."""
     unset_hf_deepspeed_config()
-    return make_model("llama", VOCABULARY, seed=seed, num_hidden_layers=LAYERS, **options)
+    if family == "mixtral":
+        options["router_aux_loss_coef"] = 0.0  # a loss of each process's tokens, whose mean is not that of all tokens
+    return make_model(family, VOCABULARY, seed=seed, num_hidden_layers=LAYERS, **options)
 
 
 REFERENCES: dict[str, Callable[[Callable[[int], Any]], Options]] = {
@@ -169,6 +179,9 @@ ENGINES: dict[str, Engine] = {
         ranks=4,
         models=lambda seed: cut_model(seed, tp_size=2, fsdp_size=2),
     ),
+    "EP": mixture_engine("MULTI_GPU", fsdp_size=2, ep_size=2),
+    "EP x DP": mixture_engine("MULTI_GPU", ranks=4, data_parallel=4, fsdp_size=4, ep_size=2),
+    "EP x TP": mixture_engine("MULTI_GPU, tp 2", data_parallel=1, tp_size=2, ep_size=2),
     "CP": Engine(launched, "FSDP, version 2, cp 2", cp_options(cp_size=2), data_parallel=1),
     "CP x DP": Engine(launched, "FSDP, version 2, dp_shard 2, cp 2", cp_options(cp_size=2, dp_shard_size=2), ranks=4),
 }
@@ -226,8 +239,9 @@ def cell_on_rank(name: str, folder: Path) -> tuple[str, Steps] | str:
 
 
 def alone(cell: Cell, folder: Path) -> Steps:
-    """One process's, to which a cell's are compared: those of all engines have the same."""
-    kind, steps = train_cell(cell, ALONE, folder)
+    """One process's, to which a cell's are compared: those of all engines of the family have the same."""
+    models = functools.partial(small_model, family=ENGINES[cell.engine].family)
+    kind, steps = train_cell(cell, replace(ALONE, models=models), folder)
     assert kind == ALONE.kind and len(steps) == STEPS
     return steps
 
@@ -251,6 +265,10 @@ def verdict(cell: Cell, outcomes: list[Outcome], expected: Steps) -> str:
     return "equal"
 
 
+def _as_alone(cell: Cell) -> tuple[str, str, str]:
+    return ENGINES[cell.engine].family, cell.reference, cell.layout
+
+
 def worst(steps: Steps, expected: Steps) -> float:
     """The largest relative difference; infinite where there are more or fewer steps."""
     if len(steps) != len(expected):
@@ -264,7 +282,7 @@ def worst(steps: Steps, expected: Steps) -> float:
 
 def measure(cells: list[Cell], folder: Path) -> dict[Cell, str]:
     """Each cell's text, by running it; cells of engines with as many ranks share their processes."""
-    expected = {(cell.reference, cell.layout): cell for cell in cells}
+    expected = {_as_alone(cell): cell for cell in cells}
     truth = {key: alone(cell, folder / "alone" / cell.name) for key, cell in expected.items()}
     found: dict[Cell, str] = {}
     for ranks in sorted({ENGINES[cell.engine].ranks for cell in cells}):
@@ -272,7 +290,7 @@ def measure(cells: list[Cell], folder: Path) -> dict[Cell, str]:
         names = [cell.name for cell in some]
         work = functools.partial(cell_on_rank, folder=folder / "runs")
         outcomes = run_limited(work, names, ranks=ranks, limit=LIMIT, folder=folder / str(ranks))
-        found |= {cell: verdict(cell, outcomes[cell.name], truth[cell.reference, cell.layout]) for cell in some}
+        found |= {cell: verdict(cell, outcomes[cell.name], truth[_as_alone(cell)]) for cell in some}
     return found
 
 
@@ -284,7 +302,8 @@ _TEXT = f"""# Several devices: what trains as one process
 {STEPS} steps of a model of {LAYERS} layers on two or four processes of a CPU (gloo), in float32: **equal** where each
 step's loss and gradient norm are those of one process, to {TOLERANCE:g} relative; refused where the run stops before
 anything is trained, with the message below. `pytest tests/trainer/test_matrix.py --run-slow` runs all of it, a minute
-at most for each, and writes this page; some cells are run with every test.
+at most for each, and writes this page; some cells are run with every test. The models of EP, whose experts are spread
+over processes, are mixtures of 4 experts (Mixtral) with no load-balancing loss, which is of each process's tokens.
 
 """
 

@@ -1,74 +1,93 @@
-"""Models whose experts transformers spreads over processes are refused by name."""
+"""What a run with experts spread over processes cannot have is refused by name; that it trains is in test_matrix.py."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
-from ranks import on_ranks
 from tiny_models import make_model
-from toy_data import make_tokenizer, text_rows
-from trainer_runs import config, make_trainer
-from transformers import AutoModelForCausalLM
+from toy_data import text_rows
+from trainer_runs import config
 from transformers.distributed import DistributedConfig
 
-from fastdpo.trainer import DPOTrainer
-from fastdpo.trainer.expert_parallel import refuse_expert_parallel
-
-SPREAD = DistributedConfig(fsdp_size=2, ep_size=2)
-
-
-def loaded_with(setting: DistributedConfig):
-    """As if: it takes several processes to load one so."""
-    model = make_model("mixtral")
-    model.config.distributed_config = setting
-    model._is_distributed_loading_by_transformers = True
-    return model
-
-
-@pytest.mark.parametrize("called", ["model", "ref_model"])
-def test_a_loaded_model_is_refused_before_anything_is_done(called, tmp_path):
-    models = {"model": make_model("mixtral"), "ref_model": make_model("mixtral", seed=1)}
-    with pytest.raises(NotImplementedError, match=r"MixtralForCausalLM.* is expert-parallel .*ep_size=2.*FSDP2"):
-        make_trainer(tmp_path, make_tokenizer(), **models | {called: loaded_with(SPREAD)})
+from fastdpo.trainer import DPOTrainer, expert_parallel
+from fastdpo.trainer.expert_parallel import check_expert_parallel, check_expert_setting
 
 
 @pytest.mark.parametrize(
-    ("setting", "words"),
+    ("setting", "error", "words"),
     [
-        ({"fsdp_size": 2, "ep_size": 2}, "ep_size=2"),
-        ({"tp_size": 2, "enable_expert_parallel": True}, "enable_expert_parallel=True"),
+        ({"ep_size": 2}, ValueError, r"ep_size 2.*divide fsdp_size times tp_size \(1 times 1\): give fsdp_size: N and"),
+        ({"ep_size": 2, "fsdp_size": 3}, ValueError, r"\(3 times 1\)"),
+        ({"ep_size": 2, "tp_size": 4}, ValueError, r"multiple of tp_size \(4\)"),
+        ({"tp_size": 2, "enable_expert_parallel": True}, NotImplementedError, "enable_expert_parallel: true.*Instead"),
+        ({"tp_size": 2, "ep_size": 2, "tp_plan": {}}, NotImplementedError, r"tp_plan: \{\}.*Instead, give fsdp_size"),
+        (
+            {"tp_size": 2, "ep_size": 2, "ep_implementation": "deepgemm_megamoe"},
+            NotImplementedError,
+            "deepgemm_megamoe has no backward",
+        ),
     ],
 )
-def test_so_is_a_name_that_would_be_loaded_so(setting, words, tmp_path):
+def test_a_setting_that_cannot_be_trained_is_refused_before_anything_is_loaded(
+    setting: dict[str, Any], error: type[Exception], words: str, tmp_path
+) -> None:
     args = config(tmp_path, model_init_kwargs={"distributed_config": setting})
-    with pytest.raises(NotImplementedError, match=f"some/mixture, is expert-parallel .*{words}"):
+    with pytest.raises(error, match=words):
         DPOTrainer("some/mixture", args=args, train_dataset=Dataset.from_list(text_rows(4)))
 
 
-def test_nothing_else_is():
-    apart = make_model("mixtral")
-    apart.config.distributed_config = SPREAD  # what another load left in the configuration
-    others = {"a": loaded_with(DistributedConfig(fsdp_size=2)), "b": apart, "c": None, "d": "a/name"}
-    refuse_expert_parallel(others, {})
-    refuse_expert_parallel(others, {"distributed_config": {"tp_size": 2}})
+@pytest.mark.parametrize(
+    "setting",
+    [
+        None,
+        {"tp_size": 2},
+        {"fsdp_size": 2, "ep_size": 2},
+        {"tp_size": 2, "ep_size": 2},
+        {"fsdp_size": 2, "enable_expert_parallel": True, "ep_size": 2},
+        DistributedConfig(fsdp_size=4, ep_size=2),
+    ],
+)
+def test_others_are_not(setting: Any) -> None:
+    check_expert_setting({} if setting is None else {"distributed_config": setting})
 
 
-def refused() -> str:
-    """On a rank of two."""
-    folder = Path(os.environ["EXPERTS_FOLDER"])
-    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=SPREAD)
-    try:
-        make_trainer(folder / "run", make_tokenizer(), model=model, rows=4)
-    except NotImplementedError as error:
-        return str(error)
-    return ""
+def spread(**of_config: Any) -> Any:
+    """A mixture that passes for one that was loaded so: that takes several processes."""
+    model = make_model("mixtral")
+    model._is_distributed_loading_by_transformers = True
+    model.config.distributed_config = DistributedConfig(fsdp_size=2, ep_size=2, **of_config)
+    return model
 
 
-@pytest.mark.slow
-def test_a_model_that_two_processes_loaded(tmp_path, monkeypatch):
-    make_model("mixtral").save_pretrained(tmp_path)
-    monkeypatch.setenv("EXPERTS_FOLDER", str(tmp_path))
-    assert all("is expert-parallel" in said for said in on_ranks(refused, 2, tmp_path))
+def test_a_model_without_spread_experts_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ref_model, MixtralForCausalLM.*ep_size=2, but has no experts that its plan"):
+        check_expert_parallel({"model": make_model("mixtral"), "ref_model": spread()})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda model: setattr(model, "is_quantized", True), "model, MixtralForCausalLM.* is quantised"),
+        (
+            lambda model: setattr(model.config, "_experts_implementation", "deepgemm_megamoe"),
+            "deepgemm_megamoe, which has no backward",
+        ),
+        (lambda _: None, r"gate_up_proj among them, which is not.*do not train it"),
+    ],
+)
+def test_what_cannot_be_trained_of_one_is_refused(change, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = spread()
+    experts = model.model.layers[0].mlp.experts
+    monkeypatch.setattr(expert_parallel, "spread_experts", lambda _: [("model.layers.0.mlp.experts", experts)])
+    change(model)
+    with pytest.raises(NotImplementedError, match=words):
+        check_expert_parallel({"model": model})
+
+
+def test_what_is_not_trained_may_be_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = spread()
+    experts = model.model.layers[0].mlp.experts.requires_grad_(False)
+    monkeypatch.setattr(expert_parallel, "spread_experts", lambda _: [("model.layers.0.mlp.experts", experts)])
+    check_expert_parallel({"model": model, "ref_model": None})

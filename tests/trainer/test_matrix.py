@@ -12,7 +12,12 @@ pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 
 
 # Not tested elsewhere by default, and needs nothing that is not installed for the tests.
-SAMPLE = [Cell("FSDP1", "second model", "packed"), Cell("FSDP1", "adapter", "padded")]
+SAMPLE = [
+    Cell("FSDP1", "second model", "packed"),
+    Cell("FSDP1", "adapter", "padded"),
+    Cell("EP", "second model", "packed"),
+    Cell("EP x TP", "adapter", "padded"),
+]
 
 
 @pytest.mark.slow
