@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 
 from fastdpo.logps.native import cpu_library
@@ -11,19 +12,23 @@ from fastdpo.logps.native import cpu_library
 def use_tensor_memory() -> bool:
     """From now on CPU tensors of this process take memory that earlier ones have left, where glibc's malloc would not.
 
-    With torch's own allocator a training on a CPU holds up to three times what its tensors need. Numbers are the same,
-    and the time is no longer. What the variables ``MALLOC_...`` say holds. It is for programs, not for libraries: it is
-    for good, and for all tensors.
+    With torch's own allocator a training on a CPU holds up to three times what its tensors need. It is for programs,
+    not for libraries: it is for good, and for all tensors. A program whose environment has settings of glibc's malloc
+    (``MALLOC_...``, ``GLIBC_TUNABLES``) is left as it is.
 
     Returns:
-        Whether it is so now; not where the CPU library is not in use, and not where malloc is another than glibc's (a
+        Whether it is so now; not where the CPU library is not in use, nor where malloc is another than glibc's (a
         preloaded jemalloc, say; musl's, macOS's), of which this is not known to be needed.
     """
     use = getattr(cpu_library(), "fastdpo_cpu_use_tensor_memory", None)  # not in a library older than this file
-    if use is None or not _malloc_is_glibcs():
+    if use is None or _malloc_is_set() or not _malloc_is_glibcs():
         return False
-    use()
-    return True
+    use.restype = ctypes.c_bool
+    return bool(use())
+
+
+def _malloc_is_set() -> bool:
+    return any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
 
 
 def _malloc_is_glibcs() -> bool:

@@ -49,6 +49,71 @@ def test_what_was_freed_is_used_again() -> None:
 
 
 @here
+def test_tensors_of_all_sizes_come_and_go() -> None:
+    """Each keeps its numbers while others come and go, and together they take little more than at most is there."""
+    code = """
+        import random, torch
+        from fastdpo.logps.cpu_memory import use_tensor_memory
+        assert use_tensor_memory()
+
+        def status(field):
+            lines = open("/proc/self/status").read().splitlines()
+            return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+        choose, there, now, most = random.Random(0), [], 0, 0
+        for _ in range(8):
+            torch.full((8,), 1).sum()  # what torch sets up for itself
+        open("/proc/self/clear_refs", "w").write("5")
+        before = status("VmRSS")
+        for number in range(2_000):
+            room = 150e6 if number // 500 % 2 else 60e6
+            while there and now > room * choose.random():
+                kept, told = there.pop(choose.randrange(len(there)))
+                assert kept.min() == kept.max() == told
+                now -= kept.nbytes
+            there.append((torch.full((int(2 ** choose.uniform(0, 22)),), number % 7, dtype=torch.int32), number % 7))
+            now += there[-1][0].nbytes
+            most = max(most, now)
+        print((status("VmHWM") - before) / most)
+    """
+    (share,) = printed(code)
+    assert float(share) < 1.25  # a sixteenth more may be kept, in blocks an eighth larger than their tensors
+
+
+@here
+def test_a_forked_process_goes_on() -> None:
+    code = """
+        import os, threading, torch
+        from fastdpo.logps.cpu_memory import use_tensor_memory
+        assert use_tensor_memory()
+        going = True
+
+        def work():
+            while going:
+                torch.ones(100_000)
+
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        [thread.start() for thread in threads]
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                os._exit(int(torch.ones(100_000).sum()) != 100_000)
+            assert os.waitpid(child, 0)[1] == 0
+        going = False
+        [thread.join() for thread in threads]
+        print("all")
+    """
+    assert printed(code) == ["all"]
+
+
+@here
+@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
+def test_settings_of_ones_own_win(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    assert not cpu_memory.use_tensor_memory()
+
+
+@here
 def test_in_every_other_respect_it_is_torchs() -> None:
     code = """
         import io, threading, torch
