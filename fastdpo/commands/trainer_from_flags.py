@@ -87,10 +87,10 @@ def _check_what_is_asked(script_args: ScriptArguments, training_args: DPOConfig)
             "--do_predict is given, but a training predicts nothing: use fastdpo eval, or fastdpo compare."
         )
     in_order = training_args.train_sampling_strategy == "sequential"
-    if in_order and script_args.is_streamed and script_args.dataset_shuffle_buffer:
+    if in_order and script_args.is_streamed and script_args.dataset_shuffle_buffer != 0:
         raise UsageError(
-            "--train_sampling_strategy is sequential, but a stream comes in random order from among "
-            f"{script_args.dataset_shuffle_buffer:,} pairs: give --dataset_shuffle_buffer 0."
+            "--train_sampling_strategy is sequential, but a stream comes in random order from among the pairs of a "
+            "buffer: give --dataset_shuffle_buffer 0."
         )
 
 

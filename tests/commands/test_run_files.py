@@ -95,13 +95,19 @@ def test_command_lines_of_trl_run(name: str, model: Path, data: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "losses",
+    ("losses", "streaming"),
     [
-        pytest.param([], marks=pytest.mark.slow, id="sigmoid"),
-        pytest.param(["--loss_type", "sigmoid", "bco_pair", "sft", "--loss_weights", "0.8", "0.2", "1"], id="mixed"),
+        pytest.param([], [], marks=pytest.mark.slow, id="sigmoid"),
+        pytest.param([], ["--dataset_streaming", "--max_steps", "100"], id="streaming"),
+        pytest.param(
+            ["--loss_type", "sigmoid", "bco_pair", "sft", "--loss_weights", "0.8", "0.2", "1"],
+            ["--num_train_epochs", "1"],
+            marks=pytest.mark.slow,
+            id="mixed",
+        ),
     ],
 )
-def test_command_lines_of_trl_about_images_run(losses: list[str], tmp_path: Path) -> None:
+def test_command_lines_of_trl_about_images_run(losses: list[str], streaming: list[str], tmp_path: Path) -> None:
     make_vision_model("llava").save_pretrained(tmp_path / "model")
     make_processor("llava").save_pretrained(tmp_path / "model")
     (tmp_path / "set").mkdir()
@@ -109,7 +115,8 @@ def test_command_lines_of_trl_about_images_run(losses: list[str], tmp_path: Path
     line = f"--dataset_name {tmp_path}/set --model_name_or_path {tmp_path}/model --per_device_train_batch_size 2 "
     line += "--gradient_accumulation_steps 2 --dataset_num_proc 1 --dtype bfloat16 --use_peft --lora_target_modules "
     targets = ["q_proj,", "v_proj"] if losses else ["all-linear"]
-    words = ["train", *line.split(), *targets, *losses, "--output_dir", str(tmp_path / "run"), *SHORT.split()]
+    words = ["train", *line.split(), *targets, *losses, *streaming, "--output_dir", str(tmp_path / "run")]
+    words += SHORT.split()
     words[words.index("--max_length") + 1] = "256"
     assert main(words) == 0
     adapter = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
