@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from fastdpo.report.snapshot import SnapshotSize
+from fastdpo.trainer.without_effect import refuse_without_effect
 
 
 @dataclass
@@ -70,6 +71,7 @@ class ScriptArguments:
             (self.dataset_name,) = self.dataset_name  # type: ignore[assignment]  # a list is what the parser makes
         if self.dataset_shuffle_buffer is not None and self.dataset_shuffle_buffer < 0:
             raise ValueError(f"dataset_shuffle_buffer is {self.dataset_shuffle_buffer}; it should be at least 0")
+        refuse_without_effect(self)
 
 
 @dataclass
@@ -139,6 +141,7 @@ class ModelArguments:
                 self.lora_target_modules = target  # type: ignore[assignment]  # a list is what the parser makes
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit are both given; leave one of them out")
+        refuse_without_effect(self)
 
 
 @dataclass

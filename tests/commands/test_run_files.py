@@ -125,8 +125,9 @@ def test_command_lines_of_trl_about_images_run(losses: list[str], streaming: lis
 
 def test_commas_between_names_are_no_part_of_them() -> None:
     for given in (["q_proj,", "v_proj"], ["q_proj,v_proj"], ["q_proj, v_proj,"]):
-        assert ModelArguments(lora_target_modules=given).lora_target_modules == ["q_proj", "v_proj"]
-    assert ModelArguments(lora_target_modules=[r"layers\.\d{1,2}\..*"]).lora_target_modules == r"layers\.\d{1,2}\..*"
+        assert ModelArguments(use_peft=True, lora_target_modules=given).lora_target_modules == ["q_proj", "v_proj"]
+    pattern = r"layers\.\d{1,2}\..*"
+    assert ModelArguments(use_peft=True, lora_target_modules=[pattern]).lora_target_modules == pattern
 
 
 # Of the Alignment Handbook's recipes for DPO: the keys that are TRL's and transformers' now, and those that were.
@@ -205,11 +206,13 @@ def test_files_of_the_handbook_run_with_what_is_advised(
     assert all(f"\n  {name}: " in message for name in ONCE)
     assert all(name in message for name in NOW) and not any(f"\n  {name}: " in message for name in STANDING)
     line = run(filled(STANDING | NOW, model, data), tmp_path / "run")
+    said = capsys.readouterr()
+    assert "--hub_model_id, --hub_private_repo, --hub_revision would have no effect without --push_to_hub" in said.err
     # The file's, where SHORT does not say otherwise.
     args = TrainParser().read(["--config", str(tmp_path / "run.yaml"), "--use_cpu"])[2]
     assert (args.beta, args.loss_type, args.optim, args.save_steps) == (0.02, ["apo_zero"], "rmsprop", 0.5)
     assert line["loss"] == pytest.approx(1.0, abs=1e-4)  # APO's, where policy and reference agree
-    assert "packed rows" in capsys.readouterr().out
+    assert "packed rows" in said.out
 
 
 def test_masks_are_left_out_of_what_ddp_sends(model: Path, data: Path, tmp_path: Path) -> None:
