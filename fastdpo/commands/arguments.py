@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from fastdpo.report.snapshot import SnapshotSize
+from fastdpo.trainer.without_effect import refuse_without_effect
 
 
 @dataclass
@@ -48,9 +49,12 @@ class ScriptArguments:
     ignore_bias_buffers: bool = field(
         default=False, metadata={"help": "DDP: leave out buffers that are bool, such as masks, which some cannot send."}
     )
-    dataset_shuffle_buffer: int = field(
-        default=10_000,
-        metadata={"help": "Streamed pairs come in random order from among so many; 0 for their own order."},
+    dataset_shuffle_buffer: int | None = field(
+        default=None,
+        metadata={
+            "help": "Streamed pairs come in random order from among so many; 0 for their own order. By default 10,000, "
+            "or 1,000 where they have images, of which the files are in memory meanwhile."
+        },
     )
 
     @property
@@ -65,8 +69,9 @@ class ScriptArguments:
     def __post_init__(self) -> None:
         if isinstance(self.dataset_name, list) and len(self.dataset_name) == 1:  # the one, as in TRL
             (self.dataset_name,) = self.dataset_name  # type: ignore[assignment]  # a list is what the parser makes
-        if self.dataset_shuffle_buffer < 0:
+        if self.dataset_shuffle_buffer is not None and self.dataset_shuffle_buffer < 0:
             raise ValueError(f"dataset_shuffle_buffer is {self.dataset_shuffle_buffer}; it should be at least 0")
+        refuse_without_effect(self)
 
 
 @dataclass
@@ -136,6 +141,7 @@ class ModelArguments:
                 self.lora_target_modules = target  # type: ignore[assignment]  # a list is what the parser makes
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit are both given; leave one of them out")
+        refuse_without_effect(self)
 
 
 @dataclass

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -89,7 +89,7 @@ class ConfigFile:
             raise UsageError(f"--config {self._path}: {key} is for the command line; leave it out of the file.")
         if key not in self._names:
             raise UsageError(f"--config {self._path}: unknown key {key!r}.{self._nearest(key)}")
-        if value is None and self._hints.get(key) in (int, float):
+        if value is None and not _may_be_none(self._hints.get(key)):
             raise UsageError(f"--config {self._path}: {key}: null is no value for it; leave it out, or give one.")
         # "No value", which the command line cannot say for every type, nor none of a list.
         if value is None or value == [] or (value == "" and self._takes_several(key)):
@@ -112,6 +112,10 @@ class ConfigFile:
 
     def _takes_no(self, name: str) -> bool:
         return any("no" in (action.choices or ()) for action in self._actions if action.dest == name)
+
+
+def _may_be_none(hint: Any) -> bool:
+    return hint in (None, Any) or type(None) in get_args(hint)
 
 
 def _as_words(key: str, value: Any) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from transformers.hf_argparser import string_to_bool
 
 from fastdpo.commands.help_page import FlagHelp
+from fastdpo.data.json_text import UNREADABLE, what_is_wrong
 
 
 class Words(argparse.HelpFormatter):
@@ -38,6 +40,16 @@ def bool_or_word(text: str) -> bool | str:
         value: bool = string_to_bool(text)
     except argparse.ArgumentTypeError:
         return text
+    return value
+
+
+def json_mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except UNREADABLE as error:
+        raise argparse.ArgumentTypeError(what_is_wrong(error)) from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no mapping in JSON")
     return value
 
 

@@ -8,14 +8,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, cast, get_type_hints
+from typing import Any, NoReturn, cast, get_origin, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from fastdpo.commands.arguments import ModelArguments, ReportArguments, ScriptArguments
 from fastdpo.commands.config_file import ConfigFile
-from fastdpo.commands.flag_words import Words, bool_or_word, number_or_none
+from fastdpo.commands.flag_words import Words, bool_or_word, json_mapping, number_or_none
 from fastdpo.commands.help_page import HelpPage
 from fastdpo.commands.launch_flags import LaunchFlags, profiles
 from fastdpo.errors import UsageError, bad_input
@@ -125,6 +125,8 @@ class TrainParser(HfArgumentParser):
             action.help = HELP[action.dest]
         if action.dest == "include_num_input_tokens_seen":  # a word or a bool, of which it allows the bool alone
             action.type = bool_or_word
+        elif get_origin(action.type) is dict:  # what is made of a word by calling it is none
+            action.type = json_mapping
         elif action.dest in TAKES_NONE:
             action.type = number_or_none
         elif action.dest == "logging_first_step":  # where policy and reference agree: the loss that tells a sound start

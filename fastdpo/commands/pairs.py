@@ -9,13 +9,18 @@ from typing import Any, TypeAlias
 import datasets
 
 from fastdpo.commands.arguments import ScriptArguments
+from fastdpo.data.columns import may_have_images
 from fastdpo.data.files import load_preferences, stream_preferences
+from fastdpo.data.images import undecoded_stream
 from fastdpo.data.json_text import UNREADABLE, what_is_wrong
 from fastdpo.data.mixture import Part, hold_out, load_mixture, stream_mixture
 from fastdpo.data.terms import DataError
 from fastdpo.errors import UsageError, bad_input
 
 Pairs: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
+# Rows from among which those of a stream come, unless it is said.
+_BUFFER, _PICTURED_BUFFER = 10_000, 1_000
 
 
 def load_pairs(
@@ -35,9 +40,7 @@ def load_pairs(
     check_sources(script_args)
     with bad_input():
         if script_args.is_streamed:
-            train = _stream(script_args, groups)
-            if script_args.dataset_shuffle_buffer:
-                train = train.shuffle(seed=seed, buffer_size=script_args.dataset_shuffle_buffer)
+            train = _shuffled(_stream(script_args, groups), script_args.dataset_shuffle_buffer, seed)
         elif script_args.datasets:
             train = load_mixture(parts_of(script_args.datasets), groups)
         else:
@@ -160,6 +163,12 @@ def _stream(script_args: ScriptArguments, groups: bool) -> datasets.IterableData
         return stream_mixture(parts_of(script_args.datasets), groups)
     split = script_args.dataset_train_split
     return stream_preferences(script_args.names, split=split, groups=groups, **_how(script_args))
+
+
+def _shuffled(rows: datasets.IterableDataset, buffer: int | None, seed: int) -> datasets.IterableDataset:
+    if buffer is None:
+        buffer = _PICTURED_BUFFER if may_have_images(rows) else _BUFFER
+    return undecoded_stream(rows).shuffle(seed=seed, buffer_size=buffer) if buffer else rows
 
 
 def _how(script_args: ScriptArguments) -> dict[str, Any]:

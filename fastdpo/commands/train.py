@@ -48,6 +48,7 @@ from fastdpo.trainer.progress import OneLineProgress, format_metrics
 from fastdpo.trainer.resume_settings import settings_of
 from fastdpo.trainer.run_lock import only_run_in
 from fastdpo.trainer.trainer import DPOTrainer
+from fastdpo.trainer.without_effect import without_effect
 
 
 def run(argv: list[str]) -> int:
@@ -97,6 +98,7 @@ def _alone(args: DPOConfig) -> Iterator[None]:
 
 def _run(argv: list[str], parser: TrainParser, arguments: tuple[Any, ...]) -> int:
     script_args, model_args, training_args, report_args = arguments
+    _say_what_does_nothing(parser, arguments)
     settings = all_settings(arguments)  # as they were asked for: making the trainer fills some in
     output_dir = training_args.folder
     checkpoint = resolve_resume(training_args.resume_from_checkpoint, output_dir)
@@ -208,6 +210,14 @@ def _start_report(
         argv=argv,
         checkpoint=checkpoint,
     )
+
+
+def _say_what_does_nothing(parser: TrainParser, arguments: tuple[Any, ...]) -> None:
+    """Once, of flags that are taken as they are in other people's files."""
+    now = {name: value for part in arguments for name, value in vars(part).items()}
+    lines = without_effect(parser.asked, now, raises=False)
+    if lines and arguments[2].process_index == 0:
+        say(f"Flags that do nothing in this run: {'; '.join(lines)}.")
 
 
 def _say_what_it_trains_on(trainer: DPOTrainer, output_dir: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +86,10 @@ def _check_what_is_asked(script_args: ScriptArguments, training_args: DPOConfig)
             "--do_predict is given, but a training predicts nothing: use fastdpo eval, or fastdpo compare."
         )
     in_order = training_args.train_sampling_strategy == "sequential"
-    if in_order and script_args.is_streamed and script_args.dataset_shuffle_buffer:
+    if in_order and script_args.is_streamed and script_args.dataset_shuffle_buffer != 0:
         raise UsageError(
-            "--train_sampling_strategy is sequential, but a stream comes in random order from among "
-            f"{script_args.dataset_shuffle_buffer:,} pairs: give --dataset_shuffle_buffer 0."
+            "--train_sampling_strategy is sequential, but a stream comes in random order from among the pairs of a "
+            "buffer: give --dataset_shuffle_buffer 0."
         )
 
 
@@ -104,7 +103,7 @@ def init_kwargs_of(model_args: ModelArguments, training_args: DPOConfig) -> dict
     """What ``from_pretrained`` takes for the flags of a model.
 
     Raises:
-        UsageError: flags of 4 and 8 bits that would have no effect, or contradict another.
+        UsageError: flags of 4 and 8 bits that contradict another.
     """
     return {
         "revision": model_args.model_revision,
@@ -116,20 +115,8 @@ def init_kwargs_of(model_args: ModelArguments, training_args: DPOConfig) -> dict
 
 
 def make_peft_config(model_args: ModelArguments) -> LoraConfig | None:
-    """The LoRA configuration that the flags describe; None without ``--use_peft``.
-
-    Raises:
-        UsageError: a flag of the adapter was given without ``--use_peft``, and would have no effect.
-    """
+    """The LoRA configuration that the flags describe; None without ``--use_peft``."""
     if not model_args.use_peft:
-        defaults = ModelArguments()
-        idle = [
-            f"--{f.name}"
-            for f in fields(ModelArguments)
-            if ("lora" in f.name or f.name == "use_dora") and getattr(model_args, f.name) != getattr(defaults, f.name)
-        ]
-        if idle:
-            raise UsageError(f"{', '.join(idle)} would have no effect without --use_peft.")
         return None
     return LoraConfig(
         task_type=model_args.lora_task_type,
@@ -146,12 +133,6 @@ def make_peft_config(model_args: ModelArguments) -> LoraConfig | None:
 
 def _quantization_kwargs(model_args: ModelArguments, training_args: DPOConfig) -> dict[str, Any]:
     """What ``from_pretrained`` takes for the flags of 4 and 8 bits."""
-    if not model_args.load_in_4bit:
-        defaults = ModelArguments()
-        names = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
-        idle = [f"--{name}" for name in names if getattr(model_args, name) != getattr(defaults, name)]
-        if idle:
-            raise UsageError(f"{', '.join(idle)} would have no effect without --load_in_4bit.")
     if not (model_args.load_in_4bit or model_args.load_in_8bit):
         return {}
     if "quantization_config" in training_args.init_kwargs:

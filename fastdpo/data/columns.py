@@ -15,6 +15,7 @@ from fastdpo.data.formats.names import PROMPT_NAMES, missing_columns_message
 from fastdpo.data.image_parts import has_images
 from fastdpo.data.images import IMAGE_COLUMNS, column_images, has_image_parts
 from fastdpo.data.reading.exact import Exact
+from fastdpo.data.stream_start import first_rows
 from fastdpo.data.terms import MARGIN_COLUMN, REFERENCE_COLUMNS, WEIGHT_COLUMN, DataError
 
 _DECODED = (datasets.Image, datasets.Audio, datasets.Video)
@@ -164,14 +165,13 @@ def _what_it_holds(dataset: datasets.Dataset, name: str) -> str:
 
 
 def may_have_images(dataset: datasets.Dataset | datasets.IterableDataset) -> bool:
-    """Whether any row has images, in its columns or in its messages; of a stream, whether the first one has."""
+    """Whether any row has images, in its columns or in its messages; of a stream, whether any of the first ones has."""
     if isinstance(dataset, datasets.Dataset):
         return any(
             holds_something(dataset, name) if name in IMAGE_COLUMNS else has_image_parts(dataset, name)
             for name in dataset.column_names
         )
-    first = list(dataset.take(1))  # more would fill its shuffling buffer
-    return any(column_images(row, "a row") or any(map(has_images, row.values())) for row in first)
+    return any(column_images(row, "a row") or any(map(has_images, row.values())) for row in first_rows(dataset))
 
 
 def any_may_have_images(*given: datasets.Dataset | datasets.IterableDataset | dict[str, Any] | None) -> bool:

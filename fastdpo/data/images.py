@@ -79,6 +79,23 @@ def undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
     )
 
 
+def undecoded_stream(rows: datasets.IterableDataset) -> datasets.IterableDataset:
+    """The same of a stream, where it says what its columns are; others have what they have."""
+    return rows if rows.features is None else rows.decode(False)
+
+
+def without_pictures(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose columns have the files' bytes in the place of PIL images: what a buffer can hold many of."""
+    found = {name: row[name] for name in IMAGE_COLUMNS if row.get(name)}
+    return row | {name: _encoded(value) for name, value in found.items()}
+
+
+def _encoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_encoded(item) for item in value]
+    return datasets.Image().encode_example(value) if isinstance(value, Image.Image) else value
+
+
 def are_images(value: Any) -> bool:
     """Whether :data:`IMAGES_FEATURE` can keep a column's value."""
     values = value if isinstance(value, list) else [value]

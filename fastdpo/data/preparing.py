@@ -187,8 +187,13 @@ def examine(
     weight_by_score: bool = False,
     group_by_prompt: bool = False,
     margins: bool = False,
+    keeps_vision: bool = False,
 ) -> tuple[datasets.Dataset, np.ndarray, DataSummary]:
     """What :func:`prepare` does, with the rows that it drops still there.
+
+    Args:
+        dataset, tokenizer: as for ``prepare``, and so are the others.
+        keeps_vision: have the columns of images also where no row has some; with a processor.
 
     Returns:
         All rows, tokenised, with the columns ``drop`` (the reason; empty for none) and ``warn`` (reasons) beside those
@@ -269,7 +274,7 @@ def examine(
         )
         check_vocabulary(tokenised, vocab_size, tokenizer_in(tokenizer))
     if processor is not None:
-        tokenised = _with_images(tokenised, dataset)
+        tokenised = _with_images(tokenised, dataset, keeps_vision)
     masks = [tokenised.data.column(name) for name in MASK_COLUMNS]
     if not any(pc.sum(pc.list_value_length(column)).as_py() for column in masks):
         tokenised = tokenised.remove_columns(list(MASK_COLUMNS))
@@ -314,9 +319,9 @@ _VISION_FEATURES = {
 }
 
 
-def _with_images(tokenised: datasets.Dataset, dataset: datasets.Dataset) -> datasets.Dataset:
-    """Tokenised rows with the columns of their images, which are not copied; without any where no row has some."""
-    if not any(tokenised.data.column(DIGEST_COLUMN).unique().to_pylist()):
+def _with_images(tokenised: datasets.Dataset, dataset: datasets.Dataset, keeps: bool) -> datasets.Dataset:
+    """Tokenised rows with the columns of their images, which are not copied; or without any where no row has some."""
+    if not keeps and not any(tokenised.data.column(DIGEST_COLUMN).unique().to_pylist()):
         return tokenised.remove_columns(list(VISION_COLUMNS))
     columns = [name for name in IMAGE_COLUMNS if name in dataset.column_names]
     if not columns:

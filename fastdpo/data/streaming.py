@@ -16,17 +16,21 @@ from datasets.table import InMemoryTable
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.account import strict_message
+from fastdpo.data.columns import may_have_images
 from fastdpo.data.group_preparing import without_fate
+from fastdpo.data.images import IMAGE_COLUMNS, undecoded_stream, without_pictures
 from fastdpo.data.preparing import examine, joined_by_prompt
 from fastdpo.data.reading.exact import features_of, kind_of, to_array
 from fastdpo.data.reading.given import rows_as_pairs
 from fastdpo.data.row_digests import MASK_COLUMNS
+from fastdpo.data.stream_start import LOOKED_AT
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.terms import DIGEST_COLUMN, DataError
 
 logger = logging.getLogger(__name__)
 
 CHUNK = 1000  # rows that are examined at a time
+PICTURED_CHUNK = 100  # where they have images, whose files are in memory meanwhile
 _SHOWN = 200  # characters of a row in an error
 
 
@@ -36,20 +40,23 @@ def prepare_stream(
     *,
     strict: bool = False,
     groups: bool = False,
+    images: bool | None = None,
     **how: Any,
 ) -> datasets.IterableDataset:
     """What :func:`fastdpo.data.prepare` makes of rows, made as they are needed.
 
-    What it says of all rows, this says of each chunk of 1,000 rows that has something to say. Repeated pairs are seen
-    within a chunk, and ``group_by_prompt`` joins pairs within one: rows of one prompt should be neighbours, and a
-    stream that is shuffled by way of a buffer has them apart.
+    What it says of all rows, this says of each chunk of 1,000 rows (100 with images) that has something to say.
+    Repeated pairs are seen within a chunk, and ``group_by_prompt`` joins pairs within one: rows of one prompt should be
+    neighbours, and a stream that is shuffled by way of a buffer has them apart. Images are decoded a few at a time, and
+    not kept: rows hold the files' bytes, or their paths.
 
     Args:
         rows: of :func:`fastdpo.data.stream_preferences`, or any with the same columns; shuffled by way of a buffer
             (``rows.shuffle(seed=…, buffer_size=…)``) or in their own order.
-        tokenizer: what they are tokenised with: a tokenizer, or a processor, whose images are not supported.
+        tokenizer: what they are tokenised with: a tokenizer, or the processor of a vision-language model.
         strict: whether a row that is dropped or doubtful is an error.
         groups: whether several ranked or scored answers to a prompt stay one row, as where ``pairs`` is given.
+        images: whether rows may have images; then all have the columns of images. By default the first 16 rows tell.
         how: what ``prepare`` takes beside these (``max_length``, ``truncation_mode``, …).
 
     Returns:
@@ -57,34 +64,23 @@ def prepare_stream(
         ``state_dict`` says where it is.
 
     Raises:
-        DataError: see ``prepare``; when the rows are asked for.
+        DataError: see ``prepare``; or a row has images, and none may have any; when the rows are asked for.
     """
+    if images is None:
+        images = isinstance(tokenizer, ProcessorMixin) and may_have_images(rows)
+    rows = undecoded_stream(rows)
     whole = rows.map(_in_one_column).select_columns(["row"])  # rows need not have the same columns
     return whole.map(
         _tokenize,
         batched=True,
-        batch_size=CHUNK,
+        batch_size=PICTURED_CHUNK if images else CHUNK,
         remove_columns=["row"],
-        fn_kwargs={"tokenizer": tokenizer, "strict": strict, "seen": _Seen(groups), "how": how},
+        fn_kwargs={"tokenizer": tokenizer, "strict": strict, "images": images, "seen": _Seen(groups), "how": how},
     )
 
 
-def columns_of_stream(rows: datasets.IterableDataset) -> list[str]:
-    """The columns of the first row, which is read for it where nothing says them.
-
-    Raises:
-        DataError: there is no row.
-    """
-    if rows.column_names is not None:
-        return list(rows.column_names)
-    first = next(iter(rows), None)
-    if first is None:
-        raise DataError("The stream has no rows.")
-    return list(first)
-
-
 def _in_one_column(row: dict[str, Any]) -> dict[str, Any]:
-    return {"row": row}
+    return {"row": without_pictures(row)}
 
 
 @dataclass
@@ -111,6 +107,7 @@ def _tokenize(
     batch: dict[str, list[Any]],
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     strict: bool,
+    images: bool,
     seen: _Seen,
     how: dict[str, Any],
 ) -> dict[str, list[Any]]:
@@ -118,17 +115,23 @@ def _tokenize(
     how = seen.choice_of(chunk, how)
     chunk.info.description = "a stream"  # whose rows are pairs by now
     with _quiet(), _showing_rows(chunk):
-        tokenised, kept, summary = examine(chunk, tokenizer, **how)
+        tokenised, kept, summary = examine(chunk, tokenizer, keeps_vision=images, **how)
+        if not images and DIGEST_COLUMN in tokenised.column_names:
+            raise DataError(
+                f"A row of the stream has images, and none of the first {LOOKED_AT} had any, by which it was told how "
+                "to train; have rows with images from the beginning on, or leave the streaming out."
+            )
         kept_rows = tokenised.select(kept)
-        if DIGEST_COLUMN in tokenised.column_names:
-            raise DataError("rows of a stream have images, which is not supported; leave the streaming out.")
         rows = joined_by_prompt(kept_rows) if how.get("group_by_prompt") and len(kept) else without_fate(kept_rows)
     _say(summary, strict)
     columns = {name: rows[name][:] for name in rows.column_names}
     # Every chunk has the same columns, whether a completion of it has several turns or not.
     are_groups = "completion_ids" in columns
     optional = ("completion_mask", "pair_weights", "ranks") if are_groups else MASK_COLUMNS
-    return dict.fromkeys(optional, [[]] * len(rows)) | columns
+    same: dict[str, list[Any]] = dict.fromkeys(optional, [[] for _ in rows])
+    if images and not are_groups:
+        same |= {name: [None] * len(rows) for name in IMAGE_COLUMNS}
+    return same | columns
 
 
 def chunk_of(rows: list[dict[str, Any]]) -> datasets.Dataset:
@@ -159,7 +162,8 @@ def _showing_rows(chunk: datasets.Dataset) -> Iterator[None]:
         numbered = re.match(r"row (\d+)\b", str(error))
         if not numbered:
             raise
-        said = json.dumps(chunk[int(numbered[1])], ensure_ascii=False, default=str)[:_SHOWN]
+        row = {name: value for name, value in chunk[int(numbered[1])].items() if name not in IMAGE_COLUMNS}
+        said = json.dumps(row, ensure_ascii=False, default=str)[:_SHOWN]
         raise DataError(f"{error} (Of {len(chunk)} rows of the stream; the row begins: {said})") from error
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from fastdpo.data.grouping import first_pair
+from fastdpo.data.stream_start import first_rows
 from fastdpo.data.terms import DIGEST_COLUMN
 from fastdpo.trainer.trainer import DPOTrainer
 
@@ -26,7 +27,7 @@ def dataset_of(trainer: DPOTrainer) -> tuple[Dataset, str]:
     if isinstance(held_out, Dataset):
         return held_out, "the evaluation set, which is not trained on"
     if isinstance(trainer.train_dataset, IterableDataset):
-        first = list(trainer.train_dataset.take(_OF_A_STREAM))
+        first = first_rows(trainer.train_dataset, _OF_A_STREAM)
         return Dataset.from_list(first), "the first pairs of the training stream, for there is no evaluation set"
     return trainer.train_dataset, "the training set, for there is no evaluation set"
 

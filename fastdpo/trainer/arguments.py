@@ -8,7 +8,6 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from fastdpo.data.columns import may_have_images
 from fastdpo.data.terms import REFERENCE_COLUMNS, has_references
 from fastdpo.model.adapters import HAS_ADAPTER, has_transformers_adapter, is_adapter
 from fastdpo.model.quantization import refuse_quantized_alone
@@ -79,7 +78,7 @@ def check_arguments(
     if not isinstance(train_dataset, (Dataset, IterableDataset)):
         raise TypeError(f"train_dataset is a {type(train_dataset).__name__}; it should be a datasets.Dataset")
     if isinstance(train_dataset, IterableDataset):
-        _check_stream(args, images=may_have_images(train_dataset))
+        _check_stream(args)
     given = [name for name in REFERENCE_COLUMNS if name in columns_of(train_dataset)]
     if len(given) == 1:
         raise ValueError(f"train_dataset has the column {given[0]} alone; it should have both, or neither")
@@ -105,17 +104,12 @@ def check_arguments(
             )
 
 
-def _check_stream(args: DPOConfig, *, images: bool) -> None:
+def _check_stream(args: DPOConfig) -> None:
     """Raises for what a run on pairs that are read as they are needed cannot have.
 
     Raises:
         ValueError: something is missing, or contradicts it.
-        NotImplementedError: it is not supported.
     """
-    if images:
-        raise NotImplementedError(
-            "train_dataset is a stream of rows with images, which is not supported; leave the streaming out"
-        )
     if args.max_steps <= 0:
         raise ValueError(
             "train_dataset is a stream, of which nobody knows how many pairs it has: give max_steps (--max_steps)"
@@ -124,10 +118,6 @@ def _check_stream(args: DPOConfig, *, images: bool) -> None:
         raise ValueError(
             "train_dataset is a stream, whose reference log-probabilities cannot be computed beforehand: leave "
             "precompute_ref_log_probs out, or the streaming"
-        )
-    if args.world_size > 1:
-        raise NotImplementedError(
-            f"train_dataset is a stream, which is not supported on {args.world_size} processes; leave streaming out"
         )
 
 

@@ -7,8 +7,10 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from fastdpo.data.files import TOKEN_COLUMNS
@@ -27,6 +29,7 @@ from fastdpo.logps.wide import wide_dtype
 from fastdpo.model.packing import PackedRow
 from fastdpo.model.scoring import count_tokens, count_weight, model_inputs
 from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.endless import EndlessRows
 from fastdpo.trainer.zero import input_dtype
 
 logger = logging.getLogger(__name__)
@@ -47,6 +50,17 @@ class PairBatches(Trainer):
         of_pairs = (*TOKEN_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS, WEIGHT_COLUMN, *VISION_COLUMNS, *IMAGE_COLUMNS)
         margins = () if self.args.margin_alpha is None else (MARGIN_COLUMN,)
         self._signature_columns = [*margins, *of_pairs, *GROUP_TOKEN_COLUMNS, *GROUP_COLUMNS]
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As ``Trainer``'s; that of a stream has no end."""
+        rows: Any = self.train_dataset
+        if not isinstance(rows, datasets.IterableDataset):
+            return super().get_train_dataloader()
+        self.train_dataset = EndlessRows(rows)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = rows
 
     def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> tuple[Any, Any]:
         # Ours cuts rows itself (fastdpo.model.cut_rows); Trainer's needs CUDA's attention kernels, and its labels.

@@ -16,6 +16,7 @@ from fastdpo.trainer.loss_arguments import LossArguments
 from fastdpo.trainer.row_arguments import RowArguments
 from fastdpo.trainer.run_files import refuse_names, refuse_values
 from fastdpo.trainer.secrets import redacted, remember_secrets
+from fastdpo.trainer.without_effect import refuse_without_effect
 
 
 @dataclass(repr=False)
@@ -104,13 +105,18 @@ class DPOConfig(RowArguments, LossArguments, TrainingArguments):  # of whose fie
     def __post_init__(self) -> None:
         self._settle_losses()
         self._settle_rows()
+        if self.ref_cache is not None:  # a folder for them turns them on
+            self.precompute_ref_log_probs = True
+        if self.report_to is None:  # as a file may say it
+            self.report_to = "none"
         refuse_values(self)
+        refuse_without_effect(self)
         self._check_sizes()
         self._check_losses()
         self._check_rows()
         self._check_batches_of_losses()
         self._settle_liger()
-        self._settle_reference()
+        self._check_reference()
         if self.logging_nan_inf_filter:
             raise ValueError(
                 "logging_nan_inf_filter is on, which writes another number in the place of a loss that is NaN; leave "
@@ -158,26 +164,14 @@ class DPOConfig(RowArguments, LossArguments, TrainingArguments):  # of whose fie
 
     def _settle_liger(self) -> None:
         """Liger's kernels without its head: Trainer puts them into the model once more, and is told so, too."""
-        if not self.use_liger_kernel:
-            if self.liger_kernel_config is not None:
-                raise ValueError(
-                    "liger_kernel_config is given, but use_liger_kernel is off: turn it on, or leave it out"
-                )
-            return
-        self.liger_kernel_config = body_only(self.liger_kernel_config)
+        if self.use_liger_kernel:
+            self.liger_kernel_config = body_only(self.liger_kernel_config)
 
-    def _settle_reference(self) -> None:
-        """A folder for log-probabilities turns them on; ValueError where these do not go with other arguments."""
+    def _check_reference(self) -> None:
+        """Raises ValueError for arguments of the reference that do not go together."""
         if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
             raise ValueError(
                 f"precompute_ref_batch_size is {self.precompute_ref_batch_size}; it should be at least 1, or None"
-            )
-        if self.ref_cache is not None:
-            self.precompute_ref_log_probs = True
-        if self.precompute_ref_batch_size is not None and not self.precompute_ref_log_probs:
-            raise ValueError(
-                f"precompute_ref_batch_size is {self.precompute_ref_batch_size}, but precompute_ref_log_probs is off: "
-                "turn it on, or leave the batch size out"
             )
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError(

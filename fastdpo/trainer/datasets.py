@@ -13,12 +13,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.collator import PreferenceCollator
-from fastdpo.data.columns import with_margins
+from fastdpo.data.columns import may_have_images, with_margins
 from fastdpo.data.given_tokens import check_tokens
 from fastdpo.data.images import undecoded
 from fastdpo.data.preparing import prepare
 from fastdpo.data.reading.given import as_pairs
-from fastdpo.data.streaming import CHUNK, columns_of_stream, prepare_stream
+from fastdpo.data.stream_start import LOOKED_AT, columns_of_stream, first_rows
+from fastdpo.data.streaming import CHUNK, prepare_stream
 from fastdpo.data.summary import DataSummary
 from fastdpo.data.templates import read_template
 from fastdpo.data.terms import DIGEST_COLUMN, TOKEN_COLUMNS, DataError, is_prepared
@@ -42,7 +43,6 @@ _UNRANKED = (
     "the {} dataset says which answers are better by pairs, or with ties, and loss_type plackett_luce needs an order "
     "of all answers of a row: 'ranks' or 'scores' without ties."
 )
-_LOOKED_AT = 16  # rows among which one with images is chosen to look at the model with
 
 
 class DatasetPreparer:
@@ -98,21 +98,29 @@ class DatasetPreparer:
             _check_there_is_a_batch(len(dataset), self._args)
             return dataset
         if is_tokenised(dataset):
+            self._see_images_of_stream(dataset)
             return dataset
-        args = self._args
+        args, tokenizer = self._args, self._some_tokenizer()
         rows = prepare_stream(
             dataset,
-            self._some_tokenizer(),
+            tokenizer,
             strict=args.strict,
             vocab_size=self._vocab_size,
             groups=args.keeps_groups,
+            images=self._images and isinstance(tokenizer, ProcessorMixin),
             **rendering(args),
             **_grouping(args),
         )
         if args.loss_options.of_rankings:
             rows = rows.filter(_IsRanked())
-            if next(iter(rows), None) is None:
+            if not first_rows(rows, 1):
                 raise DataError(_UNRANKED.format("train"))
+        self._see_images_of_stream(rows)
+        if may_have_images(dataset) and not self.has_images:
+            raise DataError(
+                f"None of the first {LOOKED_AT} pairs of the stream that can be trained on has images, and a model is "
+                "looked at with one; have some among them."
+            )
         return rows
 
     def prepare(self, dataset: Dataset, name: str) -> Dataset:
@@ -154,15 +162,23 @@ class DatasetPreparer:
     def _see_images(self, dataset: Dataset) -> None:
         if DIGEST_COLUMN not in dataset.column_names:
             return
-        if not isinstance(self.tokenizer, ProcessorMixin):
-            raise ValueError("the rows have images, for which processing_class should be the model's processor")
+        self._require_processor()
         have = np.array(dataset[DIGEST_COLUMN]) != ""
         self.mixes_images = self.mixes_images or not have.all()
         if self.pictured is None:
-            numbers = np.flatnonzero(have)[:_LOOKED_AT]
-            rows = [dataset[int(number)] for number in numbers]
-            # Long answers, in which there is something to be seen.
-            self.pictured = max(rows, key=lambda row: min(len(row[side]) for side in TOKEN_COLUMNS[1:]), default=None)
+            numbers = np.flatnonzero(have)[:LOOKED_AT]
+            self.pictured = _one_to_look_at([dataset[int(number)] for number in numbers])
+
+    def _see_images_of_stream(self, dataset: IterableDataset) -> None:
+        pictured = [row for row in first_rows(dataset) if row.get(DIGEST_COLUMN)]
+        if pictured:
+            self._require_processor()
+            self.mixes_images = True  # for all that is known
+            self.pictured = _one_to_look_at(pictured)
+
+    def _require_processor(self) -> None:
+        if not isinstance(self.tokenizer, ProcessorMixin):
+            raise ValueError("the rows have images, for which processing_class should be the model's processor")
 
     @property
     def has_images(self) -> bool:
@@ -193,6 +209,11 @@ class DatasetPreparer:
         if isinstance(datasets, dict):
             return {key: self.prepare(rows, key) for key, rows in datasets.items()}
         return None if datasets is None else self.prepare(datasets, name)
+
+
+def _one_to_look_at(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """One with long answers, in which there is something to be seen; None for none."""
+    return max(rows, key=lambda row: min(len(row[side]) for side in TOKEN_COLUMNS[1:]), default=None)
 
 
 def make_collator(

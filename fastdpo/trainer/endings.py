@@ -11,13 +11,13 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastdpo.data.stream_start import first_rows
 from fastdpo.model.generation import configured_ends, end_ids
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def look_at_endings(
 def _completions(dataset: Dataset | IterableDataset) -> Iterable[list[int]]:
     rows: Iterable[Any]
     if isinstance(dataset, IterableDataset):
-        rows = islice(iter(dataset), _STREAMED)
+        rows = first_rows(dataset, _STREAMED)
     else:
         names = [name for name in ("chosen_ids", "completion_ids") if name in dataset.column_names]
         step = max(1, len(dataset) // _ROWS)

@@ -86,6 +86,7 @@ def refuse_mixed_images(kind: str | None) -> None:
     """
     if kind:
         raise NotImplementedError(
-            f"rows without images among rows with images are not supported with {kind}: its processes must run the "
-            "vision tower equally often, and would wait for each other for ever. Train on either kind at a time"
+            f"rows without images among rows with images are not supported with {kind}, nor a stream of rows with "
+            "images, of which nobody knows whether all have some: its processes must run the vision tower equally "
+            "often, and would wait for each other for ever. Train on either kind at a time, and leave streaming out"
         )

@@ -134,11 +134,6 @@ class LossArguments:
             options.check_margins("margin_alpha")
             if not math.isfinite(self.margin_alpha):
                 raise ValueError(f"margin_alpha is {self.margin_alpha}; it should be finite")
-        idle = [name for name in ("ref_model_mixup_alpha", "ref_model_sync_steps") if getattr(self, name) is not None]
-        if idle and not self.sync_ref_model:
-            raise ValueError(
-                f"{idle[0]} is {getattr(self, idle[0])}, but sync_ref_model is off: leave it out, or turn it on"
-            )
         if not 0 < self.mixup_alpha <= 1:
             raise ValueError(f"ref_model_mixup_alpha is {self.mixup_alpha}; it should be above 0 and at most 1")
         if self.sync_steps < 1:

@@ -435,7 +435,7 @@ def test_bad_pairs(
         (["--model_name_or_path", ""], "--model_name_or_path is needed"),
         (["--model_name_or_path", "./nowhere"], "--model_name_or_path ./nowhere: no such folder"),
         (["--eval_strategy", "steps"], 'nknown split "test"'),
-        (["--lora_r", "4"], "--lora_r would have no effect without --use_peft"),
+        (["--lora_r", "4"], "lora_r would have no effect without use_peft"),
         (["--resume_from_checkpoint", "last"], "no whole checkpoint in"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere is not a checkpoint"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: "),

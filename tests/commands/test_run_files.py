@@ -95,13 +95,19 @@ def test_command_lines_of_trl_run(name: str, model: Path, data: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "losses",
+    ("losses", "streaming"),
     [
-        pytest.param([], marks=pytest.mark.slow, id="sigmoid"),
-        pytest.param(["--loss_type", "sigmoid", "bco_pair", "sft", "--loss_weights", "0.8", "0.2", "1"], id="mixed"),
+        pytest.param([], [], marks=pytest.mark.slow, id="sigmoid"),
+        pytest.param([], ["--dataset_streaming", "--max_steps", "100"], id="streaming"),
+        pytest.param(
+            ["--loss_type", "sigmoid", "bco_pair", "sft", "--loss_weights", "0.8", "0.2", "1"],
+            ["--num_train_epochs", "1"],
+            marks=pytest.mark.slow,
+            id="mixed",
+        ),
     ],
 )
-def test_command_lines_of_trl_about_images_run(losses: list[str], tmp_path: Path) -> None:
+def test_command_lines_of_trl_about_images_run(losses: list[str], streaming: list[str], tmp_path: Path) -> None:
     make_vision_model("llava").save_pretrained(tmp_path / "model")
     make_processor("llava").save_pretrained(tmp_path / "model")
     (tmp_path / "set").mkdir()
@@ -109,7 +115,8 @@ def test_command_lines_of_trl_about_images_run(losses: list[str], tmp_path: Path
     line = f"--dataset_name {tmp_path}/set --model_name_or_path {tmp_path}/model --per_device_train_batch_size 2 "
     line += "--gradient_accumulation_steps 2 --dataset_num_proc 1 --dtype bfloat16 --use_peft --lora_target_modules "
     targets = ["q_proj,", "v_proj"] if losses else ["all-linear"]
-    words = ["train", *line.split(), *targets, *losses, "--output_dir", str(tmp_path / "run"), *SHORT.split()]
+    words = ["train", *line.split(), *targets, *losses, *streaming, "--output_dir", str(tmp_path / "run")]
+    words += SHORT.split()
     words[words.index("--max_length") + 1] = "256"
     assert main(words) == 0
     adapter = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
@@ -118,8 +125,9 @@ def test_command_lines_of_trl_about_images_run(losses: list[str], tmp_path: Path
 
 def test_commas_between_names_are_no_part_of_them() -> None:
     for given in (["q_proj,", "v_proj"], ["q_proj,v_proj"], ["q_proj, v_proj,"]):
-        assert ModelArguments(lora_target_modules=given).lora_target_modules == ["q_proj", "v_proj"]
-    assert ModelArguments(lora_target_modules=[r"layers\.\d{1,2}\..*"]).lora_target_modules == r"layers\.\d{1,2}\..*"
+        assert ModelArguments(use_peft=True, lora_target_modules=given).lora_target_modules == ["q_proj", "v_proj"]
+    pattern = r"layers\.\d{1,2}\..*"
+    assert ModelArguments(use_peft=True, lora_target_modules=[pattern]).lora_target_modules == pattern
 
 
 # Of the Alignment Handbook's recipes for DPO: the keys that are TRL's and transformers' now, and those that were.
@@ -198,11 +206,13 @@ def test_files_of_the_handbook_run_with_what_is_advised(
     assert all(f"\n  {name}: " in message for name in ONCE)
     assert all(name in message for name in NOW) and not any(f"\n  {name}: " in message for name in STANDING)
     line = run(filled(STANDING | NOW, model, data), tmp_path / "run")
+    said = capsys.readouterr()
+    assert "--hub_model_id, --hub_private_repo, --hub_revision would have no effect without --push_to_hub" in said.err
     # The file's, where SHORT does not say otherwise.
     args = TrainParser().read(["--config", str(tmp_path / "run.yaml"), "--use_cpu"])[2]
     assert (args.beta, args.loss_type, args.optim, args.save_steps) == (0.02, ["apo_zero"], "rmsprop", 0.5)
     assert line["loss"] == pytest.approx(1.0, abs=1e-4)  # APO's, where policy and reference agree
-    assert "packed rows" in capsys.readouterr().out
+    assert "packed rows" in said.out
 
 
 def test_masks_are_left_out_of_what_ddp_sends(model: Path, data: Path, tmp_path: Path) -> None:

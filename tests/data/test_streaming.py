@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Image, IterableDataset, List
+from tiny_vision import make_image, make_processor, vision_rows
 from toy_data import chat_rows, make_tokenizer, text_rows, write_jsonl
 
-from fastdpo.data import prepare
+from fastdpo.data import prepare, vision
 from fastdpo.data import streaming as module
 from fastdpo.data.files import load_preferences, stream_preferences
 from fastdpo.data.row_digests import MASK_COLUMNS
@@ -46,6 +47,61 @@ def test_streamed_tokens_are_those_of_prepare(path: Path) -> None:
     assert [row.pop(name) for row in streamed for name in MASK_COLUMNS] == [[]] * 2 * len(streamed)
     assert streamed == [*kept]
     assert len(streamed) > 3
+
+
+def pictured_rows(count: int) -> list[dict[str, Any]]:
+    """One has no image, one two, and one an image that cannot be read."""
+    rows = vision_rows(count)
+    rows[1]["images"] = []
+    rows[2]["images"] = [*rows[2]["images"], make_image(99)]
+    rows[4]["images"] = [{"bytes": b"none", "path": None}]
+    return rows
+
+
+def test_streamed_images_are_those_of_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PICTURED_CHUNK", 3)
+    processor, rows = make_processor("llava"), pictured_rows(10)
+    features = Dataset.from_list(vision_rows(1)).features | {"images": List(Image(decode=False))}
+    Dataset.from_list(rows, features=Features(features)).to_parquet(tmp_path / "train.parquet")
+    kept, _ = prepare(load_preferences(str(tmp_path)), processor)
+    found = list(prepare_stream(stream_preferences(str(tmp_path)), processor))
+    added = [[row.pop(name) for name in (*MASK_COLUMNS, "image")] for row in found]
+    assert added == [[[], [], None]] * len(found)
+    assert [{name: row[name] or None for name in kept.column_names} for row in found] == [
+        {name: value or None for name, value in row.items()} for row in kept
+    ]
+    assert len(found) == 9 and sum(map(bool, (row["images_digest"] for row in found))) == 8
+    # Also of streams that others made, whatever they hold images as.
+    others = Dataset.from_list(vision_rows(3))
+    for stream in (others.to_iterable_dataset(), IterableDataset.from_generator(vision_rows, gen_kwargs={"count": 3})):
+        again = list(prepare_stream(stream, processor))
+        assert [row["prompt_ids"] for row in again] == [row["prompt_ids"] for row in prepare(others, processor)[0]]
+        assert all(isinstance(image["bytes"], bytes) for row in again for image in row["images"])
+
+
+def test_images_of_a_stream_are_decoded_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    decode = vision.decode_image
+
+    def counted(data: bytes) -> Any:
+        decoded.append(len(data))
+        return decode(data)
+
+    monkeypatch.setattr(vision, "decode_image", counted)
+    monkeypatch.setattr(module, "PICTURED_CHUNK", 3)
+    rows = Dataset.from_list(vision_rows(12)).to_iterable_dataset()
+    stream = iter(prepare_stream(rows, make_processor("llava"), images=True))
+    for so_far in (3, 3, 3, 6):
+        next(stream)
+        assert len(decoded) == so_far
+
+
+def test_a_stream_that_is_told_to_have_no_images_has_none() -> None:
+    rows = Dataset.from_list(vision_rows(2)).to_iterable_dataset()
+    with pytest.raises(DataError, match="given with a tokenizer alone"):
+        list(prepare_stream(rows, make_processor("llava").tokenizer))
+    with pytest.raises(DataError, match="none of the first 16 had any"):
+        list(prepare_stream(rows, make_processor("llava"), images=False))
 
 
 def test_a_chunk_holds_its_rows_exactly() -> None:

@@ -223,15 +223,15 @@ def test_what_the_flags_mean(
         (["--load_in_4bit", "--load_in_8bit", "--use_peft"], "load_in_4bit and load_in_8bit are both given"),
         (
             ["--use_peft", "--use_bnb_nested_quant"],
-            "--use_bnb_nested_quant would have no effect without --load_in_4bit",
+            "use_bnb_nested_quant would have no effect without load_in_4bit",
         ),
         (
             ["--use_peft", "--load_in_8bit", "--bnb_4bit_quant_type", "fp4"],
-            "--bnb_4bit_quant_type would have no effect",
+            "bnb_4bit_quant_type would have no effect",
         ),
         (
             ["--use_peft", "--bnb_4bit_quant_storage", "float32"],
-            "--bnb_4bit_quant_storage would have no effect without --load_in_4bit",
+            "bnb_4bit_quant_storage would have no effect without load_in_4bit",
         ),
         (["--use_peft", "--load_in_8bit"], "8-bit layers compute one thing in training and another in evaluation"),
         (

@@ -128,7 +128,7 @@ def test_what_stands_still_cannot_follow(tmp_path: Path) -> None:
         config(tmp_path, sync_ref_model=True, ref_cache=str(tmp_path))
     with pytest.raises(ValueError, match="loss_type 'simpo' has none"):
         config(tmp_path, sync_ref_model=True, loss_type="simpo")
-    with pytest.raises(ValueError, match=r"ref_model_sync_steps is 3, but sync_ref_model is off"):
+    with pytest.raises(ValueError, match="ref_model_sync_steps would have no effect without sync_ref_model"):
         config(tmp_path, ref_model_sync_steps=3)
     for alpha in (0, 1.5):
         with pytest.raises(ValueError, match="above 0 and at most 1"):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
+from processes import spawn
 from toy_data import chat_rows, make_tokenizer, text_rows, write_jsonl
 from trainer_runs import make_trainer
 
 from fastdpo.data import load_preferences, stream_preferences
+from fastdpo.data.terms import DataError
 from fastdpo.report.recorder import SnapshotSize
 from fastdpo.report.snapshot_taker import SnapshotTaker
-from fastdpo.trainer.config import DPOConfig
 
 pytestmark = pytest.mark.usefixtures("quiet_and_uncached", "one_thread")
 TOKENIZER = make_tokenizer()
@@ -43,16 +46,39 @@ def test_a_stream_is_gone_on_with_where_it_was(path: Path, tmp_path: Path) -> No
     def run(name: str, resume: bool = False, **options: Any) -> Any:
         rows = stream_preferences(str(path)).shuffle(seed=3, buffer_size=4)
         trainer = make_trainer(
-            tmp_path / name, TOKENIZER, train_dataset=rows, save_steps=3, save_strategy="steps", **options
+            tmp_path / name, TOKENIZER, train_dataset=rows, save_steps=5, save_strategy="steps", **options
         )
-        trainer.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-3") if resume else None)
+        trainer.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-5") if resume else None)
         return trainer
 
-    whole = run("whole", max_steps=7)  # into a second epoch
-    again = run("whole", resume=True, max_steps=7)
+    whole = run("whole", max_steps=7)
+    again = run("whole", resume=True, max_steps=7)  # in the second pass
     assert losses(again) == losses(whole)
     for mine, theirs in zip(again.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_steps_go_over_the_end_of_a_stream(path: Path, tmp_path: Path) -> None:
+    """Also where a step has more pairs than the stream."""
+    rows = load_preferences(str(path))
+    longer = concatenate_datasets([rows] * 6)
+    options: dict[str, Any] = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5, "max_steps": 3}
+    found = []
+    for dataset in (longer, stream_preferences(str(path))):
+        trainer = make_trainer(
+            tmp_path, TOKENIZER, train_dataset=dataset, train_sampling_strategy="sequential", **options
+        )
+        trainer.train()
+        found.append(losses(trainer))
+    assert len(rows) < 15 and found[0] == found[1] and len(set(found[0])) == 3
+
+
+def test_a_stream_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+    rows = [row | {"chosen": ""} for row in text_rows(3)]
+    with pytest.raises(DataError, match="no rows|No pair of the stream is left"):
+        make_trainer(
+            tmp_path, TOKENIZER, train_dataset=stream_preferences(str(write_jsonl(tmp_path / "a.jsonl", rows)))
+        )
 
 
 def test_the_report_looks_at_the_first_pairs_of_a_stream(path: Path, tmp_path: Path) -> None:
@@ -61,10 +87,31 @@ def test_the_report_looks_at_the_first_pairs_of_a_stream(path: Path, tmp_path: P
     assert "first pairs of the training stream" in shot.rows_of and len(shot.margins) == 4
 
 
-def test_a_stream_is_refused_on_several_processes(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DPOConfig, "world_size", 2)
-    with pytest.raises(NotImplementedError, match="a stream, which is not supported on 2 processes"):
-        make_trainer(tmp_path, TOKENIZER, train_dataset=stream_preferences(str(path)))
+def _on_rank(rank: int, port: int, path: str, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.save(_losses_of_processes(path, Path(folder), processes=2), Path(folder) / f"rank{rank}.pt")
+
+
+def _losses_of_processes(path: str, folder: Path, *, processes: int) -> list[float]:
+    """Of five steps of four pairs each, on two files of eight together."""
+    rows = stream_preferences([path, path]).shuffle(seed=3, buffer_size=4)
+    options: dict[str, Any] = {"per_device_train_batch_size": 4 // processes, "max_steps": 5, "max_grad_norm": 0.0}
+    trainer = make_trainer(folder, TOKENIZER, train_dataset=rows, optim="sgd", learning_rate=1e-2, **options)
+    trainer.train()
+    return losses(trainer)
+
+
+@pytest.mark.slow
+def test_processes_share_a_stream_as_one_reads_it(path: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn(_on_rank, (port, str(path), str(tmp_path)), nprocs=2)
+    expected = _losses_of_processes(str(path), tmp_path / "one", processes=1)
+    for rank in range(2):
+        assert torch.load(tmp_path / f"rank{rank}.pt") == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image, IterableDataset, List
 from peft import LoraConfig
 from tiny_vision import make_image, make_processor, make_vision_model, vision_rows
 from trainer_runs import GradientRecorder, config
 from transformers import LlavaForConditionalGeneration
 
-from fastdpo.data.files import DataError
+from fastdpo.data import streaming
+from fastdpo.data.files import DataError, load_preferences, stream_preferences
 from fastdpo.ref_cache import RefCacheError
 from fastdpo.trainer import DPOTrainer
 from fastdpo.trainer import trainer as trainer_module
@@ -40,12 +41,13 @@ def mixed_rows(count: int = 8) -> list[dict[str, Any]]:
 
 
 def trainer_of(folder: Path, model: Any, processor: Any, *, rows: Any = None, **options: Any) -> DPOTrainer:
+    rows = mixed_rows() if rows is None else rows
     named = ("ref_model", "eval_dataset", "peft_config", "callbacks")
     arguments = {name: options.pop(name) for name in named if name in options}
     return DPOTrainer(
         model=model if isinstance(model, str) else copy.deepcopy(model),
         args=config(folder, **({"gradient_checkpointing": False, "report_to": "none"} | options)),
-        train_dataset=Dataset.from_list(mixed_rows() if rows is None else rows),
+        train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
         processing_class=processor,
         **arguments,
     )
@@ -194,14 +196,63 @@ def test_packed_rows_of_images_are_refused(tmp_path: Path, model: Any, processor
             trainer_of(tmp_path, model, processor, packing=packing)
 
 
-def test_streams_of_images_are_refused(tmp_path: Path, model: Any, processor: Any) -> None:
-    with pytest.raises(NotImplementedError, match="a stream of rows with images"):
-        DPOTrainer(
-            model=model,
-            args=config(tmp_path),
-            train_dataset=Dataset.from_list(mixed_rows()).to_iterable_dataset(),
-            processing_class=processor,
-        )
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Rows as sets on the Hub have them, of which some have no image, some two, and of one it cannot be read."""
+    rows = mixed_rows(24)
+    kept = Dataset.from_list(rows).cast_column("images", List(Image(decode=False)))
+    broken = kept.map(
+        lambda row, i: row | ({"images": [{"bytes": b"none", "path": None}]} if i == 5 else {}), with_indices=True
+    )
+    folder = tmp_path_factory.mktemp("stored")
+    broken.to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_stream_of_images_trains_as_its_rows_do(
+    tmp_path: Path, model: Any, processor: Any, stored: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "PICTURED_CHUNK", 7)
+    options: dict[str, Any] = {"max_steps": 5, "per_device_train_batch_size": 4, "dataloader_num_workers": workers}
+    found = []
+    for rows in (load_preferences(stored), stream_preferences(stored)):
+        trainer = trainer_of(tmp_path, model, processor, rows=rows, train_sampling_strategy="sequential", **options)
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0] == found[1] and len(set(found[0])) == 5
+
+
+def test_a_stream_of_images_is_gone_on_with_where_it_was(
+    tmp_path: Path, model: Any, processor: Any, stored: str
+) -> None:
+    def run(folder: str, resume: str | None = None) -> DPOTrainer:
+        rows = stream_preferences(stored).shuffle(seed=3, buffer_size=8)
+        options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+        trainer = trainer_of(tmp_path / folder, model, processor, rows=rows, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run("whole")
+    resumed = run("again", str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses(resumed) == losses(whole) and len(set(losses(whole))) == 4
+    for (name, got), expected in zip(
+        resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(got, expected), name
+
+
+def test_a_stream_that_has_images_late_or_none_to_look_at_is_refused(
+    tmp_path: Path, model: Any, processor: Any
+) -> None:
+    rows = vision_rows(18)
+    for row in rows[:-1]:
+        row["images"] = []
+    with pytest.raises(DataError, match="none of the first 16 had any"):
+        trainer_of(tmp_path, model, processor, rows=Dataset.from_list(rows).to_iterable_dataset())
+    rows[0]["images"], rows[-1]["images"] = [{"bytes": b"none", "path": None}], []
+    with pytest.raises(DataError, match="a model is looked at with one"):
+        trainer_of(tmp_path, model, processor, rows=IterableDataset.from_generator(lambda: iter(rows)))
 
 
 def test_images_cannot_be_cut_away(tmp_path: Path, model: Any, processor: Any) -> None:
