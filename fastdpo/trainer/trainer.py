@@ -39,6 +39,7 @@ from fastdpo.trainer.arguments import check_arguments, check_distribution, find_
 from fastdpo.trainer.batch_beta import BatchBeta
 from fastdpo.trainer.batches import PairBatches
 from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.cut_models import CutModelRuns
 from fastdpo.trainer.datasets import (
     DatasetPreparer,
     ProcessingClass,
@@ -70,6 +71,7 @@ from fastdpo.trainer.parallelism import (
     cut_ranks,
     gathered_once,
     keep_attention,
+    settle_sequences,
 )
 from fastdpo.trainer.promises import check_best_metric, check_reporters
 from fastdpo.trainer.reference import Reference
@@ -81,7 +83,9 @@ from fastdpo.trainer.weights import check_comes_back
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns, ResumableRuns):
+class DPOTrainer(
+    WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSaves, FiniteRuns, ResumableRuns, CutModelRuns
+):
     """Trains ``model`` on preference pairs with a DPO loss.
 
     Rows have ``chosen``, ``rejected`` and, unless these begin with it, ``prompt``, as strings or as message lists; or
@@ -176,6 +180,7 @@ class DPOTrainer(WatchedRanks, PairBatches, HubUploads, MeasuredRuns, CarefulSav
             images=images,
         )
         check_parallelism(policy, ref_model, args)
+        settle_sequences(args)
         if not later:
             refuse_not_finite({"the model": policy, "the reference model": ref_model})
         fix_frequencies_of((policy, ref_model), args)
