@@ -56,6 +56,10 @@ class RowAttention:
     Raises:
         ValueError: ``backend`` is not one of them.
         RowsNotSupportedError: the back end is not there.
+
+    Attributes:
+        backend: as given.
+        attend: what transformers calls, of which a row's segments are a keyword argument.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, backend: str = "sdpa") -> None:
@@ -72,36 +76,49 @@ class RowAttention:
             if backend == "flash":
                 # One name for each kernel. The word "flash" would make models prepare masks of its own kind.
                 self._name = f"fastdpo_rows_{own.replace('flash', 'fl')}"
-        self._attend = partial(_forward, attend)
-        AttentionInterface.register(self._name, self._attend)
+        self.attend = partial(_forward, attend)
+        AttentionInterface.register(self._name, self.attend)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """The model attends by segments, and takes nothing but rows, until the block ends."""
-        before = [config._attn_implementation for config in self._configs]
-        try:
-            for config in self._configs:
-                config._attn_implementation = self._name
+        with attending(self._configs, self._name):
             yield
-        finally:
-            for config, own in zip(self._configs, before, strict=True):
-                config._attn_implementation = own
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[list[int | None]]:
         """As :meth:`active`, with a list that each call of the attention adds its sliding window to."""
-        windows: list[int | None] = []
+        with watching(self._name, self.attend) as windows, self.active():
+            yield windows
 
-        def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-            windows.append(kwargs.get("sliding_window"))
-            return self._attend(*args, **kwargs)
 
-        AttentionInterface.register(self._name, attend)
-        try:
-            with self.active():
-                yield windows
-        finally:
-            AttentionInterface.register(self._name, self._attend)
+@contextlib.contextmanager
+def watching(name: str, attend: Callable[..., tuple[Tensor, None]]) -> Iterator[list[int | None]]:
+    """A list that each call of the attention registered under ``name`` adds its sliding window to, in the block."""
+    windows: list[int | None] = []
+
+    def watched(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        windows.append(kwargs.get("sliding_window"))
+        return attend(*args, **kwargs)
+
+    AttentionInterface.register(name, watched)
+    try:
+        yield windows
+    finally:
+        AttentionInterface.register(name, attend)
+
+
+@contextlib.contextmanager
+def attending(configs: list[PreTrainedConfig], name: str) -> Iterator[None]:
+    """The attention of these configurations is the one that was registered under ``name``, until the block ends."""
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
 
 
 def attention_configs(model: nn.Module) -> list[PreTrainedConfig]:

@@ -3,13 +3,17 @@
 A row of T positions is cut into 2R chunks for R ranks. Rank r has chunks r and 2R - 1 - r, of which the one has as many
 keys to attend to as the other has not: the ranks have equal work. In every layer the ranks bring their keys and values
 together, once, and each attends from its own positions, bottom-right causally; the loss is told of sums over the ranks.
+
+:mod:`fastdpo.model.cut_heads` is the other way; what is scored of cut rows is here for both.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,11 +22,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from fastdpo.model.attention import attention_configs, options_of
+from fastdpo.model.attention import SEGMENTS, attending, attention_configs, options_of, watching
 from fastdpo.model.attention_backends import attend_by_segment
 from fastdpo.model.head import FusedHead, HeadOutput
 from fastdpo.model.head_calls import IGNORE_INDEX
 from fastdpo.model.language_model import language_model
+from fastdpo.model.packing import PackedRow
 from fastdpo.model.segments import causal_mask
 
 # The keyword argument by which a cut reaches the attention.
@@ -31,23 +36,37 @@ CUT = "cut_rows"
 _NAME = "fastdpo_cut_rows"
 
 
+class Cut(Protocol):
+    """What of rows of some length this process has, by its attention.
+
+    Attributes:
+        width: the rows' tokens, with those that are filled up for all ranks to have as many.
+        positions: [width / R] int64, those of this rank.
+    """
+
+    width: int
+    positions: Tensor
+
+
 class RowCut:
     """What of a row of some length this process has.
 
     Args:
         group: the ranks that have the same rows.
-        width: T, a multiple of twice as many as there are ranks.
+        tokens: T, of a whole row.
 
     Attributes:
         group: as given.
-        positions: [T / R] int64, those of this rank.
+        width: T, or what is filled up to a multiple of twice as many as there are ranks.
+        positions: [width / R] int64, those of this rank.
         query_sizes, piece_sizes, key_pieces: as :class:`fastdpo.model.segments.Segments` has them, of the queries of
             this rank, and of the keys of all, rank by rank.
     """
 
-    def __init__(self, group: dist.ProcessGroup, width: int, device: torch.device) -> None:
+    def __init__(self, group: dist.ProcessGroup, tokens: int, device: torch.device) -> None:
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        size = width // (2 * ranks)
+        self.width = tokens + -tokens % (2 * ranks)
+        size = self.width // (2 * ranks)
         self.group = group
         chunks = (rank, 2 * ranks - 1 - rank)
         self.positions = torch.cat([torch.arange(i * size, (i + 1) * size, device=device) for i in chunks])
@@ -81,14 +100,16 @@ class CutAttention:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """The model attends across the ranks, and takes nothing but cut rows, until the block ends."""
-        before = [config._attn_implementation for config in self._configs]
-        try:
-            for config in self._configs:
-                config._attn_implementation = _NAME
+        with attending(self._configs, _NAME):
             yield
-        finally:
-            for config, own in zip(self._configs, before, strict=True):
-                config._attn_implementation = own
+
+    def watched(self) -> AbstractContextManager[list[int | None]]:
+        """A list that each call of the attention adds its sliding window to, until the block ends."""
+        return watching(_NAME, _forward)
+
+    def cut(self, group: dist.ProcessGroup, tokens: int, device: torch.device) -> RowCut:
+        """What this process has of rows of so many tokens."""
+        return RowCut(group, tokens, device)
 
 
 def score_cut(
@@ -96,34 +117,72 @@ def score_cut(
     model: nn.Module,
     input_ids: Tensor,
     labels: Tensor,
-    group: dist.ProcessGroup,
+    cut: Cut,
     outputs: Sequence[str] = (),
     **model_kwargs: Any,
 ) -> HeadOutput:
-    """Score this rank's positions of padded rows, where :class:`CutAttention` is active.
+    """Score this rank's positions of padded rows, where the attention that ``cut`` is from is active.
 
     Args:
         head: of the model.
-        model: what is called; every rank of ``group`` calls it with the same rows.
+        model: what is called; every rank calls it with the same rows.
         input_ids, labels: [B, T] int64, the whole rows, padded on the right; as for a call of ``head``.
-        group: the ranks that the rows are cut over.
+        cut: of rows of T tokens.
         outputs: as in a call of ``head``.
         model_kwargs: passed on to ``model``.
 
     Returns:
-        Fields of shape [B, K]: of the K positions of this rank at which any row has a label to predict; of one, if
-        there is none.
+        As a call of ``head``, with 0 where another rank has the position; the mask is that of whole rows.
     """
     rows, tokens = input_ids.shape
-    width = tokens + -tokens % (2 * dist.get_world_size(group))
-    cut = RowCut(group, width, input_ids.device)
-    ids = F.pad(input_ids, (0, width - tokens))[:, cut.positions]
-    targets = F.pad(labels[:, 1:], (0, width - tokens + 1), value=IGNORE_INDEX)[:, cut.positions]
+    more = cut.width - tokens
+    ids = F.pad(input_ids, (0, more))[:, cut.positions]
+    mask = labels[:, 1:] != IGNORE_INDEX
+    targets = F.pad(labels[:, 1:], (0, more + 1), value=IGNORE_INDEX)[:, cut.positions]
     columns = (targets != IGNORE_INDEX).any(0).nonzero().squeeze(1)
-    if not len(columns):  # whoever has no label still has keys, and meets the others in the backward
+    if not len(columns):  # whoever has no label meets the others all the same
         columns = columns.new_zeros(1)
     model_kwargs |= {"position_ids": cut.positions.expand(rows, -1), CUT: cut}
-    return head.score_columns(model, ids, targets[:, columns], columns, outputs, **model_kwargs)
+    out = head.score_columns(model, ids, targets[:, columns], columns, outputs, **model_kwargs)
+    places = cut.positions[columns]
+    return _spread(
+        out, lambda values: values.new_zeros(rows, cut.width).index_copy(1, places, values)[:, : tokens - 1], mask
+    )
+
+
+def score_row_cut(
+    head: FusedHead, model: nn.Module, row: PackedRow, cut: Cut, outputs: Sequence[str] = (), **model_kwargs: Any
+) -> HeadOutput:
+    """The same of a packed row: as ``head.score_row``, with 0 where another rank has the position."""
+    tokens = row.input_ids.shape[1]
+    ids, positions = (F.pad(x, (0, cut.width - tokens))[:, cut.positions] for x in (row.input_ids, row.position_ids))
+    here = torch.full((cut.width,), -1, device=ids.device)
+    here[cut.positions] = torch.arange(len(cut.positions), device=ids.device)
+    columns = here[row.scored]
+    edges = (columns >= 0).nonzero().squeeze(1)
+    targets, columns = row.targets[edges], columns[edges]
+    if not len(edges):
+        edges = columns = edges.new_zeros(1)
+        targets = edges.new_full((1,), IGNORE_INDEX)
+    model_kwargs |= {"position_ids": positions, CUT: cut, SEGMENTS: row.segments}
+    out = head.score_columns(model, ids, targets[None], columns, outputs, **model_kwargs)
+    return _spread(
+        out,
+        lambda values: values.new_zeros(len(row.scored)).index_copy(0, edges, values.squeeze(0)),
+        torch.ones_like(row.targets, dtype=torch.bool),
+    )
+
+
+def _spread(out: HeadOutput, place: Callable[[Tensor], Tensor], mask: Tensor) -> HeadOutput:
+    """Each field that is there, put where it belongs in whole rows."""
+    names = ("logps", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    found = {name: getattr(out, name) for name in names}
+    return replace(out, mask=mask, **{name: place(values) for name, values in found.items() if values is not None})
+
+
+def not_handed_on(name: str) -> NotImplementedError:
+    """What is said of a model whose attention does not get a keyword argument."""
+    return NotImplementedError(f"the model does not pass keyword arguments ({name}) on to its attention")
 
 
 def _forward(
@@ -132,7 +191,7 @@ def _forward(
     """What transformers calls: query [B, Hq, t, D], key and value [B, Hkv, t, D] of this rank, to [B, t, Hq, D]."""
     cut: RowCut | None = kwargs.get(CUT)
     if cut is None:
-        raise NotImplementedError(f"the model does not pass keyword arguments ({CUT}) on to its attention")
+        raise not_handed_on(CUT)
     query, key, options = options_of(module, query, key, value, attention_mask, **kwargs)
     tokens = len(cut.positions)
     if query.shape[2] != tokens or key.shape[2] != tokens:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from fastdpo.model.attention import RowAttention
 from fastdpo.model.attention_backends import RowsNotSupportedError
@@ -38,8 +39,8 @@ _OF_ROUNDING = 1.5
 # One token that rounding sends to another expert changes a sequence or two. A fault is also there with other tokens.
 _TRIES = 2
 
-# Layers whose tokens meet in the attention alone.
-_LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
+# Layers whose tokens meet in the attention alone, which is told of all that they see.
+PLAIN_LAYERS = ("full_attention", "sliding_attention", "attention")
 
 
 class RowsCheck:
@@ -123,7 +124,7 @@ class RowsCheck:
 
     def _look_at_code(self, layout: str) -> None:
         """What is known without running the model, for words that a person can use."""
-        others = kinds_of_layers(self._scorer.lm) - set(_LAYER_TYPES)
+        others = kinds_of_layers(self._scorer.lm) - set(PLAIN_LAYERS)
         if layout == "repeated":
             others -= SEPARABLE
         if others:
@@ -236,16 +237,9 @@ class RowsCheck:
         return score_row(self._scorer.head, self._scorer.root, row).logps
 
     def _look_at_windows(self, windows: list[int | None]) -> None:
-        config = self._config
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        if window is None or (self._max_length is not None and window >= self._max_length):
-            return
-        layer_types = getattr(config, "layer_types", None) or ()
-        sliding = layer_types.count("sliding_attention") if layer_types else len(windows)
-        if sum(w is not None for w in windows) < sliding:
-            raise RowsNotSupportedError(
-                f"{self._name} has a sliding window of {window} tokens, which it does not pass on to its attention"
-            )
+        words = window_not_passed_on(self._config, windows, self._max_length)
+        if words is not None:
+            raise RowsNotSupportedError(f"{self._name} {words}")
 
     def _compare_narrow(self, attention: RowAttention, layout: str) -> None:
         """See that in what the model computes in, packed rows are no further from float32 than padded ones are."""
@@ -262,6 +256,24 @@ class RowsCheck:
                 f"{self._name} is less exact in packed rows than in padded ones: log-probabilities of a made-up row "
                 f"are {of_packed:.2g} nats off in {self._dtype}, those of padded rows {of_padded:.2g}"
             )
+
+
+def window_not_passed_on(config: PreTrainedConfig, windows: list[int | None], max_length: int | None) -> str | None:
+    """What is wrong, in words that follow a model's name, where layers have windows that their attention is not told.
+
+    Args:
+        config: of the text model.
+        windows: what the attention of each layer was told.
+        max_length: most tokens of a sequence; None for no limit.
+    """
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is None or (max_length is not None and window >= max_length):
+        return None
+    layer_types = getattr(config, "layer_types", None) or ()
+    sliding = layer_types.count("sliding_attention") if layer_types else len(windows)
+    if sum(w is not None for w in windows) >= sliding:
+        return None
+    return f"has a sliding window of {window} tokens, which it does not pass on to its attention"
 
 
 @dataclass(frozen=True)

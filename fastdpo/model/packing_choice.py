@@ -93,7 +93,7 @@ def obstacles_in(
     if has_own_collator:
         packed = "data_collator is given, and makes the batches"
     elif is_cut:
-        packed = "sequences are cut over processes (cp_size), and packed rows cannot be"
+        packed = "sequences are cut over processes by cp_size, as packed rows cannot be (by sp_size they can)"
     elif has_images:
         packed = "rows have images, which are laid out by sequences"
     elif pad_to_multiple_of is not None:

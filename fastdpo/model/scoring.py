@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -20,7 +20,8 @@ from fastdpo.loss.gather import picked
 from fastdpo.loss.sequence_parallel import sum_over_group
 from fastdpo.loss.sequences import Sequences
 from fastdpo.model.attention import SEGMENTS, RowAttention
-from fastdpo.model.cut_rows import CutAttention, score_cut
+from fastdpo.model.cut_heads import HeadCutAttention
+from fastdpo.model.cut_rows import CutAttention, score_cut, score_row_cut
 from fastdpo.model.divided import score_divided
 from fastdpo.model.head import FusedHead, HeadOutput
 from fastdpo.model.head_calls import IGNORE_INDEX
@@ -159,14 +160,15 @@ class Scorer:
         head: of the model.
         attention: of the model; needed for packed rows, and for cut ones. See :class:`RowAttention` for where the
             backward belongs.
-        cut: the ranks that padded rows are cut over; see :mod:`fastdpo.model.cut_rows`. Sums are then of all of them,
-            and the gradient of each rank's part is as many times what it is, which FSDP's mean over the ranks undoes.
+        cut: the ranks that rows are cut over; see :mod:`fastdpo.model.cut_rows`, and, for packed ones,
+            :mod:`fastdpo.model.cut_heads`. Sums are then of all of them, and the gradient of each rank's part is as
+            many times what it is, which FSDP's mean over the ranks undoes.
     """
 
     root: nn.Module
     model: PreTrainedModel | PeftModel
     head: FusedHead
-    attention: RowAttention | CutAttention | None = None
+    attention: RowAttention | CutAttention | HeadCutAttention | None = None
     cut: dist.ProcessGroup | None = None
 
     @property
@@ -215,32 +217,49 @@ class Scorer:
         at_shorter: bool,
         model_kwargs: dict[str, Any],
     ) -> SequenceScores:
-        if "row" not in part:
-            labels = part["input_ids"].masked_fill(part["completion_mask"] == 0, IGNORE_INDEX)
-            ids, mask = part["input_ids"], part["attention_mask"]
-            model_kwargs = {**part.get("vision", {}), **model_kwargs}
-            if self.cut is not None:
-                return self._score_cut(called, part, labels, outputs, model_kwargs)
-            if "forwards" in part:
-                out = score_divided(self.head, called, part, labels, outputs, model_kwargs)
-            else:
-                out = self.head(called, ids, mask, labels, outputs=outputs, **model_kwargs)
-            if not at_shorter:
-                return _padded_sums(out, outputs, pairs_of(part))
-            order = pairs_of(part).t().flatten()
-            sides = Sequences(labels[order, 1:], None, IGNORE_INDEX, at_shorter=True, look=False)
-            return _divided_sums(out, outputs, sides, lambda values: values[order])
-        assert isinstance(self.attention, RowAttention), "a packed row needs the attention that was made for it"
-        row: PackedRow = part["row"]
-        self.head.inspect_once(called)  # with what is no packed row
-        with self.attention.active():
-            out = score_row(self.head, called, row, outputs, **model_kwargs)
+        if "row" in part:
+            return self._score_row(called, part, outputs, at_shorter, model_kwargs)
+        labels = part["input_ids"].masked_fill(part["completion_mask"] == 0, IGNORE_INDEX)
+        ids, mask = part["input_ids"], part["attention_mask"]
+        model_kwargs = {**part.get("vision", {}), **model_kwargs}
+        if self.cut is not None:
+            out = self._score_cut(called, part, labels, outputs, model_kwargs)
+        elif "forwards" in part:
+            out = score_divided(self.head, called, part, labels, outputs, model_kwargs)
+        else:
+            out = self.head(called, ids, mask, labels, outputs=outputs, **model_kwargs)
         if not at_shorter:
-            return _row_sums(out, outputs, row, part["pairs"])
+            return self._over_ranks(_padded_sums(out, outputs, pairs_of(part)))
+        order = pairs_of(part).t().flatten()
+        sides = Sequences(labels[order, 1:], None, IGNORE_INDEX, at_shorter=True, look=False)
+        return self._over_ranks(_divided_sums(out, outputs, sides, lambda values: values[order]))
+
+    def _score_row(
+        self,
+        called: nn.Module,
+        part: dict[str, Any],
+        outputs: Sequence[str],
+        at_shorter: bool,
+        model_kwargs: dict[str, Any],
+    ) -> SequenceScores:
+        """Of a packed micro-batch."""
+        attention, row = self.attention, part["row"]
+        self.head.inspect_once(called)  # with what is no packed row
+        if self.cut is None:
+            assert isinstance(attention, RowAttention), "a packed row needs the attention that was made for it"
+            with attention.active():
+                out = score_row(self.head, called, row, outputs, **model_kwargs)
+        else:
+            assert isinstance(attention, HeadCutAttention), "a packed row is cut by its heads alone"
+            cut = attention.cut(self.cut, row.input_ids.shape[1], row.input_ids.device)
+            with attention.active():
+                out = score_row_cut(self.head, called, row, cut, outputs, **model_kwargs)
+        if not at_shorter:
+            return self._over_ranks(_row_sums(out, outputs, row, part["pairs"]))
         places, bounds = _sides(row, part["pairs"], part["pair_tokens"])
         targets = row.of_sequences(row.targets)[places]
         sides = Sequences(targets, bounds, IGNORE_INDEX, at_shorter=True, look=False)
-        return _divided_sums(out, outputs, sides, lambda values: row.of_sequences(values)[places])
+        return self._over_ranks(_divided_sums(out, outputs, sides, lambda values: row.of_sequences(values)[places]))
 
     def _score_cut(
         self,
@@ -249,31 +268,29 @@ class Scorer:
         labels: Tensor,
         outputs: Sequence[str],
         model_kwargs: dict[str, Any],
-    ) -> SequenceScores:
+    ) -> HeadOutput:
         """Of a padded micro-batch, that all ranks of ``cut`` have alike."""
-        assert self.cut is not None and isinstance(self.attention, CutAttention)
-        mask = part["attention_mask"]
+        attention, ids, mask = self.attention, part["input_ids"], part["attention_mask"]
+        assert self.cut is not None and isinstance(attention, (CutAttention, HeadCutAttention))
         if bool((mask[:, 1:] > mask[:, :-1]).any()):  # the attention of cut rows knows of none
             raise ValueError(
                 "a batch has rows with padding before or among their tokens, which cannot be cut over processes "
-                "(cp_size); have data_collator pad them on the right"
+                "(cp_size, sp_size); have data_collator pad them on the right"
             )
         self.head.inspect_once(called)  # with rows that are whole
-        with self.attention.active():
-            out = score_cut(self.head, called, part["input_ids"], labels, self.cut, outputs, **model_kwargs)
-        columns = [out.logps, out.mask, *(getattr(out, name) for name in outputs)]
-        sums, lengths, *rest = _over_ranks(torch.stack([widened(x).sum(1) for x in columns]), self.cut)
-        return SequenceScores(
-            sums=sums.unsqueeze(1),
-            lengths=lengths.detach().round().to(torch.int64).unsqueeze(1),
-            outputs={name: values.detach() for name, values in zip(outputs, rest, strict=True)},
-            pairs=pairs_of(part),
-            model_output=out.model_output,
-        )
+        with attention.active():
+            cut = attention.cut(self.cut, ids.shape[1], ids.device)
+            return score_cut(self.head, called, ids, labels, cut, outputs, **model_kwargs)
 
-
-def _over_ranks(local: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return sum_over_group(_Enlarged.apply(local, float(dist.get_world_size(group))), group)  # type: ignore[no-untyped-call]
+    def _over_ranks(self, scores: SequenceScores) -> SequenceScores:
+        """The scores of all tokens, of those that each rank has; the lengths are of all as they are."""
+        if self.cut is None:
+            return scores
+        local = torch.cat([scores.sums, *(values[:, None] for values in scores.outputs.values())], dim=1)
+        enlarged = _Enlarged.apply(local, float(dist.get_world_size(self.cut)))  # type: ignore[no-untyped-call]
+        sums, *rest = sum_over_group(enlarged, self.cut).split([scores.sums.shape[1]] + [1] * len(scores.outputs), 1)
+        outputs = {name: x.squeeze(1).detach() for name, x in zip(scores.outputs, rest, strict=True)}
+        return replace(scores, sums=sums, outputs=outputs)
 
 
 class _Enlarged(torch.autograd.Function):

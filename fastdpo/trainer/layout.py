@@ -26,7 +26,7 @@ from fastdpo.model.scoring import Scorer
 from fastdpo.model.tree import MASKED_ON_CPU
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.models import compute_dtype
-from fastdpo.trainer.parallelism import attention_of, cut_ranks
+from fastdpo.trainer.parallelism import attention_of, cut_ranks, takes_packed_rows
 from fastdpo.trainer.reference import Reference
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class BatchLayout:
                 has_own_aux_loss=has_own_aux_loss,
                 has_dropout=has_dropout(policy.model),
                 has_images=has_images,
-                is_cut=self._cut is not None,
+                is_cut=not takes_packed_rows(accelerator),
             ),
             max_length=args.max_length,
             device=accelerator.device,
@@ -119,7 +119,7 @@ class BatchLayout:
                 logger.info("The load-balancing loss is of the tokens of each part of a batch (max_tokens_per_batch).")
         if not weights_come_later:
             self._look_at_padding(scorers)
-        policy.attention, policy.cut = attention_of(policy.model, self.packing, self._cut), self._cut
+        policy.attention, policy.cut = attention_of(policy.model, self.packing, accelerator), self._cut
         reference.lay_out(self.packing)
 
     def collator(self, padded: DataCollator) -> DataCollator:

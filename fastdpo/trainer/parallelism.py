@@ -1,4 +1,4 @@
-"""Tensor and context parallelism: what a run loads for it, what it can have, and what is said where it cannot.
+"""Parts of models and of sequences: what a run loads for them, what it can have, and what is said where it cannot.
 
 The parallelism is transformers' and accelerate's. A model is cut where it is loaded (``DistributedConfig``, or
 ``tp_plan``), and accelerate's ``ParallelismConfig`` says which processes have the same data.
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, ParallelismConfig
-from accelerate.utils import str_to_bool
+from accelerate.utils import TorchContextParallelConfig, str_to_bool
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,6 +19,7 @@ from transformers.distributed import DistributedConfig
 
 from fastdpo.data.share import DataShare
 from fastdpo.model.attention import RowAttention
+from fastdpo.model.cut_heads import HeadCutAttention
 from fastdpo.model.cut_rows import CutAttention
 from fastdpo.model.language_model import language_model
 from fastdpo.model.load_sharding import is_load_sharded, sizes_of
@@ -38,13 +39,54 @@ _HOW = (
     "from_pretrained(..., distributed_config=DistributedConfig(tp_size=..., fsdp_size=...))"
 )
 
+# What accelerate's setting of DeepSpeed's sequence parallelism is by default, here and in its launcher.
+_SP_ATTENTION = (None, "sdpa")
+
+# In accelerate's words, what ranks of cp_size exchange where they attend by heads.
+_BY_HEADS = "alltoall"
+
 
 def config_of(args: DPOConfig) -> ParallelismConfig | None:
-    """What the run, or ``accelerate launch``, was told of parallelism; None for nothing."""
+    """What the run, or ``accelerate launch``, was told of parallelism; None for nothing.
+
+    accelerate leaves ``sp_size`` to DeepSpeed, its data and its groups. What is needed here is what it has for
+    ``cp_size``, which is therefore in its place.
+    """
+    config = _told(args)
+    if config is None or not config.sp_enabled:
+        return config
+    return ParallelismConfig(
+        dp_replicate_size=config.dp_replicate_size,
+        dp_shard_size=config.dp_shard_size,
+        tp_size=config.tp_size,
+        cp_size=config.sp_size,
+        cp_handler=TorchContextParallelConfig(_BY_HEADS),
+        sp_size=1,
+    )
+
+
+def _told(args: DPOConfig) -> ParallelismConfig | None:
     if args.parallelism_config is not None:
         return args.parallelism_config
     asked = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false")
     return ParallelismConfig() if str_to_bool(asked) else None
+
+
+def settle_sequences(args: DPOConfig) -> None:
+    """Has accelerate make what :func:`config_of` says, where it was told of ``sp_size``; before ``Trainer`` is made.
+
+    Raises:
+        NotImplementedError: DeepSpeed's settings of it were given.
+    """
+    told = _told(args)
+    if told is None or not told.sp_enabled:
+        return
+    if (asked := told.sp_handler.sp_attn_implementation) not in _SP_ATTENTION:
+        raise NotImplementedError(
+            f"sp_attn_implementation is {asked}, which is for DeepSpeed's sequence parallelism; give "
+            "attn_implementation (--attn_implementation)"
+        )
+    args.parallelism_config = config_of(args)
 
 
 def data_ranks(args: DPOConfig, model: PreTrainedModel | PeftModel | None = None) -> int:
@@ -90,11 +132,6 @@ def check_parallelism(
             "tensor and context parallelism are not supported among processes of a CPU, for which accelerate has no "
             "device meshes; start the run on GPUs, without use_cpu"
         )
-    if config is not None and config.sp_enabled:
-        raise NotImplementedError(
-            f"sp_size is {config.sp_size}: sequence parallelism by DeepSpeed (Ulysses) is not supported. Use cp_size "
-            "with FSDP2, which cuts sequences as well"
-        )
     if config is not None and config.tp_enabled and not sizes:
         raise ValueError(f"tp_size is {config.tp_size} in the run's ParallelismConfig, and the model is whole: {_HOW}")
     if ref_model is not None and sizes_of(ref_model) != sizes and (sizes_of(ref_model) or sizes["tp"] > 1):
@@ -120,7 +157,7 @@ def _check_cut(config: ParallelismConfig | None, sizes: dict[str, int], args: DP
     if sizes["pp"] > 1:
         raise NotImplementedError(f"{what} is not supported with pipeline parallelism; use tp_size and fsdp_size")
     if config is not None and config.cp_enabled:
-        raise NotImplementedError(f"{what} is not supported with cp_size; use one of them")
+        raise NotImplementedError(f"{what} is not supported with {_asked(config)[0]}; use one of them")
     if config is not None and config.tp_size not in (1, sizes["tp"]):
         raise ValueError(f"tp_size is {config.tp_size} in the run's ParallelismConfig, and the model has {sizes['tp']}")
     refuse_moving_reference(args, what)
@@ -128,12 +165,6 @@ def _check_cut(config: ParallelismConfig | None, sizes: dict[str, int], args: DP
         check_distribution(args, "FSDP", is_cut=True)
     if args.torch_compile:
         raise NotImplementedError(f"torch_compile is not supported with {what}; leave it out")
-    if args.load_best_model_at_end:
-        raise NotImplementedError(
-            f"load_best_model_at_end is not supported with {what}: whole weights cannot be put back into its parts. "
-            "Leave it out; each checkpoint is a whole model, and trainer_state.json names the best one "
-            "(best_model_checkpoint, by metric_for_best_model)"
-        )
 
 
 def cuts_sequences(args: DPOConfig) -> bool:
@@ -151,6 +182,22 @@ def cut_ranks(accelerator: Accelerator) -> dist.ProcessGroup | None:
     return ranks
 
 
+def takes_packed_rows(accelerator: Accelerator) -> bool:
+    """Whether sequences are whole, or are cut for all but the attention."""
+    config = accelerator.parallelism_config
+    return config is None or not config.cp_enabled or _by_heads(config)
+
+
+def _by_heads(config: ParallelismConfig) -> bool:
+    return bool(config.cp_enabled and config.cp_handler.cp_comm_strategy == _BY_HEADS)
+
+
+def _asked(config: ParallelismConfig) -> tuple[str, str]:
+    """By which option sequences are cut, and how."""
+    name = "sp_size" if _by_heads(config) else "cp_size"
+    return name, f"{name}={config.cp_size}"
+
+
 def keep_attention(accelerator: Accelerator) -> None:
     """Has accelerate leave the attention of models as it is; to be called before any model is prepared.
 
@@ -161,10 +208,14 @@ def keep_attention(accelerator: Accelerator) -> None:
 
 
 def attention_of(
-    model: PreTrainedModel | PeftModel, packing: Packing, cut: dist.ProcessGroup | None
-) -> RowAttention | CutAttention | None:
+    model: PreTrainedModel | PeftModel, packing: Packing, accelerator: Accelerator
+) -> RowAttention | CutAttention | HeadCutAttention | None:
     """What ``model`` needs to take a run's batches."""
-    return packing.attention_of(model) if cut is None else CutAttention(model)
+    if cut_ranks(accelerator) is None:
+        return packing.attention_of(model)
+    if takes_packed_rows(accelerator):
+        return HeadCutAttention(model, packing.attention_of(model))
+    return CutAttention(model)
 
 
 def _check_cutting(policy: PreTrainedModel | PeftModel, config: ParallelismConfig, args: DPOConfig) -> None:
@@ -174,14 +225,12 @@ def _check_cutting(policy: PreTrainedModel | PeftModel, config: ParallelismConfi
         ValueError: nothing would cut them.
         NotImplementedError: the message says what to leave out.
     """
-    what = f"cp_size={config.cp_size}"
+    _, what = _asked(config)
     if asked_engine(args) != "FSDP":
         raise ValueError(
-            f"{what} cuts sequences over processes, which accelerate does with FSDP2 alone: start the run with it "
+            f"{what} cuts sequences over processes, which is done with FSDP2 alone: start the run with it "
             "(accelerate launch --use_fsdp --fsdp_version 2)"
         )
-    if args.ld_alpha is not None:
-        raise NotImplementedError(f"ld_alpha is not supported with {what}; leave one of them out")
     lm = language_model(policy)
     coef = args.router_aux_loss_coef
     if may_have_router_loss(lm) and (router_loss_coef(lm) if coef is None else coef):
@@ -230,4 +279,5 @@ def check_images_cut(accelerator: Accelerator, *, has_images: bool) -> None:
         NotImplementedError: they would.
     """
     if has_images and cut_ranks(accelerator) is not None:
-        raise NotImplementedError("rows with images are not supported with cp_size; use processes that have whole rows")
+        name, _ = _asked(accelerator.parallelism_config)
+        raise NotImplementedError(f"rows with images are not supported with {name}; use processes that have whole rows")

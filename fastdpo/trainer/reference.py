@@ -88,7 +88,7 @@ class Reference:
         self._packing = packing
         if self.scorer is not None:
             self.scorer.cut = self._policy.cut
-            self.scorer.attention = attention_of(self.scorer.model, packing, self.scorer.cut)
+            self.scorer.attention = attention_of(self.scorer.model, packing, self._accelerator)
 
     def sums(self, policy: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
         """Its log-probabilities of a micro-batch, with no gradient; None where the loss takes no reference.
@@ -236,8 +236,8 @@ class Reference:
         self._is_held = True
         if self.scorer is None and zero_stage(self._accelerator) is None:
             model = copied(self._policy.model).requires_grad_(False)  # its modes too: evaluation, adapters off
-            cut = self._policy.cut
-            self.scorer = Scorer(model, model, FusedHead(model), attention_of(model, self._packing, cut), cut)
+            attention = attention_of(model, self._packing, self._accelerator)
+            self.scorer = Scorer(model, model, FusedHead(model), attention, self._policy.cut)
         scorer = self._policy if self.scorer is None else self.scorer
         scorer.root = hold_frozen(self._accelerator, scorer.root)
         dtype = compute_dtype(self._accelerator, self._policy.model)

@@ -82,8 +82,8 @@ class ResumableRuns(YieldingEvaluations):
                 checkpoint,
             )
             return
-        lines = compare_settings(manifest.settings, self.args, manifest.rows, self._train_rows())
-        now = settings_of(self.args)
+        lines = compare_settings(manifest.settings, self.args, manifest.rows, self._train_rows(), self.model)
+        now = settings_of(self.args, self.model)
         self._changed = {name for name, value in now.items() if manifest.settings.get(name, value) != value}
         if lines and self.is_world_process_zero():
             step = checkpoint.name.rpartition("-")[2]
@@ -122,7 +122,7 @@ class ResumableRuns(YieldingEvaluations):
             if self.args.should_save:
                 facts: dict[str, Any] = {
                     "weights": weights,
-                    "settings": settings_of(self.args),
+                    "settings": settings_of(self.args, self.model),
                     "rows": self._train_rows(),
                 }
                 write_manifest(folder, **facts, evaluation_owed=self.evaluation_owed)

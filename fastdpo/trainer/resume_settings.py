@@ -11,7 +11,9 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 from fastdpo.errors import InputError
 from fastdpo.loss.options import LossOptions
@@ -81,9 +83,9 @@ _FROM_NOW_ON = (
 )
 
 
-def settings_of(args: DPOConfig) -> dict[str, Any]:
-    """Those that a resume looks at, as JSON has them."""
-    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * data_ranks(args)
+def settings_of(args: DPOConfig, model: PreTrainedModel | PeftModel | None = None) -> dict[str, Any]:
+    """Those that a resume looks at, as JSON has them; ``model`` where it may have been cut over processes by itself."""
+    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * data_ranks(args, model)
     derived: dict[str, Any] = {"pairs_per_step": pairs, "processes": args.world_size}
     derived[QUANTIZATION] = quantization_of(args.init_kwargs.get("quantization_config"))
     names = dict.fromkeys((*ORDER, *OPTIMIZER, *REFERENCE, *_FROM_NOW_ON))
@@ -95,6 +97,7 @@ def compare_settings(
     args: DPOConfig,
     rows_before: dict[str, Any],
     rows: dict[str, Any],
+    model: PreTrainedModel | PeftModel | None = None,
 ) -> list[str]:
     """What is otherwise than in the run that is gone on with, a line a setting, for a person.
 
@@ -102,11 +105,12 @@ def compare_settings(
         before, rows_before: of the checkpoint's manifest; empty for one that has none.
         args: the run's.
         rows: how many rows are trained on, and the fingerprints of their tokens, weights and margins.
+        model: see :func:`settings_of`.
 
     Raises:
         InputError: the runs do not fit together; the message says in what, and what to do.
     """
-    now = settings_of(args)
+    now = settings_of(args, model)
     differ = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
     kept = (*OPTIMIZER, *REFERENCE)
     refused = [name for name in differ if name in kept or (name in ORDER and not args.ignore_data_skip)]

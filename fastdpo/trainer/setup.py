@@ -26,7 +26,7 @@ from fastdpo.trainer.finite_runs import refuse_not_finite
 from fastdpo.trainer.models import fix_frequencies_of, make_models, settle_checkpointing
 from fastdpo.trainer.moving_reference import MovingReference
 from fastdpo.trainer.optimizers import check_optimizer
-from fastdpo.trainer.parallelism import check_parallelism, cuts_sequences
+from fastdpo.trainer.parallelism import check_parallelism, cuts_sequences, settle_sequences
 from fastdpo.trainer.promises import check_reporters
 from fastdpo.trainer.weights import check_comes_back
 
@@ -100,6 +100,7 @@ def set_up(
         images=images,
     )
     check_parallelism(policy, ref_model, args)
+    settle_sequences(args)
     if not later:
         refuse_not_finite({"the model": policy, "the reference model": ref_model})
     fix_frequencies_of((policy, ref_model), args)

@@ -25,6 +25,7 @@ from fastdpo.trainer import fsdp1
 from fastdpo.trainer.batch_beta import BatchBeta
 from fastdpo.trainer.batches import PairBatches
 from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.cut_models import CutModelRuns
 from fastdpo.trainer.datasets import ProcessingClass, TrainDataset, columns_of, most_sequences
 from fastdpo.trainer.endings import Endings, look_at_endings
 from fastdpo.trainer.finite_runs import FiniteRuns
@@ -59,6 +60,7 @@ class DPOTrainer(
     CarefulSaves,
     FiniteRuns,
     ResumableRuns,
+    CutModelRuns,
 ):
     """Trains ``model`` on preference pairs with a DPO loss.
 

@@ -19,6 +19,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
@@ -26,8 +27,10 @@ from transformers.utils import logging as transformers_logging
 from fastdpo.errors import InputError
 from fastdpo.model.adapter_vocabulary import unsaved_rows
 from fastdpo.model.adapters import has_transformers_adapter
+from fastdpo.model.load_sharding import is_load_sharded
 from fastdpo.trainer.digests import WeightDigests, saved_tensors, tensor_digest
 from fastdpo.trainer.disk import why_not_written
+from fastdpo.trainer.fsdp2 import reshard
 from fastdpo.trainer.leftovers import trial_folder
 from fastdpo.trainer.manifest import name_some
 
@@ -42,23 +45,26 @@ class UnsavableError(NotImplementedError):
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Put the weights that ``save_pretrained`` wrote to ``folder`` into ``model``, in place.
 
-    They are read as ``from_pretrained`` reads them, into a second model on the CPU.
+    They are read as ``from_pretrained`` reads them, into a second model on the CPU; where it spread the model over
+    processes, all of which call this, each of them reads its parts, to where its own are.
 
     Raises:
         InputError: a tensor is missing, has another shape, or belongs to no parameter; the message names it.
     """
+    cut = {"distributed_config": model.config.distributed_config} if is_load_sharded(model) else {}
     try:
-        saved, info = _loaded(model, folder, config=copy.deepcopy(model.config), local_files_only=True)
+        saved, info = _loaded(model, folder, config=copy.deepcopy(model.config), local_files_only=True, **cut)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         wrong = _other_names(model, folder) or _first_line(error)
         raise InputError(f"{folder}: the weights cannot be loaded: {wrong}") from error
     wrong = _wrong_in(info)
     if wrong:
         raise InputError(f"{folder}: the weights do not fit the model: {wrong}")
+    reshard(model)
     state = saved.state_dict()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            tensor.copy_(state[name])
+            _part(tensor).copy_(_part(state[name]))
 
 
 def check_weights(model: nn.Module, expected: dict[str, str], source: Path, digests: WeightDigests) -> None:
@@ -143,6 +149,11 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
     state = load_file(folder / "adapter_model.safetensors")
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     set_peft_model_state_dict(model, state, adapter_name=model.active_adapters()[0])
+
+
+def _part(tensor: Tensor) -> Tensor:
+    """What of it this process has."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _unsaved_beside(model: PeftModel) -> list[str]:

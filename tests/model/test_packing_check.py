@@ -33,7 +33,7 @@ def scorer(model: PreTrainedModel) -> Scorer:
 @pytest.mark.parametrize("model_type", ["recurrent_gemma", "falcon_h1"])
 def test_layers_that_mix_tokens_are_noticed_whatever_they_are_called(monkeypatch, model_type, layout, dtype):
     model = make_model(model_type, dtype=dtype)
-    monkeypatch.setattr(packing_check, "_LAYER_TYPES", tuple(set(model.config.layer_types)))
+    monkeypatch.setattr(packing_check, "PLAIN_LAYERS", tuple(set(model.config.layer_types)))
     monkeypatch.setattr(scoring, "sequence_bounds", lambda *_: {})  # of which transformers' own code says a word
     with pytest.raises(RowsNotSupportedError, match=r"computes something else|depend on another"):
         check_rows(scorer(model), layout, "sdpa", 64, CPU, dtype)

@@ -74,14 +74,16 @@ def torchrun_launched() -> Iterator[None]:
         yield
 
 
-def cut_model(seed: int, family: str = "llama", **config: Any) -> Any:
-    """The same model as :func:`small_model`, of which each rank has loaded its part; by all ranks together."""
-    folder = Path(tempfile.gettempdir()) / f"matrix-models-{os.getppid()}" / family / str(seed)
+def cut_model(seed: int, make: Callable[[int], Any] | None = None, *, family: str = "llama", **sizes: int) -> Any:
+    """What ``make``, by default :func:`small_model`, makes, of which each rank loads a part; by all ranks together."""
+    make = functools.partial(small_model, family=family) if make is None else make
+    name = getattr(make, "__name__", family)
+    folder = Path(tempfile.gettempdir()) / f"matrix-models-{os.getppid()}" / name / str(seed)
     if dist.get_rank() == 0:
-        small_model(seed, family).save_pretrained(folder)
+        make(seed).save_pretrained(folder)
     dist.barrier()
-    config = {"distributed_config": DistributedConfig(**config)}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **config)
+    config = DistributedConfig(**({"tp_plan": "auto"} if "tp_size" in sizes else {}), **sizes)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", distributed_config=config)
 
 
 def cp_options(**sizes: int) -> Options:
@@ -184,6 +186,10 @@ ENGINES: dict[str, Engine] = {
     "EP x TP": mixture_engine("MULTI_GPU, tp 2", data_parallel=1, tp_size=2, ep_size=2),
     "CP": Engine(launched, "FSDP, version 2, cp 2", cp_options(cp_size=2), data_parallel=1),
     "CP x DP": Engine(launched, "FSDP, version 2, dp_shard 2, cp 2", cp_options(cp_size=2, dp_shard_size=2), ranks=4),
+    "SP": Engine(launched, "FSDP, version 2, cp 2, by heads", cp_options(sp_size=2), data_parallel=1),
+    "SP x DP": Engine(
+        launched, "FSDP, version 2, dp_shard 2, cp 2, by heads", cp_options(sp_size=2, dp_shard_size=2), ranks=4
+    ),
 }
 ALONE = Engine(contextlib.nullcontext, "NO", ranks=1, data_parallel=1)
 CELLS = [Cell(engine, reference, layout) for engine in ENGINES for reference in REFERENCES for layout in LAYOUTS]
@@ -199,7 +205,9 @@ def engine_of(trainer: DPOTrainer) -> str:
         kind += f", version {accelerator.state.fsdp_plugin.fsdp_version}"
     config = accelerator.parallelism_config
     sizes = {} if config is None else {name: getattr(config, f"{name}_size") for name in ("dp_shard", "cp", "tp")}
-    return ", ".join([kind, *(f"{name} {size}" for name, size in sizes.items() if size > 1)])
+    words = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+    by_heads = sizes.get("cp", 1) > 1 and config.cp_handler.cp_comm_strategy == "alltoall"
+    return ", ".join([kind, *words, *(["by heads"] if by_heads else [])])
 
 
 def make_cell(cell: Cell, engine: Engine, folder: Path, **more: Any) -> DPOTrainer:

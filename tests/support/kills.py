@@ -7,6 +7,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,11 +46,19 @@ class Moment:
 
 def run_process(words: list[str], log: Path, moment: Moment | None = None) -> int:
     """The exit code of ``fastdpo *words``, negative for a signal; its output goes to the file ``log``."""
-    return _exit_codes(words, [(log, moment, {})])[0]
+    return _exit_codes(words, [(log, moment, {})], nullcontext)[0]
 
 
-def run_ranks(words: list[str], logs: list[Path], moments: dict[int, Moment] | None = None) -> list[int]:
-    """The same of a process for each of ``logs``, which train together; ``moments`` are by rank."""
+def run_ranks(
+    words: list[str],
+    logs: list[Path],
+    moments: dict[int, Moment] | None = None,
+    launch: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> list[int]:
+    """The same of a process for each of ``logs``, which train together; ``moments`` are by rank.
+
+    ``launch``, a function of some module: what else a launcher sets, see :mod:`ranks`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -57,12 +67,16 @@ def run_ranks(words: list[str], logs: list[Path], moments: dict[int, Moment] | N
         (log, (moments or {}).get(rank), together | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank, log in enumerate(logs)
     ]
-    return _exit_codes([*words, "--ddp_backend", "gloo"], each)
+    return _exit_codes([*words, "--ddp_backend", "gloo"], each, launch)
 
 
-def _exit_codes(words: list[str], each: list[tuple[Path, Moment | None, dict[str, str]]]) -> list[int]:
+def _exit_codes(
+    words: list[str],
+    each: list[tuple[Path, Moment | None, dict[str, str]]],
+    launch: Callable[[], AbstractContextManager[None]],
+) -> list[int]:
     ranks = [
-        processes.forking().Process(target=_run, args=(processes.here(**environment), words, log, moment))
+        processes.forking().Process(target=_run, args=(processes.here(**environment), words, log, moment, launch))
         for log, moment, environment in each
     ]
     for process in ranks:
@@ -79,7 +93,13 @@ def _exit_codes(words: list[str], each: list[tuple[Path, Moment | None, dict[str
     return [process.exitcode for process in ranks]
 
 
-def _run(here: processes.Here, words: list[str], log: Path, moment: Moment | None) -> None:
+def _run(
+    here: processes.Here,
+    words: list[str],
+    log: Path,
+    moment: Moment | None,
+    launch: Callable[[], AbstractContextManager[None]],
+) -> None:
     processes.take_over(here)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
@@ -88,7 +108,8 @@ def _run(here: processes.Here, words: list[str], log: Path, moment: Moment | Non
     ref_build.PART_SECONDS = 0.0  # every batch of the reference cache is written
     if moment is not None:
         _arm(moment)
-    sys.exit(main(words))
+    with launch():
+        sys.exit(main(words))
 
 
 def _arm(moment: Moment) -> None:

@@ -11,7 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # Of c10d's ops, which argument a process sends: an all-reduce works in place, the others take what they send second.
-_SENT = {"allreduce_": 0, "allgather_": 1, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "reduce_scatter_": 1}
+_SENT = {
+    "allreduce_": 0,
+    "allgather_": 1,
+    "_allgather_base_": 1,
+    "_reduce_scatter_base_": 1,
+    "reduce_scatter_": 1,
+    "alltoall_base_": 1,
+}
 
 
 class Traffic(TorchDispatchMode):

@@ -9,18 +9,24 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType, ParallelismConfig
+from accelerate.utils import DeepSpeedSequenceParallelConfig
 from tiny_models import make_model
 from transformers.distributed import DistributedConfig
 
 from fastdpo.data.share import DataShare
+from fastdpo.model.cut_heads import HeadCutAttention
+from fastdpo.model.cut_rows import CutAttention
+from fastdpo.model.packing_choice import Packing
 from fastdpo.trainer import DPOConfig, parallelism
 from fastdpo.trainer.parallelism import (
+    attention_of,
     check_parallelism,
     config_of,
     data_ranks,
     gathered_once,
     keep_attention,
     loading_kwargs,
+    settle_sequences,
 )
 
 TP = {"tp": 2, "dp": 1, "pp": 1, "ep": 1}
@@ -91,14 +97,14 @@ def test_pairs_a_step_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("sizes", "config", "options", "error", "words"),
     [
-        ({}, {"sp_size": 2}, {}, NotImplementedError, r"sp_size is 2.*Use cp_size"),
+        ({}, {"sp_size": 2}, {}, ValueError, r"sp_size=2.*with FSDP2 alone: start the run with it"),
         ({}, {"tp_size": 2}, {}, ValueError, r"tp_size is 2.*and the model is whole: give the model's name"),
         ({}, {"cp_size": 2}, {}, ValueError, r"cp_size=2.*with FSDP2 alone: start the run with it"),
         (TP, {"cp_size": 2}, {}, NotImplementedError, r"not supported with cp_size; use one of them"),
+        (TP, {"sp_size": 2}, {}, NotImplementedError, r"not supported with sp_size; use one of them"),
         (TP, {"tp_size": 4}, {}, ValueError, r"tp_size is 4.*and the model has 2"),
         (TP, {}, {"sync_ref_model": True}, NotImplementedError, r"sync_ref_model.*leave it out"),
         (TP, {}, {"torch_compile": True}, NotImplementedError, r"torch_compile.*leave it out"),
-        (TP, {}, {"load_best_model_at_end": True}, NotImplementedError, r"load_best_model_at_end.*each checkpoint is"),
         (TP | {"pp": 2}, {}, {}, NotImplementedError, r"pipeline parallelism; use tp_size and fsdp_size"),
     ],
 )
@@ -139,7 +145,6 @@ def test_accelerates_engines_would_cut_it_again(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        ("llama", {"ld_alpha": 0.5}, "ld_alpha is not supported with cp_size=2"),
         ("mixtral", {"router_aux_loss_coef": 0.1}, "load-balancing loss.*give router_aux_loss_coef 0"),
         ("llama", {"torch_compile": True}, "torch_compile is not supported with cp_size=2"),
     ],
@@ -165,6 +170,35 @@ def test_processes_of_a_cpu_have_no_meshes(
     args.distributed_state = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU)
     with pytest.raises(NotImplementedError, match=r"no device meshes; start the run on GPUs"):
         check_parallelism(model, None, args)
+
+
+def test_sp_size_is_what_accelerate_has_for_cp_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = args_of(tmp_path)
+    settle_sequences(args)
+    assert args.parallelism_config is None
+    args.parallelism_config = whole = ParallelismConfig(cp_size=2)
+    settle_sequences(args)
+    assert args.parallelism_config is whole
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "3")
+    monkeypatch.setattr(DPOConfig, "world_size", 6)
+    for told in (None, ParallelismConfig()):  # by accelerate launch, and by hand
+        args.parallelism_config = told
+        assert data_ranks(args) == 3
+        settle_sequences(args)
+        made = args.parallelism_config
+        assert (made.dp_shard_size, made.cp_size, made.sp_size) == (3, 2, 1)
+        model = make_model("llama")
+        for config, kind in ((made, HeadCutAttention), (ParallelismConfig(cp_size=2, sp_size=1), CutAttention)):
+            accelerator = accelerator_of(0, 6)
+            accelerator.parallelism_config = config
+            accelerator.torch_device_mesh = {"cp": SimpleNamespace(get_group=object)}
+            assert isinstance(attention_of(model, Packing("padded"), accelerator), kind)
+    handler = DeepSpeedSequenceParallelConfig(sp_attn_implementation="flash_attention_2")
+    args.parallelism_config = ParallelismConfig(sp_size=2, sp_handler=handler)
+    with pytest.raises(NotImplementedError, match="sp_attn_implementation is flash_attention_2.*--attn_impl"):
+        settle_sequences(args)
 
 
 def test_accelerate_leaves_sliding_windows_to_cut_rows() -> None:
