@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from fastdpo.trainer.fsdp1 import each_unit
 from fastdpo.trainer.zero import gathered, local_part
 
 _CHUNK = 1 << 26  # bytes at a time, on their way from a device and from a disk
@@ -29,13 +30,13 @@ class WeightDigests:
         self._frozen: dict[str, tuple[tuple[int, int], str]] = {}
 
     def of(self, model: nn.Module) -> dict[str, str]:
-        """name -> digest of each parameter and persistent buffer; empty where no process could tell them.
+        """name -> digest of each parameter and persistent buffer.
 
-        Tied weights come once, by the first of their names. Where FSDP2 or ZeRO-3 shards the model, all processes have
-        to call this together: a tensor at a time is gathered.
+        Tied weights come once, by the first of their names. Where FSDP or ZeRO-3 shards the model, all processes have
+        to call this together: a tensor, or with FSDP's first version a layer, at a time is gathered.
         """
-        if _is_sharded_elsewhere(model):
-            return {}
+        if isinstance(model, FullyShardedDataParallel):
+            return _digests_of_units(model)
         return {name: self._of_tensor(name, tensor) for name, tensor in saved_tensors(model)}
 
     def _of_tensor(self, name: str, tensor: Tensor) -> str:
@@ -123,6 +124,12 @@ def _digest_of_whole(tensor: Tensor) -> str:
         return tensor_digest(tensor)
 
 
-def _is_sharded_elsewhere(model: nn.Module) -> bool:
-    """By what holds no tensor whole that could be asked for it: the first version of FSDP."""
-    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+def _digests_of_units(model: FullyShardedDataParallel) -> dict[str, str]:
+    found: dict[str, str] = {}
+
+    def note(tensors: dict[str, Tensor]) -> None:
+        # Of a copy: FSDP could not free memory that numpy has looked at.
+        found.update({name: tensor_digest(tensor.clone()) for name, tensor in tensors.items()})
+
+    each_unit(model, note, writes=False)
+    return found

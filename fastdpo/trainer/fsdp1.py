@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from peft.utils.other import fsdp_auto_wrap_policy
-from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 # What accelerate makes of a plugin's settings for one model, and another one's layers or tied weights do not fit.
 _OF_ONE_MODEL = ("auto_wrap_policy", "transformer_cls_names_to_wrap", "param_init_fn")
+
+# Parts of names that belong to what is put around modules.
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def wrap_without_optimizer(accelerator: Accelerator, model: nn.Module) -> nn.Module:
@@ -34,23 +38,37 @@ def wrap_without_optimizer(accelerator: Accelerator, model: nn.Module) -> nn.Mod
     return wrapped
 
 
-def refuse_loading(accelerator: Accelerator, model: Any) -> None:
-    """Raises where what a checkpoint holds would not all come back: a run would go on from elsewhere, and not say so.
+def each_unit(model: FullyShardedDataParallel, work: Callable[[dict[str, Tensor]], None], *, writes: bool) -> None:
+    """Does some work on what each unit of FSDP holds itself, whole in every process; a unit at a time is gathered.
 
-    Raises:
-        NotImplementedError: FSDP is in its first version, and trains an adapter, or writes every process's shards.
+    To be called by all processes.
+
+    Args:
+        model: sharded.
+        work: gets name -> parameter or persistent buffer, by the names that the model has without FSDP.
+        writes: what ``work`` changes of parameters stays.
     """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)  # there with FSDP alone
-    if plugin is None or accelerator.is_fsdp2:
-        return
-    is_adapter = isinstance(accelerator.unwrap_model(model), PeftModel)
-    if is_adapter or plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
-        what = "an adapter" if is_adapter else f"state_dict_type {plugin.state_dict_type.name}"
-        raise NotImplementedError(
-            f"checkpoints of FSDP's first version with {what} are not loaded (resume_from_checkpoint, "
-            "load_best_model_at_end): not all that they hold would come back. Use FSDP2 (fsdp_version: 2 in "
-            "accelerate's configuration), or, for a whole model, fsdp_state_dict_type: FULL_STATE_DICT"
-        )
+    with FullyShardedDataParallel.summon_full_params(model, recurse=False, writeback=False):
+        pass  # the outermost unit has to be the first that is used, to know that it is
+    for prefix, unit in model.named_modules():
+        if isinstance(unit, FullyShardedDataParallel):
+            with torch.no_grad(), FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=writes):
+                work({_plain(name): tensor for name, tensor in _own_tensors(unit, prefix)})
+
+
+def _own_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Of a unit of FSDP, without those of the units in it."""
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        if name not in module._non_persistent_buffers_set:
+            yield f"{prefix}.{name}", tensor
+    for name, child in module.named_children():
+        if not isinstance(child, FullyShardedDataParallel):
+            yield from _own_tensors(child, f"{prefix}.{name}")
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether ``model`` is sharded, and has an adapter."""
+    return isinstance(model, FullyShardedDataParallel) and isinstance(model.module, PeftModel)
 
 
 @contextlib.contextmanager
@@ -59,12 +77,12 @@ def plain_names(model: Any) -> Iterator[None]:
 
     PEFT finds an adapter's weights by these, and would save and load none, and not say so.
     """
-    if not isinstance(model, FullyShardedDataParallel) or not isinstance(model.module, PeftModel):
+    if not has_adapter(model):
         yield
         return
     both: list[Any] = [model, model.module]
     for each in both:
-        each.named_modules = _plain(each.named_modules)
+        each.named_modules = _with_plain_names(each.named_modules)
     try:
         yield
     finally:
@@ -72,9 +90,13 @@ def plain_names(model: Any) -> Iterator[None]:
             del each.named_modules
 
 
-def _plain(named_modules: Any) -> Any:
+def _with_plain_names(named_modules: Any) -> Any:
     def named(*args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        for name, module in named_modules(*args, **kwargs):
-            yield ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module"), module
+        return ((_plain(name), module) for name, module in named_modules(*args, **kwargs))
 
     return named
+
+
+def _plain(name: str) -> str:
+    """The name that a module or tensor has without FSDP, and without its activation checkpointing."""
+    return ".".join(part for part in name.split(".") if part and part not in _WRAPPERS)

@@ -20,10 +20,12 @@ from fastdpo.data.row_digests import numbers_fingerprint, row_digests, rows_fing
 from fastdpo.data.terms import MARGIN_COLUMN, WEIGHT_COLUMN, is_prepared
 from fastdpo.model.adapters import has_transformers_adapter
 from fastdpo.model.load_sharding import is_load_sharded
+from fastdpo.trainer import fsdp1
 from fastdpo.trainer.checkpoints import last_whole, refuse_damaged
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.digests import WeightDigests
 from fastdpo.trainer.evaluations import YieldingEvaluations
+from fastdpo.trainer.fsdp1_loading import load_adapter
 from fastdpo.trainer.leftovers import writing_into
 from fastdpo.trainer.manifest import read_manifest, write_manifest
 from fastdpo.trainer.optimizers import settle_weights, state_classes
@@ -176,7 +178,9 @@ class ResumableRuns(YieldingEvaluations):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint = Path(resume_from_checkpoint)
-        if self.is_fsdp_enabled or isinstance(self.model, PeftModel):
+        if fsdp1.has_adapter(self.model):
+            load_adapter(self.model, checkpoint)
+        elif self.is_fsdp_enabled or isinstance(self.model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif has_transformers_adapter(self.model):
             load_adapter_weights(self.model, checkpoint)
@@ -234,11 +238,15 @@ class ResumableRuns(YieldingEvaluations):
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or best is None:
+        if best is None:
             super()._load_best_model()
             return
-        logger.info("Loading the best model from %s (%s).", best, self.state.best_metric)
-        self._load_from_checkpoint(best)
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+            self._compare_weights(Path(best))
+        else:
+            logger.info("Loading the best model from %s (%s).", best, self.state.best_metric)
+            self._load_from_checkpoint(best)
         self.load_beside(Path(best))  # what moved with the model is what it was beside it
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
+from accelerate import FullyShardedDataParallelPlugin
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 
@@ -23,6 +24,7 @@ from fastdpo.trainer.datasets import EvalDataset, TrainDataset, columns_of
 from fastdpo.trainer.engines import check_distribution, engine_of, weights_come_later
 from fastdpo.trainer.expert_parallel import check_expert_setting
 from fastdpo.trainer.finite_runs import refuse_not_finite
+from fastdpo.trainer.fsdp1_loading import refuse_loading
 from fastdpo.trainer.models import fix_frequencies_of, make_models, settle_checkpointing
 from fastdpo.trainer.moving_reference import MovingReference
 from fastdpo.trainer.optimizers import check_optimizer
@@ -83,6 +85,8 @@ def set_up(
     check_optimizer(args)
     engine = engine_of(args)
     check_distribution(args, engine, is_cut=cuts_sequences(args))
+    if engine == "FSDP" and _loads_a_checkpoint(args):
+        refuse_loading(FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {})))
     if args.activation_offloading:
         check_offloading(args.device, is_sharded=engine is not None, compiles=args.torch_compile)
     set_seed(args.seed)  # a new adapter is random
@@ -126,3 +130,9 @@ def set_up(
         moving=moving,
         offloading=ActivationOffloading(policy, args.device) if args.activation_offloading else None,
     )
+
+
+def _loads_a_checkpoint(args: DPOConfig) -> bool:
+    """Whether the run is to go on from one, or to end with the best."""
+    resumes = str(args.resume_from_checkpoint or False).lower() not in ("false", "no", "0")
+    return resumes or args.load_best_model_at_end

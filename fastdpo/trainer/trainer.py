@@ -21,7 +21,6 @@ from fastdpo.data.vision import tokenizer_in
 from fastdpo.model.auto_class import has_vision
 from fastdpo.model.packing_choice import Packing
 from fastdpo.ref_cache.build import CachedSplit
-from fastdpo.trainer import fsdp1
 from fastdpo.trainer.batch_beta import BatchBeta
 from fastdpo.trainer.batches import PairBatches
 from fastdpo.trainer.config import DPOConfig
@@ -167,8 +166,6 @@ class DPOTrainer(
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.load_best_model_at_end:  # at the end of a training it would be late
-            fsdp1.refuse_loading(self.accelerator, policy)
         self._takes_parts = data_collator is None and not (setup.engine and setup.is_cut)
         check_images_cut(self.accelerator, has_images=rows.preparer.has_images)
         keep_attention(self.accelerator)
