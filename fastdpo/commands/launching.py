@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-# Set in the processes that a command has started in its own place, which then take its flags of the launcher as done.
-LAUNCHED = "FASTDPO_LAUNCHED"
+from fastdpo.report.launcher import LAUNCHED
+
 # Set by torchrun, and by accelerate launch also where it starts one process.
 _BY_OTHERS = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
 

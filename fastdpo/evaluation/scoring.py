@@ -27,15 +27,9 @@ from fastdpo.ref_cache.build import longer_lengths
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.datasets import make_collator, most_sequences
 from fastdpo.trainer.layout import BatchLayout
-from fastdpo.trainer.memory_advice import advising
+from fastdpo.trainer.memory_advice import advising, memory_advice
 from fastdpo.trainer.model_look import ModelLook
 from fastdpo.trainer.reference import Reference
-
-_LESS_MEMORY = [
-    "a smaller --per_device_eval_batch_size",
-    "--max_tokens_per_batch, which takes a batch in parts",
-    "a smaller --max_length",
-]
 
 
 class ModelScorer:
@@ -100,12 +94,16 @@ class ModelScorer:
             for batch in self._batches(held_out, label):
                 rows = held_out.rows[batch.tolist()]
                 of_batch = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
-                with advising("scoring pairs", lambda: _LESS_MEMORY):
+                with advising("scoring pairs", self._advice):
                     scores = scorer.score(self._on_device(collate(of_batch))).in_pairs()
                     sums, tokens = scores.sums.squeeze(1), scores.tokens
                 at = np.concatenate([np.arange(begins[row], begins[row] + counts[row]) for row in batch])
                 found[:, at] = _halves(sums, tokens)
         return PairScores(found[0], found[1], found[2].astype(np.int64), found[3].astype(np.int64))
+
+    def _advice(self) -> list[str]:
+        # Of one model at a time, of which nothing is trained.
+        return memory_advice(self._args, training=False, has_reference_model=False, has_adapter=True)
 
     def _batches(self, held_out: HeldOut, label: str) -> Iterator[np.ndarray]:
         """Row numbers, the longest first, those of one prompt beside each other, so that it is computed once."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastdpo.logps.device_paths import build_info
+from fastdpo.report.launcher import launcher_words
 from fastdpo.trainer.secrets import redacted, redacted_words
 
 _PACKAGES = ("fastdpo", "torch", "transformers", "datasets", "accelerate", "peft", "tokenizers")
@@ -31,8 +32,8 @@ def changed_settings(asked: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, 
 
 
 def command_line(argv: Sequence[str], command: str = "train") -> str:
-    """What to type for the same run again, with secrets hidden."""
-    return shlex.join(["fastdpo", command, *redacted_words(argv)])
+    """What to type for the same run again, with what its processes were started by; secrets are hidden."""
+    return shlex.join([*launcher_words(), command, *redacted_words(argv)])
 
 
 def environment(device: torch.device, processes: int = 1) -> dict[str, str]:

@@ -23,6 +23,7 @@ from fastdpo.evaluation.held_out import read_held_out
 from fastdpo.evaluation.loading import Weights, in_turn
 from fastdpo.evaluation.run import Evaluation, evaluate
 from fastdpo.evaluation.scores import credits_of
+from fastdpo.evaluation.scoring import ModelScorer
 from fastdpo.evaluation.statistics import Resampling
 from fastdpo.trainer import DPOConfig
 
@@ -346,3 +347,14 @@ def test_other_families(folders: dict[str, str], tmp_path: Path) -> None:
     rows = read_held_out(rows_with_a_source(4), TOKENIZER, args_of(tmp_path)).rows
     expected = by_hand(AutoModelForCausalLM.from_pretrained(folders["gemma"]), rows)
     assert np.allclose(found.models[0].scores.chosen_logps, expected[:, 0], rtol=2e-6, atol=2e-4)
+
+
+def test_what_needs_less_memory_is_what_this_evaluation_has_to_spare(tmp_path: Path) -> None:
+    few = ModelScorer(args_of(tmp_path, per_device_eval_batch_size=1, max_tokens_per_batch=64))._advice()
+    assert [line.split(":")[0] for line in few] == ["--max_tokens_per_batch below 64", "--max_length below 96"]
+    many = ModelScorer(args_of(tmp_path, per_device_eval_batch_size=4))._advice()
+    assert [line.split(" ")[0].strip(":,") for line in many] == [
+        "--max_tokens_per_batch",
+        "--per_device_eval_batch_size",
+        "--max_length",
+    ]

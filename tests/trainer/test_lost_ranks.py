@@ -229,3 +229,5 @@ def test_under_torchrun(model, pairs, tmp_path):
     assert ended.returncode != 0
     assert ended.stderr.count("rank 1 (process ") == 1, ended.stderr
     assert "checkpoint-2 is whole, the last checkpoint" in ended.stderr
+    again = f"with:\n  torchrun --standalone --nproc_per_node 2 {tmp_path}/run.py train "
+    assert again in ended.stderr and "--resume_from_checkpoint last" in ended.stderr
