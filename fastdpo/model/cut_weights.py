@@ -5,7 +5,8 @@ Each of these is silent there: the run goes on with other weights than the files
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +19,36 @@ from transformers.core_model_loading import Concatenate, Interleave, MergeModule
 
 from fastdpo.model.language_model import described, language_model
 
+# By what from_pretrained is told to cut a model.
+CUTS = ("distributed_config", "tp_plan", "tp_size")
+
+_INSTEAD = (
+    "Leave distributed_config out, and have the weights sharded by FSDP2 (accelerate launch --use_fsdp --fsdp_version "
+    "2 -m fastdpo train …)"
+)
+
 # The style of a plan for parameters that each rank has whole, and each of whose ranks sees a part of the gradient of.
 _SUMMED_STYLE = "ReplicatedWithGradAllReduce.install_forward"
+
+
+@contextlib.contextmanager
+def naming_cut_model(name: str, init_kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """While a model of this name is loaded with these: what stops transformers where it cuts it, by its name.
+
+    Plans of some families contradict each other, or what is read of their files.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, OSError, NotImplementedError):
+        raise
+    except (RuntimeError, ValueError, AssertionError, LookupError) as error:
+        if all(init_kwargs.get(setting) is None for setting in CUTS):
+            raise
+        line = (str(error).splitlines() or [""])[0]
+        raise NotImplementedError(
+            f"{name} cannot be cut over processes as it is loaded: transformers stops there ({type(error).__name__}: "
+            f"{line}). {_INSTEAD}"
+        ) from error
 
 
 def check_read_in_parts(model: PreTrainedModel | PeftModel) -> None:
@@ -48,9 +77,7 @@ def check_read_in_parts(model: PreTrainedModel | PeftModel) -> None:
                 raise NotImplementedError(
                     f"{described(lm)} is cut over processes as it is loaded (distributed_config), and transformers "
                     f"makes {name}, which is cut, from the tensors of the files ({', '.join(wrong)}) only after each "
-                    "process has read its part of them, so that its rows come out in another order. Leave "
-                    "distributed_config out, and have the weights sharded by FSDP2 (accelerate launch --use_fsdp "
-                    "--fsdp_version 2 -m fastdpo train …)"
+                    f"process has read its part of them, so that its rows come out in another order. {_INSTEAD}"
                 )
 
 

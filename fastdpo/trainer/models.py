@@ -21,7 +21,7 @@ from fastdpo.model.adapters import (
     trained_outside_adapters,
 )
 from fastdpo.model.auto_class import auto_class_of
-from fastdpo.model.cut_weights import check_read_in_parts, sum_gradients_once
+from fastdpo.model.cut_weights import check_read_in_parts, naming_cut_model, sum_gradients_once
 from fastdpo.model.language_model import described, language_model
 from fastdpo.model.liger_kernels import put_liger_kernels_in
 from fastdpo.model.load_sharding import check_adapter_of_plan, is_load_sharded, with_new_adapter
@@ -136,7 +136,9 @@ def load_model(name: str, args: DPOConfig, *, images: bool = False) -> PreTraine
         kwargs.setdefault("device_map", {"": "cpu"})  # by itself, it goes to the accelerator that use_cpu rules out
     if is_adapter(name, **hub_options_of(args)):
         return load_adapter(name, images=images, **kwargs)
-    model: PreTrainedModel = auto_class_of(name, images=images, **kwargs).from_pretrained(name, **kwargs)
+    load = auto_class_of(name, images=images, **kwargs).from_pretrained
+    with naming_cut_model(name, kwargs):
+        model: PreTrainedModel = load(name, **kwargs)
     return model
 
 

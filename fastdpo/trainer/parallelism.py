@@ -21,15 +21,13 @@ from fastdpo.data.share import DataShare
 from fastdpo.model.attention import RowAttention
 from fastdpo.model.cut_heads import HeadCutAttention
 from fastdpo.model.cut_rows import CutAttention
+from fastdpo.model.cut_weights import CUTS
 from fastdpo.model.language_model import language_model
 from fastdpo.model.load_sharding import is_load_sharded, sizes_of
 from fastdpo.model.packing_choice import Packing
 from fastdpo.model.router_loss import may_have_router_loss, router_loss_coef
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.engines import asked_engine, check_distribution, refuse_moving_reference
-
-# By what from_pretrained is told to cut a model.
-_CUTS = ("distributed_config", "tp_plan", "tp_size")
 
 # What accelerate makes of processes for which it has no device meshes.
 _WITHOUT_MESHES = (DistributedType.MULTI_CPU,)
@@ -100,7 +98,7 @@ def data_ranks(args: DPOConfig, model: PreTrainedModel | PeftModel | None = None
 def loading_kwargs(args: DPOConfig) -> dict[str, Any]:
     """What ``from_pretrained`` takes beside ``args.model_init_kwargs`` to cut the model as the run was told."""
     config = config_of(args)
-    if config is None or not config.tp_enabled or any(name in args.init_kwargs for name in _CUTS):
+    if config is None or not config.tp_enabled or any(name in args.init_kwargs for name in CUTS):
         return {}
     return {
         "distributed_config": DistributedConfig(

@@ -12,7 +12,7 @@ from spread_models import FOLDER, backward, gradient_error, spread_and_whole, to
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fastdpo.model.cut_weights import check_read_in_parts, sum_gradients_once
+from fastdpo.model.cut_weights import check_read_in_parts, naming_cut_model, sum_gradients_once
 
 STEPS = 3  # backwards before a step
 
@@ -86,6 +86,26 @@ def test_what_is_joined_along_the_cut_is_refused(seen: dict[str, Any]) -> None:
     said, wrong = seen["olmo_hybrid"]
     assert "OlmoHybridForCausalLM" in said and "conv1d.weight" in said and "FSDP2" in said
     assert wrong and all(name.endswith("conv1d.weight") for name in wrong)  # it is no false alarm
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("overlapping meshes\nmore"), ValueError("no tp_plan"), AssertionError()]
+)
+def test_what_stops_transformers_where_it_cuts_a_model_names_the_model(error: Exception) -> None:
+    with (
+        pytest.raises(NotImplementedError, match=rf"a/name cannot be cut.*\({type(error).__name__}: .*FSDP2") as said,
+        naming_cut_model("a/name", {"distributed_config": {"fsdp_size": 2}}),
+    ):
+        raise error
+    assert said.value.__cause__ is error and "more" not in str(said.value)
+    with pytest.raises(type(error)), naming_cut_model("a/name", {"distributed_config": None}):
+        raise error
+
+
+@pytest.mark.parametrize("error", [OSError("no such file"), torch.OutOfMemoryError("full")])
+def test_what_has_other_causes_stays_what_it_is(error: Exception) -> None:
+    with pytest.raises(type(error)), naming_cut_model("a/name", {"tp_plan": "auto"}):
+        raise error
 
 
 def test_a_model_that_is_not_cut_is_left_alone() -> None:
