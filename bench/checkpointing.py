@@ -26,7 +26,7 @@ from end_to_end.planned import MODELS, PlanCase, job_of
 
 def cases_of(model: str) -> list[PlanCase]:
     return [
-        PlanCase(model, layout, checkpointing, steps=4)
+        PlanCase(model, layout, checkpointing, steps=3)
         for layout in ("shared", "repeated", "padded")
         for checkpointing in (False, True)
     ]

@@ -5,8 +5,7 @@
     python bench/plan.py --json plan.json     and every figure
 
 They are trained one after another in another process (end_to_end/planned.py says how their peaks are measured), and
-estimated here, from their configurations and lengths alone. Then they are trained again in a process with torch's own
-allocator, which cannot use again much of what is freed (docs/guides/plan.md): the last column.
+estimated here, from their configurations and lengths alone.
 """
 
 from __future__ import annotations
@@ -69,14 +68,12 @@ def estimate(case: PlanCase) -> dict[str, int]:
 
 
 def table_of(results: list[dict[str, Any]]) -> str:
-    rows = [["run", *PARTS, "estimate", "measured", "off by", "torch's allocator"]]
+    rows = [["run", *PARTS, "estimate", "measured", "off by"]]
     for result in results:
         parts = result["estimate"]
         total, peak = sum(parts.values()), result["measured"].get("peak_bytes")
         figures = [f"{parts[name] / 2**20:,.0f}" for name in PARTS]
         told = [f"{peak / 2**20:,.0f}", f"{total / peak - 1:+.1%}"] if peak else ["failed", "-"]
-        loose = result["measured_with_torchs"].get("peak_bytes")
-        told.append(f"{loose / 2**20:,.0f}" if loose else "failed")
         rows.append([result["name"], *figures, f"{total / 2**20:,.0f}", *told])
     return align(rows)
 
@@ -85,7 +82,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="words, with commas; a case's name is to have one of them")
     parser.add_argument("--threads", type=int, default=1, help="of the runs; default: 1")
-    parser.add_argument("--timeout", type=float, default=3600, help="seconds for each of the two rounds; default: 3600")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for all runs; default: 3600")
     parser.add_argument("--json", type=Path, help="every figure, machine, versions, commit")
     return parser.parse_args(arguments)
 
@@ -96,24 +93,16 @@ def main(arguments: list[str] | None = None) -> int:
     cases = [case for case in CASES if any(word in case.name for word in args.only.split(","))]
     progress, results = Progress(), []
     with tempfile.TemporaryDirectory() as folder:
-        found = []
-        for memory in ("ours", "torch"):
-            progress.say(f"{len(cases)} runs, memory: {memory}")
-            job = job_of(cases, Path(folder), args.threads, memory)
-            of_job = run_job("end_to_end.planned", job, args.timeout)
-            found.append(of_job.get("results", [of_job] * len(cases)))
-    for case, measured, loose in zip(cases, *found, strict=True):
+        progress.say(f"{len(cases)} runs")
+        of_job = run_job("end_to_end.planned", job_of(cases, Path(folder), args.threads), args.timeout)
+    for case, measured in zip(cases, of_job.get("results", [of_job] * len(cases)), strict=True):
         progress.say(f"estimate: {case.name}")
-        figures = {"measured": measured, "measured_with_torchs": loose}
-        results.append({"name": case.name, "estimate": estimate(case), **figures})
+        results.append({"name": case.name, "estimate": estimate(case), "measured": measured})
     if args.json:
         args.json.write_text(json.dumps(report | {"results": results}, indent=1) + "\n")
     progress.stop()
     print(table_of(results))
-    print(
-        "MiB; estimates from configurations and lengths alone, peaks of processes that trained; in "
-        "the last column with torch's own allocator"
-    )
+    print("MiB; estimates from configurations and lengths alone, peaks of processes that trained")
     return 0
 
 

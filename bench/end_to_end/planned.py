@@ -1,8 +1,9 @@
 """Runs in a process of its own, started by bench/plan.py: trains made-up models, and says what memory each took.
 
 The peak is of the process's resident memory while it trains, beyond what it held before the model was made; that of the
-looks at the models, which come before the first step, is told apart. A run of a small model goes first, so that what
-libraries load and set up for themselves is there already; what a run frees goes back to the system before the next.
+looks at the models, which come before the first step, is told apart. Each run is a fork of the process that has
+imported everything, for what one run has freed may be kept for the next; a run of a small model goes first in it, so
+that what libraries load and set up for themselves is there already.
 
 Where tensors' memory is taken from, a job says: ``"ours"``, as `fastdpo train` has it on a CPU; ``"torch"``, whose
 allocator cannot use much of what is freed again; or a number of bytes, which is torch's with glibc's malloc handing
@@ -12,11 +13,13 @@ each block of so many back to the system at once, as ``MALLOC_MMAP_THRESHOLD_`` 
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -183,21 +186,34 @@ def take_memory(memory: str | int) -> None:
 
 
 def work(job: Job) -> dict[str, Any]:
-    take_memory(job["memory"])
     cases = [PlanCase(**case) for case in job["cases"]]
-    train(replace(cases[0], model="llama-small", prompt=20, completion=20, max_tokens=None, steps=2))
+    take_memory(job["memory"])
+    forking = multiprocessing.get_context("fork")
     results: list[dict[str, Any]] = []
     for case in cases:
-        held = CPUMemory.mark()
+        receiver, sender = forking.Pipe(duplex=False)
+        process = forking.Process(target=_send_measured, args=(case, sender))
+        process.start()
+        sender.close()
         try:
-            told, before = train(case)
-        except Exception as error:  # of one; the others are measured
-            results.append({"failed": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"})
-            continue
-        peak = None if held is None else CPUMemory.peak() - held
-        looks = None if held is None else before - held
-        results.append({"peak_bytes": peak, "looks_bytes": looks, **told})
+            results.append(receiver.recv())
+        except EOFError:  # it was killed
+            results.append({"failed": "the process ended"})
+        process.join()
     return {"results": results}
+
+
+def _send_measured(case: PlanCase, sender: Connection) -> None:
+    try:
+        train(replace(case, model="llama-small", prompt=20, completion=20, max_tokens=None, steps=2))
+        held = CPUMemory.mark()
+        told, before = train(case)
+    except Exception as error:  # of one; the others are measured
+        sender.send({"failed": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"})
+        return
+    peak = None if held is None else CPUMemory.peak() - held
+    looks = None if held is None else before - held
+    sender.send({"peak_bytes": peak, "looks_bytes": looks, **told})
 
 
 def job_of(cases: Sequence[PlanCase], folder: Path, threads: int, memory: str | int = "ours") -> Job:

@@ -156,8 +156,7 @@ class TrainParser(HfArgumentParser):
         namespace, unknown = self.parse_known_args(argv, namespace)
         if unknown := self._launch_flags.take(unknown):
             self._refuse(unknown)
-        if self.launches:
-            self._launch_flags.require(cast(argparse.Namespace, namespace))
+        self._settle_launch(self._launch_flags, cast(argparse.Namespace, namespace))
         values = {name: value for name, value in vars(namespace).items() if name not in _NOT_SETTINGS}
         self.asked = {name: (value, self.get_default(name)) for name, value in values.items()}
         with bad_input():
@@ -169,6 +168,11 @@ class TrainParser(HfArgumentParser):
             except RecursionError as error:  # of a flag that is JSON; it is not said which
                 deep = [f"--{name}" for name, value in values.items() if _is_deep(value)]
                 raise ValueError(f"{', '.join(deep) or 'a flag'}: {error}") from error
+
+    def _settle_launch(self, flags: LaunchFlags, asked: argparse.Namespace) -> None:
+        """What the command makes of flags that are for ``accelerate launch``."""
+        if self.launches:
+            flags.require(asked)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}\n  (fastdpo {self.command} --help describes the flags.)")

@@ -37,6 +37,20 @@ def takes(name: str) -> bool:
     return name in _accelerates()
 
 
+def config_file(accelerate_config: str) -> Path:
+    """The file that ``--accelerate_config`` names.
+
+    Raises:
+        UsageError: there is none.
+    """
+    file = Path(accelerate_config)
+    if file.is_file():
+        return file
+    if accelerate_config not in profiles():
+        raise UsageError(f"--accelerate_config {accelerate_config}: no such file, and none of {', '.join(profiles())}.")
+    return _PROFILES / f"{accelerate_config}.yaml"
+
+
 class LaunchFlags:
     """Collects them, and says what ``accelerate launch`` is to be called with.
 
@@ -73,6 +87,11 @@ class LaunchFlags:
         self._names.append(name)
         self._words += words
 
+    @property
+    def names(self) -> list[str]:
+        """Of accelerate's own flags that were given."""
+        return list(self._names)
+
     def require(self, asked: argparse.Namespace) -> None:
         """Raises LaunchAskedError where processes are to be started, and this is not one of them.
 
@@ -96,15 +115,9 @@ class LaunchFlags:
     def _launch_words(self, num_processes: int | None, accelerate_config: str | None) -> list[str]:
         words = []
         if accelerate_config is not None:
-            file = Path(accelerate_config)
-            if not file.is_file():
-                file = _PROFILES / f"{accelerate_config}.yaml"
-                if accelerate_config not in profiles():
-                    raise UsageError(
-                        f"--accelerate_config {accelerate_config}: no such file, and none of {', '.join(profiles())}."
-                    )
-                if num_processes is None and accelerate_config != "single_gpu":
-                    num_processes = max(torch.accelerator.device_count(), 1)  # a profile does not say how many
+            file = config_file(accelerate_config)
+            if file.parent == _PROFILES and num_processes is None and accelerate_config != "single_gpu":
+                num_processes = max(torch.accelerator.device_count(), 1)  # a profile does not say how many
             words += ["--config_file", str(file)]
         if num_processes is not None:
             words += ["--num_processes", str(num_processes)]

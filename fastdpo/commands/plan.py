@@ -70,11 +70,11 @@ def run(argv: list[str]) -> int:
     answers: list[Answer] = []
     for way in ways_of(setup, lambda: make_peft_config(replace(model_args, use_peft=True))):
         for stage in stages:
-            say(f"  {way.method}, {words_of(way)}{f', {STAGE_WORDS[stage]}' if plan_args.devices > 1 else ''}")
+            say(f"  {way.method}, {words_of(way)}{f', {STAGE_WORDS[stage]}' if plan_args.device_count > 1 else ''}")
             try:
-                answers.append(planner.answer(way, stage, plan_args.devices))
+                answers.append(planner.answer(way, stage, plan_args.device_count))
             except (NotImplementedError, ValueError) as error:
-                if way == setup:
+                if way == setup and not answers:
                     raise UsageError(str(error)) from error
                 say(f"    left out: {str(error).splitlines()[0]}")
                 break
@@ -218,6 +218,7 @@ def _batches(args: DPOConfig, setup: Setup, rows: list[Row]) -> Batches:
         args.truncation_mode,
         args.pad_multiple,
         accumulates=args.gradient_accumulation_steps > 1,
+        is_divisible=args.is_divisible,
     )
 
 
@@ -228,6 +229,6 @@ def _stages(plan_args: PlanArguments, args: DPOConfig, device: str) -> Sequence[
             is_sharded = plan_args.stage not in (None, "ddp")
             check_offloading(torch.device(device), is_sharded=is_sharded, compiles=args.torch_compile)
         return ("ddp",)
-    if plan_args.devices == 1:
+    if plan_args.device_count == 1:
         return ("ddp",)
     return ("ddp", "zero2", "fsdp2") if plan_args.stage is None else (plan_args.stage,)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from fastdpo.commands.arguments import ModelArguments
 from fastdpo.commands.flags import TrainParser
+from fastdpo.commands.launch_flags import LaunchFlags
+from fastdpo.commands.planned_launch import settle_devices
 from fastdpo.plan.sharding import STAGES
 
 EPILOG = """\
@@ -50,11 +53,14 @@ class PlanArguments:
             "help": "What is left free of it. By default 1GiB on an accelerator, for its driver, and 0 on a CPU."
         },
     )
-    devices: int = field(default=1, metadata={"help": "How many devices share the run."})
+    devices: int | None = field(
+        default=None, metadata={"help": "How many devices share the run. By default what --num_processes says, or one."}
+    )
     stage: str | None = field(
         default=None,
         metadata={
-            "help": "How they share it. By default the first of DDP, ZeRO-2 and FSDP2 that fits.",
+            "help": "How they share it. By default what --accelerate_config says, or the first of DDP, ZeRO-2 and "
+            "FSDP2 that fits.",
             "choices": [*STAGES],
         },
     )
@@ -65,12 +71,16 @@ class PlanArguments:
     json: bool = field(default=False, metadata={"help": "Print every figure as JSON, in bytes, and nothing else."})
 
     def __post_init__(self) -> None:
-        if self.devices < 1:
+        if self.devices is not None and self.devices < 1:
             raise ValueError(f"devices is {self.devices}; it should be at least 1")
-        if self.stage is not None and self.devices == 1:
+        if self.stage is not None and self.device_count == 1:
             raise ValueError(f"stage is {self.stage}, which would have no effect with one device; give --devices")
         if self.length is not None:
             self.lengths  # noqa: B018  (raises)
+
+    @property
+    def device_count(self) -> int:
+        return self.devices or 1
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -93,6 +103,9 @@ class PlanParser(TrainParser):
     dataclasses = (*TrainParser.dataclasses, PlanArguments)
     help_epilog = EPILOG
     others_title = "flags of `fastdpo train`, accepted as they are (--help_all describes them)"
+
+    def _settle_launch(self, flags: LaunchFlags, asked: argparse.Namespace) -> None:
+        settle_devices(flags, asked)
 
     def groups(self) -> dict[str, Sequence[str]]:
         lora = [f.name for f in fields(ModelArguments) if "lora" in f.name or f.name in ("use_peft", "use_dora")]

@@ -17,6 +17,7 @@ STAGE_WORDS = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeR
 
 def words_of(setup: Setup) -> str:
     words = ["checkpointing" if setup.checkpointing else "activations kept"]
+    words += [f"{str(setup.dtype).removeprefix('torch.')} weights"] if setup.dtype.itemsize < 4 else []
     words += ["offloaded"] if setup.offloading else []
     words += {"cache": ["reference cached"], "model": ["second model"]}.get(setup.reference, [])
     words += [] if setup.optim in ("adamw_torch", "adamw_torch_fused") else [setup.optim]

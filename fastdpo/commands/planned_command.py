@@ -49,6 +49,8 @@ def _changes(answer: Answer, asked: Setup, flags: dict[str, tuple[Any, Any]]) ->
         changes["optim"] = setup.optim
     if setup.peft_config is not None and asked.peft_config is None:
         changes["use_peft"] = True
+    if setup.dtype != asked.dtype:
+        changes["dtype"] = str(setup.dtype).removeprefix("torch.")
     if setup.bits == 4 and asked.bits is None:
         changes["load_in_4bit"] = True
     if answer.max_tokens != flags["max_tokens_per_batch"][0]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from pathlib import Path
 
 import psutil
 import torch
@@ -27,11 +29,36 @@ def parse_memory(words: str) -> int:
 
 
 def memory_of(device: str) -> int | None:
-    """What this machine's device has in all; None for an accelerator that is not here."""
+    """What this machine's device has in all; None for an accelerator that is not here.
+
+    In a container a CPU's memory is what the container may use.
+    """
     if device == "cpu":
-        return int(psutil.virtual_memory().total)
+        return min([int(psutil.virtual_memory().total), *group_limits()])
     if device == "cuda" and torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(0).total_memory)
+    return None
+
+
+def group_limits(root: Path = Path("/")) -> list[int]:
+    """What this process's control groups, and those that they are in, may use of memory (Linux's, of both versions)."""
+    with contextlib.suppress(OSError):
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+        kinds = {"": ("sys/fs/cgroup", "memory.max"), "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes")}
+        limits = []
+        for _, kind, path in groups:
+            if kind in kinds:
+                mount, name = kinds[kind]
+                # In a container its own group may be all that is mounted, and the path be that of another place.
+                inner = Path(path.lstrip("/"))
+                limits += [_limit(root / mount / folder / name) for folder in (inner, *inner.parents)]
+        return [limit for limit in limits if limit is not None]
+    return []
+
+
+def _limit(file: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):  # it is not there, or "max"
+        return int(file.read_text())
     return None
 
 

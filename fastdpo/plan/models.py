@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastdpo.model.auto_class import auto_class_of
 from fastdpo.model.language_model import described, language_model
@@ -20,11 +20,42 @@ from fastdpo.plan.setup import Setup
 Module = TypeVar("Module", bound=nn.Module)
 
 
+# What was made last: to make a model costs more than to copy it, and ways to train differ in what is put around it.
+_KEPT = 4
+_made: list[tuple[PreTrainedConfig, tuple[Any, ...], PreTrainedModel]] = []
+
+
 def make_base(setup: Setup, layers: int | None = None) -> PreTrainedModel:
     """The model without an adapter, of the class that a run would load it as, on the device ``meta``.
 
     With ``layers``, it has so many of them and no more.
     """
+    model = _whole_base(setup)
+    stack = stack_of(model)
+    if layers is None or stack is None:
+        return copy.deepcopy(model)
+    left_out = list(stack[layers:])
+    del stack[layers:]
+    try:
+        return copy.deepcopy(model)
+    finally:
+        stack.extend(left_out)
+
+
+def _whole_base(setup: Setup) -> PreTrainedModel:
+    """Not to be changed."""
+    quantized = (setup.bits, setup.bits_compute, setup.nested) if setup.bits else None
+    kind = (setup.dtype, setup.attn_implementation, setup.trust_remote_code, quantized)
+    for config, of_kind, model in _made:
+        if config is setup.config and of_kind == kind:
+            return model
+    model = _make_base(setup)
+    _made.append((setup.config, kind, model))
+    del _made[:-_KEPT]
+    return model
+
+
+def _make_base(setup: Setup) -> PreTrainedModel:
     config = copy.deepcopy(setup.config)
     auto_class = auto_class_of("", images=False, config=config)
     with torch.device("meta"):
@@ -34,10 +65,6 @@ def make_base(setup: Setup, layers: int | None = None) -> PreTrainedModel:
             attn_implementation=setup.attn_implementation,
             trust_remote_code=setup.trust_remote_code,
         )
-        if layers is not None:
-            stack = stack_of(model)
-            assert stack is not None
-            del stack[layers:]
         if setup.bits:
             quantize(model, setup.bits, setup.bits_compute, nested=setup.nested)
     return model

@@ -12,14 +12,15 @@ from fastdpo.plan.batches import Row, largest_part, make_collator, tokens_of
 from fastdpo.plan.layers import Repetition, repetition_in
 from fastdpo.plan.models import make_policy
 from fastdpo.plan.setup import Setup
-from fastdpo.plan.sharding import share_of, units_of
+from fastdpo.plan.sharding import Units, as_computed, refuse_stage, share_of, units_of
 from fastdpo.plan.step import trace_step
-from fastdpo.plan.tracker import PARTS
 
 # Budgets are told in multiples of this.
 _ROUND = 64
-# The first guess is a straight line's; what is above it is taken back in steps.
-_TRIES, _BACK = 4, 0.9
+# A guess is a straight line's; what is above it is taken back in steps.
+_BACK = 0.9
+# Of a run that nobody shares.
+_NO_UNITS = Units(0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Batches:
         truncation_mode: how a longer one is cut.
         multiple: what a padded batch's width is a multiple of.
         accumulates: a step has several of them, so that there are gradients already while one runs.
+        is_divisible: one may be taken in parts (:attr:`fastdpo.trainer.config.DPOConfig.is_divisible`).
     """
 
     rows: Sequence[Row]
@@ -43,6 +45,7 @@ class Batches:
     truncation_mode: str = "keep_start"
     multiple: int | None = None
     accumulates: bool = False
+    is_divisible: bool = True
 
     def collator(self, device: str, max_tokens: int | None) -> RowCollator:
         return make_collator(
@@ -98,8 +101,9 @@ class Planner:
     def __init__(self, batches: Batches, memory: int) -> None:
         self._batches, self._memory = batches, memory
         self._traced: dict[tuple[int, int | None], tuple[dict[str, int], int]] = {}
+        # By ids, which no other setups have while these are here.
         self._repetitions: dict[int, Repetition | None] = {}
-        self._setups: list[Setup] = []  # kept, so that no other has its id
+        self._computed: dict[tuple[int, bool], tuple[Setup, Setup]] = {}
 
     def answer(self, setup: Setup, stage: str = "ddp", devices: int = 1) -> Answer:
         """For one setup.
@@ -107,48 +111,53 @@ class Planner:
         Raises:
             NotImplementedError, ValueError: the model cannot be run so, or the optimiser is not known.
         """
-        self._setups.append(setup)
-        units = units_of(setup)
+        if devices > 1:
+            refuse_stage(setup, stage)
+        batches, memory = self._batches, self._memory
+        computed = self._as_computed(setup, stage if devices > 1 else "ddp")
+        units = units_of(setup, stage) if devices > 1 else _NO_UNITS
 
         def at(max_tokens: int | None) -> Answer:
-            parts, tokens = self._trace(setup, max_tokens)
+            parts, tokens = self._trace(computed, max_tokens)
             shared = share_of(parts, stage, devices, units)
-            return Answer(setup, stage, devices, pairs, max_tokens, tokens, shared, self._memory)
+            return Answer(setup, stage, devices, len(batches.rows), max_tokens, tokens, shared, memory)
 
-        pairs = len(self._batches.rows)
-        fixed = {"weights": units.whole, "reference": units.whole if setup.reference == "model" else 0}
-        fixed = share_of(dict.fromkeys(PARTS, 0) | fixed, stage, devices, units)
-        is_hopeless = sum(fixed.values()) > self._memory
-        alone, _ = largest_part(self._batches.collator(setup.device, None), self._batches.rows[:1])
-        if is_hopeless:
-            return at(tokens_of(alone))
-        whole = at(self._batches.max_tokens)
-        if whole.fits or whole.tokens <= tokens_of(alone):
-            return whole
-        least = at(tokens_of(alone))
+        whole, _ = largest_part(batches.collator(setup.device, batches.max_tokens), batches.rows)
+        alone, _ = largest_part(batches.collator(setup.device, None), batches.rows[:1])
+        size, least_size = tokens_of(whole), tokens_of(alone)
+        if not batches.is_divisible or size <= least_size:
+            return at(batches.max_tokens)
+        least = at(least_size)
         if not least.fits:
             return least
-        slope = (whole.total - least.total) / (whole.tokens - least.tokens)
-        budget = float(least.tokens + (self._memory - least.total) / max(slope, 1.0))
-        for _ in range(_TRIES):
-            rounded = int(budget) // _ROUND * _ROUND
-            if rounded <= least.tokens:
-                break
-            found = at(rounded)
-            if found.fits:
-                return found
-            budget *= _BACK
-        return least
+        best = least
+        # As if all of this grew with the tokens, which some of it does not; and then by what that has told.
+        slope = (least.parts["activations"] + least.parts["head"]) / least.tokens
+        for _ in range(2):
+            budget = least.tokens + (memory - least.total) / max(slope, 1.0)
+            if budget >= size and at(batches.max_tokens).fits:
+                return at(batches.max_tokens)
+            budget = max(min(budget, size - 1), 2 * least.tokens)
+            found = at(_rounded(budget, least.tokens))
+            while not found.fits and found.tokens > least.tokens:
+                budget *= _BACK
+                found = at(_rounded(budget, least.tokens))
+            best = max(best, found, key=lambda answer: answer.tokens)
+            slope = (found.total - least.total) / max(found.tokens - least.tokens, 1)
+        return best
 
     def _trace(self, setup: Setup, max_tokens: int | None) -> tuple[dict[str, int], int]:
         name = id(setup), max_tokens
         if name not in self._traced:
-            collator = self._batches.collator(setup.device, max_tokens)
-            part, count = largest_part(collator, self._batches.rows)
+            part, count = largest_part(self._batches.collator(setup.device, max_tokens), self._batches.rows)
             others = count > 1 or self._batches.accumulates
             parts = trace_step(setup, part, others=others, repetition=self._repetition(setup))
             self._traced[name] = parts, tokens_of(part)
         return self._traced[name]
+
+    def _as_computed(self, setup: Setup, stage: str) -> Setup:
+        computed = as_computed(setup, stage)
+        return self._computed.setdefault((id(setup), computed is setup), (setup, computed))[1]
 
     def _repetition(self, setup: Setup) -> Repetition | None:
         if id(setup) not in self._repetitions:
@@ -157,11 +166,16 @@ class Planner:
         return self._repetitions[id(setup)]
 
 
+def _rounded(budget: float, least: int) -> int:
+    return max(int(budget) // _ROUND * _ROUND, least)
+
+
 def describe(answer: Answer) -> dict[str, Any]:
     """What JSON tells of an answer."""
     setup = answer.setup
     return {
         "method": setup.method,
+        "dtype": str(setup.dtype).removeprefix("torch."),
         "gradient_checkpointing": setup.checkpointing,
         "activation_offloading": setup.offloading,
         "reference": setup.reference,

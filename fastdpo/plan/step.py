@@ -89,9 +89,12 @@ def _trace(setup: Setup, part: dict[str, Any], others: bool, layers: int | None)
             parameter.register_post_accumulate_grad_hook(lambda p: tracker.relabel(p.grad, "gradients"))
         kinds = [(parameter.shape, parameter.dtype) for parameter in trained]
         tracker.add("optimizer", state_bytes(setup.optim, kinds))
+        if others:
+            with tracker.labelled("gradients"):
+                for parameter in trained:
+                    parameter.grad = torch.empty_like(parameter)
         tracker.events.clear()  # nothing was given back yet, so that there is more from here on
-        for _ in range(2 if others else 1):
-            _micro_batch(setup, tracker, policy, reference, calls)
+        _micro_batch(setup, tracker, policy, reference, calls)
         tracker.for_a_moment("workspace", step_bytes(setup.optim, kinds, all_at_once=setup.device != "cpu"))
     return tracker
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import torch
 from peft import PeftConfig
 
 from fastdpo.plan.setup import Setup
@@ -35,5 +36,9 @@ def _others(setup: Setup, make_adapter: Callable[[], PeftConfig | None]) -> Iter
         reference = "adapter" if setup.reference == "model" else setup.reference
         setup = replace(setup, peft_config=make_adapter(), reference=reference)
         yield from (replace(setup, checkpointing=checkpointing) for checkpointing in (False, True))
+    if setup.bits is None and setup.dtype == torch.float32 and setup.autocast == torch.bfloat16:
+        # Weights that are not trained lose nothing that autocast would not take from them; the adapter stays float32.
+        halved = replace(setup, dtype=torch.bfloat16)
+        yield from (replace(halved, checkpointing=checkpointing) for checkpointing in (False, True))
     if setup.bits is None:
         yield from (replace(setup, checkpointing=checkpointing, bits=4) for checkpointing in (False, True))

@@ -149,7 +149,7 @@ class DPOConfig(RowArguments, LossArguments, TrainingArguments):  # of whose fie
                 f"pairs is {self.pairs!r}, and {options.described} is a loss of rankings, of all answers of a row; "
                 "leave it out"
             )
-        if self.max_tokens_per_batch is not None and (options.couples_pairs or self.sft_reduction == "batch"):
+        if self.max_tokens_per_batch is not None and not self.is_divisible:
             what = f"loss_type {', '.join(self.loss_type)}" if options.couples_pairs else "sft_reduction='batch'"
             raise ValueError(
                 f"max_tokens_per_batch is {self.max_tokens_per_batch}, which takes a batch in parts, but with {what} a "
@@ -224,3 +224,8 @@ class DPOConfig(RowArguments, LossArguments, TrainingArguments):  # of whose fie
     def keeps_groups(self) -> bool:
         """Whether several answers to a prompt stay one row, of whatever format they are."""
         return self.pairs is not None or self.loss_options.of_rankings
+
+    @property
+    def is_divisible(self) -> bool:
+        """Whether a batch's loss is the same where it is taken in parts."""
+        return not self.loss_options.couples_pairs and self.sft_reduction != "batch"

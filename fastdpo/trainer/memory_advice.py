@@ -37,10 +37,9 @@ def memory_advice(
     name = "per_device_train_batch_size" if training else "per_device_eval_batch_size"
     size, budget = getattr(args, name), args.max_tokens_per_batch
     advice = []
-    couples = args.loss_options.couples_pairs or args.sft_reduction == "batch"
     if budget is not None:
         advice.append(f"--max_tokens_per_batch below {budget}: smaller parts of the same batch")
-    elif size > 1 and takes_parts and not couples:
+    elif size > 1 and takes_parts and args.is_divisible:
         tokens = f", such as {args.max_length}" if args.max_length else ""
         advice.append(f"--max_tokens_per_batch{tokens}: takes the same batch in parts")
     if has_reference_model and not (is_stream or args.sync_ref_model):
@@ -54,7 +53,7 @@ def memory_advice(
         advice.append("--activation_offloading: keeps activations in the host's memory")
     if size > 1 and training:
         steps = args.gradient_accumulation_steps
-        same = f" with --gradient_accumulation_steps above {steps}" + (": the same steps" if not couples else "")
+        same = f" with --gradient_accumulation_steps above {steps}" + (": the same steps" if args.is_divisible else "")
         advice.append(f"--{name} below {size}{same}")
     elif size > 1:
         advice.append(f"--{name} below {size}: the same metrics")

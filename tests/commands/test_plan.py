@@ -72,7 +72,7 @@ def test_several_devices_are_told_how_to_start(configuration: Path, capsys, monk
         monkeypatch.delenv(name, raising=False)
     words = ["--model_name_or_path", str(configuration), "--length", "20", "--device", "cuda", "--reserve", "0GiB"]
     words += ["--max_length", "None"]
-    found = plan(capsys, *words, "--memory", "80GB", "--devices", "4", "--stage", "fsdp2", *QLORA)
+    found = plan(capsys, *words, "--memory", "80GB", "--devices", "4", "--stage", "fsdp2", "--use_peft")
     assert {answer["stage"] for answer in found["answers"]} == {"fsdp2"}
     flags = shlex.split(found["command"])[2:]
     with pytest.raises(LaunchAskedError) as asked:
@@ -81,6 +81,20 @@ def test_several_devices_are_told_how_to_start(configuration: Path, capsys, monk
     monkeypatch.setenv(LAUNCHED, "1")
     script_args, _, args, _ = TrainParser().read([*flags, "--use_cpu"])
     assert script_args.dataset_name == "pairs.jsonl" and args.max_length is None
+
+
+def test_a_loss_of_whole_batches_is_not_taken_in_parts(configuration: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model_name_or_path", str(configuration), "--length", "20+10", "--device", "cpu", *QLORA]
+    found = plan(capsys, *words, "--loss_type", "aot", "--memory", "0.01MiB", code=1)
+    assert {(answer["max_tokens_per_batch"], answer["tokens"]) for answer in found["answers"]} == {(None, 8 * 40)}
+
+
+def test_processes_of_a_run_file_are_the_devices(configuration: Path, tmp_path: Path, capsys) -> None:
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text("num_processes: 4\naccelerate_config: zero2\nmain_process_port: 29501\n")
+    words = ["--config", str(run_file), "--model_name_or_path", str(configuration), "--length", "20", *QLORA]
+    answers = plan(capsys, *words, "--device", "cuda", "--memory", "80GB")["answers"]
+    assert {(answer["devices"], answer["stage"]) for answer in answers} == {(4, "zero2")}
 
 
 def test_the_table_says_that_it_is_an_estimate(configuration: Path, capsys) -> None:
@@ -109,6 +123,11 @@ def test_the_table_says_that_it_is_an_estimate(configuration: Path, capsys) -> N
             "activation_offloading is not supported with FSDP or DeepSpeed",
         ),
         (["--memory", "2GiB", "--length", "10", "--stage", "zero2"], "give --devices"),
+        (["--memory", "2GiB", "--length", "10", "--use_fsdp"], "--use_fsdp: this setting of accelerate launch"),
+        (
+            ["--memory", "2GiB", "--length", "10", *QLORA, "--devices", "2", "--stage", "fsdp2"],
+            "weights in 4 bits are not divided over devices",
+        ),
         (["--memory", "0", "--length", "10"], "--memory 0 is none; it should be like 24GiB"),
         (["--memory", "2GiB", "--length", "600+800"], "above max_length, 1024"),
         (["--memory", "1GiB", "--length", "10"], "--reserve: 1.0 GiB are to be left free, of 1.0 GiB"),

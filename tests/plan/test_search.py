@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from peft import LoraConfig
 from tiny_models import make_model
 
 from fastdpo.plan import layout
@@ -13,6 +15,7 @@ from fastdpo.plan.devices import in_words, parse_memory
 from fastdpo.plan.layout import has_own_aux_loss, layout_of
 from fastdpo.plan.search import Batches, Planner
 from fastdpo.plan.setup import Setup
+from fastdpo.plan.ways import ways_of
 
 SETUP = Setup(make_model("llama").config, checkpointing=False)
 BATCHES = Batches(made_up_rows(100, 60, 8, 384), "shared")
@@ -54,6 +57,22 @@ def test_where_the_model_is_divided_a_batch_is_taken_in_parts_too(stage: str) ->
     assert asked.max_tokens == 2 * TOKENS and asked.tokens < whole.tokens
     alone = answer(2**40).parts["weights"]
     assert whole.parts["weights"] == (alone if stage == "zero2" else -(-alone // 2))
+
+
+def test_what_is_one_batch_stays_one() -> None:
+    found = answer(answer(2**40).total - 1, replace(BATCHES, is_divisible=False))
+    assert not found.fits and found.max_tokens is None and found.tokens == 8 * TOKENS
+
+
+def test_16_bit_weights_are_proposed_under_an_adapter() -> None:
+    def adapter() -> LoraConfig:
+        return LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+
+    mixed = replace(SETUP, autocast=torch.bfloat16)
+    ways = list(ways_of(mixed, adapter))
+    halved = [way for way in ways if way.dtype == torch.bfloat16]
+    assert [(way.method, way.checkpointing) for way in halved] == [("LoRA", False), ("LoRA", True)]
+    assert all(way.dtype == torch.float32 for way in ways_of(SETUP, adapter))
 
 
 def test_the_layout_is_the_runs() -> None:
