@@ -41,7 +41,7 @@ class HeadCut:
     Attributes:
         group: as given.
         width: N, or what is filled up for all ranks to have as many positions.
-        positions: [width / R] int64, those of this rank.
+        positions, everyones: as :class:`fastdpo.model.cut_rows.Cut` has them.
         whole: the row, as one sequence.
     """
 
@@ -50,7 +50,8 @@ class HeadCut:
         self.group = group
         self._tokens = tokens
         self.width = tokens + -tokens % self._ranks
-        self.positions = torch.arange(self._rank, self.width, self._ranks, device=device)
+        self.everyones = torch.arange(self.width, device=device).view(-1, self._ranks).t().flatten()
+        self.positions = self.everyones.chunk(self._ranks)[self._rank]
         self.whole = Segments([Segment(0, tokens)])
 
     def own_heads(self, of_heads: Tensor) -> Tensor:
@@ -81,7 +82,8 @@ class HeadCut:
         padded = F.pad(out.flatten(2), (0, 0, 0, self.width - self._tokens))
         sent = padded.unflatten(1, (-1, self._ranks)).permute(2, 0, 1, 3)
         found = _exchange(sent, self.group).permute(1, 2, 0, 3).flatten(2)
-        return found.unflatten(-1, (-1, out.shape[-1]))
+        whole: Tensor = found.unflatten(-1, (-1, out.shape[-1]))
+        return whole
 
 
 class HeadCutAttention:

@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,7 @@ from fastdpo.model.attention_backends import attend_by_segment
 from fastdpo.model.head import FusedHead, HeadOutput
 from fastdpo.model.head_calls import IGNORE_INDEX
 from fastdpo.model.language_model import language_model
+from fastdpo.model.load_balancing import gathered_tokens
 from fastdpo.model.packing import PackedRow
 from fastdpo.model.segments import causal_mask
 
@@ -42,10 +44,14 @@ class Cut(Protocol):
     Attributes:
         width: the rows' tokens, with those that are filled up for all ranks to have as many.
         positions: [width / R] int64, those of this rank.
+        group: the R ranks.
+        everyones: [width] int64, the positions of all ranks, rank by rank.
     """
 
     width: int
     positions: Tensor
+    group: dist.ProcessGroup
+    everyones: Tensor
 
 
 class RowCut:
@@ -58,7 +64,7 @@ class RowCut:
     Attributes:
         group: as given.
         width: T, or what is filled up to a multiple of twice as many as there are ranks.
-        positions: [width / R] int64, those of this rank.
+        positions, everyones: as :class:`Cut` has them.
         query_sizes, piece_sizes, key_pieces: as :class:`fastdpo.model.segments.Segments` has them, of the queries of
             this rank, and of the keys of all, rank by rank.
     """
@@ -68,8 +74,10 @@ class RowCut:
         self.width = tokens + -tokens % (2 * ranks)
         size = self.width // (2 * ranks)
         self.group = group
-        chunks = (rank, 2 * ranks - 1 - rank)
-        self.positions = torch.cat([torch.arange(i * size, (i + 1) * size, device=device) for i in chunks])
+        pairs = [(r, 2 * ranks - 1 - r) for r in range(ranks)]
+        begins = torch.tensor(pairs, device=device).flatten() * size
+        self.everyones = (begins[:, None] + torch.arange(size, device=device)).flatten()
+        self.positions, chunks = self.everyones.chunk(ranks)[rank], pairs[rank]
         self.query_sizes = [size, size]
         self.piece_sizes = [size] * (2 * ranks)
         places = [2 * i if i < ranks else 2 * (2 * ranks - 1 - i) + 1 for i in range(2 * ranks)]
@@ -119,6 +127,8 @@ def score_cut(
     labels: Tensor,
     cut: Cut,
     outputs: Sequence[str] = (),
+    *,
+    attention_mask: Tensor,
     **model_kwargs: Any,
 ) -> HeadOutput:
     """Score this rank's positions of padded rows, where the attention that ``cut`` is from is active.
@@ -129,10 +139,12 @@ def score_cut(
         input_ids, labels: [B, T] int64, the whole rows, padded on the right; as for a call of ``head``.
         cut: of rows of T tokens.
         outputs: as in a call of ``head``.
+        attention_mask: [B, T], which a load-balancing loss is of.
         model_kwargs: passed on to ``model``.
 
     Returns:
-        As a call of ``head``, with 0 where another rank has the position; the mask is that of whole rows.
+        As a call of ``head``, with 0 where another rank has the position; the mask, and a load-balancing loss, are
+        those of whole rows.
     """
     rows, tokens = input_ids.shape
     more = cut.width - tokens
@@ -143,7 +155,10 @@ def score_cut(
     if not len(columns):  # whoever has no label meets the others all the same
         columns = columns.new_zeros(1)
     model_kwargs |= {"position_ids": cut.positions.expand(rows, -1), CUT: cut}
-    out = head.score_columns(model, ids, targets[:, columns], columns, outputs, **model_kwargs)
+    gather = partial(_everyones_logits, cut, rows, cut.everyones)
+    in_rows = F.pad(attention_mask, (0, more))[:, cut.everyones].flatten()
+    with gathered_tokens(head.lm, ids.numel(), gather, in_rows, model_kwargs):
+        out = head.score_columns(model, ids, targets[:, columns], columns, outputs, **model_kwargs)
     places = cut.positions[columns]
     return _spread(
         out, lambda values: values.new_zeros(rows, cut.width).index_copy(1, places, values)[:, : tokens - 1], mask
@@ -165,12 +180,32 @@ def score_row_cut(
         edges = columns = edges.new_zeros(1)
         targets = edges.new_full((1,), IGNORE_INDEX)
     model_kwargs |= {"position_ids": positions, CUT: cut, SEGMENTS: row.segments}
-    out = head.score_columns(model, ids, targets[None], columns, outputs, **model_kwargs)
+    of_padded = torch.arange(tokens, device=ids.device) if row.token_index is None else row.token_index
+    gather = partial(_everyones_logits, cut, 1, of_padded)
+    with gathered_tokens(head.lm, ids.numel(), gather, None, model_kwargs):
+        out = head.score_columns(model, ids, targets[None], columns, outputs, **model_kwargs)
     return _spread(
         out,
         lambda values: values.new_zeros(len(row.scored)).index_copy(0, edges, values.squeeze(0)),
         torch.ones_like(row.targets, dtype=torch.bool),
     )
+
+
+def _everyones_logits(cut: Cut, rows: int, positions: Tensor, logits: list[Tensor]) -> list[Tensor]:
+    """What routers said of all ranks' tokens: of each layer [B * t, E], of this rank's, to [B * P, E] at positions [P].
+
+    One exchange for all layers. Each rank computes the same loss of it, and its gradient is as many times as large.
+    """
+    if any(x.dim() != 2 for x in logits):
+        raise NotImplementedError(
+            "what the model's routers say is not of a token each, as a load-balancing loss of rows that are cut over "
+            "processes needs it; give router_aux_loss_coef 0"
+        )
+    own = torch.stack([x.unflatten(0, (rows, -1)) for x in logits], 1)
+    everyones: Tensor = _Gather.apply(own, cut.group)  # type: ignore[no-untyped-call]
+    places = torch.empty_like(cut.everyones)
+    places[cut.everyones] = torch.arange(cut.width, device=places.device)
+    return [x.flatten(0, 1) for x in everyones.index_select(2, places[positions]).unbind(1)]
 
 
 def _spread(out: HeadOutput, place: Callable[[Tensor], Tensor], mask: Tensor) -> HeadOutput:

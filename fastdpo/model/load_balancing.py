@@ -93,21 +93,64 @@ def repeated_tokens(
     if index is None or not model_kwargs.get("output_router_logits"):
         yield
         return
-    calls = 0
 
-    def repeat(function: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
-        nonlocal calls
-        calls += 1
-        call = LossCall(function, arguments)
+    def repeated(call: LossCall) -> Tensor:
         logits = (x.index_select(-2, index) for x in call.logits_of(tokens))
         return call.of(logits, None if call.mask is None else call.mask.index_select(0, index))
 
-    with _in_its_place(lm, repeat):
+    words = "of which tokens that stand once in place of several times cannot be told; use packing='repeated'"
+    with _of_others(lm, repeated, f"{words} (--packing repeated), or"):
+        yield
+
+
+@contextlib.contextmanager
+def gathered_tokens(
+    lm: PreTrainedModel,
+    tokens: int,
+    gather: Callable[[list[Tensor]], list[Tensor]],
+    mask: Tensor | None,
+    model_kwargs: dict[str, Any],
+) -> Iterator[None]:
+    """A forward of some of a batch's tokens whose loss, where ``model_kwargs`` ask for it, is of all of them.
+
+    Args:
+        lm: the language model.
+        tokens: N, in the forward.
+        gather: what the routers of the layers said of these, [..., N, experts] each, to what they said of all tokens.
+        mask: of all tokens, 0 on padding; None where there is none.
+        model_kwargs: what the model is called with.
+
+    Raises:
+        NotImplementedError: the model computes its loss in a way of its own.
+    """
+    if not model_kwargs.get("output_router_logits"):
+        yield
+        return
+
+    def of_all(call: LossCall) -> Tensor:
+        return call.of(gather(call.logits_of(tokens)), mask)
+
+    with _of_others(
+        lm, of_all, "which cannot be had of rows that are cut over processes; use processes that have whole rows, or"
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _of_others(lm: PreTrainedModel, loss: Callable[[LossCall], Tensor], words: str) -> Iterator[None]:
+    """A forward in which ``loss`` stands for the model's function; it has to call that once."""
+    calls = 0
+
+    def other(function: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return loss(LossCall(function, arguments))
+
+    with _in_its_place(lm, other):
         yield
     if calls != 1:
         raise NotImplementedError(
-            f"{described(lm)} computes its load-balancing loss in a way of its own, of which tokens that stand once in "
-            "place of several times cannot be told; use packing='repeated' (--packing repeated), or no such loss "
+            f"{described(lm)} computes its load-balancing loss in a way of its own, {words} no such loss "
             "(router_aux_loss_coef=0)"
         )
 

@@ -280,7 +280,7 @@ class Scorer:
         self.head.inspect_once(called)  # with rows that are whole
         with attention.active():
             cut = attention.cut(self.cut, ids.shape[1], ids.device)
-            return score_cut(self.head, called, ids, labels, cut, outputs, **model_kwargs)
+            return score_cut(self.head, called, ids, labels, cut, outputs, attention_mask=mask, **model_kwargs)
 
     def _over_ranks(self, scores: SequenceScores) -> SequenceScores:
         """The scores of all tokens, of those that each rank has; the lengths are of all as they are."""

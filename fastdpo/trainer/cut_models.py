@@ -44,6 +44,7 @@ class CutModelRuns(Trainer):
         reshard(self.model)
         save_parts(self.model, self._bare_optimizer, Path(output_dir) / _OPTIMIZER)
         if self.args.should_save:
+            assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -51,6 +52,7 @@ class CutModelRuns(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         load_parts(self.model, self._bare_optimizer, Path(checkpoint) / _OPTIMIZER)
+        assert self.lr_scheduler is not None
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULE, weights_only=True))
 
     @property

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
@@ -19,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -39,7 +40,7 @@ def save_parts(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path)
     alike = {name: value for name, value in state.items() if name not in parts}
     _refuse_unknown_parts(model, optimizer, alike)
     folder.mkdir(exist_ok=True)
-    dcp.save(parts, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    save(parts, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     if dist.get_rank() == 0:
         torch.save(alike, folder / _ALIKE)
 
@@ -49,7 +50,7 @@ def load_parts(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path)
     state = _state_of(model, optimizer)
     alike = torch.load(folder / _ALIKE, map_location="cpu", weights_only=True)
     parts = {name: _in_one_piece(value) for name, value in state.items() if name not in alike}
-    dcp.load(parts, storage_reader=HuggingFaceStorageReader(str(folder)))
+    load(parts, storage_reader=HuggingFaceStorageReader(str(folder)))
     found = {name: _like(state[name], value) for name, value in (alike | parts).items()}
     set_optimizer_state_dict(model, optimizer, found, options=_FLAT)
 

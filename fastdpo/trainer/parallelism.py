@@ -22,7 +22,8 @@ from fastdpo.model.attention import RowAttention
 from fastdpo.model.cut_heads import HeadCutAttention
 from fastdpo.model.cut_rows import CutAttention
 from fastdpo.model.cut_weights import CUTS
-from fastdpo.model.language_model import language_model
+from fastdpo.model.language_model import described, language_model
+from fastdpo.model.load_balancing import calls_known_function
 from fastdpo.model.load_sharding import is_load_sharded, sizes_of
 from fastdpo.model.packing_choice import Packing
 from fastdpo.model.router_loss import may_have_router_loss, router_loss_coef
@@ -231,10 +232,10 @@ def _check_cutting(policy: PreTrainedModel | PeftModel, config: ParallelismConfi
         )
     lm = language_model(policy)
     coef = args.router_aux_loss_coef
-    if may_have_router_loss(lm) and (router_loss_coef(lm) if coef is None else coef):
+    if may_have_router_loss(lm) and (router_loss_coef(lm) if coef is None else coef) and not calls_known_function(lm):
         raise NotImplementedError(
-            "the load-balancing loss of a mixture of experts, which is of all tokens of a batch, is not supported with "
-            f"{what}: give router_aux_loss_coef 0, or use processes that have whole sequences"
+            f"{described(lm)} computes its load-balancing loss, which is of a batch's tokens, in a way of its own. "
+            f"That is not supported with {what}: give router_aux_loss_coef 0, or use processes that have whole rows"
         )
     if args.torch_compile:
         raise NotImplementedError(f"torch_compile is not supported with {what}; leave it out")

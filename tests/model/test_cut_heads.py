@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cut_scores import BATCHES, CHECKPOINTED, MODELS, OUTPUTS, Case, Found, assert_as_whole, make
+from cut_scores import BATCHES, CHECKPOINTED, MIXTURE, MODELS, OUTPUTS, Case, Found, assert_as_whole, make
 from transformers import PreTrainedModel
 
 from fastdpo.model.attention import RowAttention
@@ -32,6 +32,13 @@ def test_cut_rows_are_whole_ones(ranks: int, tmp_path: Path) -> None:
 def test_cut_rows_are_divided_where_the_shorter_completion_ends(tmp_path: Path) -> None:
     cases = [Case("llama", batch) for batch in ("padded", "shared")]
     assert_as_whole(cases, attention, 2, tmp_path, at_shorter=True)
+
+
+def test_a_load_balancing_loss_is_of_all_tokens(tmp_path: Path) -> None:
+    cases = [Case(MIXTURE, batch) for batch in ("padded", "shared", "repeated")]
+    for of_rank in assert_as_whole(cases, attention, 2, tmp_path):
+        for found in of_rank.values():
+            assert found.forward[0]["_allgather_base_"] == 1  # of what routers said, in all layers
 
 
 def assert_traffic(case: Case, ranks: int, found: Found) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from cut_scores import (
     CHECKPOINTED,
+    MIXTURE,
     MODELS,
     OUTPUTS,
     ROWS,
@@ -49,6 +50,13 @@ def test_cut_rows_are_whole_ones(ranks: int, tmp_path: Path) -> None:
 
 def test_cut_rows_are_divided_where_the_shorter_completion_ends(tmp_path: Path) -> None:
     assert_as_whole([Case("llama", "padded")], CutAttention, 2, tmp_path, at_shorter=True)
+
+
+def test_a_load_balancing_loss_is_of_all_tokens(tmp_path: Path) -> None:
+    for of_rank in assert_as_whole([Case(MIXTURE, "padded")], CutAttention, 2, tmp_path):
+        for found in of_rank.values():
+            layers = make(MIXTURE).config.num_hidden_layers
+            assert found.forward[0] == {"_allgather_base_": layers + 1, "allreduce_": 1}
 
 
 def assert_traffic(case: Case, ranks: int, found: Found) -> None:

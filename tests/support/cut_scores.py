@@ -30,6 +30,7 @@ OUTPUTS = ("entropy", "mean_logits", "is_top1")
 ROWS, TOKENS, SHORT = 4, 38, 9
 # A sliding window and a softcap; heads of queries and keys that are as many, with positions that are learned; sinks.
 MODELS: dict[str, dict[str, Any]] = {"llama": {}, "gemma2": {"sliding_window": 5}, "gpt2": {}, "gpt_oss": {}}
+MIXTURE = "mixtral"
 CHECKPOINTED = "llama, recomputed"
 # Of sums of some hundred terms: float64, and float32 where norms are in that.
 TOLERANCE, ROUGH = 1e-10, 1e-5
@@ -55,7 +56,7 @@ class Found(NamedTuple):
 
 def make(name: str) -> PreTrainedModel:
     kind = name.partition(",")[0]
-    model = make_model(kind, dtype=torch.float64, **MODELS[kind])
+    model = make_model(kind, dtype=torch.float64, **MODELS.get(kind, {}))
     if name == CHECKPOINTED:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -95,17 +96,27 @@ BATCHES: dict[str, Callable[[], Batch]] = {
 def score(case: Case, scorer: Scorer, *, at_shorter: bool = False) -> SequenceScores:
     if scorer.attention is None and case.batch in ("shared", "repeated"):
         scorer.attention = RowAttention(scorer.model)
-    return scorer.score(BATCHES[case.batch](), OUTPUTS, at_shorter=at_shorter)
+    asked = {"output_router_logits": True} if case.model == MIXTURE else {}
+    return scorer.score(BATCHES[case.batch](), OUTPUTS, at_shorter=at_shorter, **asked)
 
 
 def _gradients(model: PreTrainedModel, scores: SequenceScores) -> dict[str, Tensor]:
     weights = torch.linspace(-1, 1, scores.sums.numel(), dtype=torch.float64).view_as(scores.sums)
-    (scores.sums * weights).sum().backward()
+    balance = _balance(scores)
+    ((scores.sums * weights).sum() + (0.0 if balance is None else balance)).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def _balance(scores: SequenceScores) -> Tensor | None:
+    """The load-balancing loss, where it was asked for; large enough to be seen."""
+    loss = getattr(scores.model_output, "aux_loss", None)
+    return None if loss is None else 100 * loss
+
+
 def _said(scores: SequenceScores) -> dict[str, Tensor]:
-    return {"sums": scores.sums.detach(), "lengths": scores.lengths, **scores.outputs}
+    balance = _balance(scores)
+    more = {} if balance is None else {"balance": balance.detach()}
+    return {"sums": scores.sums.detach(), "lengths": scores.lengths, **scores.outputs, **more}
 
 
 def of_whole(case: Case, *, at_shorter: bool = False) -> Found:

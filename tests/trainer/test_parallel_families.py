@@ -21,9 +21,14 @@ from trainer_runs import make_trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "quiet_and_uncached")]
 
-TOLERANCE = 2e-5  # of what is not below SMALL
 SMALL = 0.1
-METRICS = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "entropy", "num_tokens")
+# Relative, of what is not below SMALL, in float32; margins are small differences of log-probabilities.
+TOLERANCES = {
+    **dict.fromkeys(("loss", "grad_norm", "logps/chosen", "entropy", "aux_loss"), 2e-5),
+    "rewards/margins": 1e-4,
+    "rewards/accuracies": 1e-6,
+    "num_tokens": 0.0,
+}
 EVALUATED: Options = {"eval_strategy": "steps", "eval_steps": 2, "eval_rows": 7}
 
 
@@ -55,6 +60,14 @@ CASES = {
     "learned positions": Case("gpt2", engines=("CP", "SP")),
     "sinks": Case("gpt_oss", options={"router_aux_loss_coef": 0.0}, engines=("CP", "SP")),
     "mixture": Case("mixtral", options={"router_aux_loss_coef": 0.0}),
+    "mixture, balanced": Case(
+        "mixtral",
+        options=EVALUATED | {"router_aux_loss_coef": 1.0, "gradient_accumulation_steps": 2},
+        engines=("TP", "CP", "SP"),
+    ),
+    "mixture, balanced, packed": Case(
+        "mixtral", options={"router_aux_loss_coef": 1.0, "packing": "shared"}, engines=("SP",)
+    ),
     "scaled logits": Case("cohere", engines=("TP",)),
     "ipo, accumulated": Case(options={"loss_type": ["ipo"], "gradient_accumulation_steps": 2}),
     "no reference": Case(options={"loss_type": ["simpo"]}, has_reference=False, engines=("SP",)),
@@ -76,8 +89,11 @@ CASES = {
         has_reference=False,
     ),
     "products, evaluated": Case("gemma2", {"sliding_window": 5}, EVALUATED, engines=PRODUCTS),
-    "products, epochs": Case(
+    "epochs that end in part of a step": Case(
         options={"rows": 13, "max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2},
+    ),
+    "products, epochs": Case(  # of whole batches: accelerate fills up others with rows that come twice
+        options={"rows": 12, "max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2},
         engines=PRODUCTS,
     ),
     "products, packed": Case(options=EVALUATED | {"packing": "shared"}, engines=("SP x DP",)),
@@ -120,7 +136,7 @@ def train(engine: Engine, name: str, folder: Path) -> list[dict[str, float]]:
     pairs = id_rows(options.pop("rows", 8 * PAIRS), VOCABULARY)
     trainer = make_trainer(folder, None, model=engine.models(0), train_dataset=pairs, **(options | engine.options))
     trainer.train()
-    wanted = [*METRICS, *(f"eval_{name}" for name in METRICS)]
+    wanted = [*TOLERANCES, *(f"eval_{name}" for name in TOLERANCES)]
     return [{name: entry[name] for name in wanted if name in entry} for entry in trainer.state.log_history]
 
 
@@ -163,5 +179,6 @@ def test_it_trains_as_one_process(engine: str, name: str, found: dict[str, list[
         assert rank.error is None, rank.error
         assert [entry.keys() for entry in rank.value] == [entry.keys() for entry in expected]
         for got, entry in zip(rank.value, expected, strict=True):
-            off = {key: abs(got[key] - value) / max(abs(value), SMALL) for key, value in entry.items()}
-            assert max(off.values(), default=0.0) <= TOLERANCE, (off, got, entry)
+            for key, value in entry.items():
+                off = abs(got[key] - value) / max(abs(value), SMALL)
+                assert off <= TOLERANCES[key.removeprefix("eval_")], (key, off, got, entry)

@@ -145,7 +145,7 @@ def test_accelerates_engines_would_cut_it_again(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        ("mixtral", {"router_aux_loss_coef": 0.1}, "load-balancing loss.*give router_aux_loss_coef 0"),
+        ("dbrx", {"router_aux_loss_coef": 0.1}, "load-balancing loss.*give router_aux_loss_coef 0"),
         ("llama", {"torch_compile": True}, "torch_compile is not supported with cp_size=2"),
     ],
 )
