@@ -112,6 +112,13 @@ def sum_gradients_once(model: nn.Module) -> None:
         module.forward = _Summing(module, held["original_forward"], group)
 
 
+def summed_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Those that :func:`sum_gradients_once` has summed."""
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), _Summing):
+            yield from module.parameters(recurse=False)
+
+
 def _closure(function: Any) -> dict[str, Any]:
     """What the function has of the one that it is in, by name."""
     cells = (cell.cell_contents for cell in function.__closure__)

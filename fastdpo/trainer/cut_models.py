@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer
 from fastdpo.model.load_sharding import is_load_sharded
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.fsdp2 import reshard
-from fastdpo.trainer.optimizer_parts import load_parts, save_parts
+from fastdpo.trainer.optimizer_parts import load_parts, save_parts, schedule_for
 
 # Where a checkpoint has the optimiser's state, and, as Trainer writes it, the schedule's.
 _OPTIMIZER = "optimizer_parts"
@@ -53,7 +53,8 @@ class CutModelRuns(Trainer):
             return
         load_parts(self.model, self._bare_optimizer, Path(checkpoint) / _OPTIMIZER)
         assert self.lr_scheduler is not None
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULE, weights_only=True))
+        schedule = torch.load(Path(checkpoint) / _SCHEDULE, weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule_for(schedule, len(self._bare_optimizer.param_groups)))
 
     @property
     def _bare_optimizer(self) -> torch.optim.Optimizer:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from fastdpo.errors import DivergedError, InputError
+from fastdpo.model.alike_gradients import AlikeGradients, alike_gradients_of
 from fastdpo.model.load_sharding import is_load_sharded
 from fastdpo.trainer.checkpoints import find_checkpoints
 from fastdpo.trainer.config import DPOConfig
@@ -43,10 +44,12 @@ class FiniteRuns(Trainer):
         super().__init__(*args, **kwargs)
         self.watch = FiniteWatch()
         self._blew_up = self._told_of_evaluation = False
+        self._alike: AlikeGradients | None = None
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
         self.watch = FiniteWatch()
+        self._alike = alike_gradients_of(self.model)
         if names := self._weights_not_finite():
             raise InputError(f"{not_finite_words(names)}, before the first step; nothing can be trained from there")
         return prepared
@@ -66,6 +69,9 @@ class FiniteRuns(Trainer):
         return norm
 
     def _see_gradients(self, model: nn.Module) -> None:
+        if self._alike is not None:
+            self._alike.check()
+            self._alike = None
         if not self._scales_gradients:
             self.watch.see_gradients(model)
 

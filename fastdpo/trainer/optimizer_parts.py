@@ -6,6 +6,8 @@ devices share something else than they did. What all processes have alike one of
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,11 +54,40 @@ def load_parts(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path)
     parts = {name: _in_one_piece(value) for name, value in state.items() if name not in alike}
     load(parts, storage_reader=HuggingFaceStorageReader(str(folder)))
     found = {name: _like(state[name], value) for name, value in (alike | parts).items()}
-    set_optimizer_state_dict(model, optimizer, found, options=_FLAT)
+    with _without_empty_groups(optimizer):
+        set_optimizer_state_dict(model, optimizer, found, options=_FLAT)
+
+
+def schedule_for(schedule: dict[str, Any], groups: int) -> dict[str, Any]:
+    """A schedule's state for so many groups of parameters, where it was that of more or fewer.
+
+    Trainer makes a group of the parameters that the same devices share: where they share something else, these are
+    others, and what the schedule keeps of each of them is the same.
+    """
+    if len(schedule.get("base_lrs", ())) == groups:
+        return schedule
+    found = {}
+    for name, value in schedule.items():
+        is_of_groups = isinstance(value, list) and value and all(entry == value[0] for entry in value)
+        found[name] = value[:1] * groups if is_of_groups else value
+    return found
 
 
 def _state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_FLAT))
+    with _without_empty_groups(optimizer):
+        return cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_FLAT))
+
+
+@contextlib.contextmanager
+def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Where all that is trained has weight decay, or none of it, a group of Trainer's is empty: torch stops there."""
+    empty = {i: group for i, group in enumerate(optimizer.param_groups) if not group["params"]}
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    try:
+        yield
+    finally:
+        for i, group in empty.items():  # rising
+            optimizer.param_groups.insert(i, group)
 
 
 def _in_one_piece(value: Tensor) -> Tensor:

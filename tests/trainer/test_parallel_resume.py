@@ -1,4 +1,4 @@
-"""Runs under tensor and context parallelism that end at a checkpoint: gone on with, as if they had not.
+"""Runs under tensor, expert and context parallelism that end at a checkpoint: gone on with, as if they had not.
 
 All that needs as many processes shares them; each leaves what it found.
 """
@@ -11,6 +11,7 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ TOLERANCE = 1e-5
 OTHERS = {
     "TP": Engine(torchrun_launched, "", models=lambda seed: cut_model(seed, fsdp_size=2)),
     "CP": ENGINES["FSDP2"],
+    "EP": replace(ENGINES["EP"], models=functools.partial(cut_model, family="mixtral", fsdp_size=2)),
+    "EP x DP": replace(
+        ENGINES["EP x DP"], models=functools.partial(cut_model, family="mixtral", fsdp_size=4, ep_size=4)
+    ),
 }
 
 
@@ -140,6 +145,9 @@ RESUMED: dict[str, tuple[Engine, Check]] = {
         "CP": REFERENCES,
         "CP x DP": ("second model",),
         "SP": ("second model",),
+        "EP": REFERENCES,
+        "EP x DP": ("second model",),
+        "EP x TP": ("second model", "adapter"),
     }.items()
     for reference in references
 }
@@ -153,6 +161,8 @@ BEST: dict[str, tuple[Engine, Check]] = {
     "TP: best adapter": (ENGINES["TP"], functools.partial(best, reference="adapter")),
     "TP x DP: best": (ENGINES["TP x DP"], functools.partial(best, save_only_model=True)),
     "CP: best": (ENGINES["CP"], best),
+    "EP: best": (ENGINES["EP"], best),
+    "EP x TP: best": (ENGINES["EP x TP"], best),
 }
 CHECKS = {**RESUMED, **OTHERWISE, **BEST}
 
