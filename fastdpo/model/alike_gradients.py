@@ -35,8 +35,9 @@ class AlikeGradients:
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
-        self._model, lm = model, language_model(model)
-        self._group = lm._device_mesh["tp"].get_group()
+        self._model = model
+        mesh: Any = language_model(model)._device_mesh
+        self._group = mesh["tp"].get_group()
         self._seen: dict[str, Tensor] = {}
         self._handles: dict[str, RemovableHandle] = {}
         summed = {id(parameter) for parameter in summed_parameters(model)}
