@@ -54,24 +54,22 @@ def check_distribution(args: DPOConfig, kind: str | None, *, is_cut: bool = Fals
             f"max_tokens_per_batch is not supported with {kind} where layers or sequences are cut over processes, too. "
             "Use a smaller per_device_train_batch_size, with gradient_accumulation_steps"
         )
-    if kind:
-        refuse_moving_reference(args, kind)
 
 
 def refuse_moving_reference(args: DPOConfig, what: str) -> None:
-    """Raises where the reference would follow a policy of which no process holds all.
+    """Raises where the reference would follow a policy that was cut into parts as it was loaded.
 
     Args:
         args: the run's.
-        what: shares the model among processes, in words.
+        what: the policy, in words.
 
     Raises:
         NotImplementedError: the run has sync_ref_model.
     """
     if args.sync_ref_model:
         raise NotImplementedError(
-            f"sync_ref_model is not supported with {what}: the reference's weights are in no one place, to be moved "
-            "and saved. Train on processes that each hold all of the model (DDP), or leave it out"
+            f"sync_ref_model is not supported with {what}. Train with FSDP2 or DeepSpeed, which shard whole models as "
+            "the training begins, or on processes that each hold all of the model (DDP), or leave it out"
         )
 
 

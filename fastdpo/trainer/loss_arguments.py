@@ -92,7 +92,7 @@ class LossArguments:
         default=None,
         metadata={
             "help": "sync_ref_model: how much of the policy the reference becomes, in (0, 1]. By default 0.6; 1 copies "
-            "it, and is what an adapter needs."
+            "it."
         },
     )
     ref_model_sync_steps: int | None = field(

@@ -9,21 +9,25 @@ alpha being ``ref_model_mixup_alpha``: below 1 the paper's soft update (eq. 4), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraModel, PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastdpo.errors import InputError
 from fastdpo.model.adapters import has_transformers_adapter
+from fastdpo.trainer.divided_weights import parts_of_both, put_back, whole_shape, whole_weights_of
 from fastdpo.trainer.manifest import name_some
+from fastdpo.trainer.mixed_adapters import MixedAdapter
+from fastdpo.trainer.zero import is_partitioned
 
 REFERENCE_FILE = "reference.safetensors"
+_SHARES = "shares"  # in it, of the adapters of a mixture
 
 
 class MovingReference(TrainerCallback):
@@ -35,26 +39,38 @@ class MovingReference(TrainerCallback):
         alpha: above 0, at most 1.
         steps: between updates, at least 1.
 
+    Attributes:
+        held: gives reference and policy as they are held now, by whatever shards them.
+
     Raises:
-        ValueError: their weights are not alike; or an adapter would be mixed, of which only a whole copy is the mixture
-            that is meant: that of factors is not that of their products.
+        ValueError: their weights are not alike; or an adapter would be mixed of which no mixture can be had: see
+            :class:`fastdpo.trainer.mixed_adapters.MixedAdapter`.
     """
 
     def __init__(self, policy: nn.Module, reference: nn.Module, *, alpha: float, steps: int) -> None:
-        if alpha < 1 and (isinstance(policy, PeftModel) or has_transformers_adapter(policy)):
+        is_lora = isinstance(policy, PeftModel) and isinstance(policy.base_model, LoraModel)
+        if alpha < 1 and not is_lora and (isinstance(policy, PeftModel) or has_transformers_adapter(policy)):
             raise ValueError(
-                f"ref_model_mixup_alpha is {alpha:g}, but model has an adapter: a mixture of two adapters' factors is "
-                "not the mixture of their weights. Give ref_model_mixup_alpha=1, which copies the adapter, or train "
-                "all weights"
+                f"ref_model_mixup_alpha is {alpha:g}, but model has an adapter that is not PEFT's LoRA: the mixture of "
+                "two adapters is not one of their kind. Give ref_model_mixup_alpha=1, which copies the adapter, or "
+                "train all weights"
             )
-        self._policy, self._reference, self._alpha, self._steps = policy, reference, alpha, steps
-        ours, theirs = ({name: p.shape for name, p in m.named_parameters()} for m in (policy, reference))
+        self._alpha, self._steps = alpha, steps
+        self.held: Callable[[], tuple[nn.Module, nn.Module]] = lambda: (reference, policy)
+        ours, theirs = ({name: whole_shape(p) for name, p in m.named_parameters()} for m in (policy, reference))
         if ours != theirs:
             names = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
             raise ValueError(
                 f"sync_ref_model needs a ref_model of model's own kind, and they differ in {name_some(names)}; leave "
                 "ref_model out for a copy of model"
             )
+        self._adapter: MixedAdapter | None = None
+        if alpha < 1 and isinstance(policy, PeftModel) and isinstance(reference, PeftModel):
+            self._adapter = MixedAdapter(reference, policy, alpha)
+            theirs = {name: whole_shape(p) for name, p in reference.named_parameters()}
+        shared = {p.data_ptr() for p in policy.parameters() if not is_partitioned(p)}
+        moved = (name for name, p in reference.named_parameters() if p.data_ptr() not in shared or is_partitioned(p))
+        self._moved = {name: theirs[name] for name in moved}  # of those that are not the policy's very tensors
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -65,26 +81,44 @@ class MovingReference(TrainerCallback):
 
     @torch.no_grad()
     def update(self) -> None:
-        """One update, weight by weight in at least float32."""
-        policy = dict(self._policy.named_parameters())
-        for name, theirs in self._moved():
+        """One update, weight by weight in at least float32. To be called by all processes."""
+        mixed: set[str] = set()
+        if self._adapter is not None:
+            self._adapter.update()
+            mixed = self._adapter.names
+        for name, theirs, ours in parts_of_both(*self.held()):
+            if name not in self._moved or name in mixed:
+                continue
             if self._alpha == 1:
-                theirs.copy_(policy[name])
+                theirs.copy_(ours)
                 continue
             wide = torch.promote_types(theirs.dtype, torch.float32)
-            theirs.copy_((1 - self._alpha) * theirs.to(wide) + self._alpha * policy[name].to(wide))
+            theirs.copy_((1 - self._alpha) * theirs.to(wide) + self._alpha * ours.to(wide))
 
     @property
     def nbytes(self) -> int:
-        """What :meth:`save` writes."""
-        return sum(tensor.nbytes for _, tensor in self._moved())
+        """What :meth:`save` writes, where each process holds all of the model."""
+        return sum(p.nbytes for name, p in self.held()[0].named_parameters() if name in self._moved)
 
-    def save(self, checkpoint: Path) -> None:
-        """Write the weights that are the reference's own to a checkpoint."""
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in self._moved()}, self._file(checkpoint))
+    @torch.no_grad()
+    def save(self, checkpoint: Path, *, writes: bool) -> None:
+        """Write the weights that are the reference's own to a checkpoint, whole. To be called by all processes.
+
+        Args:
+            checkpoint: its folder.
+            writes: this process does.
+        """
+        whole = {}
+        for name, tensor in whole_weights_of(self.held()[0]):
+            if writes and name in self._moved:
+                whole[name] = tensor.detach().cpu().clone().contiguous()
+        if self._adapter is not None:
+            whole[_SHARES] = self._adapter.shares
+        if writes:
+            save_file(whole, self._file(checkpoint))
 
     def load(self, checkpoint: Path) -> None:
-        """Take them from there.
+        """Take them from there. To be called by all processes.
 
         Raises:
             InputError: they are not there, or not those of this model.
@@ -95,23 +129,18 @@ class MovingReference(TrainerCallback):
                 f"{checkpoint} has no {REFERENCE_FILE}: it is of a run without sync_ref_model, whose reference stood "
                 "still. Leave sync_ref_model out to go on with it"
             )
-        saved, moved = load_file(path), dict(self._moved())
-        wrong = [name for name in saved.keys() | moved.keys() if not _is_like(saved.get(name), moved.get(name))]
+        saved = load_file(path)
+        shares = saved.pop(_SHARES, None)
+        shapes = {name: tensor.shape for name, tensor in saved.items()}
+        wrong = [name for name in shapes.keys() | self._moved.keys() if shapes.get(name) != self._moved.get(name)]
         if wrong:
             raise InputError(f"{path} does not fit the reference: {name_some(wrong)}")
-        with torch.no_grad():
-            for name, tensor in moved.items():
-                tensor.copy_(saved[name])
-
-    def _moved(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights of the reference that are not the policy's very tensors."""
-        ours = {parameter.data_ptr() for parameter in self._policy.parameters()}
-        return ((name, p) for name, p in self._reference.named_parameters() if p.data_ptr() not in ours)
+        if (shares is None) != (self._adapter is None):
+            raise InputError(f"{path} is of a run with another ref_model_mixup_alpha, whose adapters it has not")
+        put_back(self.held()[0], saved)
+        if self._adapter is not None and shares is not None:
+            self._adapter.take_up(shares)
 
     @staticmethod
     def _file(checkpoint: Path) -> Path:
         return checkpoint / REFERENCE_FILE
-
-
-def _is_like(saved: Tensor | None, live: Tensor | None) -> bool:
-    return saved is not None and live is not None and saved.shape == live.shape and saved.dtype == live.dtype

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastdpo.data.terms import REFERENCE_COLUMNS
@@ -82,6 +83,12 @@ class Reference:
     def model(self) -> nn.Module | None:
         """The reference's own model, as it is called; None where it has none."""
         return None if self.scorer is None else self.scorer.root
+
+    def held(self) -> nn.Module:
+        """The module that has its own model's weights: the one that was given, or what FSDP's first version made."""
+        assert self.scorer is not None
+        is_flat = isinstance(self.scorer.root, FullyShardedDataParallel)
+        return self.scorer.root if is_flat else self.scorer.model
 
     def lay_out(self, packing: Packing) -> None:
         """Take batches in this layout, which has been found to suit the reference, or will be."""

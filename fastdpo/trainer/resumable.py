@@ -114,8 +114,7 @@ class ResumableRuns(YieldingEvaluations):
         with writing_into(folder) if self.args.should_save else contextlib.nullcontext():
             with self._deferring():
                 super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                self.save_beside(folder)
+            self.save_beside(folder)
             if self.args.world_size > 1:
                 torch.distributed.barrier()  # the other processes' files
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_load_sharded(self.model)
@@ -144,7 +143,7 @@ class ResumableRuns(YieldingEvaluations):
         super().save_model(output_dir, _internal_call)
 
     def save_beside(self, checkpoint: Path) -> None:
-        """Write what a checkpoint holds beside the model and the optimiser, in the process that saves."""
+        """Write what a checkpoint holds beside the model and the optimiser; in all processes, one of which saves."""
 
     def load_beside(self, checkpoint: Path) -> None:
         """Take what :meth:`save_beside` wrote, in all processes, once the model is loaded."""
@@ -240,6 +239,8 @@ class ResumableRuns(YieldingEvaluations):
         best = self.state.best_model_checkpoint
         if best is None:
             super()._load_best_model()
+            if best is not None:
+                self.load_beside(Path(best))
             return
         if self.is_deepspeed_enabled:
             super()._load_best_model()

@@ -182,6 +182,7 @@ class DPOTrainer(
         )
         self._moving = setup.moving
         if self._moving is not None:
+            self._moving.held = lambda: (self._reference.held(), self.model)
             self.add_callback(self._moving)
         # FSDP leaves the model where it was loaded until the training loop shards it.
         later = later or self.is_fsdp_enabled
@@ -279,8 +280,8 @@ class DPOTrainer(
     def save_beside(self, checkpoint: Path) -> None:
         """Writes what moves with the run to a checkpoint: a reference that follows the policy, beta-DPO's M_0."""
         if self._moving is not None:
-            self._moving.save(checkpoint)
-        if self._batch_beta is not None:
+            self._moving.save(checkpoint, writes=self.args.should_save)
+        if self._batch_beta is not None and self.args.should_save:
             self._batch_beta.save(checkpoint)
 
     def bytes_beside(self) -> int:

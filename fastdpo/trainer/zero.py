@@ -81,15 +81,18 @@ def let_go(engine: Any) -> None:
 
 
 @contextlib.contextmanager
-def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Every process has the whole of these parameters until the block ends. To be entered by all processes."""
+def gathered(parameters: Iterable[Tensor], *, keeps: bool = False) -> Iterator[None]:
+    """Every process has the whole of these parameters until the block ends. To be entered by all processes.
+
+    ``keeps``: what the first of them makes of the parameters is theirs afterwards.
+    """
     divided = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not divided:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(divided):
+    with deepspeed.zero.GatheredParameters(divided, modifier_rank=0 if keeps else None):
         yield
 
 

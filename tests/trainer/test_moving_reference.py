@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from broken_runs import differences, id_rows, losses
-from peft import get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from tiny_models import make_model
 from torch import Tensor
 from trainer_runs import LORA, config
@@ -18,7 +19,7 @@ from transformers import TrainerCallback
 
 from fastdpo.errors import InputError
 from fastdpo.trainer import DPOTrainer
-from fastdpo.trainer.moving_reference import REFERENCE_FILE
+from fastdpo.trainer.moving_reference import REFERENCE_FILE, MovingReference
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 
@@ -92,14 +93,65 @@ def test_an_adapter_is_copied_and_not_mixed(tmp_path: Path) -> None:
     assert losses(trainer) == pytest.approx([math.log(2)] * 5, abs=1e-6)
     shared = {p.data_ptr() for p in trainer.model.parameters()}
     assert sum(p.data_ptr() not in shared for p in trainer.ref_model.parameters()) == 8, "the base is there once"
-    with pytest.raises(ValueError, match=r"ref_model_mixup_alpha is 0\.6, but model has an adapter"):
-        run(tmp_path, adapted())
 
 
-@pytest.mark.parametrize("make", [llama, adapted])
-def test_a_resumed_run_has_the_reference_of_its_checkpoint(tmp_path: Path, make: Any) -> None:
+def deltas(model: Any, name: str = "default") -> dict[str, Tensor]:
+    """What an adapter adds to each weight."""
+    return {
+        key: (layer.scaling[name] * layer.lora_B[name].weight.double() @ layer.lora_A[name].weight.double()).detach()
+        for key, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.6, 0.95])
+def test_a_mixture_of_adapters_is_the_papers_of_their_weights(alpha: float) -> None:
+    """Also when the first of them have left it."""
+    policy, reference = adapted(), adapted()
+    policy.base_model.model.model.norm.weight.requires_grad_(True)  # beside the adapter, and mixed as it is
+    moving = MovingReference(policy, reference, alpha=alpha, steps=1)
+    expected, norm = deltas(reference), reference.base_model.model.model.norm.weight.detach().clone()
+    torch.manual_seed(1)
+    for number in range(60):
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+        moving.update()
+        ours = deltas(policy)
+        expected = {key: alpha * ours[key] + (1 - alpha) * expected[key] for key in ours}
+        if number in (0, 1, 10, 59):
+            for key, found in deltas(reference).items():
+                scale = float(expected[key].abs().max())
+                torch.testing.assert_close(found, expected[key], rtol=1e-5, atol=1e-5 * scale)
+        norm = alpha * policy.base_model.model.model.norm.weight + (1 - alpha) * norm
+    torch.testing.assert_close(reference.base_model.model.model.norm.weight, norm, rtol=1e-5, atol=1e-6)
+    assert {layer.lora_A["default"].weight.shape[0] for layer in lora_layers(reference)} == {
+        LORA.r * {0.3: 47, 0.6: 19, 0.95: 6}[alpha]
+    }
+
+
+def lora_layers(model: Any) -> list[Any]:
+    return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+
+
+def test_an_adapter_that_cannot_be_mixed_is_refused(tmp_path: Path) -> None:
+    for lora in (
+        LoraConfig(r=4, target_modules=["q_proj"], use_dora=True),
+        LoraConfig(r=4, target_modules=["embed_tokens"]),
+    ):
+        with pytest.raises(ValueError, match="is below 1, and the adapter's .* of these no mixture is one adapter"):
+            run(tmp_path, get_peft_model(llama(), lora))
+    with pytest.raises(ValueError, match="model has an adapter that is not PEFT's LoRA"):
+        run(tmp_path, get_peft_model(llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[])))
+    with pytest.raises(ValueError, match="a mixture of 1656 adapters, and take more than the weights of"):
+        run(tmp_path, adapted(), ref_model_mixup_alpha=0.01)
+
+
+@pytest.mark.parametrize(("make", "alpha"), [(llama, 0.6), (adapted, 1.0), (adapted, 0.5)])
+def test_a_resumed_run_has_the_reference_of_its_checkpoint(tmp_path: Path, make: Any, alpha: float) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "ref_model_sync_steps": 2}
-    options["ref_model_mixup_alpha"] = 1.0 if make is adapted else 0.6
+    options["ref_model_mixup_alpha"] = alpha
     unbroken = run(tmp_path, make(), **options)
     checkpoint = tmp_path / "checkpoint-3"
     resumed = run(tmp_path, make(), str(checkpoint), **options)

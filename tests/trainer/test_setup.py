@@ -32,8 +32,6 @@ def made(folder: Path, **options: Any) -> None:
     ("engine", "options", "words"),
     [
         (None, {"activation_offloading": True}, "activation_offloading is on"),
-        ("FSDP", {"sync_ref_model": True}, "sync_ref_model is not supported with FSDP"),
-        ("DeepSpeed", {"sync_ref_model": True}, "sync_ref_model is not supported with DeepSpeed"),
         (
             "FSDP",
             {"max_tokens_per_batch": 64, "parallelism_config": ParallelismConfig(cp_size=2)},
