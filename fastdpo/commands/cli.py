@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from fastdpo.commands.help_page import HelpPage
-from fastdpo.commands.launching import LaunchAskedError, launch
+from fastdpo.commands.launching import LaunchAskedError, launch, typed_words
 from fastdpo.commands.quick_help import print_help
 from fastdpo.commands.quiet import hush_other_libraries
 from fastdpo.commands.streams import ReaderGoneError, open_what_is_closed, safe_streams
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         open_what_is_closed()
     try:
-        args = _make_parser().parse_args(argv)
+        args = _make_parser().parse_args(typed_words(sys.argv[1:]) if argv is None else argv)
     except SystemExit as exit_:
         return _exit_code(exit_)
     hush_other_libraries()

@@ -35,6 +35,13 @@ def is_launched_by_others() -> bool:
     return not is_launched() and any(name in os.environ for name in _BY_OTHERS)
 
 
+def typed_words(argv: Sequence[str]) -> list[str]:
+    """The words that a person gave; DeepSpeed's launcher puts the rank before them, which it sets as LOCAL_RANK."""
+    rank = os.environ.get("LOCAL_RANK")
+    first = [f"{flag}={rank}" for flag in ("--local_rank", "--local-rank")]
+    return list(argv[1:] if argv and argv[0] in first else argv)
+
+
 def launch(asked: LaunchAskedError, command: str, argv: Sequence[str]) -> NoReturn:
     """Become ``accelerate launch``, whose processes run the same command: with its signals, and its exit status.
 

@@ -21,7 +21,8 @@ from fastdpo.commands import launch_flags
 from fastdpo.commands.cli import main
 from fastdpo.commands.flags import TrainParser
 from fastdpo.commands.launch_flags import profiles
-from fastdpo.commands.launching import LAUNCHED
+from fastdpo.commands.launching import typed_words
+from fastdpo.report.launcher import LAUNCHED
 
 PROFILES = Path(launch_flags.__file__).with_name("profiles")
 
@@ -136,6 +137,17 @@ def test_a_process_that_was_started_reads_the_rest(monkeypatch: pytest.MonkeyPat
     parser = TrainParser()
     args = parser.read(["--num_processes", "2", "--use_fsdp", "--beta", "0.3", "--use_cpu"])[2]
     assert args.beta == 0.3 and not {"num_processes", "accelerate_config"} & parser.asked.keys()
+
+
+def test_the_rank_that_deepspeeds_launcher_puts_first_is_no_word_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train", "--beta", "0.5"]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert typed_words(["--local_rank=1", *words]) == typed_words(["--local-rank=1", *words]) == words
+    assert typed_words(words) == words and typed_words([]) == []
+    for other in ("--local_rank=0", "--local_rank"):  # nobody's
+        assert typed_words([other, *words]) == [other, *words]
+    monkeypatch.delenv("LOCAL_RANK")
+    assert typed_words(["--local_rank=1", *words]) == ["--local_rank=1", *words]
 
 
 def test_an_evaluation_and_a_plan_start_none(capsys: pytest.CaptureFixture[str], launched: list[str]) -> None:
