@@ -16,7 +16,6 @@ SAMPLE = [
     Cell("FSDP1", "second model", "packed"),
     Cell("FSDP1", "adapter", "padded"),
     Cell("EP", "second model", "packed"),
-    Cell("EP x TP", "adapter", "padded"),
 ]
 
 
