@@ -26,7 +26,8 @@ from common.progress import Progress
 from common.tables import align
 from end_to_end.planned import MODELS, PlanCase, job_of
 
-WAYS: tuple[str | int, ...] = ("torch", 128 << 10, 1 << 20, 4 << 20, "ours")
+# Of what a flag says: torch's allocator, thresholds of malloc's in KiB, ours.
+WAYS: dict[str, str | int] = {"torch": "torch", "128": 128 << 10, "1024": 1 << 20, "4096": 4 << 20, "ours": "ours"}
 
 
 def cases_of(model: str) -> list[PlanCase]:
@@ -49,12 +50,12 @@ def median_of(runs: list[dict[str, Any]], name: str) -> float | None:
 
 
 def table_of(cases: list[PlanCase], runs: dict[str, list[list[dict[str, Any]]]]) -> str:
-    """Way -> for each repeat, a run of each case; beside figures, what they are of the first way's."""
+    """Of ``runs``, way -> for each repeat, a run of each case; beside figures, what they are of the first way's."""
     rows = [["run", "memory", "peak, MiB", "of torch's", "s a step", "of torch's"]]
     for i, case in enumerate(cases):
         first: dict[str, float | None] = {}
-        for way in WAYS:
-            of_case = [repeat[i] for repeat in runs[str(way)]]
+        for name_of_way, repeats in runs.items():
+            of_case = [repeat[i] for repeat in repeats]
             cells = []
             for name, unit, digits in (("peak_bytes", 2**20, 0), ("cpu_seconds", 1, 2)):
                 figure = median_of(of_case, name)
@@ -63,13 +64,14 @@ def table_of(cases: list[PlanCase], runs: dict[str, list[list[dict[str, Any]]]])
                     cells += ["failed", "-"]
                 else:
                     cells += [f"{figure / unit:,.{digits}f}", f"{figure / of_first:.2f} x" if of_first else "-"]
-            rows.append([case.name, words_of(way), *cells])
+            rows.append([case.name, words_of(WAYS[name_of_way]), *cells])
     return align(rows)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama-9m", help="default: llama-9m")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
     parser.add_argument("--repeats", type=int, default=3, help="of each run; default: 3")
     parser.add_argument("--threads", type=int, default=1, help="of each run; default: 1")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds that a way may take; default: 3600")
@@ -82,14 +84,14 @@ def main(arguments: list[str] | None = None) -> int:
     command = sys.argv if arguments is None else ["bench/cpu_memory.py", *arguments]
     report = machine.facts_of_run(command, "cpu")
     progress, cases = Progress(), cases_of(args.model)
-    runs: dict[str, list[list[dict[str, Any]]]] = {str(way): [] for way in WAYS}
+    runs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in args.ways}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(args.repeats):
-            for way in WAYS:
-                progress.say(f"{repeat + 1} of {args.repeats}, {words_of(way)}")
-                job = job_of(cases, Path(folder), args.threads, way)
+            for name in args.ways:
+                progress.say(f"{repeat + 1} of {args.repeats}, {words_of(WAYS[name])}")
+                job = job_of(cases, Path(folder), args.threads, WAYS[name])
                 found = run_job("end_to_end.planned", job, args.timeout)
-                runs[str(way)].append(found.get("results", [found] * len(cases)))
+                runs[name].append(found.get("results", [found] * len(cases)))
             if args.json:
                 names = [case.name for case in cases]
                 args.json.write_text(json.dumps(report | {"cases": names, "runs": runs}, indent=1) + "\n")

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from fastdpo.commands.arguments import ModelArguments, ScriptArguments
 from fastdpo.commands.pairs import load_pairs
 from fastdpo.commands.plan_flags import PlanArguments, PlanParser
-from fastdpo.commands.plan_table import STAGE_WORDS, show, words_of
+from fastdpo.commands.plan_table import show, words_of
 from fastdpo.commands.planned_command import command_for
 from fastdpo.commands.preparation import say
 from fastdpo.commands.trainer_from_flags import make_peft_config
@@ -69,17 +69,13 @@ def run(argv: list[str]) -> int:
         planner = Planner(batches, usable)
     answers: list[Answer] = []
     for way in ways_of(setup, lambda: make_peft_config(replace(model_args, use_peft=True))):
-        for stage in stages:
-            say(f"  {way.method}, {words_of(way)}{f', {STAGE_WORDS[stage]}' if plan_args.device_count > 1 else ''}")
-            try:
-                answers.append(planner.answer(way, stage, plan_args.device_count))
-            except (NotImplementedError, ValueError) as error:
-                if way == setup and not answers:
-                    raise UsageError(str(error)) from error
-                say(f"    left out: {str(error).splitlines()[0]}")
-                break
-            if answers[-1].fits:
-                break  # less sharing sends less
+        say(f"  {way.method}, {words_of(way)}")
+        try:
+            answers.append(planner.least_shared(way, stages, plan_args.device_count))
+        except (NotImplementedError, ValueError) as error:
+            if way == setup:
+                raise UsageError(str(error)) from error
+            say(f"    left out: {str(error).splitlines()[0]}")
     chosen = next((answer for answer in answers if answer.fits), None)
     command = None if chosen is None else command_for(chosen, setup, parser.asked, _plan_flags())
     if plan_args.json:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -23,6 +24,7 @@ Module = TypeVar("Module", bound=nn.Module)
 # What was made last: to make a model costs more than to copy it, and ways to train differ in what is put around it.
 _KEPT = 4
 _made: list[tuple[PreTrainedConfig, tuple[Any, ...], PreTrainedModel]] = []
+_looked_at: list[tuple[PreTrainedConfig, PeftConfig | None, tuple[Any, ...], PreTrainedModel | PeftModel]] = []
 
 
 def make_base(setup: Setup, layers: int | None = None) -> PreTrainedModel:
@@ -93,6 +95,18 @@ def make_policy(setup: Setup, layers: int | None = None) -> PreTrainedModel | Pe
         )
     model.train()
     return model
+
+
+def look_at_policy(setup: Setup) -> PreTrainedModel | PeftModel:
+    """What is trained, without checkpointing; one for all setups with the same model and adapter, and not to be run."""
+    kind = (setup.dtype, setup.bits, setup.nested, setup.attn_implementation, setup.trust_remote_code)
+    for config, adapter, of_kind, policy in _looked_at:
+        if config is setup.config and adapter is setup.peft_config and of_kind == kind:
+            return policy
+    policy = make_policy(replace(setup, checkpointing=False))
+    _looked_at.append((setup.config, setup.peft_config, kind, policy))
+    del _looked_at[:-_KEPT]
+    return policy
 
 
 def make_reference(setup: Setup, layers: int | None = None) -> PreTrainedModel:

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fastdpo.model.language_model import language_model
 from fastdpo.model.row_collator import RowCollator
 from fastdpo.plan.batches import Row, largest_part, make_collator, tokens_of
 from fastdpo.plan.layers import Repetition, repetition_in
-from fastdpo.plan.models import make_policy
+from fastdpo.plan.models import look_at_policy
 from fastdpo.plan.setup import Setup
-from fastdpo.plan.sharding import Units, as_computed, refuse_stage, share_of, units_of
+from fastdpo.plan.sharding import Units, as_computed, is_divided, share_of, units_of
 from fastdpo.plan.step import trace_step
+from fastdpo.plan.tracker import PARTS
 
 # Budgets are told in multiples of this.
 _ROUND = 64
@@ -102,7 +105,6 @@ class Planner:
         self._batches, self._memory = batches, memory
         self._traced: dict[tuple[int, int | None], tuple[dict[str, int], int]] = {}
         # By ids, which no other setups have while these are here.
-        self._repetitions: dict[int, Repetition | None] = {}
         self._computed: dict[tuple[int, bool], tuple[Setup, Setup]] = {}
 
     def answer(self, setup: Setup, stage: str = "ddp", devices: int = 1) -> Answer:
@@ -111,8 +113,10 @@ class Planner:
         Raises:
             NotImplementedError, ValueError: the model cannot be run so, or the optimiser is not known.
         """
-        if devices > 1:
-            refuse_stage(setup, stage)
+        if devices > 1 and not is_divided(setup, stage):
+            raise NotImplementedError(
+                f"weights in {setup.bits} bits are not divided over devices; share the run by ddp, zero1 or zero2"
+            )
         batches, memory = self._batches, self._memory
         computed = self._as_computed(setup, stage if devices > 1 else "ddp")
         units = units_of(setup, stage) if devices > 1 else _NO_UNITS
@@ -146,12 +150,34 @@ class Planner:
             slope = (found.total - least.total) / max(found.tokens - least.tokens, 1)
         return best
 
+    def least_shared(self, setup: Setup, stages: Sequence[str], devices: int) -> Answer:
+        """For the first of the stages with which the setup fits, or else the last; less sharing sends less.
+
+        Raises:
+            NotImplementedError, ValueError: see :meth:`answer`.
+        """
+        possible = [stage for stage in stages if is_divided(setup, stage)] or stages[-1:]
+        for stage in possible[:-1]:
+            if not self._is_hopeless(setup, stage, devices):
+                found = self.answer(setup, stage, devices)
+                if found.fits:
+                    return found
+        return self.answer(setup, possible[-1], devices)
+
+    def _is_hopeless(self, setup: Setup, stage: str, devices: int) -> bool:
+        """Whether weights and the optimiser's state alone do not fit, for which no step has to be run."""
+        units = units_of(setup, stage)
+        fixed = dict.fromkeys(PARTS, 0) | {"weights": units.whole}
+        fixed["reference"] = units.whole if setup.reference == "model" else 0
+        fixed["optimizer"] = units.state if setup.dtype == torch.float32 else 0
+        return sum(share_of(fixed, stage, devices, units).values()) > self._memory
+
     def _trace(self, setup: Setup, max_tokens: int | None) -> tuple[dict[str, int], int]:
         name = id(setup), max_tokens
         if name not in self._traced:
             part, count = largest_part(self._batches.collator(setup.device, max_tokens), self._batches.rows)
             others = count > 1 or self._batches.accumulates
-            parts = trace_step(setup, part, others=others, repetition=self._repetition(setup))
+            parts = trace_step(setup, part, others=others, repetition=repetition_of(setup))
             self._traced[name] = parts, tokens_of(part)
         return self._traced[name]
 
@@ -159,11 +185,11 @@ class Planner:
         computed = as_computed(setup, stage)
         return self._computed.setdefault((id(setup), computed is setup), (setup, computed))[1]
 
-    def _repetition(self, setup: Setup) -> Repetition | None:
-        if id(setup) not in self._repetitions:
-            every = int(setup.checkpointing_kwargs.get("every_n_layers", 1))
-            self._repetitions[id(setup)] = repetition_in(language_model(make_policy(setup)), every)
-        return self._repetitions[id(setup)]
+
+def repetition_of(setup: Setup) -> Repetition | None:
+    """How the layers of the setup's policy repeat; None where they do not."""
+    every = int(setup.checkpointing_kwargs.get("every_n_layers", 1))
+    return repetition_in(language_model(look_at_policy(setup)), every)
 
 
 def _rounded(budget: float, least: int) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from fastdpo.model.language_model import language_model
-from fastdpo.plan.models import make_policy
+from fastdpo.plan.models import look_at_policy
 from fastdpo.plan.optimizers import state_bytes
 from fastdpo.plan.setup import Setup
 
@@ -53,16 +53,13 @@ class Units:
     bucket: int
 
 
-def refuse_stage(setup: Setup, stage: str) -> None:
-    """Raises NotImplementedError for what is not divided so.
+def is_divided(setup: Setup, stage: str) -> bool:
+    """Whether devices can share the setup so.
 
     FSDP2 leaves weights in 4 bits whole on every device (accelerate does, unless they are stored as numbers of another
     type), and neither those nor weights in 8 bits have been tried with ZeRO-3 here.
     """
-    if setup.bits and "weights" in _DIVIDED[stage]:
-        raise NotImplementedError(
-            f"weights in {setup.bits} bits are not divided over devices; share the run by ddp, zero1 or zero2"
-        )
+    return not (setup.bits and "weights" in _DIVIDED[stage])
 
 
 def as_computed(setup: Setup, stage: str) -> Setup:
@@ -74,31 +71,31 @@ def as_computed(setup: Setup, stage: str) -> Setup:
 
 def units_of(setup: Setup, stage: str = "ddp") -> Units:
     """Of the setup's policy; a layer is what transformers says is not to be split."""
-    computed = as_computed(setup, stage)
-    policy = make_policy(computed)
+    policy = look_at_policy(setup)
     lm = language_model(policy)
+    is_mixed = as_computed(setup, stage) is not setup
+    dtype = setup.autocast if is_mixed and setup.autocast is not None else setup.dtype
+
+    def size_of(parameters: Iterable[nn.Parameter]) -> int:
+        return sum(p.numel() * (dtype if is_mixed and p.is_floating_point() else p.dtype).itemsize for p in parameters)
+
     kinds = set(lm._no_split_modules or ())
-    sizes = [_bytes(module) for module in lm.modules() if type(module).__name__ in kinds]
+    sizes = [size_of(module.parameters()) for module in lm.modules() if type(module).__name__ in kinds]
     trained = [p for p in policy.parameters() if p.requires_grad]
-    whole, numbers = _bytes(policy), sum(p.numel() for p in trained)
-    kept = whole
-    if computed is not setup:  # mixed precision has what is trained in float32
-        stored = make_policy(setup).parameters()
-        kept = sum(p.numel() * (torch.float32 if p.requires_grad else p.dtype).itemsize for p in stored)
+    whole, numbers = size_of(policy.parameters()), sum(p.numel() for p in trained)
+    shards = whole
+    if is_mixed:  # what is trained is kept in float32
+        shards = sum(p.numel() * (torch.float32 if p.requires_grad else p.dtype).itemsize for p in policy.parameters())
     return Units(
         whole=whole,
-        trained=sum(p.numel() * p.element_size() for p in trained),
+        trained=size_of(trained),
         layer=max(sizes, default=0),
         rest=max(0, whole - sum(sizes)),
-        shards=kept,
+        shards=shards,
         trained_numbers=numbers,
         state=state_bytes(setup.optim, [(p.shape, torch.float32) for p in trained]),
-        bucket=lm.config.get_text_config().hidden_size ** 2 * computed.dtype.itemsize,
+        bucket=lm.config.get_text_config().hidden_size ** 2 * dtype.itemsize,
     )
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def share_of(parts: Mapping[str, int], stage: str, devices: int, units: Units) -> dict[str, int]:
