@@ -30,6 +30,9 @@ state = PartialState(cpu=True)
 print(f"process {state.process_index} of {state.num_processes}", file=sys.stderr)
 PYTHON
 
+free_port() {
+    env/bin/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
 failed=0
 look() {  # what is expected to be seen, then the flags
     seen=$(env/bin/python -m accelerate.commands.launch "${@:2}" --num_processes 2 which.py 2>&1 |
@@ -39,6 +42,6 @@ look() {  # what is expected to be seen, then the flags
 }
 echo "Expected: process 0 of 2, process 1 of 2, of all three. Got:"
 look "process 0 of 1" --cpu
-look "process 0 of 1" --main_process_port 29511
-look "process 0 of 2, process 1 of 2" --multi_gpu --main_process_port 29512
+look "process 0 of 1" --main_process_port "$(free_port)"
+look "process 0 of 2, process 1 of 2" --multi_gpu --main_process_port "$(free_port)"
 exit $failed

@@ -12,12 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdpo.data.sequences import TokenSequence
+from fastdpo.data.terms import first_line
 from fastdpo.logps.wide import segment_sums
 from fastdpo.model.attention import RowAttention
 from fastdpo.model.cut_heads import HeadCutAttention
 from fastdpo.model.cut_rows import CutAttention
 from fastdpo.model.head_calls import IGNORE_INDEX
-from fastdpo.model.language_model import described, vocabulary_rows
+from fastdpo.model.language_model import described
+from fastdpo.model.model_check import made_up_tokens
 from fastdpo.model.packing import pack
 from fastdpo.model.packing_check import PLAIN_LAYERS, window_not_passed_on
 from fastdpo.model.precision import looked_at
@@ -55,10 +57,9 @@ def check_cut(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> None:
     except (torch.OutOfMemoryError, NotImplementedError):
         raise
     except Exception as error:  # models fail in their own ways when they are called in one that they do not know
-        line = (str(error).splitlines() or [""])[0]
         raise NotImplementedError(
             f"{name} does not take rows that are cut over processes: its forward stops there ({type(error).__name__}: "
-            f"{line}). {advice}"
+            f"{first_line(str(error))}). {advice}"
         ) from error
     # The rows are short, and training's may be longer than any window.
     if words := window_not_passed_on(config, windows, None):
@@ -73,9 +74,8 @@ def check_cut(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> None:
 def _moved(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """By how much sums of made-up rows differ, and how much of that may be rounding, in nats."""
     assert scorer.cut is not None
-    vocabulary = vocabulary_rows(scorer.lm)
     width = 2 * _CHUNK * dist.get_world_size(scorer.cut) - 1
-    ids = torch.arange(2 * width, device=device).mul(7919).add(11).remainder(vocabulary).view(2, width)
+    ids = made_up_tokens(scorer, device, 2 * width).view(2, width)
     mask = torch.ones_like(ids)
     mask[1, -_CHUNK:] = 0
     batch = {"input_ids": ids, "attention_mask": mask, "completion_mask": mask}

@@ -30,7 +30,7 @@ from fastdpo.model.head_calls import IGNORE_INDEX
 from fastdpo.model.language_model import language_model
 from fastdpo.model.load_balancing import gathered_tokens
 from fastdpo.model.packing import PackedRow
-from fastdpo.model.segments import causal_mask
+from fastdpo.model.segments import CausalMasks
 
 # The keyword argument by which a cut reaches the attention.
 CUT = "cut_rows"
@@ -82,14 +82,11 @@ class RowCut:
         self.piece_sizes = [size] * (2 * ranks)
         places = [2 * i if i < ranks else 2 * (2 * ranks - 1 - i) + 1 for i in range(2 * ranks)]
         self.key_pieces = [places[: chunk + 1] for chunk in chunks]
-        self._masks: dict[tuple[Any, ...], Tensor] = {}
+        self._masks = CausalMasks()
 
     def mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         """As :meth:`fastdpo.model.segments.Segments.mask`."""
-        name = (queries, keys, window, dtype)
-        if name not in self._masks:
-            self._masks[name] = causal_mask(queries, keys, window, dtype, device)
-        return self._masks[name]
+        return self._masks.of(queries, keys, window, dtype, device)
 
 
 class CutAttention:

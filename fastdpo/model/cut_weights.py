@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, Interleave, MergeModulelist, WeightConverter
 
+from fastdpo.data.terms import first_line
 from fastdpo.model.language_model import described, language_model
 
 # By what from_pretrained is told to cut a model.
@@ -44,10 +45,9 @@ def naming_cut_model(name: str, init_kwargs: Mapping[str, Any]) -> Iterator[None
     except (RuntimeError, ValueError, AssertionError, LookupError) as error:
         if all(init_kwargs.get(setting) is None for setting in CUTS):
             raise
-        line = (str(error).splitlines() or [""])[0]
         raise NotImplementedError(
             f"{name} cannot be cut over processes as it is loaded: transformers stops there ({type(error).__name__}: "
-            f"{line}). {_INSTEAD}"
+            f"{first_line(str(error))}). {_INSTEAD}"
         ) from error
 
 

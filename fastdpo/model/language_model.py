@@ -10,6 +10,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastdpo.data.terms import first_line
+
 # What a drafter's forward takes from the model that it drafts for.
 _OF_ANOTHER_MODEL = "shared_kv_states"
 
@@ -48,8 +50,7 @@ def cannot_run(lm: PreTrainedModel, how: str, error: Exception) -> NotImplemente
         how: it was run, in words that follow "it cannot be run".
         error: what it stopped with.
     """
-    line = (str(error).splitlines() or [""])[0]
-    why = f"it cannot be run {how} ({type(error).__name__}: {line})"
+    why = f"it cannot be run {how} ({type(error).__name__}: {first_line(str(error))})"
     if _OF_ANOTHER_MODEL in inspect.signature(lm.forward).parameters:
         why = "it drafts for another model, whose states it takes, and is no language model by itself; train that one"
     return NotImplementedError(f"{described(lm)} cannot be trained: {why}")

@@ -26,10 +26,10 @@ _SHARE = 0.25
 _CAUSAL_SETTINGS = {"is_decoder": True, "use_bidirectional_attention": False, "causal": True, "attn_type": "uni"}
 
 
-def made_up_tokens(scorer: Scorer, device: torch.device) -> Tensor:
+def made_up_tokens(scorer: Scorer, device: torch.device, count: int = _TOKENS) -> Tensor:
     """[1, 24] int64, a sequence of the model's vocabulary."""
     vocabulary = vocabulary_rows(scorer.lm)
-    return torch.arange(_TOKENS, device=device).mul(7919).add(11).remainder(vocabulary)[None]
+    return torch.arange(count, device=device).mul(7919).add(11).remainder(vocabulary)[None]
 
 
 def score_tokens(scorer: Scorer, ids: Tensor, **model_kwargs: Any) -> Tensor:

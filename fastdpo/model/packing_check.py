@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from fastdpo.data.terms import first_line
 from fastdpo.model.attention import RowAttention
 from fastdpo.model.attention_backends import RowsNotSupportedError
 from fastdpo.model.config_lengths import lengths_in, longest_position
@@ -125,9 +126,9 @@ class RowsCheck:
     def _look_at_code(self, layout: str) -> None:
         """What is known without running the model, for words that a person can use."""
         others = kinds_of_layers(self._scorer.lm) - set(PLAIN_LAYERS)
-        if layout == "repeated":
-            others -= SEPARABLE
-        if others:
+        in_both = others - SEPARABLE
+        # What stands in the way of both layouts is said of both, in the same words.
+        if others := in_both if layout == "repeated" else in_both or others:
             raise RowsNotSupportedError(f"{self._name} has layers of the kind {', '.join(sorted(others))}")
         parameters = inspect.signature(self._scorer.lm.forward).parameters
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -155,9 +156,9 @@ class RowsCheck:
                 ) from error
             if not self._stateful and not getattr(self._scorer.lm, "_supports_attention_backend", False):
                 raise self._no_interface() from error
-            line = (str(error).splitlines() or [""])[0]
             raise RowsNotSupportedError(
-                f"{self._name} does not take packed rows: its forward stops there ({type(error).__name__}: {line})"
+                f"{self._name} does not take packed rows: its forward stops there ({type(error).__name__}: "
+                f"{first_line(str(error))})"
             ) from error
 
     def _truth(self, seed: int) -> _Truth:

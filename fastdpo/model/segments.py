@@ -79,7 +79,7 @@ class Segments:
         self.key_index = None
         if any(s.ancestors for s in self.bounds):
             self.key_index = torch.cat([torch.arange(*r) for of_one in ranges for r in of_one])
-        self._masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
+        self._masks = CausalMasks()
         self._block_masks: dict[int | None, BlockMask] = {}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
@@ -90,17 +90,14 @@ class Segments:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Segments:
         other = object.__new__(Segments)
-        other.__dict__.update(self.__dict__, _masks={}, _block_masks={})
+        other.__dict__.update(self.__dict__, _masks=CausalMasks(), _block_masks={})
         other.cu_q, other.cu_k = change(self.cu_q), change(self.cu_k)
         other.key_index = None if self.key_index is None else change(self.key_index)
         return other
 
     def mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         """[queries, keys], 0 where a segment's query attends and -inf elsewhere; made once for all layers."""
-        name = (queries, keys, window, dtype)
-        if name not in self._masks:
-            self._masks[name] = causal_mask(queries, keys, window, dtype, device)
-        return self._masks[name]
+        return self._masks.of(queries, keys, window, dtype, device)
 
     def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
         """The same for the whole row, for FlexAttention."""
@@ -126,6 +123,20 @@ class Segments:
             return below if window is None else below & (depth[q] - depth[kv] < window)
 
         return attends
+
+
+class CausalMasks:
+    """Causal masks, each made once for all layers."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
+
+    def of(self, queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """As :func:`causal_mask`."""
+        name = (queries, keys, window, dtype)
+        if name not in self._made:
+            self._made[name] = causal_mask(queries, keys, window, dtype, device)
+        return self._made[name]
 
 
 def causal_mask(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:

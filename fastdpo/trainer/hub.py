@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
+from fastdpo.data.terms import first_line
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.json_files import read_sealed, write_sealed
 from fastdpo.trainer.manifest import MANIFEST_FILE, read_manifest
@@ -104,7 +105,10 @@ class HubUploads(Trainer):
         for job in jobs:
             if job.done() and job not in self._told_of and (error := job.exception()) is not None:
                 self._told_of.append(job)
-                logger.warning("An upload to the Hub failed: %s. The run goes on.", redacted(_first_line(error)))
+                logger.warning(
+                    "An upload to the Hub failed: %s. The run goes on.",
+                    redacted(_said(error)),
+                )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Called whenever a checkpoint was saved.
@@ -144,7 +148,7 @@ class HubUploads(Trainer):
                 **(defaults | options),
             )
         except _UPLOAD_ERRORS as error:
-            raise UploadError(_first_line(error)) from error
+            raise UploadError(_said(error)) from error
 
 
 def note_push(args: DPOConfig) -> None:
@@ -173,5 +177,5 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _said(error: BaseException) -> str:
+    return first_line(str(error) or type(error).__name__)

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from fastdpo.data.terms import first_line
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.datasets import EvalDataset
 from fastdpo.trainer.pair_metrics import RANKING_METRICS, ROUTER_METRICS, metric_names
@@ -25,7 +26,7 @@ def check_reporters(args: DPOConfig) -> None:
         try:
             INTEGRATION_TO_CALLBACK[name]()  # each looks for its package when it is made, and begins nothing
         except (RuntimeError, ImportError) as error:
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            why = first_line(str(error) or type(error).__name__)
             raise ValueError(
                 f"report_to names {name}, which cannot be used here ({why.rstrip('.')}): install its package, or "
                 "leave it out (--report_to none)"

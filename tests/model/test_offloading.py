@@ -112,8 +112,7 @@ def test_what_is_written_into_in_between_is_another_copy() -> None:
 
     def compute() -> tuple[Tensor, Tensor]:
         held = x * 1
-        first = (held.detach().requires_grad_() * 1).pow(2)  # autograd keeps held's numbers as they are now
-        del first
+        (held.detach().requires_grad_() * 1).pow(2)  # autograd keeps held's numbers as they are now, and lets them go
         kept = held.data
         y = (x * kept).sum()
         kept.add_(1)
