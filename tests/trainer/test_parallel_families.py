@@ -59,11 +59,11 @@ CASES = {
     "one head of keys": Case(model={"num_key_value_heads": 1}, engines=("CP", "SP")),
     "learned positions": Case("gpt2", engines=("CP", "SP")),
     "sinks": Case("gpt_oss", options={"router_aux_loss_coef": 0.0}, engines=("CP", "SP")),
-    "mixture": Case("mixtral", options={"router_aux_loss_coef": 0.0}),
+    "mixture": Case("mixtral", options={"router_aux_loss_coef": 0.0}, engines=("CP", "SP")),
     "mixture, balanced": Case(
         "mixtral",
         options=EVALUATED | {"router_aux_loss_coef": 1.0, "gradient_accumulation_steps": 2},
-        engines=("TP", "CP", "SP"),
+        engines=("CP", "SP"),
     ),
     "mixture, balanced, packed": Case(
         "mixtral", options={"router_aux_loss_coef": 1.0, "packing": "shared"}, engines=("SP",)
