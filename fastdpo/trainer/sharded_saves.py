@@ -40,6 +40,8 @@ class ShardedSaves(Trainer):
         if checkpoint is not None and isinstance(self.model, FullyShardedDataParallel):
             make_state(self.model, cast(AcceleratedOptimizer, self.optimizer).optimizer)
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.deepspeed is not None:  # which has loaded its state before
+            zero.catch_up(self.deepspeed)
 
     def _whole_weights(self) -> AbstractContextManager[None]:
         if self.is_fsdp_enabled:

@@ -131,3 +131,29 @@ def input_dtype(accelerator: Accelerator) -> torch.dtype:
     """What a model's own inputs, such as pixels, are given in."""
     dtype: torch.dtype = accelerator.state.deepspeed_plugin.hf_ds_config.dtype()
     return dtype
+
+
+def catch_up(engine: Any) -> None:
+    """Brings DeepSpeed's Adam on the CPU, which offloading takes, to the step of the state that was loaded into it.
+
+    It holds the powers of its betas outside of its state, multiplied up step by step; at a step that does not follow
+    the last one it takes them from ``pow``, whose last bits are others, and so are a resumed run's steps.
+    """
+    optimizer: Any = engine.basic_optimizer
+    if type(optimizer).__name__ != "DeepSpeedCPUAdam":
+        return
+    done = max((int(state.get("step", 0)) for state in optimizer.state.values()), default=0)
+    group, nothing = optimizer.param_groups[0], torch.empty(0)
+    beta1, beta2 = group["betas"]
+    for step in range(1, done + 1):
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id,
+            step,
+            group["lr"],
+            beta1,
+            beta2,
+            group["eps"],
+            group["weight_decay"],
+            group["bias_correction"],
+            *(nothing,) * 4,
+        )

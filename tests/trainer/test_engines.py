@@ -42,6 +42,7 @@ from fastdpo.trainer.zero import local_part
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "quiet_and_uncached")]
 
 RANKS, STEPS = 2, 4
+LIMIT = 180.0  # seconds for a check; on a busy machine some take a minute
 TOLERANCE = 1e-5
 ROUNDING = 1000 * torch.finfo(torch.float32).eps
 SHARDING = ["FSDP1", "FSDP2", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
@@ -341,7 +342,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         wanted = [name for name in wanted if not name.startswith("ZeRO")]
     folder = tmp_path_factory.mktemp("engines")
     work = functools.partial(on_rank, folder=folder / "runs")
-    outcomes = run_limited(work, wanted, ranks=RANKS, limit=60.0, folder=folder)
+    outcomes = run_limited(work, wanted, ranks=RANKS, limit=LIMIT, folder=folder)
 
     def of(name: str) -> list[Any]:
         if name.startswith("ZeRO"):
@@ -390,11 +391,6 @@ def test_two_processes_are_as_one(name: str, found: Any, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_ends_with_the_same_bits(name: str, found: Any) -> None:
     first = found(name)[0]
-    if "offload" in name:  # DeepSpeed's Adam on the CPU rounds by where its weights stand in memory
-        for rank in found(name):
-            assert rank["resumed"]["losses"] == pytest.approx(rank["unbroken"]["losses"], rel=TOLERANCE)
-        assert_same_weights(first["resumed"]["saved"], first["unbroken"]["saved"])
-        return
     for rank in found(name):
         assert rank["resumed"]["losses"] == rank["unbroken"]["losses"]
     assert first["resumed"]["saved"].keys() == first["unbroken"]["saved"].keys()

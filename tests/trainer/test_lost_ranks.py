@@ -225,7 +225,7 @@ def test_under_torchrun(model, pairs, tmp_path):
     (tmp_path / "run.py").write_text(KILLED)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, str(tmp_path / "run.py"), *train_words(model, pairs, tmp_path), "--ddp_backend", "gloo"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ)
     assert ended.returncode != 0
     assert ended.stderr.count("rank 1 (process ") == 1, ended.stderr
     assert "checkpoint-2 is whole, the last checkpoint" in ended.stderr
