@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import datasets
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from fastdpo.data.terms import DataError
 
@@ -22,7 +22,7 @@ class EndlessRows(IterableDataset[dict[str, Any]]):
         rows: shuffled by way of a buffer, or in their own order.
 
     Raises:
-        DataError: a pass has no rows; when they are asked for.
+        DataError: a pass has no rows; when they are asked for, but by a loader's workers, of which each has a share.
     """
 
     def __init__(self, rows: datasets.IterableDataset) -> None:
@@ -37,6 +37,8 @@ class EndlessRows(IterableDataset[dict[str, Any]]):
             for row in rows:
                 is_empty = False
                 yield row
+            if is_empty and get_worker_info() is not None:
+                return  # a loader's worker that there was no file left for
             if is_empty:
                 raise DataError("No pair of the stream is left to train on; the warnings say what became of them.")
             number += 1
