@@ -126,16 +126,6 @@ def best(engine: Engine, folder: Path, **options: Any) -> dict[str, Any]:
     return found
 
 
-def mixture(seed: int) -> Any:
-    return cut_model(seed, make=make_mixture, tp_size=2)
-
-
-def make_mixture(seed: int) -> Any:
-    return make_model("mixtral", VOCABULARY, seed=seed)
-
-
-MIXTURE = Engine(torchrun_launched, "", data_parallel=1, models=mixture)
-
 Check = Callable[[Engine, Path], Any]
 RESUMED: dict[str, tuple[Engine, Check]] = {
     f"{name}: {reference}": (ENGINES[name], functools.partial(resumed, reference=reference))
@@ -152,7 +142,6 @@ RESUMED: dict[str, tuple[Engine, Check]] = {
     for reference in references
 }
 RESUMED["TP: no state"] = (ENGINES["TP"], functools.partial(resumed, optim="sgd"))
-RESUMED["TP: mixture"] = (MIXTURE, functools.partial(resumed, router_aux_loss_coef=0.0))
 OTHERWISE: dict[str, tuple[Engine, Check]] = {
     f"{name}: otherwise": (ENGINES[name], functools.partial(resumed, other=other)) for name, other in OTHERS.items()
 }
