@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from peft import LoraConfig
 from tiny_models import make_model
 from toy_data import text_rows
 from trainer_runs import config
 from transformers.distributed import DistributedConfig
 
+from fastdpo.model.load_sharding import with_new_adapter
 from fastdpo.trainer import DPOTrainer, expert_parallel
 from fastdpo.trainer.expert_parallel import check_expert_parallel, check_expert_setting
 
@@ -91,3 +93,11 @@ def test_what_is_not_trained_may_be_whole(monkeypatch: pytest.MonkeyPatch) -> No
     experts = model.model.layers[0].mlp.experts.requires_grad_(False)
     monkeypatch.setattr(expert_parallel, "spread_experts", lambda _: [("model.layers.0.mlp.experts", experts)])
     check_expert_parallel({"model": model, "ref_model": None})
+
+
+@pytest.mark.parametrize("copying", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5]}])
+def test_copies_of_what_fsdp_shards_are_refused(copying: dict[str, Any]) -> None:
+    with pytest.raises(
+        NotImplementedError, match=rf"MixtralForCausalLM.*{next(iter(copying))} would train copies.*FSDP2"
+    ):
+        with_new_adapter(spread(), LoraConfig(target_modules=["q_proj"], **copying))
