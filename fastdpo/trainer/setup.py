@@ -31,6 +31,7 @@ from fastdpo.trainer.optimizers import check_optimizer
 from fastdpo.trainer.parallelism import check_parallelism, cuts_sequences, settle_sequences
 from fastdpo.trainer.promises import check_reporters
 from fastdpo.trainer.weights import check_comes_back
+from fastdpo.trainer.zero import refuse_adapter_on_head
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def set_up(
         is_sharded=later,
         images=images,
     )
+    refuse_adapter_on_head(policy)
     check_parallelism(policy, ref_model, args)
     settle_sequences(args)
     if not later:

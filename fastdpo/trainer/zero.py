@@ -9,9 +9,13 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from fastdpo.model.language_model import language_model
+from fastdpo.model.language_model import described, language_model
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -34,6 +38,23 @@ def is_partitioned(tensor: Tensor) -> bool:
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a parameter: all of it, unless ZeRO-3 has divided it."""
     return cast(Any, tensor).ds_tensor if is_partitioned(tensor) else tensor
+
+
+def refuse_adapter_on_head(model: PreTrainedModel | PeftModel) -> None:
+    """Raises where ZeRO-3 would divide a model with an adapter on its output embedding.
+
+    DeepSpeed gathers weights in the order in which it has seen modules called, and we call the base and the adapter of
+    that layer where its own forward would: it stops in the midst of a step, with an error of its tracing.
+
+    Raises:
+        NotImplementedError: the message says what to use.
+    """
+    lm = language_model(model)
+    if is_deepspeed_zero3_enabled() and isinstance(lm.get_output_embeddings(), BaseTunerLayer):
+        raise NotImplementedError(
+            f"{described(lm)} has a PEFT adapter on its output embedding, which is not supported with DeepSpeed "
+            "ZeRO-3: use ZeRO-2 or FSDP2, or take it out of target_modules"
+        )
 
 
 def inference_engine(accelerator: Accelerator, model: nn.Module) -> nn.Module:
