@@ -20,7 +20,7 @@ import torch.distributed as dist
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from fastdpo.errors import LostRankError
+from fastdpo.errors import TERMINATED, LostRankError, Stopped
 from fastdpo.logps.out_of_memory import is_out_of_memory
 from fastdpo.trainer.checkpoints import find_checkpoints
 from fastdpo.trainer.config import DPOConfig
@@ -80,19 +80,24 @@ class Ranks:
         near = tuple(rank for rank in others if rank.host == this.host and rank.is_there())
         return cls(near, tuple(rank for rank in others if rank not in near))
 
+    def gone(self) -> str | None:
+        """Which processes of this machine are gone now, in words; None for none."""
+        gone = [rank for rank in self.near if not rank.is_there()]
+        if not gone:
+            return None
+        which = ", ".join(f"rank {rank.rank} (process {rank.pid})" for rank in gone)
+        return f"{which} of this run {'is' if len(gone) == 1 else 'are'} gone, killed or ended by an error of its own"
+
     def lost(self, error: RuntimeError) -> str | None:
         """Which processes are gone, in words; None where a collective did not fail for want of one."""
         # Where all end with the same error of the program, one of them is gone first.
         if not (isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _OF_CONNECTIONS)):
             return None
         until = time.monotonic() + _PATIENCE
-        while not (gone := [rank for rank in self.near if not rank.is_there()]) and time.monotonic() < until:
+        while (words := self.gone()) is None and time.monotonic() < until:
             time.sleep(0.05)
-        if gone:
-            which = ", ".join(f"rank {rank.rank} (process {rank.pid})" for rank in gone)
-            return (
-                f"{which} of this run {'is' if len(gone) == 1 else 'are'} gone, killed or ended by an error of its own"
-            )
+        if words is not None:
+            return words
         if self.far:
             hosts = ", ".join(sorted({rank.host for rank in self.far}))
             return f"the connection to a process of this run on another machine ({hosts}) is lost"
@@ -103,15 +108,22 @@ class Ranks:
 def naming_lost_ranks(ranks: Ranks, kept: Callable[[], str]) -> Iterator[None]:
     """A collective of the block that fails because a process of the run is gone raises an error that says so.
 
+    So does SIGTERM, where it comes after that: launchers send it to the processes that are left, and it may be faster
+    than the error of a collective.
+
     Args:
         ranks: the processes.
         kept: what is kept of the work, in words, asked then.
 
     Raises:
-        LostRankError: in place of the collective's error.
+        LostRankError: in place of the collective's error, or of what the signal raises.
     """
     try:
         yield
+    except Stopped as error:
+        if error.exit_code != TERMINATED or (words := ranks.gone()) is None:
+            raise
+        raise LostRankError(f"{words}; the others cannot go on without it. {kept()}") from error
     except RuntimeError as error:
         if isinstance(error, (LostRankError, NotImplementedError)) or is_out_of_memory(error):
             raise

@@ -17,10 +17,10 @@ from kills import CHECKPOINT_WRITERS, Moment, run_ranks
 from safetensors.torch import load_file
 from toy_data import text_rows, write_jsonl
 
-from fastdpo.errors import RANK_LOST
+from fastdpo.errors import HUNG_UP, RANK_LOST, TERMINATED, LostRankError, Stopped
 from fastdpo.ref_cache.files import LOGPS
 from fastdpo.trainer.checkpoints import find_checkpoints
-from fastdpo.trainer.lost_ranks import Rank, Ranks
+from fastdpo.trainer.lost_ranks import Rank, Ranks, naming_lost_ranks
 
 STEPS, SAVE_STEPS = 6, 2
 
@@ -53,6 +53,23 @@ def test_a_killed_process_is_gone_also_while_nobody_has_asked_how_it_ended(neigh
     assert Ranks((rank,)).lost(RuntimeError("shapes do not fit")) is None  # an error of the program
     assert process.wait() == -signal.SIGKILL  # which takes the dead process's last entry away
     assert not rank.is_there()
+
+
+def test_sigterm_after_a_process_has_gone_is_of_that(neighbour):
+    process, rank = neighbour
+
+    def end(number: signal.Signals, exit_code: int, ranks: Ranks) -> None:
+        with naming_lost_ranks(ranks, lambda: "Kept."):
+            raise Stopped(number.name, exit_code)
+
+    with pytest.raises(Stopped):  # while all are there
+        end(signal.SIGTERM, TERMINATED, Ranks((rank,)))
+    process.kill()
+    process.wait()
+    with pytest.raises(LostRankError, match=rf"^rank 1 \(process {process.pid}\) of this run is gone.* Kept\.$"):
+        end(signal.SIGTERM, TERMINATED, Ranks((rank,)))
+    with pytest.raises(Stopped):
+        end(signal.SIGHUP, HUNG_UP, Ranks((rank,)))
 
 
 def test_another_process_with_its_number_is_not_it(neighbour):
