@@ -33,6 +33,10 @@ from fastdpo.plan.tracker import ELSEWHERE, MemoryTracker
 _CUDA_WORKSPACE, _PORTABLE_WORKSPACE = 128 << 20, 256 << 20
 _CPU_PORTABLE, _CPU_SUMS, _CPU_BLOCK = 48 << 20, 8 << 20, 256
 
+# What oneDNN compiles for products in 16 bits, one kernel a shape, and keeps (ONEDNN_PRIMITIVE_CACHE_CAPACITY): as
+# measured by bench/plan.py, where it is about the same for all models.
+_ONEDNN_KERNELS = 40 << 20
+
 _SCALE_ONLY = LogitTransform(scale=1.0, softcap=None)  # what models do to logits later takes no memory
 
 
@@ -89,6 +93,7 @@ def _trace(setup: Setup, part: dict[str, Any], others: bool, layers: int | None)
             parameter.register_post_accumulate_grad_hook(lambda p: tracker.relabel(p.grad, "gradients"))
         kinds = [(parameter.shape, parameter.dtype) for parameter in trained]
         tracker.add("optimizer", state_bytes(setup.optim, kinds))
+        tracker.add("workspace", _kernels(setup))
         if others:
             with tracker.labelled("gradients"):
                 for parameter in trained:
@@ -214,6 +219,12 @@ def _offloaded(tracker: MemoryTracker, policy: PreTrainedModel | PeftModel) -> A
             return tensor.clone()
 
     return ActivationOffloading(policy, torch.device("cpu"), copy).active()
+
+
+def _kernels(setup: Setup) -> int:
+    """What a library makes for products in 16 bits, and keeps."""
+    halves = setup.autocast is not None or setup.dtype in (torch.bfloat16, torch.float16)
+    return _ONEDNN_KERNELS if halves and setup.device == "cpu" and torch.backends.mkldnn.is_available() else 0
 
 
 def _workspace(setup: Setup) -> int:

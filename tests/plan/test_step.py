@@ -82,7 +82,9 @@ def test_more_tokens_need_more(layout: str, checkpointing: bool) -> None:
 
 
 def test_what_saves_memory_does() -> None:
-    usual = setup_of(checkpointing=False)
+    usual = setup_of(
+        checkpointing=False, device="cuda"
+    )  # no kernels beside
     totals = {
         name: sum(peak(replace(usual, **changes), pairs=8, length=60).values())
         for name, changes in {
@@ -118,6 +120,14 @@ def test_autocast_computes_in_half_the_memory() -> None:
     usual = setup_of(checkpointing=False)
     full, half = (peak(replace(usual, autocast=kind), pairs=8, length=80) for kind in (None, torch.bfloat16))
     assert half["weights"] == full["weights"] and half["activations"] < full["activations"]
+
+
+def test_kernels_of_16_bit_products_are_kept_on_a_cpu() -> None:
+    on_cpu, on_gpu = (
+        [peak(setup_of(device=device, **kind))["workspace"] for kind in ({}, {"autocast": torch.bfloat16})]
+        for device in ("cpu", "cuda")
+    )
+    assert on_cpu[1] - on_cpu[0] >= 40 << 20 and on_gpu[0] == on_gpu[1]
 
 
 def test_a_part_is_the_one_of_most_tokens() -> None:
