@@ -21,7 +21,8 @@ _OF_NO_WEIGHT = {
 
 def settle_devices(flags: LaunchFlags, asked: argparse.Namespace) -> None:
     """Puts the number of processes and the engine of ``--num_processes`` and ``--accelerate_config`` in the place of
-    ``--devices`` and ``--stage``, where these are not given themselves.
+    ``--devices`` and ``--stage``, and the file's precision in that of ``--bf16`` and ``--fp16``, where these are not
+    given themselves.
 
     Raises:
         UsageError: they ask for what is not planned for.
@@ -31,8 +32,10 @@ def settle_devices(flags: LaunchFlags, asked: argparse.Namespace) -> None:
         file = config_file(asked.accelerate_config)
         with bad_input(f"--accelerate_config {file}"):
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
-            stage, of_file = _read(values if isinstance(values, dict) else {}, asked.accelerate_config)
+            values = values if isinstance(values, dict) else {}
+            stage, of_file = _read(values, asked.accelerate_config)
             count = of_file if count is None else count
+            _settle_precision(values, asked)
     if others := [name for name in flags.names if name not in _OF_NO_WEIGHT]:
         raise UsageError(
             f"--{others[0]}: this setting of accelerate launch is not planned for. Leave it out, and say --devices and "
@@ -67,3 +70,14 @@ def _read(values: Mapping[str, Any], name: str) -> tuple[str | None, int | None]
     if kind == "DEEPSPEED" and stage is not None and not offloads:
         return stage, count
     raise ValueError(f"{name} is not planned for, which is DDP, ZeRO-1, 2 or 3, or FSDP2, without offloading")
+
+
+def _settle_precision(values: Mapping[str, Any], asked: argparse.Namespace) -> None:
+    """Raises ValueError for one that is not planned for."""
+    precision = str(values.get("mixed_precision") or "no").lower()
+    if precision in ("no", "false"):  # as YAML reads a bare "no"
+        return
+    if precision not in ("bf16", "fp16"):
+        raise ValueError(f"mixed_precision is {precision}, which is not planned for; it should be no, bf16 or fp16")
+    if asked.bf16 is None and not asked.fp16:
+        setattr(asked, precision, True)

@@ -68,6 +68,11 @@ def make_models(
             check_adapter_of_plan(policy)
         sum_gradients_once(policy)
     check_trainable(policy, args, is_sharded=is_sharded)
+    if args.sync_ref_model and is_sharded and isinstance(policy, PeftModel):
+        raise NotImplementedError(
+            "sync_ref_model with an adapter is not supported with FSDP or DeepSpeed ZeRO-3, nor with a ref_model of "
+            "your own. Train all weights, or on processes that each hold all of the model (DDP)"
+        )
     if ref_model is not None:
         _refuse_shared(policy, ref_model)
     if ref_model is None and needs_reference:
@@ -75,8 +80,6 @@ def make_models(
         if not isinstance(policy, PeftModel):
             ref_model = load_model(name, args, images=images) if name else _copy(policy)
         elif is_sharded:
-            if args.sync_ref_model:
-                raise NotImplementedError("sync_ref_model with an adapter is not supported with FSDP or DeepSpeed")
             if outside:
                 raise NotImplementedError(
                     f"{name_some(outside)} would be trained outside the adapter, so that the model without its adapter "

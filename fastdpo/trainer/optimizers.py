@@ -29,15 +29,23 @@ _PACKAGES = {
 # batch are brought together, and anyone can see that a gradient is not finite.
 _STEP_IN_BACKWARD = ("layerwise", "lomo")
 
-# Names of optimisers -> the arguments that transformers does not hand on to them.
+# Names of optimisers -> the arguments that transformers does not hand on to them, or not for all weights: APOLLO gets
+# betas and epsilon for those of optim_target_modules alone.
 _BETAS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 _NOT_HANDED_ON = {
     "galore_adamw": ("weight_decay", *_BETAS),
     "galore_adamw_8bit": ("weight_decay", *_BETAS),
     "galore_adafactor": ("weight_decay",),
-    "apollo_adamw": ("weight_decay",),
+    "apollo_adamw": ("weight_decay", *_BETAS),
     "grokadamw": _BETAS,
 }
+
+# Words in the names of optimisers that work on some weights otherwise than on others.
+_OF_TARGETS = ("galore", "apollo")
+_WHERE = {"apollo_adamw": " for all weights"}
+
+# Those that warm up by themselves, too, for args.warmup_steps as it was given.
+_WARMING_UP = ("schedule_free_adamw", "schedule_free_sgd")
 
 # Names of optimisers -> the classes of what they keep for a weight beside tensors, which a checkpoint is not read back
 # with unless they are named.
@@ -58,8 +66,9 @@ def check_optimizer(args: DPOConfig) -> None:
 
     Raises:
         ImportError: its package is not installed.
-        ValueError: it steps while backward runs; it is not given an argument that was set; or it keeps its state where
-            no resumed run finds it, and would be resumed.
+        ValueError: it steps while backward runs; it is not given an argument that was set, or would take it for
+            something else; it needs one that was not; or it keeps its state where no resumed run finds it, and would
+            be resumed.
     """
     name = optimizer_name(args)
     if any(word in name for word in _STEP_IN_BACKWARD):
@@ -72,6 +81,17 @@ def check_optimizer(args: DPOConfig) -> None:
     if found is not None and find_spec(found[0]) is None:
         raise ImportError(f"optim is {name!r}, which needs {found[0]}: pip install {found[1]}")
     _check_arguments(name, args)
+    if any(word in name for word in _OF_TARGETS) and args.optim_target_modules is None:
+        raise ValueError(
+            f"optim is {name!r}, which needs optim_target_modules, the layers whose weights it keeps less of: give "
+            "all-linear, or parts of their names"
+        )
+    if name in _WARMING_UP and 0 < args.warmup_steps < 1:
+        raise ValueError(
+            f"warmup_steps is {args.warmup_steps:g}, a share of the run's steps, but {name} warms up by itself and is "
+            f"given it as a number of steps: its first step would be {1 / args.warmup_steps:g} times as large as "
+            "learning_rate says. Give the number of steps"
+        )
     if name == "grokadamw" and args.save_strategy != "no" and not args.save_only_model:
         raise ValueError(
             "optim is 'grokadamw', whose state is not brought back from a checkpoint: a resumed run would be another. "
@@ -86,7 +106,7 @@ def _check_arguments(name: str, args: DPOConfig) -> None:
         them = "it" if len(lost) == 1 else "them"
         raise ValueError(
             f"{' and '.join(f'{each} is {getattr(args, each)}' for each in lost)}, but transformers does not hand "
-            f"{them} on to {name}: leave {them} out, or use another optimiser"
+            f"{them} on to {name}{_WHERE.get(name, '')}: leave {them} out, or use another optimiser"
         )
 
 

@@ -44,8 +44,18 @@ def _is_not(*others: str) -> Callable[[Any], bool]:
     return lambda value: value not in others
 
 
-# Optimisers of which betas and epsilon are fixed, or that have none: see transformers.trainer_optimizer.
-_WITHOUT_BETAS = ("adafactor", "sgd", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit")
+# Which optimisers take what: see transformers.trainer_optimizer, and its optimization for schedules.
+_WITHOUT_BETAS = (
+    *("adafactor", "galore_adafactor", "sgd", "schedule_free_sgd", "adagrad"),
+    *("rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
+)
+_LIONS = ("lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit")
+_WITHOUT_ARGS = (
+    *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor", *_LIONS),
+    *("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
+)
+_WARMING_UP = ("schedule_free_adamw", "schedule_free_sgd")  # whatever the schedule does
+_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 _STREAMS = ("dataset_streaming", "streaming")
 
 NEEDS = (
@@ -64,8 +74,21 @@ NEEDS = (
     Needs("beta", "a --loss_type that has it", ("loss_type",), lambda losses: list(losses) != ["sft"]),
     Needs("truncation_mode", "--max_length", ("max_length",), lambda length: length is not None),
     # How the optimiser steps
-    Needs("warmup_steps", "a scheduler that warms up", ("lr_scheduler_type",), _is_not("constant", "greedy")),
-    Needs("adam_beta1 adam_beta2 adam_epsilon", "an --optim that has it", ("optim",), _is_not(*_WITHOUT_BETAS)),
+    Needs(
+        "warmup_steps",
+        "a scheduler that warms up",
+        ("lr_scheduler_type", "optim"),
+        lambda schedule, optim: schedule not in _WITHOUT_WARMUP or optim in _WARMING_UP,
+    ),
+    Needs(
+        "lr_scheduler_kwargs",
+        "an --lr_scheduler_type that takes them",
+        ("lr_scheduler_type",),
+        _is_not("constant", "constant_with_warmup"),
+    ),
+    Needs("adam_beta1 adam_beta2", "an --optim that has it", ("optim",), _is_not(*_WITHOUT_BETAS)),
+    Needs("adam_epsilon", "an --optim that has it", ("optim",), _is_not(*_WITHOUT_BETAS, *_LIONS)),
+    Needs("optim_args", "an --optim that takes them", ("optim",), _is_not(*_WITHOUT_ARGS)),
     Needs(
         "optim_target_modules",
         "an --optim of GaLore or APOLLO",

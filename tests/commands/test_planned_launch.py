@@ -15,7 +15,7 @@ from fastdpo.errors import UsageError
 
 
 def settled(*words: str, **asked: Any) -> tuple[int, str | None]:
-    names = ("num_processes", "accelerate_config", "devices", "stage")
+    names = ("num_processes", "accelerate_config", "devices", "stage", "bf16", "fp16")
     namespace, flags = argparse.Namespace(**dict.fromkeys(names) | asked), LaunchFlags()
     assert flags.take(words) == []
     settle_devices(flags, namespace)
@@ -47,6 +47,30 @@ def test_a_file_of_accelerates_says_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("precision", "given", "expected"),
+    [
+        ("bf16", {}, (True, False)),
+        ("fp16", {}, (None, True)),
+        ("fp16", {"bf16": True}, (True, False)),
+        ("bf16", {"bf16": False}, (False, False)),
+        ("bf16", {"fp16": True}, (None, True)),
+        (False, {}, (None, False)),  # how YAML reads no
+        ("no", {"bf16": True}, (True, False)),
+        (None, {}, (None, False)),
+    ],
+)
+def test_the_files_precision_is_planned_for(
+    precision: Any, given: dict[str, bool], expected: tuple[bool | None, bool], tmp_path: Path
+) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text(json.dumps({"distributed_type": "MULTI_GPU", "num_processes": 2, "mixed_precision": precision}))
+    asked = argparse.Namespace(num_processes=None, accelerate_config=str(file), devices=None, stage=None)
+    vars(asked).update({"bf16": None, "fp16": False} | given)
+    settle_devices(LaunchFlags(), asked)
+    assert (asked.bf16, asked.fp16, asked.devices) == (*expected, 2)
+
+
+@pytest.mark.parametrize(
     ("launcher", "said"),
     [
         ({"distributed_type": "FSDP", "num_processes": 2}, "is not planned for, which is DDP"),
@@ -59,6 +83,7 @@ def test_a_file_of_accelerates_says_both(tmp_path: Path) -> None:
             {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "a.json"}},
             "is not planned for",
         ),
+        ({"distributed_type": "MULTI_GPU", "num_processes": 2, "mixed_precision": "fp8"}, "mixed_precision is fp8"),
         ({"distributed_type": "TPU", "num_processes": 2}, "is not planned for"),
         ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}, "over how many devices"),
     ],

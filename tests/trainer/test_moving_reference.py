@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from fastdpo.errors import InputError
 from fastdpo.trainer import DPOTrainer
+from fastdpo.trainer.models import make_models
 from fastdpo.trainer.moving_reference import REFERENCE_FILE, MovingReference
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
@@ -93,6 +94,17 @@ def test_an_adapter_is_copied_and_not_mixed(tmp_path: Path) -> None:
     assert losses(trainer) == pytest.approx([math.log(2)] * 5, abs=1e-6)
     shared = {p.data_ptr() for p in trainer.model.parameters()}
     assert sum(p.data_ptr() not in shared for p in trainer.ref_model.parameters()) == 8, "the base is there once"
+
+
+@pytest.mark.parametrize("alpha", [0.6, 1.0])
+@pytest.mark.parametrize("given", [False, True])
+def test_an_adapters_reference_does_not_move_where_weights_are_sharded(
+    tmp_path: Path, alpha: float, given: bool
+) -> None:
+    """Nor one that was given: of what ZeRO-3 has divided nothing would be mixed, and nobody would say so."""
+    args = config(tmp_path, sync_ref_model=True, ref_model_mixup_alpha=alpha)
+    with pytest.raises(NotImplementedError, match="^sync_ref_model with an adapter is not supported with FSDP"):
+        make_models(adapted(), adapted() if given else None, args, None, needs_reference=True, is_sharded=True)
 
 
 def deltas(model: Any, name: str = "default") -> dict[str, Tensor]:

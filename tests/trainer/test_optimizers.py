@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 from fastdpo.errors import DivergedError
 from fastdpo.trainer import DPOTrainer
 from fastdpo.trainer import optimizers as optimizers_module
+from fastdpo.trainer.without_effect import without_effect
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "quiet_and_uncached"),
@@ -138,6 +139,9 @@ def test_what_steps_while_backward_runs_is_refused(name: str, tmp_path: Path) ->
             "is 0.8 and adam_beta2 is 0.9, .* leave them out",
         ),
         ("apollo_adamw", {"weight_decay": 0.1}, "weight_decay is 0.1"),
+        ("apollo_adamw", {"adam_beta2": 0.95}, "adam_beta2 is 0.95, .* hand it on to apollo_adamw for all weights"),
+        ("galore_adamw", {"optim_target_modules": None}, "^optim is 'galore_adamw', which needs optim_target_modules"),
+        ("schedule_free_sgd", {"warmup_steps": 0.1}, "first step would be 10 times as large .* number of steps$"),
         ("grokadamw", {"adam_epsilon": 1e-6}, "adam_epsilon is 1e-06"),
     ],
 )
@@ -145,7 +149,49 @@ def test_arguments_that_would_be_lost_are_refused(
     name: str, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        DPOTrainer(model(), args=config(tmp_path, optim=name, **LOW_RANK, **options), train_dataset=ROWS)
+        DPOTrainer(model(), args=config(tmp_path, optim=name, **(LOW_RANK | options)), train_dataset=ROWS)
+
+
+# Of each optimiser that can be made here, what some of its optim_args may be.
+MADE = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adafactor", "adamw_8bit", "paged_adamw_32bit"), ""),
+    **dict.fromkeys(("lion_8bit", "paged_lion_32bit"), ""),
+    **dict.fromkeys(("ademamix", "paged_ademamix_8bit", "rmsprop"), "alpha=0.5"),
+    **{"sgd": "momentum=0.5", "adagrad": "lr_decay=0.5", "grokadamw": "lamb=1"},
+    **dict.fromkeys(("galore_adamw", "galore_adafactor", "apollo_adamw"), "rank=3"),
+    **dict.fromkeys(("schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam"), "r=0.5"),
+}
+GIVEN = {"adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 0.5, "warmup_steps": 3, "optim_args": None}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_reaches_an_optimiser_is_neither_named_nor_refused_and_all_else_is(name: str, tmp_path: Path) -> None:
+    lm = model()
+
+    def groups(**options: Any) -> list[dict[str, Any]]:
+        told = {"optim_target_modules": "all-linear", "use_cpu": True, **options}
+        cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(str(tmp_path), optim=name, **told), lm)
+        parameters = kwargs.pop("params", None) or list(lm.parameters())
+        made = [{**group, "params": None} for group in cls(parameters, **kwargs).param_groups]
+        return [{"all": {**kwargs, "betas": None, "eps": None}, **group} for group in made]
+
+    plain = groups()
+    for argument, value in GIVEN.items():
+        value = MADE[name] if argument == "optim_args" else value
+        # Some of optim_args are of the weights in optim_target_modules, and are called so.
+        of_groups = any if argument == "optim_args" else all
+        reaches = of_groups(now != before for now, before in zip(groups(**{argument: value}), plain, strict=True))
+        # By a constant schedule, that nothing else warms up.
+        settings = {"lr_scheduler_type": "constant", "optim": name, argument: value or "rank=3"}
+        named = without_effect({argument: (settings[argument], None)}, settings, raises=False)
+        try:
+            optimizers_module.check_optimizer(
+                config(tmp_path, save_strategy="no", optim_target_modules="all-linear", **settings)
+            )
+            refused = False
+        except ValueError:
+            refused = True
+        assert (not named and not refused) == reaches, (argument, named, refused)
 
 
 @pytest.mark.parametrize("name", ["galore_adamw", "galore_adafactor", "apollo_adamw", "grokadamw"])
@@ -171,6 +217,8 @@ def test_they_are_lost_in_transformers(name: str, tmp_path: Path) -> None:
     ]
     # Adafactor has neither betas nor an epsilon by these names, and does not look as if it had.
     named = optimizers_module._NOT_HANDED_ON[name]
+    if name == "apollo_adamw":  # which has the others for some weights
+        named = named[:1]
     assert [each for each in without_effect if each in named or "adafactor" not in name] == list(named)
 
 

@@ -23,7 +23,7 @@ ALWAYS = """
     dataset_name format columns datasets test_split_size dataset_streaming streaming model_name_or_path
     model_revision dtype attn_implementation use_peft load_in_4bit load_in_8bit report_pairs report_samples
     trust_remote_code output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate
-    lr_scheduler_type lr_scheduler_kwargs optim optim_args weight_decay gradient_accumulation_steps
+    lr_scheduler_type optim weight_decay gradient_accumulation_steps
     max_grad_norm bf16 fp16 activation_checkpointing gradient_checkpointing torch_compile torch_compile_backend
     torch_compile_mode use_liger_kernel neftune_noise_alpha logging_strategy logging_first_step
     include_num_input_tokens_seen log_level disable_tqdm report_to eval_strategy save_strategy push_to_hub
@@ -79,6 +79,8 @@ VALUES: dict[str, Any] = {
     "hub_strategy": "end",
     "trackio_static_space_id": "a/b",
     "optim_target_modules": "all-linear",
+    "optim_args": "rank=4",
+    "lr_scheduler_kwargs": {"min_lr": 0.1},
     "dataset_config": "other",
     "hub_private_repo": True,
     "greater_is_better": True,
@@ -87,7 +89,8 @@ VALUES: dict[str, Any] = {
 WITHOUT: dict[str, dict[str, Any]] = {
     "beta": {"loss_type": "sft"},
     "truncation_mode": {"max_length": None},
-    "warmup_steps": {"lr_scheduler_type": "constant"},
+    "warmup_steps": {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+    "lr_scheduler_kwargs": {"lr_scheduler_type": "constant_with_warmup"},
     "adam_beta1": {"optim": "sgd"},
     "adam_beta2": {"optim": "adafactor"},
     "adam_epsilon": {"optim": "rmsprop"},
@@ -110,6 +113,8 @@ WITH: dict[str, dict[str, Any]] = {
     "warmup_steps": {"lr_scheduler_type": "linear"},
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), {"optim": "adamw_torch"}),
     "optim_target_modules": {"optim": "galore_adamw"},
+    "optim_args": {"optim": "sgd"},
+    "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine_with_min_lr"},
     **dict.fromkeys(("dataset_num_proc", "dataloader_drop_last"), {"streaming": False, "dataset_streaming": False}),
     "data_seed": {"train_sampling_strategy": "random"},
     "eval_steps": {"eval_strategy": "steps"},
