@@ -29,6 +29,7 @@ from fastdpo.plan.batches import Row, longest_rows, made_up_rows
 from fastdpo.plan.devices import (
     RESERVED,
     RESERVED_ON_ACCELERATOR,
+    check_kind,
     device_here,
     in_words,
     memory_of,
@@ -102,6 +103,8 @@ def _plan_flags() -> set[str]:
 def _memory(plan_args: PlanArguments) -> tuple[int, int, str]:
     """What the device has, what of it may be used, and its kind."""
     device = plan_args.device or device_here()
+    with bad_input("--device"):
+        check_kind(device)
     with bad_input("--memory"):
         memory = memory_of(device) if plan_args.memory is None else parse_memory(plan_args.memory)
     if memory is None:
