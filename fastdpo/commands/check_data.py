@@ -97,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
             check_padding(pad, vocab_size, tokenizer)
     if args.strict and summary.doubts():
         raise UsageError(strict_message(summary))
-    doubtful = f", {sum(summary.warned.values())} doubts" if summary.warned else ""
+    doubts = sum(summary.warned.values())
+    doubtful = f", {doubts} doubt{'s' if doubts > 1 else ''}" if doubts else ""
     if "completion_ids" in tokenised.column_names:
         assert summary.groups is not None
         rows_of = f"groups ({summary.groups.pairs} pairs)"

@@ -29,6 +29,7 @@ from fastdpo.plan.batches import Row, longest_rows, made_up_rows
 from fastdpo.plan.devices import (
     RESERVED,
     RESERVED_ON_ACCELERATOR,
+    check_kind,
     device_here,
     in_words,
     memory_of,
@@ -42,6 +43,7 @@ from fastdpo.plan.ways import ways_of
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.datasets import DatasetPreparer, is_tokenised
 from fastdpo.trainer.models import hub_options_of
+from fastdpo.trainer.optimizers import check_when_it_steps, optimizer_name
 
 
 def run(argv: list[str]) -> int:
@@ -59,7 +61,8 @@ def run(argv: list[str]) -> int:
     parser = PlanParser()
     script_args, model_args, training_args, _, plan_args = parser.read(argv)
     with bad_input():
-        check_optimizer(str(getattr(training_args.optim, "value", training_args.optim)))
+        check_when_it_steps(optimizer_name(training_args))
+        check_optimizer(optimizer_name(training_args))
     memory, usable, device = _memory(plan_args)
     stages = _stages(plan_args, training_args, device)
     setup = _setup(model_args, training_args, device, bf16_is_asked=parser.asked["bf16"][0] is not None)
@@ -102,6 +105,8 @@ def _plan_flags() -> set[str]:
 def _memory(plan_args: PlanArguments) -> tuple[int, int, str]:
     """What the device has, what of it may be used, and its kind."""
     device = plan_args.device or device_here()
+    with bad_input("--device"):
+        check_kind(device)
     with bad_input("--memory"):
         memory = memory_of(device) if plan_args.memory is None else parse_memory(plan_args.memory)
     if memory is None:
@@ -149,7 +154,7 @@ def _setup(model_args: ModelArguments, args: DPOConfig, device: str, *, bf16_is_
         checkpointing_kwargs=cast(dict[str, Any], args.gradient_checkpointing_kwargs or {}),
         offloading=args.activation_offloading,
         reference=_reference(args, peft_config),
-        optim=str(getattr(args.optim, "value", args.optim)),
+        optim=optimizer_name(args),
         device=device,
         attn_implementation=model_args.attn_implementation,
         trust_remote_code=args.trust_remote_code,

@@ -44,7 +44,7 @@ from fastdpo.trainer.hub import UploadError, is_pushed, is_run_record, note_push
 from fastdpo.trainer.lost_ranks import kept_in
 from fastdpo.trainer.manifest import damage_in, read_manifest, write_manifest
 from fastdpo.trainer.model_card import CARD_FILE
-from fastdpo.trainer.progress import OneLineProgress, format_metrics
+from fastdpo.trainer.progress import OneLineProgress, format_end
 from fastdpo.trainer.resume_settings import settings_of
 from fastdpo.trainer.run_lock import only_run_in
 from fastdpo.trainer.trainer import DPOTrainer
@@ -280,12 +280,8 @@ def _finish(
         report.write(metrics["train_runtime"], look=not stop.asked)
         policy = trainer.accelerator.unwrap_model(trainer.model)
         what = "adapter and tokenizer" if isinstance(policy, PeftModel) else "model and tokenizer"
-        last = [entry for entry in trainer.state.log_history if "loss" in entry][-1:]
-        console.print(
-            Text.assemble(
-                ("\nDone: ", "bold"), (f"{trainer.state.global_step} steps.", "bold"), "  ", *map(format_metrics, last)
-            )
-        )
+        steps = f"{trainer.state.global_step} steps."
+        console.print(Text.assemble(("\nDone: ", "bold"), (steps, "bold"), "  ", format_end(trainer.state)))
         for label, path in (
             (what, output_dir),
             ("report, for a browser", output_dir / REPORT_FILE),

@@ -81,6 +81,12 @@ def tokens_of(part: dict[str, Any]) -> int:
     return sum(ids.numel() for ids in model_inputs({"micro_batches": [part]}))
 
 
+def budget_of(part: dict[str, Any]) -> int:
+    """The least ``max_tokens`` with which these rows are one micro-batch; a padded one is counted as wide as it is."""
+    ids = part["row"].input_ids if "row" in part else part["input_ids"]
+    return int(ids.numel())
+
+
 def largest_part(collator: RowCollator, rows: Sequence[Row]) -> tuple[dict[str, Any], int]:
     """Of the micro-batches that the rows are taken in: the one of most tokens, and how many there are."""
     parts = collator(list(rows))["micro_batches"]

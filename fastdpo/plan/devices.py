@@ -28,6 +28,20 @@ def parse_memory(words: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
+def check_kind(device: str) -> None:
+    """Refuse what is no kind of device.
+
+    Raises:
+        ValueError: torch does not know it, or it is one device of a kind.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"{device!r} is no kind of device; it should be like cpu, cuda, xpu or mps") from None
+    if kind != device:
+        raise ValueError(f"{device!r} is one device; give its kind, {kind}")
+
+
 def memory_of(device: str) -> int | None:
     """What this machine's device has in all; None for an accelerator that is not here.
 

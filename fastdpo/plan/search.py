@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from fastdpo.model.language_model import language_model
 from fastdpo.model.row_collator import RowCollator
-from fastdpo.plan.batches import Row, largest_part, make_collator, tokens_of
+from fastdpo.plan.batches import Row, budget_of, largest_part, make_collator, tokens_of
 from fastdpo.plan.layers import Repetition, repetition_in
 from fastdpo.plan.models import look_at_policy
 from fastdpo.plan.setup import Setup
@@ -133,7 +133,7 @@ class Planner:
             return at(batches.max_tokens)
         least = at(least_size)
         if not least.fits:
-            return least
+            return self._as_counted(least)
         best = least
         # As if all of this grew with the tokens, which some of it does not; and then by what that has told.
         slope = (least.parts["activations"] + least.parts["head"]) / least.tokens
@@ -148,7 +148,12 @@ class Planner:
                 found = at(_rounded(budget, least.tokens))
             best = max(best, found, key=lambda answer: answer.tokens)
             slope = (found.total - least.total) / max(found.tokens - least.tokens, 1)
-        return best
+        return self._as_counted(best)
+
+    def _as_counted(self, answer: Answer) -> Answer:
+        """With the budget that was filled: rows of other lengths than these would fill a larger one with more."""
+        part, _ = largest_part(self._batches.collator(answer.setup.device, answer.max_tokens), self._batches.rows)
+        return replace(answer, max_tokens=budget_of(part))
 
     def least_shared(self, setup: Setup, stages: Sequence[str], devices: int) -> Answer:
         """For the first of the stages with which the setup fits, or else the last; less sharing sends less.

@@ -61,6 +61,16 @@ _STATE_CLASSES = {
 }
 
 
+def check_when_it_steps(name: str) -> None:
+    """Raises ValueError for one that steps while backward runs."""
+    if any(word in name for word in _STEP_IN_BACKWARD):
+        raise ValueError(
+            f"optim is {name!r}, which changes a weight as soon as backward reaches it: max_grad_norm and weight_decay "
+            "have no effect then, a batch's parts are not summed, and a gradient that is not finite is found too late. "
+            "For little memory use adamw_8bit or galore_adamw, with gradient_checkpointing and max_tokens_per_batch"
+        )
+
+
 def check_optimizer(args: DPOConfig) -> None:
     """Looks at ``args.optim`` and what it is given, before the data are prepared and the reference is asked.
 
@@ -71,12 +81,7 @@ def check_optimizer(args: DPOConfig) -> None:
             be resumed.
     """
     name = optimizer_name(args)
-    if any(word in name for word in _STEP_IN_BACKWARD):
-        raise ValueError(
-            f"optim is {name!r}, which changes a weight as soon as backward reaches it: max_grad_norm and weight_decay "
-            "have no effect then, a batch's parts are not summed, and a gradient that is not finite is found too late. "
-            "For little memory use adamw_8bit or galore_adamw, with gradient_checkpointing and max_tokens_per_batch"
-        )
+    check_when_it_steps(name)
     found = next((package for word, package in _PACKAGES.items() if word in name), None)
     if found is not None and find_spec(found[0]) is None:
         raise ImportError(f"optim is {name!r}, which needs {found[0]}: pip install {found[1]}")

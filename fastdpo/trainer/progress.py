@@ -41,6 +41,16 @@ def format_metrics(logs: dict[str, Any], names: tuple[str, ...] = _RESULTS) -> s
     return "  ".join(["eval", *words] if prefix and words else words)
 
 
+def format_end(state: TrainerState) -> str:
+    """The metrics of the training that were logged last, and of which step they are where others came after it."""
+    logged = [entry for entry in state.log_history if "loss" in entry]
+    if not logged:
+        return ""
+    step = logged[-1]["step"]
+    when = "" if step == state.global_step else f"at step {step}, logged last:  "
+    return when + format_metrics(logged[-1])
+
+
 class OneLineProgress(ProgressCallback):
     """Progress in place of ``ProgressCallback``'s: a short line a log instead of a dict of everything.
 

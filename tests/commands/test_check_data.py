@@ -62,7 +62,7 @@ def test_doubts_are_shown_and_refused_when_strict(
     assert check(tokenizer, path) == 0
     said = capsys.readouterr().out
     assert "dropped: chosen or rejected is empty" in said and "kept, but: chosen and rejected are identical" in said
-    assert "7 of 8 pairs can be trained on, 1 doubts." in said
+    assert "7 of 8 pairs can be trained on, 1 doubt." in said
     assert [int(row) for row in re.findall(r"^row (\d+) ", said, re.MULTILINE)] == [2, 5]
     assert check(tokenizer, path, "--strict", "--rows", "1") == 2
     captured = capsys.readouterr()

@@ -113,6 +113,8 @@ def test_the_table_says_that_it_is_an_estimate(configuration: Path, capsys) -> N
         (["--memory", "2GiB"], "--dataset_name is needed"),
         (["--memory", "2GiB", "--length", "ten"], "length is 'ten'"),
         (["--memory", "2GiB", "--length", "10", "--optim", "galore_adamw"], "whose memory is not known here"),
+        (["--memory", "2GiB", "--length", "10", "--optim", "lomo"], "changes a weight as soon as backward reaches it"),
+        (["--memory", "2GiB", "--length", "10", "--device", "gpu"], "--device: 'gpu' is no kind of device"),
         (["--memory", "2GiB", "--length", "10", "--load_in_4bit"], "needs --use_peft"),
         (
             ["--memory", "2GiB", "--activation_offloading", "--device", "cpu"],

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from fastdpo.plan import devices
-from fastdpo.plan.devices import group_limits, memory_of
+from fastdpo.plan.devices import check_kind, group_limits, memory_of
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -51,3 +51,13 @@ def test_the_smaller_of_machine_and_container(monkeypatch: pytest.MonkeyPatch) -
     for limits, expected in (([], total), ([1 << 62], total), ([1 << 30, 1 << 29], 1 << 29)):
         monkeypatch.setattr(devices, "group_limits", lambda limits=limits: limits)
         assert memory_of("cpu") == expected
+
+
+def test_kinds_of_devices() -> None:
+    for kind in ("cpu", "cuda", "xpu", "mps"):
+        check_kind(kind)
+    for word in ("gpu", "tpuu", ""):
+        with pytest.raises(ValueError, match="no kind of device; it should be like cpu, cuda"):
+            check_kind(word)
+    with pytest.raises(ValueError, match="give its kind, cuda"):
+        check_kind("cuda:1")

@@ -42,6 +42,17 @@ def test_a_batch_is_taken_in_the_largest_parts_that_fit() -> None:
     assert more.total > between
 
 
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_the_budget_is_no_larger_than_what_was_counted(layout: str) -> None:
+    batches = replace(BATCHES, layout=layout)
+    whole, least = answer(2**40, batches), answer(1, batches)
+    assert least.max_tokens == least.tokens
+    for share in (0.3, 0.5, 0.8):
+        found = answer(int(least.total + share * (whole.total - least.total)), batches)
+        assert found.fits and found.max_tokens == found.tokens
+        assert answer(2**40, replace(batches, max_tokens=found.max_tokens)).tokens == found.tokens
+
+
 def test_gradients_of_the_steps_other_batches_are_there() -> None:
     alone, one_of_several = answer(2**40), answer(2**40, replace(BATCHES, accumulates=True))
     assert alone.parts["gradients"] == 0 < one_of_several.parts["gradients"]

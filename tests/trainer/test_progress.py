@@ -8,8 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import TrainerState
 
-from fastdpo.trainer.progress import OneLineProgress, format_metrics
+from fastdpo.trainer.progress import OneLineProgress, format_end, format_metrics
 
 LOGS = {
     "loss": 0.69312,
@@ -89,3 +90,11 @@ def test_metrics_that_are_not_there_are_left_out() -> None:
     assert format_metrics({}) == ""
     assert format_metrics({"eval_runtime": 3}) == ""
     assert format_metrics({"loss": 1, "grad_norm": 2.0}) == "loss 1  grad 2"
+
+
+def test_the_end_says_which_step_its_metrics_are_of() -> None:
+    first, evaluation, total = {"loss": 0.5, "step": 1}, {"eval_loss": 0.1, "step": 3}, {"train_loss": 0.4, "step": 3}
+    early = TrainerState(global_step=3, log_history=[first, evaluation, total])
+    assert format_end(early) == "at step 1, logged last:  loss 0.5"
+    assert format_end(TrainerState(global_step=1, log_history=[first])) == "loss 0.5"
+    assert format_end(TrainerState(global_step=1, log_history=[total])) == ""
