@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, set_seed
 
 from fastdpo.data.columns import any_may_have_images
 from fastdpo.data.terms import has_references
+from fastdpo.data.vocabulary import check_padding
 from fastdpo.model.head import FusedHead
 from fastdpo.model.load_sharding import is_load_sharded, shares_all_weights
 from fastdpo.model.offloading import ActivationOffloading, check_offloading
@@ -114,6 +115,9 @@ def set_up(
     scorer = Scorer(policy, policy, FusedHead(policy))
     if not later:
         scorer.head.inspect(policy)
+        config = scorer.lm.config.get_text_config()
+        if (config.pad_token_id or 0) >= config.vocab_size:  # with which no model can be made, nor loaded again
+            check_padding(config.pad_token_id, config.vocab_size, None)
         if not is_load_sharded(policy) and args.process_index == 0:
             check_comes_back(policy, args.folder)
     moving = None

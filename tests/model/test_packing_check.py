@@ -17,7 +17,7 @@ from fastdpo.model.attention_backends import RowsNotSupportedError
 from fastdpo.model.head import FusedHead
 from fastdpo.model.packing_check import check_rows
 from fastdpo.model.scoring import Scorer
-from fastdpo.model.segments import Segments
+from fastdpo.model.segments import CausalMasks, Segments
 
 CPU = torch.device("cpu")
 
@@ -146,7 +146,7 @@ def test_a_back_end_that_loses_ancestors_is_noticed(monkeypatch, faulty):
 
     def attend_faultily(module: Any, q: Any, k: Any, v: Any, segments: Segments, options: Any) -> torch.Tensor:
         other = object.__new__(Segments)
-        other.__dict__.update(segments.__dict__, _masks={})
+        other.__dict__.update(segments.__dict__, _masks=CausalMasks())
         begins = [0, *accumulate(segments.piece_sizes)]
         other.key_pieces = [
             without(pieces, sum(begins[i] < s.begin for i in pieces), faulty)

@@ -82,9 +82,7 @@ def test_more_tokens_need_more(layout: str, checkpointing: bool) -> None:
 
 
 def test_what_saves_memory_does() -> None:
-    usual = setup_of(
-        checkpointing=False, device="cuda"
-    )  # no kernels beside
+    usual = setup_of(checkpointing=False, device="cuda")  # no kernels beside
     totals = {
         name: sum(peak(replace(usual, **changes), pairs=8, length=60).values())
         for name, changes in {

@@ -18,7 +18,7 @@ from fastdpo.data import streaming
 from fastdpo.data.files import DataError, load_preferences, stream_preferences
 from fastdpo.ref_cache import RefCacheError
 from fastdpo.trainer import DPOTrainer
-from fastdpo.trainer import trainer as trainer_module
+from fastdpo.trainer import setup as begun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quiet_and_uncached")
 
@@ -176,8 +176,8 @@ def test_a_model_is_loaded_for_the_images_of_an_evaluation(
         loaded_for.append(images)
         return make_models(*args, images=images, **kwargs)
 
-    make_models = trainer_module.make_models
-    monkeypatch.setattr(trainer_module, "make_models", spy)
+    make_models = begun.make_models
+    monkeypatch.setattr(begun, "make_models", spy)
     rows = vision_rows(4)
     text = [{**row, "images": []} for row in rows]
     for evaluated in (None, Dataset.from_list(rows), {"a": Dataset.from_list(text), "b": Dataset.from_list(rows)}):
