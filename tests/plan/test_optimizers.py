@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.optim import GlobalOptimManager
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -14,6 +15,12 @@ from fastdpo.plan.optimizers import KNOWN, state_bytes, step_bytes
 _SHAPES = ((64, 128), (300, 40), (10,), (4096,))
 # Tables of 256 numbers that all parameters share, and counters.
 _SMALL = 2 * 256 * 4 + 64 * len(_SHAPES)
+
+
+@pytest.fixture(autouse=True)
+def no_overrides() -> None:
+    """bitsandbytes has one manager in a process, which knows an earlier optimiser's parameters by number."""
+    GlobalOptimManager.get_instance().initialize()
 
 
 def held_by(optimizer: Any) -> int:
