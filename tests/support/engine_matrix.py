@@ -139,6 +139,22 @@ def mixture_engine(kind: str, *, ranks: int = 2, data_parallel: int = 2, **confi
     return Engine(torchrun_launched, kind, {}, ranks, data_parallel, models, "mixtral")
 
 
+def few_steps(engine: Engine, steps: int) -> Options:
+    """A run of ``steps`` times :data:`PAIRS` pairs, in which rounding stays small and everything else is seen."""
+    return {
+        "train_dataset": id_rows(PAIRS * steps, VOCABULARY),
+        "per_device_train_batch_size": PAIRS // engine.data_parallel,
+        "per_device_eval_batch_size": PAIRS // engine.data_parallel,
+        "max_steps": steps,
+        "optim": "adamw_torch",
+        "adam_epsilon": 1e-3,  # or it would make as much of rounding as of a gradient, where there is none
+        "learning_rate": 0.01,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "linear",
+        "gradient_checkpointing": False,
+    }
+
+
 class Cell(NamedTuple):
     engine: str
     reference: str

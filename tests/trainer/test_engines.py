@@ -23,6 +23,7 @@ from engine_matrix import (
     VOCABULARY,
     Engine,
     Options,
+    few_steps,
     small_model,
     zero_launched,
     zero_options,
@@ -61,19 +62,7 @@ OTHERS = {
 
 
 def make(engine: Engine, folder: Path, **options: Any) -> DPOTrainer:
-    defaults: Options = {
-        "train_dataset": id_rows(PAIRS * STEPS, VOCABULARY),
-        "per_device_train_batch_size": PAIRS // engine.data_parallel,
-        "per_device_eval_batch_size": PAIRS // engine.data_parallel,
-        "max_steps": STEPS,
-        "optim": "adamw_torch",
-        "adam_epsilon": 1e-3,  # or it would make as much of rounding as of a gradient, where there is none
-        "learning_rate": 0.01,
-        "max_grad_norm": 1.0,
-        "lr_scheduler_type": "linear",
-        "gradient_checkpointing": False,
-    }
-    return make_trainer(folder, None, **(defaults | engine.options | options))
+    return make_trainer(folder, None, **(few_steps(engine, STEPS) | engine.options | options))
 
 
 def whole_file(folder: Path) -> dict[str, Tensor]:

@@ -21,12 +21,12 @@ import torch.distributed as dist
 from broken_runs import id_rows
 from engine_matrix import (
     ENGINES,
-    PAIRS,
     REFERENCES,
     VOCABULARY,
     Engine,
     Options,
     cut_model,
+    few_steps,
     torchrun_launched,
 )
 from kills import Moment, run_ranks
@@ -60,17 +60,7 @@ OTHERS = {
 
 
 def make(engine: Engine, folder: Path, reference: str = "second model", **options: Any) -> DPOTrainer:
-    defaults: Options = {
-        "train_dataset": id_rows(PAIRS * STEPS, VOCABULARY),
-        "per_device_train_batch_size": PAIRS // engine.data_parallel,
-        "per_device_eval_batch_size": PAIRS // engine.data_parallel,
-        "max_steps": STEPS,
-        "optim": "adamw_torch",
-        "adam_epsilon": 1e-3,  # or it would make as much of rounding as of a gradient, where there is none
-        "learning_rate": 0.01,
-        "max_grad_norm": 1.0,
-        "lr_scheduler_type": "linear",
-        "gradient_checkpointing": False,
+    defaults = few_steps(engine, STEPS) | {
         "packing": "padded",
         "save_strategy": "steps",
         "save_steps": SAVE_STEPS,
